@@ -1,0 +1,288 @@
+"""Every architectural number of a DeepSeek-V3 model, checked when it is set.
+
+Field names are those of the published `config.json` files, so that a reader of either knows both. Report: sections
+2.1 (architecture), 4.2 (the 671B model's values), 4.3 (YaRN).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any, Literal, get_args
+
+from dsv3_jax.errors import ConfigError
+
+ScoringFunction = Literal["sigmoid", "softmax"]
+TopKMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
+
+# Nothing published comes near these; a configuration beyond them is a broken file, not a model.
+_LARGEST_DIMENSION = 2**24
+_LARGEST_LAYER_COUNT = 4096
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """YaRN context extension (report section 4.3), applied at every position once present.
+
+    Attributes:
+      factor: s, the ratio of the extended context to the original one.
+      original_max_position_embeddings: context length of pre-training.
+      beta_fast, beta_slow: rotations within the original context above which a frequency is kept as it is, and
+        below which it is divided by `factor`; linear in between.
+      mscale, mscale_all_dim: the attention temperature. The softmax scale is multiplied by
+        m(factor, mscale_all_dim)^2 and cos/sin by m(factor, mscale) / m(factor, mscale_all_dim), where
+        m(s, a) = 0.1 a ln(s) + 1.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1.0:
+            raise ConfigError(f"rope_scaling.factor must be at least 1, not {self.factor}")
+        _check_size("rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings)
+        if not self.beta_fast >= self.beta_slow > 0:
+            raise ConfigError(
+                "rope_scaling.beta_fast must be at least beta_slow, and both positive, "
+                f"not {self.beta_fast} and {self.beta_slow}"
+            )
+        for name in ("mscale", "mscale_all_dim"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"rope_scaling.{name} must not be negative, not {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture of one model.
+
+    Attributes:
+      vocab_size: V, rows of the embedding and of the output head.
+      hidden_size: d, width of the residual stream.
+      num_hidden_layers: L, without the MTP modules.
+      first_k_dense_replace: the first layers, whose feed-forward network is dense.
+      intermediate_size: width of the dense feed-forward networks.
+      num_attention_heads: H.
+      q_lora_rank: d_c', rank of the query compression; None projects queries straight from the hidden state.
+      kv_lora_rank: d_c, rank of the joint key-value compression; what decoding caches.
+      qk_nope_head_dim, qk_rope_head_dim, v_head_dim: per-head widths: position-free and rotary parts of queries
+        and keys, and values.
+      n_routed_experts: N_r.   n_shared_experts: N_s.   num_experts_per_tok: K_r.
+      moe_intermediate_size: width of one expert.
+      n_group, topk_group: node-limited routing: experts fall into `n_group` contiguous groups, of which a token
+        reaches at most `topk_group`.
+      scoring_func: affinity of a token to an expert: "sigmoid" (V3) or "softmax" (V2).
+      topk_method: "noaux_tc" (V3: selection by affinity plus bias, group score = sum of the two largest),
+        "greedy" (V2-Lite: no bias, no groups) or "group_limited_greedy" (V2: no bias, group score = largest).
+      norm_topk_prob: gates of the chosen experts are divided by their sum.
+      routed_scaling_factor: the gates' last multiplier.
+      num_nextn_predict_layers: D, the depth of multi-token prediction; 0 leaves it out.
+      mtp_hidden_after_final_norm: MTP receives the main model's hidden state after its final norm, which is what
+        the published weights expect (the report does not say); False hands over the bare residual stream.
+      max_position_embeddings: the longest context.
+      rope_theta: base of the rotary frequencies.   rope_scaling: YaRN, or None.
+      rms_norm_eps: epsilon of every RMSNorm but the two on MLA's latents, which take `latent_norm_eps`
+        (the published modelling code fixes those at 1e-6 whatever `rms_norm_eps` says).
+      initializer_range: standard deviation of the initial weights (report section 4.2).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    first_k_dense_replace: int
+    intermediate_size: int
+    num_attention_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    n_group: int = 1
+    topk_group: int = 1
+    scoring_func: ScoringFunction = "sigmoid"
+    topk_method: TopKMethod = "noaux_tc"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    num_nextn_predict_layers: int = 1
+    mtp_hidden_after_final_norm: bool = True
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-6
+    latent_norm_eps: float = 1e-6
+    initializer_range: float = 0.006
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+        _check_choices(self)
+        _check_routing(self)
+        if self.qk_rope_head_dim % 2:
+            raise ConfigError(
+                f"qk_rope_head_dim must be even, since RoPE rotates pairs, not {self.qk_rope_head_dim}"
+            )
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ConfigError(
+                f"first_k_dense_replace ({self.first_k_dense_replace}) must not exceed num_hidden_layers "
+                f"({self.num_hidden_layers})"
+            )
+        for name in ("rope_theta", "rms_norm_eps", "latent_norm_eps", "initializer_range", "routed_scaling_factor"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"{name} must be positive and finite, not {value}")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> ModelConfig:
+        """The configuration called `name` (see `dsv3_jax.presets`), with fields replaced by `overrides`.
+
+        Raises:
+          ConfigError: unknown preset or field, with the nearest names that exist.
+        """
+        from dsv3_jax.presets import PRESETS
+
+        if name not in PRESETS:
+            raise ConfigError(f"preset '{name}' does not exist; {_suggest(name, list(PRESETS))}")
+        return PRESETS[name].replace(**overrides)
+
+    def replace(self, **overrides: Any) -> ModelConfig:
+        """A copy with some fields changed and everything checked again."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        for name in overrides:
+            if name not in fields:
+                raise ConfigError(f"ModelConfig has no field '{name}'; {_suggest(name, fields)}")
+        return dataclasses.replace(self, **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """The inverse of `to_dict`; an unknown or missing field is a ConfigError that names it."""
+        values = dict(values)
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in values:
+            if name not in fields:
+                raise ConfigError(f"ModelConfig has no field '{name}'; {_suggest(name, list(fields))}")
+        for name, field in fields.items():
+            if name not in values and field.default is dataclasses.MISSING:
+                raise ConfigError(f"ModelConfig field '{name}' is missing")
+        if isinstance(values.get("rope_scaling"), dict):
+            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        return cls(**values)
+
+    # Derived sizes -----------------------------------------------------------------------------------------
+
+    @property
+    def num_dense_layers(self) -> int:
+        """L_d."""
+        return self.first_k_dense_replace
+
+    @property
+    def num_moe_layers(self) -> int:
+        """L_m, without the MTP blocks."""
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of one head's query and key: position-free part, then rotary part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def has_router_bias(self) -> bool:
+        """Whether experts are selected with the bias of auxiliary-loss-free balancing."""
+        return self.topk_method == "noaux_tc"
+
+    # Counts (dsv3_jax.counts has them term by term) ---------------------------------------------------------
+
+    def num_parameters(self, *, mtp: bool = False) -> int:
+        """Parameters of the main model, router biases included; with `mtp`, also those only the MTP modules have."""
+        from dsv3_jax.counts import count_parameters
+
+        counts = count_parameters(self)
+        return counts.total + (counts.mtp_total if mtp else 0)
+
+    def num_active_parameters(self) -> int:
+        """Parameters that one token passes through in the main model, embedding and head included (671B: 37B)."""
+        from dsv3_jax.counts import count_parameters
+
+        return count_parameters(self).active
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Floating point operations a token of one training step (forward and backward), causal attention."""
+        from dsv3_jax.counts import count_flops
+
+        return count_flops(self, sequence_length).training
+
+
+def _check_size(name: str, value: Any, smallest: int = 1, largest: int = _LARGEST_DIMENSION) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} must be a whole number, not {value!r}")
+    if not smallest <= value <= largest:
+        raise ConfigError(f"{name} must lie between {smallest} and {largest}, not {value}")
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "kv_lora_rank",
+        "qk_nope_head_dim",
+        "qk_rope_head_dim",
+        "v_head_dim",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "n_group",
+        "topk_group",
+        "max_position_embeddings",
+    ):
+        _check_size(name, getattr(config, name))
+    if config.q_lora_rank is not None:
+        _check_size("q_lora_rank", config.q_lora_rank)
+    _check_size("num_hidden_layers", config.num_hidden_layers, 1, _LARGEST_LAYER_COUNT)
+    _check_size("first_k_dense_replace", config.first_k_dense_replace, 0, _LARGEST_LAYER_COUNT)
+    _check_size("n_shared_experts", config.n_shared_experts, 0)
+    _check_size("num_nextn_predict_layers", config.num_nextn_predict_layers, 0, _LARGEST_LAYER_COUNT)
+
+
+def _check_choices(config: ModelConfig) -> None:
+    for name, kind in (("scoring_func", ScoringFunction), ("topk_method", TopKMethod)):
+        allowed = get_args(kind)
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
+
+
+def _check_routing(config: ModelConfig) -> None:
+    experts, groups, kept = config.n_routed_experts, config.n_group, config.topk_group
+    if experts % groups:
+        raise ConfigError(f"n_routed_experts ({experts}) must be divisible into n_group ({groups}) groups")
+    if kept > groups:
+        raise ConfigError(f"topk_group ({kept}) must not exceed n_group ({groups})")
+    reachable = kept * (experts // groups)
+    if config.num_experts_per_tok > reachable:
+        raise ConfigError(
+            f"num_experts_per_tok ({config.num_experts_per_tok}) must not exceed the {reachable} experts that "
+            f"topk_group ({kept}) of n_group ({groups}) groups hold"
+        )
+    if config.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
+        raise ConfigError(
+            f"n_group ({groups}) must leave at least 2 of the n_routed_experts ({experts}) in a group, since "
+            "noaux_tc scores a group by its two best"
+        )
+    if config.topk_method == "greedy" and groups != 1:
+        raise ConfigError(f"topk_method greedy knows no groups: n_group must be 1, not {groups}")
+
+
+def _suggest(name: str, choices: list[str]) -> str:
+    near = difflib.get_close_matches(name, choices, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(choices)}"
