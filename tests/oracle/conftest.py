@@ -1,0 +1,22 @@
+"""Where the independent implementation lives: a Python of its own, so that torch and JAX never share a process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def oracle_python() -> str:
+    """The interpreter that has torch and transformers; skips the test where there is none."""
+    named = os.environ.get("DSV3_ORACLE_PYTHON")
+    if named:
+        return named
+    default = ROOT / ".venv-oracle" / "bin" / "python"
+    if not default.exists():
+        pytest.skip("no torch and transformers: set DSV3_ORACLE_PYTHON or make .venv-oracle (extra `oracle`)")
+    return str(default)
