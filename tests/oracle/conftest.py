@@ -1,4 +1,4 @@
-"""Where the independent implementation lives: a Python of its own, so that torch and JAX never share a process."""
+"""Where the independent implementation lives: a Python of its own, so torch and JAX share no process."""
 
 from __future__ import annotations
 

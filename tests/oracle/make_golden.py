@@ -2,8 +2,8 @@
 
 Runs in an environment of its own (extra `oracle`: torch, transformers, safetensors; no JAX):
 
-    python tests/oracle/make_golden.py make tests/golden            # the cases below, from configuration and seed
-    python tests/oracle/make_golden.py check tests/golden/*/        # recompute io.safetensors, print the differences
+    python tests/oracle/make_golden.py make tests/golden        # the cases below, from configuration and seed
+    python tests/oracle/make_golden.py check tests/golden/*/    # recompute io.safetensors, print differences
 
 A checkpoint is `config.json` and `model.safetensors` in the published layout, the MTP layer included; what it
 computes is `io.safetensors`. tests/golden/README.md says what each tensor of it is.
@@ -136,7 +136,7 @@ CASES = {
 
 
 class Oracle(torch.nn.Module):
-    """transformers' main model and, for V3, its MTP layer, which the library itself only runs inside `generate`."""
+    """transformers' main model and, for V3, its MTP layer, which the library only runs inside `generate`."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -186,7 +186,7 @@ def _published_name(name: str, layers: int) -> str:
 
 
 def published_weights(oracle: Oracle) -> dict[str, torch.Tensor]:
-    """Every weight under its published name: experts one by one, MTP's copies of embedding and head included."""
+    """Every weight under its published name: experts one by one, MTP's copies of embedding and head too."""
     layers = oracle.config.num_hidden_layers
     weights = {}
     for name, value in oracle.state_dict().items():
