@@ -1,0 +1,70 @@
+"""Causal softmax attention with keys and values at hand: softmax(scale * q k^T) v, logits and softmax in float32.
+
+Long sequences are cut into chunks of queries. Each chunk sees only the keys before its end (so half the products of
+a full square are never made) and is recomputed in the backward pass, so that the logits of one chunk at most are
+held at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+_QUERY_CHUNK = 512  # queries; 512 x 4096 logits of a head are 8 MB in float32
+
+
+def causal_attention(
+    queries: Float[Array, "B T H qk"],
+    keys: Float[Array, "B T H qk"],
+    values: Float[Array, "B T H v"],
+    *,
+    scale: float,
+    segment_ids: Int[Array, "B T"] | None = None,
+    query_chunk: int = _QUERY_CHUNK,
+) -> Float[Array, "B T H v"]:
+    """Attention of every position to itself and those before it.
+
+    Args:
+      queries, keys, values: dtype of the computation; head widths of keys and values may differ.
+      scale: multiplier of the logits.
+      segment_ids: when given, positions attend only within equal ids.
+      query_chunk: queries handled at a time.
+
+    Returns:
+      The dtype of `values`.
+    """
+    length = queries.shape[1]
+    if length <= query_chunk:
+        return _attend(queries, keys, values, segment_ids, scale=scale, start=0)
+    chunks = []
+    for start in range(0, length, query_chunk):
+        stop = min(start + query_chunk, length)
+        attend_chunk = jax.checkpoint(functools.partial(_attend, scale=scale, start=start))
+        segments = None if segment_ids is None else segment_ids[:, :stop]
+        chunks.append(attend_chunk(queries[:, start:stop], keys[:, :stop], values[:, :stop], segments))
+    return jnp.concatenate(chunks, axis=1)
+
+
+def _attend(
+    queries: Float[Array, "B Q H qk"],
+    keys: Float[Array, "B S H qk"],
+    values: Float[Array, "B S H v"],
+    segment_ids: Int[Array, "B S"] | None,
+    *,
+    scale: float,
+    start: int,
+) -> Float[Array, "B Q H v"]:
+    """Attention of the queries at positions start, start + 1, ... to the keys at positions 0 .. S-1."""
+    wide = jnp.promote_types(queries.dtype, jnp.float32)
+    logits = jnp.einsum("bqhc,bshc->bhqs", queries, keys, preferred_element_type=wide) * scale
+    query_count, key_count = logits.shape[-2:]
+    query_at = start + jnp.arange(query_count)[:, None]
+    visible = query_at >= jnp.arange(key_count)[None, :]
+    if segment_ids is not None:
+        own = segment_ids[:, start : start + query_count]
+        visible = visible & (own[:, None, :, None] == segment_ids[:, None, None, :])
+    weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+    return jnp.einsum("bhqs,bshv->bqhv", weights.astype(values.dtype), values)

@@ -1,0 +1,93 @@
+"""A transformer block: attention and a feed-forward network, each behind a norm and beside a residual (section 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.modules.feed_forward import FeedForward
+from dsv3_jax.modules.latent_attention import LatentAttention
+from dsv3_jax.modules.latent_cache import LatentCache
+from dsv3_jax.modules.moe import MixtureOfExperts
+from dsv3_jax.modules.norm import RMSNorm
+from dsv3_jax.modules.rope import Rotation
+from dsv3_jax.modules.routing_statistics import Routing
+from dsv3_jax.precision import Precision
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockInputs:
+    """What every block of a pass is given beside the hidden state.
+
+    Attributes:
+      rotation: RoPE angles of the tokens.
+      segment_ids: attention stays inside equal ids, when given.
+      token_mask: False at tokens that routing statistics leave out (padding), when given.
+    """
+
+    rotation: Rotation
+    segment_ids: Int[Array, "B T"] | None = None
+    token_mask: Bool[Array, "B T"] | None = None
+
+
+class Block(nnx.Module):
+    """One layer, dense or mixture of experts."""
+
+    def __init__(
+        self, config: ModelConfig, *, moe: bool, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs
+    ):
+        self.moe = moe
+        make: dict[str, Any] = {"dtype": dtype, "precision": precision, "rngs": rngs}
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.attention = LatentAttention(config, **make)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        if moe:
+            self.feed_forward = MixtureOfExperts(config, **make)
+        else:
+            self.feed_forward = FeedForward(
+                config.hidden_size, config.intermediate_size, scale=config.initializer_range, **make
+            )
+
+    def __call__(
+        self, h: Float[Array, "B T d"], inputs: BlockInputs
+    ) -> tuple[Float[Array, "B T d"], Routing | None]:
+        """A whole sequence; the routing statistics are None for a dense block."""
+        h, _, routing = self.with_latents(h, inputs)
+        return h, routing
+
+    def with_latents(
+        self, h: Float[Array, "B T d"], inputs: BlockInputs
+    ) -> tuple[Float[Array, "B T d"], tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]], Routing | None]:
+        """The same, with what a cache would hold of the sequence."""
+        attended, latent, rope_key = self.attention(self.attention_norm(h), inputs.rotation, inputs.segment_ids)
+        h, routing = self._feed_forward(h + attended, inputs.token_mask)
+        return h, (latent, rope_key), routing
+
+    def decode(
+        self,
+        h: Float[Array, "B T d"],
+        rotation: Rotation,
+        cache: LatentCache,
+        layer: Int[Array, ""] | int,
+        positions: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T d"], LatentCache]:
+        """New tokens behind a cache (see LatentAttention.decode)."""
+        attended, cache = self.attention.decode(self.attention_norm(h), rotation, cache, layer, positions)
+        h, _ = self._feed_forward(h + attended, None)
+        return h, cache
+
+    def _feed_forward(
+        self, h: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None
+    ) -> tuple[Float[Array, "B T d"], Routing | None]:
+        u = self.feed_forward_norm(h)
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            y, routing = self.feed_forward(u, token_mask)
+            return h + y, routing
+        return h + self.feed_forward(u), None

@@ -1,0 +1,30 @@
+"""The SwiGLU feed-forward network: dense layers and shared experts (report section 2.1.2)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dsv3_jax.modules.linear import Linear
+from dsv3_jax.precision import Precision
+
+
+def swiglu(gate_up: Float[Array, "*batch 2 width"]) -> Float[Array, "*batch width"]:
+    """silu(gate) * up."""
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+class FeedForward(nnx.Module):
+    """down(silu(gate x) * (up x)), gate and up in one product."""
+
+    def __init__(
+        self, hidden_size: int, width: int, *, scale: float, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs
+    ):
+        make = {"scale": scale, "dtype": dtype, "precision": precision, "rngs": rngs}
+        self.gate_up = Linear((2, width), hidden_size, **make)
+        self.down = Linear(hidden_size, width, **make)
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        return self.down(swiglu(self.gate_up(x)))

@@ -1,0 +1,80 @@
+"""DeepSeekMoE: shared experts for every token, routed experts for some (report section 2.1.2, Eq. 12).
+
+Dropless: tokens are sorted by expert and every assignment is computed, so cost follows the assignments and neither
+the number of experts nor their balance loses a token.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+import pallas_kernels
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.modules.feed_forward import FeedForward, swiglu
+from dsv3_jax.modules.linear import normal
+from dsv3_jax.modules.router import Router
+from dsv3_jax.modules.routing_statistics import Routing, balance_terms
+from dsv3_jax.precision import Precision, grouped_linear
+
+
+class Experts(nnx.Module):
+    """The routed experts of a layer, one SwiGLU network each, stacked on a leading axis."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs):
+        self.precision = precision
+        experts, d, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        scale = config.initializer_range
+        self.gate_up = nnx.Param(normal(rngs, (experts, 2, width, d), scale, dtype))
+        self.down = nnx.Param(normal(rngs, (experts, d, width), scale, dtype))
+
+    def __call__(self, u: Float[Array, "N d"], gates: pallas_kernels.Gates) -> Float[Array, "N d"]:
+        """sum_i g_i E_i(u) for every token; `gates` has leading axes that flatten to the N tokens."""
+        experts, _, width, d = self.gate_up.shape
+        chosen = gates.expert_index.shape[-1]
+        expert_index = gates.expert_index.reshape(-1, chosen)
+        alignment = self._row_alignment(expert_index.size)
+        rows, permutation = pallas_kernels.permute(u, expert_index, experts, row_alignment=alignment)
+        apply = {
+            "group_sizes": permutation.group_sizes,
+            "row_alignment": alignment,
+            "precision": self.precision,
+        }
+        hidden = grouped_linear(rows, self.gate_up[...].reshape(experts, 2 * width, d), **apply)
+        hidden = swiglu(hidden.reshape(-1, 2, width))
+        out = grouped_linear(hidden, self.down[...], **apply)
+        return pallas_kernels.combine(out, gates.gate.reshape(-1, chosen), permutation)
+
+    def _row_alignment(self, assignments: int) -> int:
+        """Rows each expert's share is padded to, so that one layout serves both products of the layer."""
+        return min(pallas_kernels.preferred_row_alignment(), max(assignments, 1))
+
+
+class MixtureOfExperts(nnx.Module):
+    """y = Shared(u) + sum over the chosen experts of g_i E_i(u)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs):
+        self.router = Router(config, dtype=dtype, rngs=rngs)
+        self.experts = Experts(config, dtype=dtype, precision=precision, rngs=rngs)
+        self.has_shared_experts = config.n_shared_experts > 0
+        if self.has_shared_experts:
+            self.shared = FeedForward(
+                config.hidden_size,
+                config.n_shared_experts * config.moe_intermediate_size,
+                scale=config.initializer_range,
+                dtype=dtype,
+                precision=precision,
+                rngs=rngs,
+            )
+
+    def __call__(
+        self, u: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T d"], Routing]:
+        """The layer's output and its routing statistics; tokens outside `token_mask` are computed but not counted."""
+        gates = self.router(u, token_mask)
+        y = self.experts(u.reshape(-1, u.shape[-1]), gates).reshape(u.shape).astype(u.dtype)
+        if self.has_shared_experts:
+            y = y + self.shared(u)
+        sequence_balance, batch_balance = balance_terms(gates.selection_fraction, gates.affinity_mean, token_mask)
+        return y, Routing(load=gates.load, sequence_balance=sequence_balance, batch_balance=batch_balance)
