@@ -124,15 +124,19 @@ class ModelConfig:
         _check_choices(self)
         _check_routing(self)
         if self.qk_rope_head_dim % 2:
-            raise ConfigError(
-                f"qk_rope_head_dim must be even, since RoPE rotates pairs, not {self.qk_rope_head_dim}"
-            )
+            raise ConfigError(f"qk_rope_head_dim must be even, since RoPE rotates pairs, not {self.qk_rope_head_dim}")
         if self.first_k_dense_replace > self.num_hidden_layers:
             raise ConfigError(
                 f"first_k_dense_replace ({self.first_k_dense_replace}) must not exceed num_hidden_layers "
                 f"({self.num_hidden_layers})"
             )
-        for name in ("rope_theta", "rms_norm_eps", "latent_norm_eps", "initializer_range", "routed_scaling_factor"):
+        for name in (
+            "rope_theta",
+            "rms_norm_eps",
+            "latent_norm_eps",
+            "initializer_range",
+            "routed_scaling_factor",
+        ):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be positive and finite, not {value}")

@@ -225,9 +225,7 @@ class DeepSeekV3(nnx.Module):
 
     # Decoding ------------------------------------------------------------------------------------------------
 
-    def init_cache(
-        self, batch: int, length: int, dtype: jnp.dtype | None = None, *, mtp: bool = False
-    ) -> LatentCache:
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype | None = None, *, mtp: bool = False) -> LatentCache:
         """An empty cache for `batch` sequences of up to `length` tokens; with `mtp`, room for the MTP blocks too."""
         config = self.config
         layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
@@ -235,9 +233,7 @@ class DeepSeekV3(nnx.Module):
             layers, batch, length, config.kv_lora_rank, config.qk_rope_head_dim, dtype or self.precision.dtype
         )
 
-    def prefill(
-        self, tokens: Int[Array, "B T"], cache: LatentCache
-    ) -> tuple[Float[Array, "B T d"], LatentCache]:
+    def prefill(self, tokens: Int[Array, "B T"], cache: LatentCache) -> tuple[Float[Array, "B T d"], LatentCache]:
         """Reads prompts from position 0 with keys and values expanded, filling the cache.
 
         Returns:
@@ -249,7 +245,9 @@ class DeepSeekV3(nnx.Module):
         inputs = BlockInputs(rotation=make_rotation(self.config, positions))
 
         def layer(
-            carry: tuple[Float[Array, "B T d"], LatentCache], index_and_state: tuple[Array, nnx.State], graph: Any
+            carry: tuple[Float[Array, "B T d"], LatentCache],
+            index_and_state: tuple[Array, nnx.State],
+            graph: Any,
         ) -> tuple[tuple[Float[Array, "B T d"], LatentCache], None]:
             h, cache = carry
             index, state = index_and_state
@@ -274,7 +272,9 @@ class DeepSeekV3(nnx.Module):
         rotation = make_rotation(self.config, positions)
 
         def layer(
-            carry: tuple[Float[Array, "B T d"], LatentCache], index_and_state: tuple[Array, nnx.State], graph: Any
+            carry: tuple[Float[Array, "B T d"], LatentCache],
+            index_and_state: tuple[Array, nnx.State],
+            graph: Any,
         ) -> tuple[tuple[Float[Array, "B T d"], LatentCache], None]:
             h, cache = carry
             index, state = index_and_state
@@ -317,9 +317,7 @@ class DeepSeekV3(nnx.Module):
         carry = (h, cache)
         if dense:
             graph, stacked = nnx.split(self.dense_blocks)
-            carry, _ = lax.scan(
-                lambda c, x, graph=graph: layer(c, x, graph), carry, (jnp.arange(dense), stacked)
-            )
+            carry, _ = lax.scan(lambda c, x, graph=graph: layer(c, x, graph), carry, (jnp.arange(dense), stacked))
         if self.config.num_moe_layers:
             graph, stacked = nnx.split(self.moe_blocks)
             indices = dense + jnp.arange(self.config.num_moe_layers)

@@ -40,9 +40,7 @@ class BlockInputs:
 class Block(nnx.Module):
     """One layer, dense or mixture of experts."""
 
-    def __init__(
-        self, config: ModelConfig, *, moe: bool, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: ModelConfig, *, moe: bool, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs):
         self.moe = moe
         make: dict[str, Any] = {"dtype": dtype, "precision": precision, "rngs": rngs}
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -55,9 +53,7 @@ class Block(nnx.Module):
                 config.hidden_size, config.intermediate_size, scale=config.initializer_range, **make
             )
 
-    def __call__(
-        self, h: Float[Array, "B T d"], inputs: BlockInputs
-    ) -> tuple[Float[Array, "B T d"], Routing | None]:
+    def __call__(self, h: Float[Array, "B T d"], inputs: BlockInputs) -> tuple[Float[Array, "B T d"], Routing | None]:
         """A whole sequence; the routing statistics are None for a dense block."""
         h, _, routing = self.with_latents(h, inputs)
         return h, routing

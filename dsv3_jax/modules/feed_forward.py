@@ -20,7 +20,14 @@ class FeedForward(nnx.Module):
     """down(silu(gate x) * (up x)), gate and up in one product."""
 
     def __init__(
-        self, hidden_size: int, width: int, *, scale: float, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs
+        self,
+        hidden_size: int,
+        width: int,
+        *,
+        scale: float,
+        dtype: jnp.dtype,
+        precision: Precision,
+        rngs: nnx.Rngs,
     ):
         make = {"scale": scale, "dtype": dtype, "precision": precision, "rngs": rngs}
         self.gate_up = Linear((2, width), hidden_size, **make)

@@ -42,7 +42,5 @@ class LatentCache:
         rows = jnp.arange(positions.shape[0])[:, None]
         return LatentCache(
             latent=self.latent.at[layer, rows, positions].set(latent.astype(self.latent.dtype), mode="drop"),
-            rope_key=self.rope_key.at[layer, rows, positions].set(
-                rope_key.astype(self.rope_key.dtype), mode="drop"
-            ),
+            rope_key=self.rope_key.at[layer, rows, positions].set(rope_key.astype(self.rope_key.dtype), mode="drop"),
         )

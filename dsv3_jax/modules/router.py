@@ -33,14 +33,15 @@ class Router(nnx.Module):
         if config.has_router_bias:
             self.bias = RouterBias(jnp.zeros((config.n_routed_experts,), jnp.float32))
 
-    def __call__(
-        self, u: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None = None
-    ) -> pallas_kernels.Gates:
+    def __call__(self, u: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None = None) -> pallas_kernels.Gates:
         """Experts and gates of every token, with the balance statistics of every sequence."""
         config = self.config
         wide = jnp.promote_types(u.dtype, jnp.float32)
         logits = lax.dot_general(
-            u.astype(wide), self.weight[...].astype(wide), (((2,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
+            u.astype(wide),
+            self.weight[...].astype(wide),
+            (((2,), (1,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
         )
         return pallas_kernels.gate(
             logits,
