@@ -1,0 +1,73 @@
+"""From logits to the next token: greedy, or a draw with temperature, top-k and top-p."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from dsv3_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How the next token is chosen; a value, so that compiled functions can take it as a static argument.
+
+    The filters act in the order of the fields: logits are divided by the temperature, the `top_k` largest
+    stay, and of those, renormalised, the smallest set whose probability reaches `top_p`. The likeliest token
+    always stays.
+
+    Attributes:
+      temperature: 0 takes the likeliest token, and the filters have nothing to do.
+      top_k: how many tokens stay; None keeps all.
+      top_p: the probability that stays, in (0, 1]; None keeps all.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature must be 0 (greedy) or positive and finite, not {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k must be at least 1, not {self.top_k}; leave it out to keep every token")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1], not {self.top_p}")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether no randomness is involved."""
+        return self.temperature == 0
+
+    def __call__(self, logits: Float[Array, "B V"], keys: Key[Array, " B"] | None) -> Int[Array, " B"]:
+        """int32 tokens, each row drawn with its own key (which a greedy sampler does not read)."""
+        if self.is_greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        if keys is None:
+            raise UserError("sampling at a temperature above 0 needs a random key")
+        kept, tokens = self.filter(logits)
+        drawn = jax.vmap(jax.random.categorical)(keys, kept)
+        return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+    def filter(self, logits: Float[Array, "B V"]) -> tuple[Float[Array, "B C"], Int[Array, "B C"]]:
+        """The candidates: logits over the temperature, -inf where a filter removed the token, and which
+        tokens.
+
+        C is V, or `top_k` where that is smaller; candidates are sorted, likeliest first, when a filter is on.
+        """
+        scaled = logits.astype(jnp.float32) / self.temperature
+        vocabulary = scaled.shape[-1]
+        if self.top_k is None and self.top_p is None:
+            return scaled, jnp.broadcast_to(jnp.arange(vocabulary), scaled.shape)
+        kept, tokens = jax.lax.top_k(scaled, min(self.top_k or vocabulary, vocabulary))
+        if self.top_p is not None:
+            probabilities = jax.nn.softmax(kept, axis=-1)
+            before = jnp.cumsum(probabilities, axis=-1) - probabilities
+            kept = jnp.where(before < self.top_p, kept, -jnp.inf)
+        return kept, tokens
+
+
+GREEDY = Sampler(temperature=0.0)

@@ -1,0 +1,129 @@
+"""The PyTorch half of vs_transformers.py: a worker that times what it is told, one JSON line in, one out.
+
+Needs torch and transformers and nothing of this project. A request is {"do": NAME, ...}; `prepare` builds a
+model and compiles (answering how long that took), `round` runs it a number of times and answers the seconds
+of each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
+
+
+def build_model(config: dict[str, Any], dtype: str) -> DeepseekV3ForCausalLM:
+    """A random model; the library's own choice of attention and expert kernels."""
+    torch.manual_seed(0)
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**config)).to(getattr(torch, dtype))
+
+
+def random_ids(vocab_size: int, batch: int, length: int) -> torch.Tensor:
+    return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def training_step(request: dict[str, Any]) -> Callable[[], float]:
+    """Forward, backward and AdamW on one fixed batch; returns the loss, so that the work is not skipped."""
+    model = build_model(request["config"], request["dtype"]).train()
+    run = torch.compile(model) if request["compile"] else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    ids = random_ids(request["config"]["vocab_size"], request["batch"], request["length"] + 1)
+    inputs, targets = ids[:, :-1], ids[:, 1:].reshape(-1)
+
+    def step() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        logits = run(inputs, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def prefill(request: dict[str, Any]) -> Callable[[], float]:
+    """A prompt into a fresh cache; logits of the last position only."""
+    model = build_model(request["config"], request["dtype"]).eval()
+    run = torch.compile(model) if request["compile"] else model
+    ids = random_ids(request["config"]["vocab_size"], request["batch"], request["length"])
+
+    @torch.inference_mode()
+    def step() -> float:
+        output = run(ids, use_cache=True, past_key_values=DynamicCache(config=model.config), logits_to_keep=1)
+        return output.logits.sum().item()
+
+    return step
+
+
+def decoding(request: dict[str, Any]) -> Callable[[], float]:
+    """Greedy tokens one by one after a prompt, with the library's cache, without the cost of its `generate`."""
+    model = build_model(request["config"], request["dtype"]).eval()
+    ids = random_ids(request["config"]["vocab_size"], request["batch"], request["length"])
+
+    @torch.inference_mode()
+    def step() -> float:
+        cache = DynamicCache(config=model.config)
+        token = ids
+        for _ in range(request["new_tokens"]):
+            output = model(token, use_cache=True, past_key_values=cache, logits_to_keep=1)
+            token = output.logits[:, -1:].argmax(-1)
+        return token.sum().item()
+
+    return step
+
+
+TASKS = {"train": training_step, "prefill": prefill, "decode": decoding}
+
+
+def prepare(request: dict[str, Any]) -> tuple[Callable[[], float], float]:
+    """The step of a task, run twice so that everything is compiled and warm, and the seconds that took."""
+    torch._dynamo.reset()
+    start = time.perf_counter()
+    step = TASKS[request["task"]](request)
+    step()
+    seconds = time.perf_counter() - start
+    step()
+    return step, seconds
+
+
+def timed(step: Callable[[], float], repeats: int) -> list[float]:
+    """Seconds of each run."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    transformers.logging.set_verbosity_error()
+    # Compilers print to stdout; the answers go to a copy of it that only we hold.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    steps: dict[str, Callable[[], float]] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "versions":
+            answer = {"torch": torch.__version__, "transformers": transformers.__version__}
+        elif request["do"] == "prepare":
+            steps[request["name"]], seconds = prepare(request)
+            answer = {"seconds": seconds}
+        elif request["do"] == "round":
+            answer = {"seconds": timed(steps[request["name"]], request["repeats"])}
+        else:
+            steps.clear()
+            answer = {}
+        answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()
