@@ -1,0 +1,14 @@
+"""Shared by all tests: one CPU device, compiled programs kept between runs, errors of the user told from ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+_ROOT = Path(__file__).resolve().parent.parent
+jax.config.update("jax_compilation_cache_dir", str(_ROOT / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
