@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 
 from dsv3_jax.config import ModelConfig, RopeScaling
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.modules.router import RouterBias
 
 FOLDER = Path(__file__).parent / "golden"
 

@@ -50,5 +50,6 @@ def balance_terms(
         weights = counts / jnp.maximum(jnp.sum(counts), 1.0)
     by_sequence = jnp.sum(selection_fraction * affinity_mean, axis=-1)
     sequence_wise = jnp.sum(weights * by_sequence)
-    batch_wise = jnp.sum((weights @ selection_fraction) * (weights @ affinity_mean))
+    whole_batch = [jnp.sum(weights[:, None] * values, axis=0) for values in (selection_fraction, affinity_mean)]
+    batch_wise = jnp.sum(whole_batch[0] * whole_batch[1])
     return sequence_wise, batch_wise
