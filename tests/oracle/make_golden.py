@@ -148,9 +148,7 @@ class Oracle(torch.nn.Module):
         self.mtp = None
         if config.get("num_nextn_predict_layers"):
             layer = self.main.model.layers[-1]
-            self.mtp = MtpLayer(
-                self.config, type(layer), type(layer.input_layernorm), self.config.num_hidden_layers
-            )
+            self.mtp = MtpLayer(self.config, type(layer), type(layer.input_layernorm), self.config.num_hidden_layers)
         self.eval()
 
     def logits(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -306,16 +304,12 @@ def check(folders: list[Path]) -> dict[str, dict[str, float]]:
         again = compute_io(oracle, stored["ids"])
         if stored.keys() != again.keys():
             raise SystemExit(f"{folder}: io.safetensors holds {sorted(stored)}, recomputed {sorted(again)}")
-        report[folder.name] = {
-            name: float((stored[name] - again[name]).abs().max()) for name in sorted(stored)
-        }
+        report[folder.name] = {name: float((stored[name] - again[name]).abs().max()) for name in sorted(stored)}
     return report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("make").add_argument("folder", type=Path)
     commands.add_parser("check").add_argument("folders", type=Path, nargs="+")

@@ -1,0 +1,157 @@
+"""Generation against the golden text, the full forward pass, and each prompt alone."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from golden_data import build_model, load_golden
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import UserError
+from dsv3_jax.inference import GREEDY, Sampler, complete, generate, stream
+from dsv3_jax.model import DeepSeekV3
+
+V3_CHECKPOINTS = ("v3_yarn_small", "lite_small", "v3_negative_bias")
+PROMPTS = [[5, 9, 200], [17, 3, 3, 88, 41, 250, 7, 7, 12], list(range(30, 55))]
+NEW = 12
+DRAWN = Sampler(temperature=1.3, top_k=20, top_p=0.9)
+SAMPLERS = {"argvalues": [GREEDY, DRAWN], "ids": ["greedy", "drawn"]}
+
+
+@pytest.fixture(scope="module")
+def model() -> DeepSeekV3:
+    # Weights large enough that the likeliest token leads by far more than rounding.
+    config = ModelConfig.preset("tiny", initializer_range=0.2)
+    return nnx.jit(lambda rngs: DeepSeekV3(config, rngs=rngs))(nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("name", V3_CHECKPOINTS)
+def test_golden_greedy_text(name: str) -> None:
+    golden = load_golden(name)
+    text = golden.io["greedy"]
+    prompt = text[:, :16]
+    written = generate(build_model(golden), jnp.asarray(prompt, jnp.int32), text.shape[1] - 16)
+    np.testing.assert_array_equal(written, text)
+
+
+@pytest.mark.parametrize("name", V3_CHECKPOINTS)
+def test_cached_decoding_equals_the_full_forward_pass(name: str) -> None:
+    """Prefill, then tokens several and one at a time: the logits of the expanded form at every position."""
+    golden = load_golden(name)
+    model = build_model(golden)
+    ids = jnp.asarray(golden.io["ids"][:2], jnp.int32)
+    hidden, cache = nnx.jit(lambda model, ids: model.prefill(ids, model.init_cache(2, 64)))(model, ids[:, :22])
+    logits = [model.head(hidden)]
+    decode = nnx.jit(lambda model, *arguments: model.decode(*arguments))
+    for start, stop in [(22, 34), (34, 46), (46, 47), (47, 48)]:
+        positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
+        hidden, cache = decode(model, ids[:, start:stop], cache, positions)
+        logits.append(model.head(hidden))
+    want = golden.io["logits"][:2]
+    # Two orders of the same float32 sums, a few dozen terms deep.
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), want, rtol=0, atol=1e-4 * want.std())
+
+
+@pytest.mark.parametrize("sampler", **SAMPLERS)
+def test_a_batch_writes_what_each_prompt_gets_alone(model: DeepSeekV3, sampler: Sampler) -> None:
+    key = jax.random.key(7)
+    together = complete(model, PROMPTS, NEW, sampler, key)
+    alone = [complete(model, [prompt], NEW, sampler, key)[0] for prompt in PROMPTS]
+    assert together == alone
+    assert len({tuple(text) for text in together}) == len(PROMPTS)
+
+
+def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass(model: DeepSeekV3) -> None:
+    prompt = jnp.asarray([PROMPTS[2]])
+    written = generate(model, prompt, NEW)
+    assert written.shape == (1, prompt.shape[1] + NEW)
+    assert written.dtype == jnp.int32
+    likeliest = nnx.jit(lambda model, ids: model(ids).logits)(model, written).argmax(-1)
+    np.testing.assert_array_equal(written[:, prompt.shape[1] :], likeliest[:, prompt.shape[1] - 1 : -1])
+
+
+def test_rows_are_laid_out_behind_their_own_prompts(model: DeepSeekV3) -> None:
+    lengths = [len(prompt) for prompt in PROMPTS]
+    width = max(lengths)
+    padded = np.full((3, width), 99)
+    for row, prompt in zip(padded, PROMPTS, strict=True):
+        row[: len(prompt)] = prompt
+    written = np.asarray(generate(model, padded, NEW, prompt_lengths=lengths))
+    assert written.shape == (3, width + NEW)
+    for row, prompt, new in zip(written, PROMPTS, complete(model, PROMPTS, NEW), strict=True):
+        filled = prompt + new
+        assert row.tolist() == filled + [0] * (width + NEW - len(filled))
+
+
+@pytest.mark.parametrize("sampler", **SAMPLERS)
+def test_streaming_yields_the_same_tokens(model: DeepSeekV3, sampler: Sampler) -> None:
+    key = jax.random.key(1)
+    steps = list(stream(model, PROMPTS, NEW, sampler, key))
+    assert np.stack(steps, axis=1).tolist() == complete(model, PROMPTS, NEW, sampler, key)
+
+
+def test_a_key_a_row(model: DeepSeekV3) -> None:
+    """One key makes equal prompts draw alike; an array of keys gives each row its own randomness."""
+    prompts = [PROMPTS[0]] * 3
+    same = complete(model, prompts, NEW, DRAWN, jax.random.key(3))
+    assert same[0] == same[1] == same[2]
+    keys = jax.random.split(jax.random.key(3), 3)
+    own = complete(model, prompts, NEW, DRAWN, keys)
+    assert len({tuple(text) for text in own}) == 3
+    assert own == complete(model, prompts, NEW, DRAWN, keys)
+
+
+def test_a_row_ends_at_its_stop_token(model: DeepSeekV3) -> None:
+    free = complete(model, PROMPTS, NEW)
+    stop = free[1][4]
+    want = [text[: text.index(stop)] if stop in text else text for text in free]
+    assert complete(model, PROMPTS, NEW, stop_token=stop) == want
+    lengths = [len(prompt) for prompt in PROMPTS]
+    padded = np.zeros((3, max(lengths)), np.int32)
+    for row, prompt in zip(padded, PROMPTS, strict=True):
+        row[: len(prompt)] = prompt
+    row = np.asarray(generate(model, padded, NEW, prompt_lengths=lengths, stop_token=stop))[1]
+    assert row[lengths[1] :].tolist() == want[1] + [stop] * (len(row) - lengths[1] - len(want[1]))
+
+
+def test_streaming_ends_when_all_rows_have_stopped(model: DeepSeekV3) -> None:
+    text = complete(model, PROMPTS[:1], NEW)[0]
+    steps = list(stream(model, PROMPTS[:1], NEW, stop_token=text[3]))
+    assert len(steps) == text.index(text[3]) + 1
+
+
+def test_the_whole_context_can_be_filled(model: DeepSeekV3) -> None:
+    context = model.config.max_position_embeddings
+    assert generate(model, np.arange(context - 2)[None], 2).shape == (1, context)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "message"),
+    [
+        ([list(range(129))], 1, "prompt 0 has 129 tokens but the model's context is 128"),
+        ([[1], [2] * 120], 9, "prompt 1's 120 tokens and 9 new ones .* at most 8"),
+        ([[1], []], 1, "prompt 1 is empty"),
+        ([], 1, "no prompt"),
+        ([[1, 256]], 1, "token 256, outside"),
+        ([[-1]], 1, "token -1, outside"),
+        ([[1]], 0, "max_new_tokens"),
+    ],
+)
+@pytest.mark.parametrize("call", [complete, stream])
+def test_bad_requests_are_refused_before_anything_runs(model: DeepSeekV3, call, prompts, new, message) -> None:
+    with pytest.raises(UserError, match=message):
+        call(model, prompts, new)
+
+
+def test_bad_arrays_and_keys_are_refused(model: DeepSeekV3) -> None:
+    with pytest.raises(UserError, match="tokens must be whole numbers"):
+        generate(model, jnp.zeros((4,), jnp.int32), 1)
+    with pytest.raises(UserError, match="prompt_lengths"):
+        generate(model, jnp.zeros((2, 4), jnp.int32), 1, prompt_lengths=[4, 5])
+    with pytest.raises(UserError, match="needs a random key"):
+        complete(model, [[1]], 1, Sampler())
+    with pytest.raises(UserError, match="2 such keys"):
+        complete(model, [[1], [2]], 1, Sampler(), jax.random.split(jax.random.key(0), 3))
