@@ -1,1 +1,74 @@
-"""x"""
+"""DeepSeek-V3 in JAX: the public names.
+
+    import dsv3_jax as dsv3
+
+    cfg = dsv3.ModelConfig.preset("nano")
+    model = dsv3.DeepSeekV3(cfg, rngs=nnx.Rngs(0))
+    out = model(tokens)                          # logits, mtp_logits, routing
+    dsv3.generate(model, tokens, max_new_tokens=64)
+    dsv3.load_checkpoint("runs/nano")            # model, tokenizer, step
+    dsv3.load_hf(folder); dsv3.save_hf(model, folder)
+
+Names are resolved on first use, so that a command that only parses its arguments starts at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsv3_jax.config import ModelConfig, RopeScaling
+    from dsv3_jax.errors import ConfigError, UserError
+    from dsv3_jax.inference.generate import generate
+    from dsv3_jax.interop import load_hf, save_hf
+    from dsv3_jax.model import DeepSeekV3, ModelOutput, router_biases, set_router_biases
+    from dsv3_jax.precision import Precision
+    from dsv3_jax.presets import presets
+    from dsv3_jax.training.checkpoints import load_checkpoint
+
+_HOMES = {
+    "ConfigError": "dsv3_jax.errors",
+    "DeepSeekV3": "dsv3_jax.model",
+    "ModelConfig": "dsv3_jax.config",
+    "ModelOutput": "dsv3_jax.model",
+    "Precision": "dsv3_jax.precision",
+    "RopeScaling": "dsv3_jax.config",
+    "UserError": "dsv3_jax.errors",
+    "generate": "dsv3_jax.inference.generate",
+    "load_checkpoint": "dsv3_jax.training.checkpoints",
+    "load_hf": "dsv3_jax.interop",
+    "presets": "dsv3_jax.presets",
+    "router_biases": "dsv3_jax.model",
+    "save_hf": "dsv3_jax.interop",
+    "set_router_biases": "dsv3_jax.model",
+}
+
+__all__ = [
+    "ConfigError",
+    "DeepSeekV3",
+    "ModelConfig",
+    "ModelOutput",
+    "Precision",
+    "RopeScaling",
+    "UserError",
+    "generate",
+    "load_checkpoint",
+    "load_hf",
+    "presets",
+    "router_biases",
+    "save_hf",
+    "set_router_biases",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dsv3_jax' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

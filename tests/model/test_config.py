@@ -75,7 +75,7 @@ def test_presets_survive_json(name):
 
 def test_from_dict_names_missing_and_unknown_fields():
     values = ModelConfig.preset("tiny").to_dict()
-    with pytest.raises(ConfigError, match="hidden_siz'.*hidden_size"):
+    with pytest.raises(ConfigError, match=r"'hidden_siz'.*hidden_size"):
         ModelConfig.from_dict(values | {"hidden_siz": 3})
     del values["kv_lora_rank"]
     with pytest.raises(ConfigError, match="kv_lora_rank"):
