@@ -1,0 +1,158 @@
+"""This project's half of vs_transformers.py: the counterpart of transformers_side.py, request by request.
+
+Also answers `startup`: how long the training step takes to trace, lower and compile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.inference import generate
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.precision import Precision
+
+
+def random_ids(vocab_size: int, batch: int, length: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(1), (batch, length), 0, vocab_size)
+
+
+def build_model(config: ModelConfig, dtype: str) -> DeepSeekV3:
+    """A random model whose parameters, like its computation, are of `dtype`."""
+    build = nnx.jit(
+        lambda rngs: DeepSeekV3(config, rngs=rngs, precision=Precision.preset(dtype), param_dtype=jnp.dtype(dtype))
+    )
+    return build(nnx.Rngs(0))
+
+
+def make_step(graph: Any) -> Callable[..., Any]:
+    """Forward, backward and AdamW of the next-token loss, as one pure function."""
+    optimizer = optax.adamw(1e-4, b1=0.9, b2=0.95, weight_decay=0.1)
+
+    def step(parameters: Any, rest: Any, moments: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
+        def loss(parameters: Any) -> jax.Array:
+            logits = nnx.merge(graph, parameters, rest)(ids[:, :-1]).logits
+            return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+
+        value, gradients = jax.value_and_grad(loss)(parameters)
+        updates, moments = optimizer.update(gradients, moments, parameters)
+        return optax.apply_updates(parameters, updates), moments, value
+
+    step.init = optimizer.init
+    return step
+
+
+def training_step(request: dict[str, Any]) -> Callable[[], float]:
+    model = build_model(ModelConfig.from_dict(request["config"]), request["dtype"])
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+    step = make_step(graph)
+    compiled = jax.jit(step, donate_argnums=(0, 2))
+    ids = random_ids(model.config.vocab_size, request["batch"], request["length"] + 1)
+    state = [parameters, jax.jit(step.init)(parameters)]
+
+    def run() -> float:
+        state[0], state[1], loss = compiled(state[0], rest, state[1], ids)
+        jax.block_until_ready(state)
+        return float(loss)
+
+    return run
+
+
+def prefill(request: dict[str, Any]) -> Callable[[], float]:
+    model = build_model(ModelConfig.from_dict(request["config"]), request["dtype"])
+    ids = random_ids(model.config.vocab_size, request["batch"], request["length"])
+    graph, weights = nnx.split(model)
+
+    @jax.jit
+    def read(weights: Any, ids: jax.Array) -> Any:
+        model = nnx.merge(graph, weights)
+        hidden, cache = model.prefill(ids, model.init_cache(*ids.shape))
+        return model.head(hidden[:, -1]), cache
+
+    return lambda: float(jax.block_until_ready(read(weights, ids))[0].sum())
+
+
+def decoding(request: dict[str, Any]) -> Callable[[], float]:
+    """`dsv3.generate` as a user calls it: the prompt, then greedy tokens one by one."""
+    model = build_model(ModelConfig.from_dict(request["config"]), request["dtype"])
+    ids = random_ids(model.config.vocab_size, request["batch"], request["length"])
+    return lambda: float(generate(model, ids, request["new_tokens"])[:, ids.shape[1] :].sum())
+
+
+TASKS = {"train": training_step, "prefill": prefill, "decode": decoding}
+
+
+def startup(request: dict[str, Any]) -> dict[str, float]:
+    """Seconds to trace and lower the training step, and with `compile` to compile it; nothing is allocated or run."""
+    config = ModelConfig.from_dict(request["config"])
+    model = nnx.eval_shape(lambda: DeepSeekV3(config, rngs=nnx.Rngs(0)))
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+    step = make_step(graph)
+    moments = jax.eval_shape(step.init, parameters)
+    ids = jax.ShapeDtypeStruct((request["batch"], request["length"] + 1), jnp.int32)
+    start = time.perf_counter()
+    lowered = jax.jit(step).lower(parameters, rest, moments, ids)
+    seconds = {"lower": time.perf_counter() - start}
+    if request["compile"]:
+        start = time.perf_counter()
+        lowered.compile()
+        seconds["compile"] = time.perf_counter() - start
+    return seconds
+
+
+def prepare(request: dict[str, Any]) -> tuple[Callable[[], float], float]:
+    """The step of a task, run twice so that everything is compiled and warm, and the seconds the first took."""
+    start = time.perf_counter()
+    step = TASKS[request["task"]](request)
+    step()
+    seconds = time.perf_counter() - start
+    step()
+    return step, seconds
+
+
+def timed(step: Callable[[], float], repeats: int) -> list[float]:
+    """Seconds of each run."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    jax.config.update("jax_enable_compilation_cache", False)
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    steps: dict[str, Callable[[], float]] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["do"] == "versions":
+            answer: dict[str, Any] = {name: version(name) for name in ("jax", "flax", "optax")}
+            answer["device"] = jax.devices()[0].device_kind
+        elif request["do"] == "startup":
+            answer = startup(request)
+        elif request["do"] == "prepare":
+            steps[request["name"]], seconds = prepare(request)
+            answer = {"seconds": seconds}
+        elif request["do"] == "round":
+            answer = {"seconds": timed(steps[request["name"]], request["repeats"])}
+        else:
+            steps.clear()
+            answer = {}
+        answers.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()

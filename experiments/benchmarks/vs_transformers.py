@@ -1,0 +1,249 @@
+"""This project against transformers' DeepseekV3ForCausalLM, on the machine it is run on.
+
+    python experiments/benchmarks/vs_transformers.py --oracle-python .venv-oracle/bin/python
+
+Same configuration, batch, dtype and threads; each library in a process of its own, one running at a time (the other
+is stopped), in alternating rounds, so that a change of the machine's speed touches both. Times training steps
+(forward, backward, AdamW), prefill and batch-1 decoding with cache; then start-up times and the cost of more experts.
+Writes vs_transformers.json and vs_transformers.md into experiments/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.config import ModelConfig
+
+HERE = Path(__file__).resolve().parent
+OURS, EAGER, COMPILED = "this project", "transformers", "transformers + torch.compile"
+
+
+class Worker:
+    """A library in its own process, stopped unless it is being asked something."""
+
+    def __init__(self, python: str, script: str, threads: int):
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
+        self.process = subprocess.Popen(
+            [python, str(HERE / script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{' '.join(self.process.args)} ended while asked {request}")
+        self.process.send_signal(signal.SIGSTOP)
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way of doing a task: who, and the request that prepares it."""
+
+    worker: Worker
+    request: dict[str, Any]
+
+
+def published(config: ModelConfig) -> dict[str, Any]:
+    """The configuration as transformers' DeepseekV3Config takes it."""
+    ours_alone = ("scoring_func", "topk_method", "latent_norm_eps", "mtp_hidden_after_final_norm")
+    renamed = ("rope_scaling", "rope_theta")
+    values = {name: value for name, value in config.to_dict().items() if name not in (*ours_alone, *renamed)}
+    return values | {
+        "num_key_value_heads": config.num_attention_heads,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+    }
+
+
+def race(contenders: dict[str, Contender], rounds: int, repeats: int) -> dict[str, Any]:
+    """Prepares all, then lets them run `repeats` times each in turn, `rounds` times round."""
+    prepared = {
+        name: contender.worker.ask(do="prepare", name=name, **contender.request)["seconds"]
+        for name, contender in contenders.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            answer = contender.worker.ask(do="round", name=name, repeats=repeats)
+            seconds[name].append(statistics.median(answer["seconds"]))
+    for contender in contenders.values():
+        contender.worker.ask(do="forget")
+    first = next(iter(contenders))
+    return {
+        name: {
+            "first_run_seconds": prepared[name],
+            "round_seconds": seconds[name],
+            "seconds": statistics.median(seconds[name]),
+            "times_ours": statistics.median(a / b for a, b in zip(seconds[name], seconds[first], strict=True)),
+        }
+        for name in contenders
+    }
+
+
+def compare(task: str, preset: str, ours: Worker, theirs: Worker, options: argparse.Namespace) -> dict[str, Any]:
+    """One task at one size: this project, transformers, and for training and prefill torch.compile."""
+    # transformers has no MTP in training, so neither side computes it.
+    config = ModelConfig.preset(preset, num_nextn_predict_layers=0)
+    shapes = {
+        "train": {"batch": options.batch, "length": options.length},
+        "prefill": {"batch": 1, "length": options.length},
+        "decode": {"batch": 1, "length": 32, "new_tokens": options.new_tokens},
+    }[task]
+    request = {"task": task, "dtype": options.dtype, **shapes}
+    contenders = {
+        OURS: Contender(ours, request | {"config": config.to_dict()}),
+        EAGER: Contender(theirs, request | {"config": published(config), "compile": False}),
+    }
+    if task != "decode" and not options.no_compile:
+        contenders[COMPILED] = Contender(theirs, request | {"config": published(config), "compile": True})
+    results = race(contenders, options.rounds, options.repeats)
+    tokens = shapes.get("new_tokens", shapes["batch"] * shapes["length"])
+    for result in results.values():
+        result["tokens_per_second"] = tokens / result["seconds"]
+    return {"task": task, "preset": preset, **shapes, "results": results}
+
+
+def more_experts(ours: Worker, theirs: Worker, options: argparse.Namespace) -> dict[str, Any]:
+    """A training step at nano size with 32 and with 128 routed experts, equally many active."""
+    shapes = {"task": "train", "dtype": options.dtype, "batch": options.batch, "length": options.length}
+    costs = {}
+    for name, worker in ((OURS, ours), (EAGER, theirs)):
+        contenders = {}
+        for experts in (32, 128):
+            config = ModelConfig.preset("nano", num_nextn_predict_layers=0, n_routed_experts=experts)
+            values = config.to_dict() if worker is ours else published(config) | {"compile": False}
+            request = shapes | {"config": values}
+            if worker is theirs:
+                request["compile"] = False
+            contenders[str(experts)] = Contender(worker, request)
+        costs[name] = race(contenders, options.rounds, options.repeats)
+    return costs
+
+
+def start_up(ours: Worker, options: argparse.Namespace) -> dict[str, Any]:
+    """Compile time of the training step at nano size, and lowering time of the 671B model's at two depths."""
+    nano = ModelConfig.preset("nano").to_dict()
+    times: dict[str, Any] = {
+        "nano": ours.ask(do="startup", config=nano, batch=options.batch, length=options.length, compile=True)
+    }
+    for layers in (4, 61):
+        config = ModelConfig.preset("v3-671b", num_hidden_layers=layers).to_dict()
+        times[f"v3-671b, {layers} layers"] = ours.ask(do="startup", config=config, batch=1, length=4096, compile=False)
+    return times
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as tables."""
+    about = report["about"]
+    lines = [
+        "# Against transformers",
+        "",
+        f"{about['cpu']}, {about['threads']} threads, {about['dtype']}; jax {about['jax']}, torch {about['torch']}, "
+        f"transformers {about['transformers']}. Medians of {about['rounds']} alternating rounds; "
+        "no MTP on either side. Made by `experiments/benchmarks/vs_transformers.py`.",
+        "",
+        "| task | size | batch x tokens | this project | transformers | torch.compile | times eager | times compiled |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["comparisons"]:
+        results = row["results"]
+
+        def rate(name: str, results: dict[str, Any] = results) -> str:
+            return f"{results[name]['tokens_per_second']:,.0f} tok/s" if name in results else ""
+
+        def gain(name: str, results: dict[str, Any] = results) -> str:
+            return f"{results[name]['times_ours']:.2f}" if name in results else ""
+
+        tokens = f"{row['length']} + {row['new_tokens']}" if "new_tokens" in row else str(row["length"])
+        cells = [row["task"], row["preset"], f"{row['batch']} x {tokens}", rate(OURS), rate(EAGER), rate(COMPILED)]
+        lines.append("| " + " | ".join([*cells, gain(EAGER), gain(COMPILED)]) + " |")
+    if "start_up" in report:
+        lines += ["", "| training step of | trace and lower | compile |", "|---|---|---|"]
+        for name, seconds in report["start_up"].items():
+            compiled = f"{seconds['compile']:.1f} s" if "compile" in seconds else "not compiled"
+            lines.append(f"| {name} | {seconds['lower']:.1f} s | {compiled} |")
+    if "more_experts" in report:
+        lines += ["", "| nano, 4 active experts of | 32 | 128 | cost of 4 times the experts |", "|---|---|---|---|"]
+        for name, costs in report["more_experts"].items():
+            few, many = costs["32"]["seconds"], costs["128"]["seconds"]
+            lines.append(
+                f"| {name} | {few * 1e3:.0f} ms | {many * 1e3:.0f} ms | {costs['128']['times_ours'] - 1:+.0%} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def processor() -> str:
+    """The CPU's own name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.machine()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = os.environ.get("DSV3_ORACLE_PYTHON", str(HERE.parents[1] / ".venv-oracle" / "bin" / "python"))
+    parser.add_argument("--oracle-python", default=default, help="a Python that has torch and transformers")
+    parser.add_argument("--presets", nargs="+", default=["nano", "mini"])
+    parser.add_argument("--tasks", nargs="*", default=["train", "prefill", "decode"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each contender in a round")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-extras", action="store_true", help="leave start-up and more experts out")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    ours = Worker(sys.executable, "jax_side.py", options.threads)
+    theirs = Worker(options.oracle_python, "transformers_side.py", options.threads)
+    try:
+        about = {"cpu": processor(), "python": platform.python_version()}
+        about |= {name: getattr(options, name) for name in ("threads", "dtype", "rounds", "repeats")}
+        report: dict[str, Any] = {"about": about | ours.ask(do="versions") | theirs.ask(do="versions")}
+        report["comparisons"] = [
+            compare(task, preset, ours, theirs, options) for preset in options.presets for task in options.tasks
+        ]
+        if not options.no_extras:
+            report["start_up"] = start_up(ours, options)
+            report["more_experts"] = more_experts(ours, theirs, options)
+    finally:
+        ours.close()
+        theirs.close()
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "vs_transformers.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / "vs_transformers.md").write_text(markdown(report))
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()
