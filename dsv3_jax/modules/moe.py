@@ -34,7 +34,7 @@ class Experts(nnx.Module):
         experts, _, width, d = self.gate_up.shape
         chosen = gates.expert_index.shape[-1]
         expert_index = gates.expert_index.reshape(-1, chosen)
-        alignment = self._row_alignment(expert_index.size)
+        alignment = pallas_kernels.preferred_row_alignment(expert_index.size, experts)
         rows, permutation = pallas_kernels.permute(u, expert_index, experts, row_alignment=alignment)
         apply = {
             "group_sizes": permutation.group_sizes,
@@ -45,10 +45,6 @@ class Experts(nnx.Module):
         hidden = swiglu(hidden.reshape(-1, 2, width))
         out = grouped_linear(hidden, self.down[...], **apply)
         return pallas_kernels.combine(out, gates.gate.reshape(-1, chosen), permutation)
-
-    def _row_alignment(self, assignments: int) -> int:
-        """Rows each expert's share is padded to, so that one layout serves both products of the layer."""
-        return min(pallas_kernels.preferred_row_alignment(), max(assignments, 1))
 
 
 class MixtureOfExperts(nnx.Module):

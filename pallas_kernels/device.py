@@ -1,0 +1,47 @@
+"""Which implementation of an operation runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import jax
+from jax.sharding import get_abstract_mesh
+
+Implementation = Literal["reference", "hopper", "tpu"]
+
+
+def target_platform() -> Literal["cpu", "hopper", "gpu", "tpu"]:
+    """What a program traced now is meant for: the abstract device of the mesh in force, or the default backend."""
+    device = getattr(get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        platform, kind = device.platform, device.device_kind
+    else:
+        platform, kind = jax.default_backend(), jax.devices()[0].device_kind
+    if platform in ("gpu", "cuda"):
+        return "hopper" if any(name in kind for name in ("H100", "H200", "H800", "GH200")) else "gpu"
+    return "tpu" if platform == "tpu" else "cpu"
+
+
+def choose_implementation(
+    requested: Implementation | None, available: Sequence[Implementation] = ("reference",)
+) -> Implementation:
+    """The implementation to run.
+
+    Args:
+      requested: by name, or None for the best one of `available` on the target platform.
+      available: those this operation has for its operands' shapes and dtypes.
+
+    Raises:
+      ValueError: the requested one does not exist, is not available, or cannot run on the platform.
+    """
+    platform = target_platform()
+    if requested is None:
+        return next((name for name in available if name == platform), "reference")
+    if requested not in get_args(Implementation):
+        raise ValueError(f"implementation must be one of {', '.join(get_args(Implementation))}, not {requested!r}")
+    if requested not in available:
+        raise ValueError(f"implementation '{requested}' does not exist for these operands; there is {available}")
+    if requested != "reference" and requested != platform:
+        raise ValueError(f"implementation '{requested}' cannot run here: this program is for {platform}")
+    return requested

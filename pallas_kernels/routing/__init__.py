@@ -1,0 +1,6 @@
+"""MoE routing: gating, and the permutation of tokens to expert order and back (report section 2.1.2)."""
+
+from pallas_kernels.routing.gating import Gates, gate
+from pallas_kernels.routing.permutation import Permutation, combine, permute
+
+__all__ = ["Gates", "Permutation", "combine", "gate", "permute"]
