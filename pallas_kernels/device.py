@@ -25,7 +25,7 @@ def target_platform() -> Literal["cpu", "hopper", "gpu", "tpu"]:
 
 def choose_implementation(
     requested: Implementation | None, available: Sequence[Implementation] = ("reference",)
-) -> Implementation:
+) -> str:
     """The implementation to run.
 
     Args:

@@ -76,7 +76,8 @@ def gate(
     mask = None if token_mask is None else token_mask.reshape(flat.shape[:-1])
     if bias is not None:
         bias = jax.lax.stop_gradient(bias)
-    weights, affinity_mean, index, load, fraction = _gate(flat, bias, mask, parameters)
+    outputs: tuple[jax.Array, ...] = _gate(flat, bias, mask, parameters)  # pyright: ignore[reportAssignmentType]
+    weights, affinity_mean, index, load, fraction = outputs
     return Gates(
         expert_index=index.reshape(*logits.shape[:-1], num_experts_per_tok),
         gate=weights.reshape(*logits.shape[:-1], num_experts_per_tok),

@@ -1,0 +1,1 @@
+"""Pre-training (report section 4): schedules, step, loop, checkpoints, metrics."""

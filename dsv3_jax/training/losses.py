@@ -1,0 +1,124 @@
+"""The training objective: cross-entropy, multi-token prediction and expert balance (report Eq. 17-25)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.modules.routing_statistics import Routing
+from dsv3_jax.training.config import Balance
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms beside the main cross-entropy: alpha and lambda."""
+
+    balance: Float[Array, ""]
+    mtp: Float[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LossTerms:
+    """Terms of the objective over one pass, in nats.
+
+    Attributes:
+      total: what is differentiated.
+      main: cross-entropy of the main head, summed and divided by `real_tokens`.
+      mtp: one a depth: the sum over its T-k positions divided by `real_tokens`, as in Eq. 24.
+      balance: unweighted balance term, summed over layers.
+      load: assignments a layer and expert.
+    """
+
+    total: Float[Array, ""]
+    main: Float[Array, ""]
+    mtp: Float[Array, " D"]
+    balance: Float[Array, ""]
+    load: Int[Array, "layers E"]
+
+
+def target_weights(
+    segment_ids: Int[Array, "B T1"], ahead: int, *, isolate_segments: bool
+) -> Float[Array, "B T1-ahead"]:
+    """1 where the token `ahead` places on is a target: it is not padding and, where asked, of the same segment."""
+    targets = segment_ids[:, ahead:]
+    counted = targets != 0
+    if isolate_segments:
+        counted = counted & (targets == segment_ids[:, :-ahead])
+    return counted.astype(jnp.float32)
+
+
+def cross_entropies(
+    model: DeepSeekV3, hidden: Float[Array, "B T d"], targets: Int[Array, "B T"], chunk: int
+) -> Float[Array, "B T"]:
+    """-log P(target) of every position, in float32, holding the logits of about `chunk` tokens at a time."""
+
+    def of(hidden: Float[Array, "N d"], targets: Int[Array, " N"]) -> Float[Array, " N"]:
+        logits = model.head(hidden)
+        # A comparison a column instead of a gather: its gradient is a comparison too, not a scatter.
+        at_target = jnp.where(targets[:, None] == jnp.arange(logits.shape[-1]), logits, 0.0)
+        return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(at_target, axis=-1)
+
+    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    count = flat_targets.shape[0]
+    pieces = -(-count // chunk)
+    if pieces == 1:
+        return of(flat_hidden, flat_targets).reshape(targets.shape)
+    size = -(-count // pieces)
+    padding = pieces * size - count
+    flat_hidden = jnp.pad(flat_hidden, ((0, padding), (0, 0))).reshape(pieces, size, -1)
+    flat_targets = jnp.pad(flat_targets, (0, padding)).reshape(pieces, size)
+    losses = lax.map(jax.checkpoint(lambda pair: of(*pair)), (flat_hidden, flat_targets))
+    return losses.reshape(-1)[:count].reshape(targets.shape)
+
+
+def objective(
+    model: DeepSeekV3,
+    tokens: Int[Array, "B T1"],
+    segment_ids: Int[Array, "B T1"],
+    *,
+    weights: LossWeights,
+    real_tokens: Float[Array, ""],
+    balance: Balance,
+    isolate_segments: bool,
+    chunk: int,
+) -> LossTerms:
+    """The loss of one pass.
+
+    Args:
+      tokens, segment_ids: T+1 tokens a row: inputs are the first T, targets the last T; segment 0 is padding.
+      real_tokens: what sums are divided by: the targets of the whole batch, all its passes together.
+    """
+    inputs = tokens[:, :-1]
+    features = model.features(inputs, segment_ids=segment_ids[:, :-1], isolate_segments=isolate_segments)
+    main = cross_entropies(model, features.hidden, tokens[:, 1:], chunk)
+    counted = target_weights(segment_ids, 1, isolate_segments=isolate_segments)
+    main_loss = jnp.sum(main * counted) / real_tokens
+
+    mtp_losses = []
+    for k, hidden in enumerate(features.mtp_hidden, start=1):
+        losses = cross_entropies(model, hidden, tokens[:, k + 1 :], chunk)
+        counted = target_weights(segment_ids, k + 1, isolate_segments=isolate_segments)
+        mtp_losses.append(jnp.sum(losses * counted) / real_tokens)
+    mtp = jnp.stack(mtp_losses) if mtp_losses else jnp.zeros((0,))
+
+    # The statistics are means over the pass; its share of the batch makes sums over passes a mean again.
+    share = jnp.sum(segment_ids[:, 1:] != 0) / real_tokens
+    balance_term = share * balance_of(features.routing, balance)
+    depth = max(len(mtp_losses), 1)
+    total = main_loss + weights.mtp / depth * jnp.sum(mtp) + weights.balance * balance_term
+    load = features.routing.load if features.routing is not None else jnp.zeros((0, 1), jnp.int32)
+    return LossTerms(total=total, main=main_loss, mtp=mtp, balance=balance_term, load=load)
+
+
+def balance_of(routing: Routing | None, balance: Balance) -> Float[Array, ""]:
+    """The balance term summed over layers: sequence-wise (Eq. 17), over the whole pass (section 4.5.3), or none."""
+    if routing is None or balance == "none":
+        return jnp.zeros(())
+    return jnp.sum(routing.sequence_balance if balance == "sequence" else routing.batch_balance)

@@ -1,0 +1,36 @@
+"""AdamW with clipping, and the running average of the weights (report sections 3.2.3 and 4.2)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dsv3_jax.training.config import TrainingConfig
+
+Tree = dict
+
+
+def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
+    """Clip, Adam, decoupled weight decay: everything of AdamW but the learning rate, which the step multiplies in."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.gradient_clip),
+        optax.scale_by_adam(
+            b1=config.beta1, b2=config.beta2, eps=config.epsilon, mu_dtype=jnp.dtype(config.moment_dtype)
+        ),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+    )
+
+
+def decay_mask(params: Tree) -> Tree:
+    """True at the parameters that weight decay shrinks: all but the gains of norms."""
+
+    def is_decayed(path: tuple, _: jax.Array) -> bool:
+        return not any("norm" in str(getattr(key, "key", key)) for key in path)
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+def update_average(average: Tree, params: Tree, decay: float) -> Tree:
+    """Exponential moving average of the weights, in their own dtype."""
+    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, average, params)

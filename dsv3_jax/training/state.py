@@ -1,0 +1,80 @@
+"""What training carries from step to step, as one pytree, and how it relates to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from dsv3_jax.model import DeepSeekV3, router_biases, set_router_biases
+from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.optimizer import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """State of a run on the devices.
+
+    Attributes:
+      params: float32 masters.
+      optimizer: AdamW's moments and count.
+      average: running average of the weights; None where none is kept.
+      router_biases: selection biases, beside the parameters: no optimizer ever sees them.
+      key: random key of the run.
+      step: steps tried, those that were not applied included.
+      nonfinite_steps: of those, the last ones in a row whose loss or gradient was not finite.
+    """
+
+    params: nnx.State
+    optimizer: optax.OptState
+    average: nnx.State | None
+    router_biases: Float[Array, "layers E"]
+    key: Key[Array, ""]
+    step: Int[Array, ""]
+    nonfinite_steps: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Skeleton:
+    """A model without its parameters: structure and constants."""
+
+    graph: Any
+    rest: nnx.State
+
+    def model(self, params: nnx.State, biases: Float[Array, "layers E"]) -> DeepSeekV3:
+        """A model of these parameters and router biases; pure, for use inside jit too."""
+        model = nnx.merge(self.graph, params, self.rest)
+        set_router_biases(model, biases)
+        return model
+
+
+def split_model(model: DeepSeekV3) -> tuple[Skeleton, nnx.State, Float[Array, "layers E"]]:
+    """A model's skeleton, parameters and router biases."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    if model.config.has_router_bias:
+        biases = router_biases(model)
+    else:
+        biases = jnp.zeros((0, model.config.n_routed_experts), jnp.float32)
+    return Skeleton(graph, rest), params, biases
+
+
+def new_state(model: DeepSeekV3, config: RunConfig) -> tuple[Skeleton, TrainState]:
+    """The state before the first step of a run that starts from `model`."""
+    skeleton, params, biases = split_model(model)
+    training = config.training
+    state = TrainState(
+        params=params,
+        optimizer=make_optimizer(training).init(params),
+        average=jax.tree.map(jnp.copy, params) if training.ema_decay else None,
+        router_biases=biases,
+        key=jax.random.key(training.seed),
+        step=jnp.zeros((), jnp.int32),
+        nonfinite_steps=jnp.zeros((), jnp.int32),
+    )
+    return skeleton, state

@@ -1,0 +1,201 @@
+"""One optimizer step and one evaluation pass, as pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.training.balance import dead_experts, max_violation, update_biases
+from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.losses import LossTerms, LossWeights, cross_entropies, objective, target_weights
+from dsv3_jax.training.optimizer import make_optimizer, update_average
+from dsv3_jax.training.state import Skeleton, TrainState
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """What the schedules say for one step, as float32 scalars, so that they never cause a recompilation."""
+
+    learning_rate: Float[Array, ""]
+    bias_update_speed: Float[Array, ""]
+    balance_weight: Float[Array, ""]
+    mtp_weight: Float[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What one step reports; losses in nats a token."""
+
+    loss: Float[Array, ""]
+    main_loss: Float[Array, ""]
+    mtp_loss: Float[Array, " D"]
+    balance_loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    max_violation: Float[Array, ""]  # mean over layers
+    dead_experts: Int[Array, ""]  # summed over layers
+    load: Int[Array, "layers E"]
+    applied: Bool[Array, ""]
+    nonfinite_steps: Int[Array, ""]
+
+
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
+
+
+def make_train_step(skeleton: Skeleton, config: RunConfig) -> TrainStep:
+    """The jitted step: (state, tokens [A, B, T+1], segment_ids [A, B, T+1], settings) -> (state, metrics).
+
+    A passes of B sequences are accumulated in float32. The state is donated. Where the loss or the gradient is not
+    finite nothing is applied: parameters, optimizer, average and router biases stay as they were.
+    """
+    training = config.training
+    optimizer = make_optimizer(training)
+    isolate = config.data.isolate_documents
+
+    def loss_of(
+        params: nnx.State,
+        biases: Float[Array, "layers E"],
+        tokens: Int[Array, "B T1"],
+        segment_ids: Int[Array, "B T1"],
+        weights: LossWeights,
+        real_tokens: Float[Array, ""],
+    ) -> tuple[Float[Array, ""], LossTerms]:
+        terms = objective(
+            skeleton.model(params, biases),
+            tokens,
+            segment_ids,
+            weights=weights,
+            real_tokens=real_tokens,
+            balance=training.balance,
+            isolate_segments=isolate,
+            chunk=training.loss_chunk,
+        )
+        return terms.total, terms
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(
+        state: TrainState, tokens: Int[Array, "A B T1"], segment_ids: Int[Array, "A B T1"], settings: StepSettings
+    ) -> tuple[TrainState, StepMetrics]:
+        weights = LossWeights(balance=settings.balance_weight, mtp=settings.mtp_weight)
+        real_tokens = jnp.maximum(jnp.sum(segment_ids[..., 1:] != 0), 1).astype(jnp.float32)
+
+        def one_pass(tokens: Int[Array, "B T1"], segment_ids: Int[Array, "B T1"]) -> tuple[nnx.State, LossTerms]:
+            compute = jax.grad(loss_of, has_aux=True)
+            return compute(state.params, state.router_biases, tokens, segment_ids, weights, real_tokens)
+
+        gradients, terms = accumulate(one_pass, tokens, segment_ids)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(terms.total) & jnp.isfinite(norm)
+
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p - settings.learning_rate * u.astype(p.dtype), state.params, updates)
+        average = state.average
+        if average is not None:
+            average = update_average(average, params, training.ema_decay)
+        biases = state.router_biases
+        if biases.shape[0]:
+            biases = update_biases(biases, terms.load, settings.bias_update_speed)
+
+        new = (params, optimizer_state, average, biases)
+        old = (state.params, state.optimizer, state.average, state.router_biases)
+        params, optimizer_state, average, biases = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        nonfinite = jnp.where(finite, 0, state.nonfinite_steps + 1)
+        metrics = StepMetrics(
+            loss=terms.total,
+            main_loss=terms.main,
+            mtp_loss=terms.mtp,
+            balance_loss=terms.balance,
+            gradient_norm=norm,
+            max_violation=jnp.mean(max_violation(terms.load)) if terms.load.shape[0] else jnp.zeros(()),
+            dead_experts=jnp.sum(dead_experts(terms.load)),
+            load=terms.load,
+            applied=finite,
+            nonfinite_steps=nonfinite,
+        )
+        new_state = TrainState(
+            params=params,
+            optimizer=optimizer_state,
+            average=average,
+            router_biases=biases,
+            key=state.key,
+            step=state.step + 1,
+            nonfinite_steps=nonfinite,
+        )
+        return new_state, metrics
+
+    return train_step
+
+
+def accumulate(
+    one_pass: Callable[..., tuple[nnx.State, LossTerms]],
+    tokens: Int[Array, "A B T1"],
+    segment_ids: Int[Array, "A B T1"],
+) -> tuple[nnx.State, LossTerms]:
+    """Sums gradients, loss terms and loads over the passes; each pass is already divided by the whole batch."""
+    if tokens.shape[0] == 1:
+        return one_pass(tokens[0], segment_ids[0])
+
+    def add(total: tuple, batch: tuple) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, total, one_pass(*batch)), None
+
+    shapes = jax.eval_shape(one_pass, tokens[0], segment_ids[0])
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = lax.scan(add, start, (tokens, segment_ids))
+    return total
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EvaluationSums:
+    """Sums over one evaluation pass: index 0 is the main head, k the MTP head of depth k.
+
+    Attributes:
+      nats: negative log-likelihood of the targets.
+      targets: how many there are.   bytes: the bytes of text they stand for.
+      accepted: targets of depth k where the MTP head's first choice is also the main head's, which sees one token
+        (k tokens) more: the drafts that greedy self-speculation would accept.
+    """
+
+    nats: Float[Array, " D1"]
+    targets: Float[Array, " D1"]
+    bytes: Float[Array, " D1"]
+    accepted: Float[Array, " D1"]
+
+
+def make_evaluation_step(skeleton: Skeleton, config: RunConfig) -> Callable[..., EvaluationSums]:
+    """The jitted pass: (params, biases, tokens [B, T+1], segment_ids, bytes of each token id [V]) -> sums."""
+    isolate = config.data.isolate_documents
+    chunk = config.training.loss_chunk
+
+    @jax.jit
+    def evaluate(
+        params: nnx.State,
+        biases: Float[Array, "layers E"],
+        tokens: Int[Array, "B T1"],
+        segment_ids: Int[Array, "B T1"],
+        token_bytes: Int[Array, " V"],
+    ) -> EvaluationSums:
+        model = skeleton.model(params, biases)
+        features = model.features(tokens[:, :-1], segment_ids=segment_ids[:, :-1], isolate_segments=isolate)
+        main_choice = jnp.argmax(model.head(features.hidden), axis=-1)
+        sums = []
+        for k, hidden in enumerate((features.hidden, *features.mtp_hidden)):
+            targets = tokens[:, k + 1 :]
+            counted = target_weights(segment_ids, k + 1, isolate_segments=isolate)
+            losses = cross_entropies(model, hidden, targets, chunk)
+            choice = main_choice if k == 0 else jnp.argmax(model.head(hidden), axis=-1)
+            agrees = choice == main_choice[:, k:]
+            parts = (losses, jnp.ones_like(losses), token_bytes[targets], agrees)
+            sums.append([jnp.sum(part * counted) for part in parts])
+        return EvaluationSums(*(jnp.stack(column) for column in zip(*sums, strict=True)))
+
+    return evaluate
