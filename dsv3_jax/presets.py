@@ -150,7 +150,7 @@ _NANO = _MINI.replace(
 )
 
 _TINY = _NANO.replace(
-    vocab_size=256,
+    vocab_size=320,
     hidden_size=32,
     num_hidden_layers=3,
     intermediate_size=64,

@@ -20,7 +20,7 @@ _SHORT = {
 
 _RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
-        "data": {"sequence_length": 64, "vocab_size": 256},
+        "data": {"sequence_length": 64, "vocab_size": 320},
         "training": {"steps": 40, "batch_size": 4, "schedule": Schedule(learning_rate=3e-3, **_SHORT)},
     },
     "nano": {
