@@ -1,203 +1,137 @@
-"""Hyper-parameters that change during training, as data (report section 4.2).
+"""The schedules of section 4.2 of the report, as data.
 
-Each is a piecewise function of the number of tokens trained on, so that a recipe shrinks to any run length.
-`DEEPSEEK_V3` is the report's own; `DEEPSEEK_V3.scaled(...)` is its shape at another size.
+Everything is piecewise in the tokens seen, written as a fraction of the run, so that the same data scales down to any
+run length. The defaults are the report's own 14.8T-token run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from typing import Any, Literal, get_args
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
 
 from dsv3_jax.errors import ConfigError
 
-Shape = Literal["constant", "linear", "cosine"]
+REPORT_TOKENS = 14.8e12
+"""Tokens of the report's run."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """One stretch of a schedule, from where the phase before it ended.
-
-    Attributes:
-      until: tokens at which the phase ends; that token count itself belongs to the next phase.
-      start, end: values at its two ends ("constant" stays at `start`).
-      shape: how it goes from one to the other.
-    """
-
-    until: float
-    start: float
-    end: float
-    shape: Shape = "constant"
-
-    def __post_init__(self) -> None:
-        if self.shape not in get_args(Shape):
-            raise ConfigError(f"a phase's shape must be one of {', '.join(get_args(Shape))}, not {self.shape!r}")
-        if not all(map(math.isfinite, (self.until, self.start, self.end))):
-            raise ConfigError(f"a phase's numbers must be finite, not {self}")
-        if self.shape == "constant" and self.start != self.end:
-            raise ConfigError(f"a constant phase cannot go from {self.start} to {self.end}")
-
-    @classmethod
-    def hold(cls, value: float, until: float) -> Phase:
-        """A constant phase."""
-        return cls(until, value, value)
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """A piecewise function of tokens; after its last phase it keeps that phase's end value."""
-
-    phases: tuple[Phase, ...]
-
-    def __post_init__(self) -> None:
-        ends = [0.0, *(phase.until for phase in self.phases)]
-        if not self.phases or any(b <= a for a, b in zip(ends[:-1], ends[1:], strict=True)):
-            raise ConfigError(f"the phases of a schedule must end one after the other, not at {ends[1:]} tokens")
-
-    def __call__(self, tokens: Any) -> Any:
-        """The value at `tokens`: a Python float for a number, an array for an array (also inside jit)."""
-        if isinstance(tokens, jax.Array):
-            return self._evaluate(tokens, jnp)
-        values = self._evaluate(np.asarray(tokens, np.float64), np)
-        return float(values) if np.ndim(values) == 0 else values
-
-    def _evaluate(self, tokens: Float[Array, "*n"], xp: Any) -> Float[Array, "*n"]:
-        value = xp.full_like(tokens, self.phases[-1].end)
-        begins = [0.0, *(phase.until for phase in self.phases[:-1])]
-        for begin, phase in reversed(list(zip(begins, self.phases, strict=True))):
-            fraction = (tokens - begin) / (phase.until - begin)
-            value = xp.where(tokens < phase.until, _interpolate(phase, fraction, xp), value)
-        return value
-
-    def scaled(self, *, time: float = 1.0, value: float = 1.0) -> Schedule:
-        """The same shape with every token count times `time` and every value times `value`."""
-        return Schedule(
-            tuple(Phase(p.until * time, p.start * value, p.end * value, p.shape) for p in self.phases),
-        )
-
-
-def _interpolate(phase: Phase, fraction: Any, xp: Any) -> Any:
-    if phase.shape == "constant":
-        return phase.start
-    if phase.shape == "linear":
-        return phase.start + (phase.end - phase.start) * fraction
-    return phase.end + (phase.start - phase.end) * 0.5 * (1.0 + xp.cos(math.pi * fraction))
+def _fraction(tokens: float) -> float:
+    return tokens / REPORT_TOKENS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedules:
-    """Everything that changes during a run, as functions of tokens.
+class Settings:
+    """What the schedules say at one moment."""
+
+    learning_rate: float
+    batch_size: int
+    bias_update_speed: float
+    balance_weight: float
+    mtp_weight: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Phases of a run; every `*_until` is a fraction of the run's tokens.
 
     Attributes:
-      total_tokens: length of the run.
-      learning_rate: of AdamW.
-      batch_size: sequences a step.
-      bias_update_speed: gamma of auxiliary-loss-free balancing (section 2.1.2).
-      balance_loss_weight: alpha of the balance loss, Eq. 17.
-      mtp_loss_weight: lambda of multi-token prediction, Eq. 25.
+      learning_rate: the peak.
+      warmup_until: end of the linear rise from 0 (2,000 steps of the smallest batch in the report).
+      constant_until: end of the peak.
+      cosine_until, cosine_to: end of the cosine decay, and its end as a share of the peak (2.2e-5).
+      final_until: end of the constant phase after it.
+      last_rate: learning rate after that, as a share of the peak (7.3e-6).
+      ramp_until, ramp_from: end of the linear rise of the batch size, and its start as a share of the full batch
+        (3,072 of 15,360 sequences).
+      bias_update_speed, bias_update_until: gamma, and when it becomes 0.
+      balance_weight: alpha, weight of the auxiliary balance loss.
+      mtp_weight, mtp_weight_until, mtp_weight_after: lambda before and after its step.
     """
 
-    total_tokens: float
-    learning_rate: Schedule
-    batch_size: Schedule
-    bias_update_speed: Schedule
-    balance_loss_weight: Schedule
-    mtp_loss_weight: Schedule
+    learning_rate: float = 2.2e-4
+    warmup_until: float = _fraction(2000 * 3072 * 4096)
+    constant_until: float = _fraction(10e12)
+    cosine_until: float = _fraction(14.3e12)
+    cosine_to: float = 2.2e-5 / 2.2e-4
+    final_until: float = _fraction(14.3e12 + 333e9)
+    last_rate: float = 7.3e-6 / 2.2e-4
+    ramp_until: float = _fraction(469e9)
+    ramp_from: float = 3072 / 15360
+    bias_update_speed: float = 0.001
+    bias_update_until: float = _fraction(14.3e12)
+    balance_weight: float = 1e-4
+    mtp_weight: float = 0.3
+    mtp_weight_until: float = _fraction(10e12)
+    mtp_weight_after: float = 0.1
 
-    def scaled(
-        self,
-        total_tokens: float,
-        *,
-        peak_learning_rate: float | None = None,
-        warmup_tokens: float | None = None,
-        batch_size: float | None = None,
-        bias_update_speed: float | None = None,
-        balance_loss_weight: float | None = None,
-    ) -> Schedules:
-        """The same phases over a run of `total_tokens`.
+    def __post_init__(self) -> None:
+        phases = ("warmup_until", "constant_until", "cosine_until", "final_until")
+        values = [0.0, *(getattr(self, name) for name in phases), 1.0]
+        for name, (before, value) in zip(phases, itertools.pairwise(values), strict=False):
+            if not before <= value <= 1.0:
+                raise ConfigError(f"schedule.{name} must lie between {before:.6g} and 1, not {value:.6g}")
+        for name in ("ramp_until", "bias_update_until", "mtp_weight_until", "cosine_to", "last_rate"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"schedule.{name} must lie between 0 and 1, not {getattr(self, name)}")
+        if not 0.0 < self.ramp_from <= 1.0:
+            raise ConfigError(f"schedule.ramp_from must be above 0 and at most 1, not {self.ramp_from}")
+        for name in ("learning_rate", "bias_update_speed", "balance_weight", "mtp_weight", "mtp_weight_after"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"schedule.{name} must not be negative or infinite, not {getattr(self, name)}")
 
-        Args:
-          total_tokens: every phase keeps its share of the run.
-          peak_learning_rate: replaces the peak; the later phases keep their ratio to it.
-          warmup_tokens: length of the linear warm-up, whose share of a 14.8T-token run (0.17%) is less than a step
-            of a short one.
-          batch_size: replaces the final batch size; the ramp keeps its ratio to it.
-          bias_update_speed, balance_loss_weight: replace the values of the first phase likewise.
-        """
-        time = total_tokens / self.total_tokens
-        learning_rate = self.learning_rate.scaled(
-            time=time, value=_ratio(peak_learning_rate, max(p.start for p in self.learning_rate.phases))
+    def rate_at(self, progress: float) -> float:
+        """Learning rate after `progress` of the run's tokens."""
+        if progress < self.warmup_until:
+            return self.learning_rate * progress / self.warmup_until
+        if progress < self.constant_until:
+            return self.learning_rate
+        if progress < self.cosine_until:
+            passed = (progress - self.constant_until) / (self.cosine_until - self.constant_until)
+            share = self.cosine_to + (1.0 - self.cosine_to) * 0.5 * (1.0 + math.cos(math.pi * passed))
+            return self.learning_rate * share
+        return self.learning_rate * (self.cosine_to if progress < self.final_until else self.last_rate)
+
+    def batch_at(self, progress: float, full_batch: int, multiple: int = 1) -> int:
+        """Sequences of the batch at `progress`, rounded to a multiple of `multiple`; the report gives no ramp shape."""
+        if progress >= self.ramp_until:
+            return full_batch
+        share = self.ramp_from + (1.0 - self.ramp_from) * progress / self.ramp_until
+        return min(full_batch, max(multiple, round(share * full_batch / multiple) * multiple))
+
+    def at(self, progress: float, full_batch: int, multiple: int = 1) -> Settings:
+        """Everything at `progress`, the share of the run's tokens already seen."""
+        return Settings(
+            learning_rate=self.rate_at(progress),
+            batch_size=self.batch_at(progress, full_batch, multiple),
+            bias_update_speed=self.bias_update_speed if progress < self.bias_update_until else 0.0,
+            balance_weight=self.balance_weight,
+            mtp_weight=self.mtp_weight if progress < self.mtp_weight_until else self.mtp_weight_after,
         )
-        if warmup_tokens is not None:
-            learning_rate = _with_warmup(learning_rate, warmup_tokens)
-        return Schedules(
-            total_tokens=total_tokens,
-            learning_rate=learning_rate,
-            batch_size=self.batch_size.scaled(time=time, value=_ratio(batch_size, self.batch_size.phases[-1].end)),
-            bias_update_speed=self.bias_update_speed.scaled(
-                time=time, value=_ratio(bias_update_speed, self.bias_update_speed.phases[0].start)
-            ),
-            balance_loss_weight=self.balance_loss_weight.scaled(
-                time=time, value=_ratio(balance_loss_weight, self.balance_loss_weight.phases[0].start)
-            ),
-            mtp_loss_weight=self.mtp_loss_weight.scaled(time=time),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Schedules:
-        """The inverse of `to_dict`."""
-        made = {
-            name: value if name == "total_tokens" else Schedule(tuple(Phase(**phase) for phase in value["phases"]))
-            for name, value in values.items()
-        }
-        return cls(**made)
 
 
-def _ratio(wanted: float | None, have: float) -> float:
-    return 1.0 if wanted is None else wanted / have
+DEEPSEEK_V3 = Schedule()
+"""The report's own schedule."""
 
 
-def _with_warmup(schedule: Schedule, tokens: float) -> Schedule:
-    """`schedule` with its first, linear phase ending at `tokens` (0: no warm-up)."""
-    warmup, *rest = schedule.phases
-    if tokens >= rest[0].until:
-        raise ConfigError(
-            f"a warm-up of {tokens:.0f} tokens does not fit before the learning rate's {rest[0].until:.0f}; "
-            "shorten the warm-up or lengthen the run"
-        )
-    first = (dataclasses.replace(warmup, until=tokens),) if tokens > 0 else ()
-    return Schedule((*first, *rest))
+def tokens_of_run(schedule: Schedule, steps: int, full_batch: int, sequence_length: int, multiple: int = 1) -> int:
+    """Tokens of a run of exactly `steps` steps, the batch ramp included."""
+    full = steps * full_batch * sequence_length
+    if schedule.ramp_until == 0.0 or schedule.ramp_from == 1.0:
+        return full
 
+    def steps_taken(total: int) -> int:
+        seen = taken = 0
+        while seen < total:
+            seen += schedule.batch_at(seen / total, full_batch, multiple) * sequence_length
+            taken += 1
+        return taken
 
-_T = 1e12
-_TOTAL = 14.8 * _T
-# 2K steps. The batch grows by a few percent meanwhile (the shape of its ramp is not published); counted at 3072.
-_WARMUP = 2000 * 3072 * 4096.0
-
-DEEPSEEK_V3 = Schedules(
-    total_tokens=_TOTAL,
-    learning_rate=Schedule(
-        (
-            Phase(_WARMUP, 0.0, 2.2e-4, "linear"),
-            Phase.hold(2.2e-4, 10 * _T),
-            Phase(14.3 * _T, 2.2e-4, 2.2e-5, "cosine"),
-            Phase.hold(2.2e-5, 14.633 * _T),
-            Phase.hold(7.3e-6, _TOTAL),
-        )
-    ),
-    batch_size=Schedule((Phase(0.469 * _T, 3072.0, 15360.0, "linear"), Phase.hold(15360.0, _TOTAL))),
-    bias_update_speed=Schedule((Phase.hold(0.001, 14.3 * _T), Phase.hold(0.0, _TOTAL))),
-    balance_loss_weight=Schedule((Phase.hold(1e-4, _TOTAL),)),
-    mtp_loss_weight=Schedule((Phase.hold(0.3, 10 * _T), Phase.hold(0.1, _TOTAL))),
-)
-"""The report's pre-training of the 671B model: 14.8T tokens."""
+    low, high = 1, full
+    while low < high:  # the fewest tokens that take all the steps
+        middle = (low + high) // 2
+        if steps_taken(middle) < steps:
+            low = middle + 1
+        else:
+            high = middle
+    return low

@@ -1,4 +1,4 @@
-"""All that a training step reads and changes, as one pytree of arrays."""
+"""What training carries from step to step, as one pytree, and how it relates to a model."""
 
 from __future__ import annotations
 
@@ -9,79 +9,73 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key
 
 from dsv3_jax.model import DeepSeekV3, router_biases, set_router_biases
-from dsv3_jax.training.token_count import TokenCount, token_count
+from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.optimizer import make_optimizer
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything from which a run goes on exactly, but the data iterator.
+    """State of a run on the devices.
 
     Attributes:
-      params: the model's parameters, float32, nested dictionaries named as in the parameter tree.
-      optimizer: AdamW's moments.
-      average: exponential moving average of `params`; None when none is kept.
-      router_biases: selection biases, moved by balancing and not by gradients.
-      step: steps taken, those not applied included.
-      tokens: tokens read, exactly.
-      key: constant; a step that needs randomness folds `step` into it.
-      consecutive_nonfinite: steps in a row, up to now, that were not applied.
+      params: float32 masters.
+      optimizer: AdamW's moments and count.
+      average: running average of the weights; None where none is kept.
+      router_biases: selection biases, beside the parameters: no optimizer ever sees them.
+      key: random key of the run.
+      step: steps tried, those that were not applied included.
+      nonfinite_steps: of those, the last ones in a row whose loss or gradient was not finite.
     """
 
-    params: PyTree[Float[Array, "..."]]
+    params: nnx.State
     optimizer: optax.OptState
-    average: PyTree[Float[Array, "..."]] | None
+    average: nnx.State | None
     router_biases: Float[Array, "layers E"]
-    step: Int[Array, ""]
-    tokens: TokenCount
     key: Key[Array, ""]
-    consecutive_nonfinite: Int[Array, ""]
+    step: Int[Array, ""]
+    nonfinite_steps: Int[Array, ""]
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelTemplate:
-    """A model without its arrays: turns parameters and biases back into a model, inside jit or outside."""
+class Skeleton:
+    """A model without its parameters: structure and constants."""
 
-    graph: nnx.GraphDef[DeepSeekV3]
-    biases: Any  # nnx.State of shapes: where the router biases sit in the tree
+    graph: Any
+    rest: nnx.State
 
-    def model(self, params: PyTree[Array], biases: Float[Array, "layers E"]) -> DeepSeekV3:
-        """The model with these arrays."""
-        empty = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.biases)
-        model = nnx.merge(self.graph, nnx.State(jax.tree.map(nnx.Param, params)), empty)
-        if model.config.has_router_bias:
-            set_router_biases(model, biases)
+    def model(self, params: nnx.State, biases: Float[Array, "layers E"]) -> DeepSeekV3:
+        """A model of these parameters and router biases; pure, for use inside jit too."""
+        rest = jax.tree.map(lambda leaf: leaf, self.rest)  # variables of this trace, which may be written to
+        model = nnx.merge(self.graph, params, rest)
+        set_router_biases(model, biases)
         return model
 
 
-def split_model(model: DeepSeekV3) -> tuple[ModelTemplate, PyTree[Array], Float[Array, "layers E"]]:
-    """A model as template, parameters and router biases ([0, E] for models that select without)."""
+def split_model(model: DeepSeekV3) -> tuple[Skeleton, nnx.State, Float[Array, "layers E"]]:
+    """A model's skeleton, parameters and router biases."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), rest)
-    config = model.config
-    biases = router_biases(model) if config.has_router_bias else jnp.zeros((0, config.n_routed_experts))
-    return ModelTemplate(graph, shapes), nnx.to_pure_dict(params), biases
+    if model.config.has_router_bias:
+        biases = router_biases(model)
+    else:
+        biases = jnp.zeros((0, model.config.n_routed_experts), jnp.float32)
+    return Skeleton(graph, rest), params, biases
 
 
-def initial_state(
-    params: PyTree[Array],
-    biases: Float[Array, "layers E"],
-    optimizer: optax.GradientTransformation,
-    *,
-    key: Key[Array, ""],
-    keep_average: bool,
-) -> TrainState:
-    """The state before the first step."""
-    return TrainState(
+def new_state(model: DeepSeekV3, config: RunConfig) -> tuple[Skeleton, TrainState]:
+    """The state before the first step of a run that starts from `model`."""
+    skeleton, params, biases = split_model(model)
+    training = config.training
+    state = TrainState(
         params=params,
-        optimizer=optimizer.init(params),
-        average=jax.tree.map(jnp.copy, params) if keep_average else None,
+        optimizer=make_optimizer(training).init(params),
+        average=jax.tree.map(jnp.copy, params) if training.ema_decay else None,
         router_biases=biases,
+        key=jax.random.key(training.seed),
         step=jnp.zeros((), jnp.int32),
-        tokens=token_count(0),
-        key=key,
-        consecutive_nonfinite=jnp.zeros((), jnp.int32),
+        nonfinite_steps=jnp.zeros((), jnp.int32),
     )
+    return skeleton, state

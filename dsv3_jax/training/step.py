@@ -1,201 +1,201 @@
-"""One step of training as a pure function (report section 4.2; balancing as in section 2.1.2).
-
-A batch is A micro-batches, whose gradients and expert loads are added up before anything moves: the result does not
-depend on how the batch was cut. A step whose loss or gradient is not finite changes nothing but the counters.
-"""
+"""One optimizer step and one evaluation pass, as pure functions."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.training import balance
-from dsv3_jax.training.losses import LossConfig, Losses, micro_batch_losses
-from dsv3_jax.training.optimizer import OptimizerConfig, make_optimizer, update_average
-from dsv3_jax.training.schedules import Schedules
-from dsv3_jax.training.state import ModelTemplate, TrainState
-from dsv3_jax.training.token_count import add_tokens, tokens_as_float
+from dsv3_jax.training.balance import dead_experts, max_violation, update_biases
+from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.losses import LossTerms, LossWeights, cross_entropies, objective, target_weights
+from dsv3_jax.training.optimizer import make_optimizer, update_average
+from dsv3_jax.training.state import Skeleton, TrainState
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Batch:
-    """A batch for one step: A micro-batches of B sequences, ids as in `dsv3_jax.data` (0 is padding)."""
+class StepSettings:
+    """What the schedules say for one step, as float32 scalars, so that they never cause a recompilation."""
 
-    tokens: Int[Array, "A B T+1"]
-    segment_ids: Int[Array, "A B T+1"]
+    learning_rate: Float[Array, ""]
+    bias_update_speed: Float[Array, ""]
+    balance_weight: Float[Array, ""]
+    mtp_weight: Float[Array, ""]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What a step reports; losses and gradient norm as computed, whether or not the step was applied."""
+    """What one step reports; losses in nats a token."""
 
-    losses: Losses
+    loss: Float[Array, ""]
+    main_loss: Float[Array, ""]
+    mtp_loss: Float[Array, " D"]
+    balance_loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
-    applied: Bool[Array, ""]
-    learning_rate: Float[Array, ""]
-    mtp_weight: Float[Array, ""]
-    bias_update_speed: Float[Array, ""]
+    max_violation: Float[Array, ""]  # mean over layers
+    dead_experts: Int[Array, ""]  # summed over layers
     load: Int[Array, "layers E"]
-    max_violation: Float[Array, " layers"]
-    load_entropy: Float[Array, " layers"]
-    dead_experts: Int[Array, ""]
-    consecutive_nonfinite: Int[Array, ""]
+    applied: Bool[Array, ""]
+    nonfinite_steps: Int[Array, ""]
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
-def make_train_step(
-    template: ModelTemplate,
-    schedules: Schedules,
-    *,
-    loss: LossConfig,
-    optimizer: OptimizerConfig,
-) -> TrainStep:
-    """The training step, ready for `jax.jit(..., donate_argnums=0)`."""
-    transformation = make_optimizer(optimizer)
+def make_train_step(skeleton: Skeleton, config: RunConfig) -> TrainStep:
+    """The jitted step: (state, tokens [A, B, T+1], segment_ids [A, B, T+1], settings) -> (state, metrics).
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        at = tokens_as_float(state.tokens)
-        mtp_weight = schedules.mtp_loss_weight(at)
-        totals = _accumulate(
-            template, state, batch, loss, mtp_weight=mtp_weight, balance_weight=schedules.balance_loss_weight(at)
+    A passes of B sequences are accumulated in float32. The state is donated. Where the loss or the gradient is not
+    finite nothing is applied: parameters, optimizer, average and router biases stay as they were.
+    """
+    training = config.training
+    optimizer = make_optimizer(training)
+    isolate = config.data.isolate_documents
+
+    def loss_of(
+        params: nnx.State,
+        biases: Float[Array, "layers E"],
+        tokens: Int[Array, "B T1"],
+        segment_ids: Int[Array, "B T1"],
+        weights: LossWeights,
+        real_tokens: Float[Array, ""],
+    ) -> tuple[Float[Array, ""], LossTerms]:
+        terms = objective(
+            skeleton.model(params, biases),
+            tokens,
+            segment_ids,
+            weights=weights,
+            real_tokens=real_tokens,
+            balance=training.balance,
+            isolate_segments=isolate,
+            chunk=training.loss_chunk,
         )
-        norm = optax.global_norm(totals.gradient)
-        applied = jnp.isfinite(norm) & jnp.isfinite(totals.losses.total)
-        learning_rate = schedules.learning_rate(_midpoint(at, batch))
-        speed = schedules.bias_update_speed(at)
-        moved = _move(state, totals, transformation, optimizer, learning_rate, speed)
-        kept = jax.tree.map(lambda new, old: jnp.where(applied, new, old), moved, _movable(state))
-        streak = jnp.where(applied, 0, state.consecutive_nonfinite + 1)
-        sequences = batch.tokens.shape[0] * batch.tokens.shape[1]
-        new_state = dataclasses.replace(
-            state,
-            **kept,
-            step=state.step + 1,
-            tokens=add_tokens(state.tokens, sequences * (batch.tokens.shape[2] - 1)),
-            consecutive_nonfinite=streak,
-        )
+        return terms.total, terms
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(
+        state: TrainState, tokens: Int[Array, "A B T1"], segment_ids: Int[Array, "A B T1"], settings: StepSettings
+    ) -> tuple[TrainState, StepMetrics]:
+        weights = LossWeights(balance=settings.balance_weight, mtp=settings.mtp_weight)
+        real_tokens = jnp.maximum(jnp.sum(segment_ids[..., 1:] != 0), 1).astype(jnp.float32)
+
+        def one_pass(tokens: Int[Array, "B T1"], segment_ids: Int[Array, "B T1"]) -> tuple[nnx.State, LossTerms]:
+            compute = jax.grad(loss_of, has_aux=True)
+            return compute(state.params, state.router_biases, tokens, segment_ids, weights, real_tokens)
+
+        gradients, terms = accumulate(one_pass, tokens, segment_ids)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(terms.total) & jnp.isfinite(norm)
+
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p - settings.learning_rate * u.astype(p.dtype), state.params, updates)
+        average = state.average
+        if average is not None:
+            average = update_average(average, params, training.ema_decay)
+        biases = state.router_biases
+        if biases.shape[0]:
+            biases = update_biases(biases, terms.load, settings.bias_update_speed)
+
+        new = (params, optimizer_state, average, biases)
+        old = (state.params, state.optimizer, state.average, state.router_biases)
+        params, optimizer_state, average, biases = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        nonfinite = jnp.where(finite, 0, state.nonfinite_steps + 1)
         metrics = StepMetrics(
-            losses=totals.losses,
+            loss=terms.total,
+            main_loss=terms.main,
+            mtp_loss=terms.mtp,
+            balance_loss=terms.balance,
             gradient_norm=norm,
-            applied=applied,
-            learning_rate=learning_rate,
-            mtp_weight=mtp_weight,
-            bias_update_speed=speed,
-            load=totals.load,
-            max_violation=balance.max_violation(totals.load),
-            load_entropy=balance.load_entropy(totals.load),
-            dead_experts=balance.dead_experts(totals.load),
-            consecutive_nonfinite=streak,
+            max_violation=jnp.mean(max_violation(terms.load)) if terms.load.shape[0] else jnp.zeros(()),
+            dead_experts=jnp.sum(dead_experts(terms.load)),
+            load=terms.load,
+            applied=finite,
+            nonfinite_steps=nonfinite,
+        )
+        new_state = TrainState(
+            params=params,
+            optimizer=optimizer_state,
+            average=average,
+            router_biases=biases,
+            key=state.key,
+            step=state.step + 1,
+            nonfinite_steps=nonfinite,
         )
         return new_state, metrics
 
     return train_step
 
 
+def accumulate(
+    one_pass: Callable[..., tuple[nnx.State, LossTerms]],
+    tokens: Int[Array, "A B T1"],
+    segment_ids: Int[Array, "A B T1"],
+) -> tuple[nnx.State, LossTerms]:
+    """Sums gradients, loss terms and loads over the passes; each pass is already divided by the whole batch."""
+    if tokens.shape[0] == 1:
+        return one_pass(tokens[0], segment_ids[0])
+
+    def add(total: tuple, batch: tuple) -> tuple[tuple, None]:
+        return jax.tree.map(jnp.add, total, one_pass(*batch)), None
+
+    shapes = jax.eval_shape(one_pass, tokens[0], segment_ids[0])
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = lax.scan(add, start, (tokens, segment_ids))
+    return total
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Totals:
-    """Sums over micro-batches."""
+class EvaluationSums:
+    """Sums over one evaluation pass: index 0 is the main head, k the MTP head of depth k.
 
-    gradient: PyTree[Float[Array, "..."]]
-    losses: Losses
-    load: Int[Array, "layers E"]
+    Attributes:
+      nats: negative log-likelihood of the targets.
+      targets: how many there are.   bytes: the bytes of text they stand for.
+      accepted: targets of depth k where the MTP head's first choice is also the main head's, which sees one token
+        (k tokens) more: the drafts that greedy self-speculation would accept.
+    """
 
-
-def _accumulate(
-    template: ModelTemplate,
-    state: TrainState,
-    batch: Batch,
-    config: LossConfig,
-    *,
-    mtp_weight: Float[Array, ""],
-    balance_weight: Float[Array, ""],
-) -> _Totals:
-    """Gradient, losses and expert loads of the whole batch, one micro-batch at a time."""
-    target_count = _count_targets(batch, config)
-    token_count = jnp.maximum(jnp.sum(batch.segment_ids[..., :-1] != 0), 1).astype(jnp.float32)
-
-    def total_loss(params: PyTree[Array], tokens: Array, segment_ids: Array) -> tuple[Array, tuple[Losses, Array]]:
-        losses, features = micro_batch_losses(
-            template.model(params, state.router_biases),
-            tokens,
-            segment_ids,
-            config=config,
-            target_count=target_count,
-            token_count=token_count,
-            mtp_weight=mtp_weight,
-            balance_weight=balance_weight,
-        )
-        load = _no_load(template) if features.routing is None else features.routing.load
-        return losses.total, (losses, load)
-
-    def micro_step(micro_batch: Batch) -> _Totals:
-        gradient, (losses, load) = jax.grad(total_loss, has_aux=True)(
-            state.params, micro_batch.tokens, micro_batch.segment_ids
-        )
-        return _Totals(gradient, losses, load)
-
-    first = jax.tree.map(lambda leaf: leaf[0], batch)
-    if batch.tokens.shape[0] == 1:
-        return micro_step(first)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(micro_step, first))
-
-    def add(totals: _Totals, micro_batch: Batch) -> tuple[_Totals, None]:
-        return jax.tree.map(jnp.add, totals, micro_step(micro_batch)), None
-
-    return lax.scan(add, zeros, batch)[0]
+    nats: Float[Array, " D1"]
+    targets: Float[Array, " D1"]
+    bytes: Float[Array, " D1"]
+    accepted: Float[Array, " D1"]
 
 
-def _count_targets(batch: Batch, config: LossConfig) -> Float[Array, ""]:
-    source, target = batch.segment_ids[..., :-1], batch.segment_ids[..., 1:]
-    wanted = (source != 0) & (target != 0)
-    if config.isolate_segments:
-        wanted &= source == target
-    return jnp.maximum(jnp.sum(wanted), 1).astype(jnp.float32)
+def make_evaluation_step(skeleton: Skeleton, config: RunConfig) -> Callable[..., EvaluationSums]:
+    """The jitted pass: (params, biases, tokens [B, T+1], segment_ids, bytes of each token id [V]) -> sums."""
+    isolate = config.data.isolate_documents
+    chunk = config.training.loss_chunk
 
+    @jax.jit
+    def evaluate(
+        params: nnx.State,
+        biases: Float[Array, "layers E"],
+        tokens: Int[Array, "B T1"],
+        segment_ids: Int[Array, "B T1"],
+        token_bytes: Int[Array, " V"],
+    ) -> EvaluationSums:
+        model = skeleton.model(params, biases)
+        features = model.features(tokens[:, :-1], segment_ids=segment_ids[:, :-1], isolate_segments=isolate)
+        main_choice = jnp.argmax(model.head(features.hidden), axis=-1)
+        sums = []
+        for k, hidden in enumerate((features.hidden, *features.mtp_hidden)):
+            targets = tokens[:, k + 1 :]
+            counted = target_weights(segment_ids, k + 1, isolate_segments=isolate)
+            losses = cross_entropies(model, hidden, targets, chunk)
+            choice = main_choice if k == 0 else jnp.argmax(model.head(hidden), axis=-1)
+            agrees = choice == main_choice[:, k:]
+            parts = (losses, jnp.ones_like(losses), token_bytes[targets], agrees)
+            sums.append([jnp.sum(part * counted) for part in parts])
+        return EvaluationSums(*(jnp.stack(column) for column in zip(*sums, strict=True)))
 
-def _no_load(template: ModelTemplate) -> Int[Array, "0 E"]:
-    del template
-    return jnp.zeros((0, 1), jnp.int32)
-
-
-def _midpoint(tokens: Float[Array, ""], batch: Batch) -> Float[Array, ""]:
-    """Tokens at the middle of the step, so that the first step of a warm-up from 0 is not a step of 0."""
-    sequences = batch.tokens.shape[0] * batch.tokens.shape[1]
-    return tokens + 0.5 * sequences * (batch.tokens.shape[2] - 1)
-
-
-def _movable(state: TrainState) -> dict[str, Any]:
-    """What only a finite step changes."""
-    return {name: getattr(state, name) for name in ("params", "optimizer", "average", "router_biases")}
-
-
-def _move(
-    state: TrainState,
-    totals: _Totals,
-    transformation: optax.GradientTransformation,
-    config: OptimizerConfig,
-    learning_rate: Float[Array, ""],
-    bias_speed: Float[Array, ""],
-) -> dict[str, Any]:
-    """The optimizer's step, the weights' average and the balancing biases, as `_movable` names them."""
-    direction, optimizer_state = transformation.update(totals.gradient, state.optimizer, state.params)
-    params = jax.tree.map(lambda p, d: p - learning_rate * d, state.params, direction)
-    average = state.average
-    if average is not None and config.ema_decay is not None:
-        average = update_average(average, params, state.step, config.ema_decay)
-    biases = state.router_biases
-    if biases.shape[0]:
-        biases = balance.update_biases(biases, totals.load, bias_speed)
-    return {"params": params, "optimizer": optimizer_state, "average": average, "router_biases": biases}
+    return evaluate
