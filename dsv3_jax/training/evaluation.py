@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dsv3_jax.data import Data
-from dsv3_jax.training.step import EvaluationSums
+from dsv3_jax.data import Data, prepare_data
+from dsv3_jax.training.checkpoints import load_checkpoint
+from dsv3_jax.training.run_folder import RunFolder
+from dsv3_jax.training.state import split_model
+from dsv3_jax.training.step import EvaluationSums, make_evaluation_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,3 +94,20 @@ def evaluate(
         text_entropy=data.validation_entropy_bits_per_byte,
         text_gzip=data.validation_gzip_bits_per_byte,
     )
+
+
+def evaluate_run(path: Path) -> tuple[int, Evaluation]:
+    """Step and validation of the newest whole checkpoint of a run.
+
+    Raises:
+      UserError: no run, no whole checkpoint, or its data is gone or has changed.
+    """
+    folder = RunFolder(path)
+    config = folder.read_config()
+    model, _, step = load_checkpoint(path)
+    data = prepare_data(config.data, folder.cache, tokenizer_folder=folder.tokenizer)
+    skeleton, params, biases = split_model(model)
+    evaluation_step = make_evaluation_step(skeleton, config)
+    result = evaluate(evaluation_step, params, biases, data, config.training.rows_per_pass)
+    assert result is not None
+    return step, result

@@ -1,0 +1,114 @@
+"""dsv3 generate RUN --prompt "def main(": text from a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from dsv3_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from dsv3_jax.data import Tokenizer
+    from dsv3_jax.inference import Sampler
+
+_DEFAULT_NEW_TOKENS = 128
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong arguments become one line, as every other mistake of a user does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def main(argv: list[str]) -> int:
+    """Writes each prompt with its continuation to stdout.
+
+    Raises:
+      UserError: wrong arguments, no whole checkpoint, or a prompt that does not fit the model's context.
+    """
+    arguments = _parse(argv)
+    sampler = _sampler(arguments)
+    # Slow imports come after the arguments are known to be right.
+    import jax
+
+    from dsv3_jax.inference import complete, stream
+    from dsv3_jax.training.checkpoints import load_checkpoint
+
+    model, tokenizer, _ = load_checkpoint(arguments.run)
+    # In training an end-of-text token precedes every document, so an empty prompt begins one.
+    prompts = [tokenizer.encode(text) or [tokenizer.eos_id] for text in arguments.prompt]
+    room = model.config.max_position_embeddings - max(map(len, prompts))
+    new_tokens = arguments.max_new_tokens or max(1, min(_DEFAULT_NEW_TOKENS, room))
+    key, stop = jax.random.key(arguments.seed), tokenizer.eos_id
+    if len(prompts) == 1 and arguments.stream:
+        steps = stream(model, prompts, new_tokens, sampler, key, stop_token=stop)
+        _print_pieces(arguments.prompt[0], _decoded(tokenizer, (int(step[0]) for step in steps)))
+        return 0
+    texts = complete(model, prompts, new_tokens, sampler, key, stop_token=stop)
+    for number, (prompt, ids) in enumerate(zip(arguments.prompt, texts, strict=True), start=1):
+        if len(prompts) > 1:
+            print(f"{'' if number == 1 else chr(10)}--- {number} ---")
+        print(prompt + tokenizer.decode(ids))
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="dsv3 generate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="folder of a training run")
+    parser.add_argument(
+        "--prompt", action="append", help="text to continue; give it several times for a batch (default: empty)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, help=f"default {_DEFAULT_NEW_TOKENS}, or what the context holds")
+    parser.add_argument("--temperature", type=float, help="0, the default, takes the likeliest token every time")
+    parser.add_argument("--top-k", type=int, help="draw from the K likeliest tokens (temperature 1 unless given)")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="print tokens as they come; a batch is printed when it is complete",
+    )
+    arguments = parser.parse_args(argv)
+    arguments.prompt = arguments.prompt or [""]
+    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
+    return arguments
+
+
+def _sampler(arguments: argparse.Namespace) -> Sampler:
+    from dsv3_jax.inference.sampling import Sampler
+
+    filtered = arguments.top_k is not None or arguments.top_p is not None
+    temperature = arguments.temperature
+    if temperature is None:
+        temperature = 1.0 if filtered else 0.0
+    return Sampler(temperature=temperature, top_k=arguments.top_k, top_p=arguments.top_p)
+
+
+def _decoded(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Text of ids as they come; characters of several tokens are held back until they are whole."""
+    seen: list[int] = []
+    written = ""
+    for token in ids:
+        if token == tokenizer.eos_id:
+            break
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        if len(whole) > len(written):
+            yield whole[len(written) :]
+            written = whole
+    yield tokenizer.decode(seen)[len(written) :]
+
+
+def _print_pieces(prompt: str, pieces: Iterable[str]) -> None:
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")

@@ -1,0 +1,75 @@
+"""Command lines made from dataclasses by tyro, with errors of one line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+from typing import Any
+
+import tyro
+
+from dsv3_jax.errors import ConfigError, UserError
+
+
+def parse[Options](
+    kind: type[Options], argv: list[str], *, prog: str, description: str, default: Options | None = None
+) -> Options:
+    """The options in `argv` as a dataclass; fields of nested dataclasses are `--section.field VALUE`.
+
+    Raises:
+      UserError: an option that does not exist, or a value that is none; one line.
+      SystemExit: after --help.
+    """
+    printed = io.StringIO()
+    arguments: dict[str, Any] = {"prog": prog, "description": description}
+    if default is not None:
+        arguments["default"] = default
+    if any(word in ("-h", "--help") for word in argv):
+        return tyro.cli(tyro.conf.AvoidSubcommands[kind], args=["--help"], **arguments)
+    if default is not None:
+        _check_names(argv, default)
+    try:
+        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+            return tyro.cli(tyro.conf.AvoidSubcommands[kind], args=argv, **arguments)
+    except ConfigError:
+        raise
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(f"{_one_line(printed.getvalue())}; see {prog} --help") from None
+
+
+def suggest(name: str, choices: list[str]) -> str:
+    """The choices nearest to a wrong name."""
+    near = difflib.get_close_matches(name, choices, n=2)
+    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(choices)}"
+
+
+def _check_names(argv: list[str], default: object) -> None:
+    known = [f"--{name}" for name in _names(default)]
+    for word in argv:
+        name = word.split("=")[0].replace("_", "-")
+        if word.startswith("--") and name not in known and name.replace("--no-", "--") not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "see --help for those that do"
+            raise UserError(f"option {word} does not exist; {hint}")
+
+
+def _names(value: object, prefix: str = "") -> list[str]:
+    names = []
+    for field in dataclasses.fields(value):  # pyright: ignore[reportArgumentType]
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        inner = getattr(value, field.name)
+        nested = dataclasses.is_dataclass(inner)
+        names += _names(inner, f"{name}.") if nested else [name, f"{prefix}no-{field.name.replace('_', '-')}"]
+    return names
+
+
+def _one_line(text: str) -> str:
+    """What a boxed message says, without the box."""
+    words = re.sub(r"[│╭╮╰╯─┌┐└┘|]+", " ", text).split()
+    sentence = " ".join(words).removeprefix("Parsing error").strip()
+    return re.split(r"(?: For full helptext| Full helptext|see .* --help)", sentence)[0].strip() or "bad arguments"

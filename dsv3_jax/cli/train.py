@@ -1,0 +1,112 @@
+"""`dsv3 train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.cli.options import parse
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data import DataConfig
+from dsv3_jax.errors import UserError
+from dsv3_jax.training.config import RunConfig, TrainingConfig
+from dsv3_jax.training.defaults import default_run
+from dsv3_jax.training.run_folder import RunFolder
+
+_DESCRIPTION = """Train a DeepSeek-V3 model. A folder that holds a run goes on where it stopped.
+
+Examples:
+  dsv3 train --preset nano --out runs/nano
+  dsv3 train --preset nano --out runs/mine --steps 1000 --data.corpus ~/my-project
+  dsv3 train --preset mini --out runs/wide --model.n-routed-experts 64 --training.batch-size 32
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Options of `dsv3 train`.
+
+    Attributes:
+      out: folder of the run; required.
+      preset: what all defaults come from (a run that goes on keeps its own).
+      steps: optimizer steps; short for --training.steps. 0 keeps the preset's.
+      precision: float32, bfloat16 or auto (bfloat16 where the device is fast at it).
+      init_from: folder of a run, or of a checkpoint in the published layout, whose weights a new run starts from.
+    """
+
+    out: str = ""
+    preset: str = "nano"
+    steps: int = 0
+    precision: str = "auto"
+    init_from: str = ""
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+
+
+def main(argv: list[str]) -> int:
+    """Parses, trains, and returns the exit code."""
+    options = parse(TrainOptions, argv, prog="dsv3 train", description=_DESCRIPTION, default=_defaults(argv))
+    if not options.out:
+        raise UserError("--out FOLDER is missing: the run needs a folder, such as --out runs/nano")
+    from dsv3_jax.precision import Precision
+
+    Precision.preset(options.precision)
+    training = options.training
+    if options.steps < 0:
+        raise UserError(f"--steps must be positive, not {options.steps}")
+    if options.steps:
+        training = dataclasses.replace(training, steps=options.steps)
+    config = RunConfig(
+        preset=options.preset,
+        model=options.model,
+        data=options.data,
+        training=training,
+        precision=options.precision,
+    )
+    from dsv3_jax.training.trainer import train
+
+    return train(config, Path(options.out), initial_model=_initial_model(options.init_from, config)).exit_code
+
+
+def _defaults(argv: list[str]) -> TrainOptions:
+    """The defaults that the rest of the command line changes: a run's own where it goes on, else the preset's."""
+    preset, out = _value(argv, "--preset"), _value(argv, "--out")
+    run = default_run(preset or "nano")
+    if out and RunFolder(Path(out)).holds_run:
+        started = RunFolder(Path(out)).read_config()
+        if preset and preset != started.preset:
+            raise UserError(f"{out} holds a run of preset {started.preset}, not {preset}: choose another --out")
+        run = started
+    return TrainOptions(
+        out=out or "",
+        preset=run.preset,
+        precision=run.precision,
+        model=run.model,
+        data=run.data,
+        training=run.training,
+    )
+
+
+def _value(argv: list[str], option: str) -> str | None:
+    for word, following in zip(argv, [*argv[1:], None], strict=True):
+        if word == option:
+            return following
+        if word.startswith(f"{option}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _initial_model(source: str, config: RunConfig) -> Any:
+    """A function that makes the model a new run starts from, or None for fresh weights."""
+    if not source:
+        return None
+    from dsv3_jax.training.starting_point import load_starting_point
+
+    return lambda: load_starting_point(Path(source), config)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,38 @@
+"""The weights a new run starts from when it does not start from scratch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flax import nnx
+
+from dsv3_jax.errors import UserError
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.training.checkpoints import load_checkpoint, make_model
+from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.run_folder import RunFolder
+
+
+def load_starting_point(source: Path, config: RunConfig) -> DeepSeekV3:
+    """The model of a run's folder, or of a checkpoint in the published layout, for a run of `config`.
+
+    Raises:
+      UserError: the folder is neither, or its architecture is not the run's.
+    """
+    if RunFolder(source).checkpoints.is_dir():
+        found, _, _ = load_checkpoint(source)
+    else:
+        from dsv3_jax.interop import load_hf
+
+        found = load_hf(source)
+    ours, theirs = config.model.to_dict(), found.config.to_dict()
+    different = sorted(name for name in ours if ours[name] != theirs[name])
+    if different:
+        name = different[0]
+        raise UserError(
+            f"{source} holds another architecture: {name} is {theirs[name]}, not {ours[name]}; "
+            f"give --model.{name.replace('_', '-')} {theirs[name]}"
+        )
+    model = make_model(config)
+    nnx.update(model, nnx.state(found))
+    return model
