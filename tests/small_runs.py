@@ -1,0 +1,111 @@
+"""A run of seconds for the tests of training: its configuration, corpus, and one compiled step shared by all."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data import DataConfig
+from dsv3_jax.training.checkpoints import make_model
+from dsv3_jax.training.config import RunConfig, TrainingConfig
+from dsv3_jax.training.schedules import Schedule
+from dsv3_jax.training.state import Skeleton, TrainState, new_state
+from dsv3_jax.training.step import StepSettings, TrainStep, make_train_step
+
+VOCABULARY = 266  # 256 bytes and ten special tokens
+LENGTH = 32
+SETTINGS = StepSettings(
+    learning_rate=jnp.float32(1e-2),
+    bias_update_speed=jnp.float32(1e-3),
+    balance_weight=jnp.float32(1e-2),
+    mtp_weight=jnp.float32(0.3),
+)
+
+
+def write_corpus(folder: Path, documents: int = 24) -> Path:
+    """Texts that differ from each other, from a fixed seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "return", "import", "lambda", "yield", "é", "数"]
+    for number in range(documents):
+        text = " ".join(random.choice(words, 60).tolist())
+        (folder / f"text{number:02d}.txt").write_text(f"{number}: {text}\n", encoding="utf-8")
+    return folder
+
+
+def small_run(corpus: Path | str = "unused", **training: Any) -> RunConfig:
+    """Six steps of two passes of two rows of 32 bytes, saving every second step."""
+    values: dict[str, Any] = {
+        "steps": 6,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "schedule": Schedule(learning_rate=1e-2, warmup_until=0.2, ramp_until=0.0, ramp_from=1.0),
+        "log_every": 1,
+        "checkpoint_every": 2,
+        "sample_tokens": 0,
+    }
+    return RunConfig(
+        preset="tiny",
+        model=ModelConfig.preset("tiny", vocab_size=VOCABULARY, num_hidden_layers=2),
+        data=DataConfig(
+            corpus=str(corpus),
+            tokenizer="byte",
+            vocab_size=VOCABULARY,
+            sequence_length=LENGTH,
+            validation_fraction=0.2,
+            validation_sequences=4,
+        ),
+        training=TrainingConfig(**(values | training)),
+        precision="float32",
+    )
+
+
+def random_batch(seed: int, passes: int, rows: int, *, padded: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Tokens and segment ids [A, B, T+1]; with `padded`, rows end in padding of different lengths."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, VOCABULARY, (passes, rows, LENGTH + 1))
+    segments = np.ones_like(tokens)
+    if padded:
+        for row in segments.reshape(-1, LENGTH + 1):
+            row[random.integers(4, LENGTH + 2) :] = 0
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A model before its first step. `step` donates its state: give it a copy (`fresh`)."""
+
+    config: RunConfig
+    skeleton: Skeleton
+    state: TrainState
+    step: TrainStep
+
+    def fresh(self) -> TrainState:
+        """A copy that may be donated."""
+        return jax.tree.map(jnp.copy, self.state)
+
+
+@functools.cache
+def small_start() -> Start:
+    """The small run's initial state (with biases and loads worth testing) and its compiled step."""
+    config = small_run()
+    skeleton, state = new_state(make_model(config), config)
+    biases = 0.01 * jax.random.normal(jax.random.key(5), state.router_biases.shape)
+    state = dataclasses.replace(state, router_biases=biases)
+    return Start(config, skeleton, state, make_train_step(skeleton, config))
+
+
+def assert_trees_equal(left: Any, right: Any) -> None:
+    """Bit for bit, random keys included."""
+    paths_left, paths_right = (jax.tree_util.tree_leaves_with_path(tree) for tree in (left, right))
+    assert len(paths_left) == len(paths_right)
+    for (path, a), (_, b) in zip(paths_left, paths_right, strict=True):
+        a, b = (jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=jax.tree_util.keystr(path))

@@ -1,0 +1,182 @@
+"""Each term of the objective against float64 loops over the model's own logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.training.losses import LossTerms, LossWeights, cross_entropies, objective, target_weights
+
+VOCABULARY, ROWS, LENGTH = 40, 3, 12
+LAMBDA, ALPHA = 0.3, 0.7
+
+
+@functools.cache
+def model() -> DeepSeekV3:
+    """Two MTP depths, weights large enough that positions differ."""
+    config = ModelConfig.preset(
+        "tiny", vocab_size=VOCABULARY, num_hidden_layers=2, num_nextn_predict_layers=2, initializer_range=0.2
+    )
+    return DeepSeekV3(config, rngs=nnx.Rngs(1))
+
+
+@functools.cache
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    """Packed rows: one whole, one of two documents, one of a document and padding."""
+    tokens = np.random.default_rng(3).integers(0, VOCABULARY, (ROWS, LENGTH + 1)).astype(np.int32)
+    segments = np.ones_like(tokens)
+    segments[1, 6:] = 2
+    segments[2, 9:] = 0
+    return tokens, segments
+
+
+@functools.cache
+def logits_and_routing(isolate: bool):
+    tokens, segments = batch()
+    graph, weights = nnx.split(model())
+
+    @jax.jit
+    def run(weights):
+        m = nnx.merge(graph, weights)
+        features = m.features(tokens[:, :-1], segment_ids=segments[:, :-1], isolate_segments=isolate)
+        return [m.head(h) for h in (features.hidden, *features.mtp_hidden)], features.routing
+
+    logits, routing = run(weights)
+    return [np.asarray(part, np.float64) for part in logits], jax.device_get(routing)
+
+
+def brute_force(depth: int, isolate: bool) -> float:
+    """Eq. 24 (Eq. for the main head at depth 0) by loops: a sum over T-k positions, divided by all T targets."""
+    tokens, segments = batch()
+    logits = logits_and_routing(isolate)[0][depth]
+    total = 0.0
+    for b in range(ROWS):
+        for i in range(LENGTH - depth):
+            target = i + depth + 1
+            if segments[b, target] == 0 or (isolate and segments[b, target] != segments[b, i]):
+                continue
+            row = logits[b, i]
+            total -= row[tokens[b, target]] - np.log(np.sum(np.exp(row - row.max()))) - row.max()
+    return total / np.sum(segments[:, 1:] != 0)
+
+
+@functools.cache
+def terms(balance: str, isolate: bool, chunk: int = 4096) -> LossTerms:
+    tokens, segments = batch()
+    graph, weights = nnx.split(model())
+
+    @jax.jit
+    def run(weights):
+        return objective(
+            nnx.merge(graph, weights),
+            tokens,
+            segments,
+            weights=LossWeights(balance=jnp.float32(ALPHA), mtp=jnp.float32(LAMBDA)),
+            real_tokens=jnp.sum(segments[:, 1:] != 0).astype(jnp.float32),
+            balance=balance,  # pyright: ignore[reportArgumentType]
+            isolate_segments=isolate,
+            chunk=chunk,
+        )
+
+    return jax.device_get(run(weights))
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_main_and_mtp_losses_equal_loops(isolate: bool):
+    found = terms("sequence", isolate)
+    np.testing.assert_allclose(found.main, brute_force(0, isolate), rtol=2e-6)
+    np.testing.assert_allclose(found.mtp, [brute_force(1, isolate), brute_force(2, isolate)], rtol=2e-6)
+
+
+def test_an_mtp_loss_one_place_off_would_be_noticed():
+    """The loops tell targets apart: shifted ones give another number by far more than the tolerance above."""
+    tokens, _ = batch()
+    logits = logits_and_routing(False)[0][1]
+    shifted = np.mean(
+        [logits[b, i, tokens[b, i + 1]] - logits[b, i, tokens[b, i + 2]] for b in range(ROWS) for i in range(8)]
+    )
+    assert abs(shifted) > 1e-2
+
+
+def test_the_total_weighs_its_terms_as_the_report_does():
+    for balance in ("sequence", "batch", "none"):
+        found = terms(balance, False)
+        routing = logits_and_routing(False)[1]
+        in_balance = {
+            "sequence": np.sum(routing.sequence_balance, dtype=np.float64),
+            "batch": np.sum(routing.batch_balance, dtype=np.float64),
+            "none": 0.0,
+        }[balance]
+        np.testing.assert_allclose(found.balance, in_balance, rtol=1e-5)
+        mtp = LAMBDA / 2 * (brute_force(1, False) + brute_force(2, False))
+        np.testing.assert_allclose(found.total, brute_force(0, False) + mtp + ALPHA * in_balance, rtol=2e-6)
+
+
+def test_balance_terms_differ_and_are_near_one_a_layer():
+    layers = 3
+    for balance in ("sequence", "batch"):
+        assert 0.9 * layers < terms(balance, False).balance < 2.5 * layers
+    assert terms("sequence", False).balance != terms("batch", False).balance
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 36])
+def test_chunked_cross_entropy_and_its_gradient_equal_the_whole(chunk: int):
+    random = np.random.default_rng(0)
+    hidden = jnp.asarray(random.normal(size=(2, 18, 32)), jnp.float32)
+    targets = jnp.asarray(random.integers(0, VOCABULARY, (2, 18)), jnp.int32)
+    weight = jnp.asarray(random.normal(size=(2, 18)), jnp.float32)
+
+    def loss(head_weight, hidden, size):
+        m = _HeadOnly(head_weight)
+        return jnp.sum(weight * cross_entropies(m, hidden, targets, size))  # pyright: ignore[reportArgumentType]
+
+    head_weight = jnp.asarray(random.normal(size=(VOCABULARY, 32)), jnp.float32)
+    whole = jax.value_and_grad(_plain_loss, argnums=(0, 1))(head_weight, hidden, targets, weight)
+    pieces = jax.value_and_grad(loss, argnums=(0, 1))(head_weight, hidden, chunk)
+    for a, b in zip(jax.tree.leaves(pieces), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@dataclasses.dataclass
+class _HeadOnly:
+    weight: jax.Array
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        return hidden @ self.weight.T
+
+
+def _plain_loss(head_weight, hidden, targets, weight):
+    log_p = jax.nn.log_softmax(hidden @ head_weight.T, axis=-1)
+    return -jnp.sum(weight * jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(1, 4),
+    st.booleans(),
+)
+def test_target_weights_by_definition(documents: list[list[int]], ahead: int, isolate: bool):
+    """Rows of documents of given lengths, padded to one length."""
+    width = max(sum(row) for row in documents) + 2
+    segments = np.zeros((len(documents), width), np.int32)
+    for row, lengths in zip(segments, documents, strict=True):
+        row[: sum(lengths)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+    if ahead >= width:
+        return
+    found = np.asarray(target_weights(jnp.asarray(segments), ahead, isolate_segments=isolate))
+    for b in range(len(documents)):
+        for i in range(width - ahead):
+            target = segments[b, i + ahead]
+            wanted = target != 0 and (not isolate or target == segments[b, i])
+            assert found[b, i] == wanted
