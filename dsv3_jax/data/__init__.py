@@ -1,17 +1,11 @@
-"""Text to batches (report section 4.1).
+"""Text to rows of tokens: corpora, tokenizers, fill-in-middle, packing, an iterator with an exact state."""
 
-data = prepare_data(DataConfig(), cache_folder)
-rows = data.train_iterator()
-tokens, segment_ids = rows.next_rows(8)        # int32 [8, T+1] each: T inputs, and targets one place on
-rows.set_state(rows.state())                   # exact, JSON-able
-"""
-
+from dsv3_jax.data.array_record import read_array_record, write_array_record
 from dsv3_jax.data.config import DataConfig
-from dsv3_jax.data.corpus import Document, load_corpus, split_corpus
-from dsv3_jax.data.iterator import TrainIterator
+from dsv3_jax.data.document_files import Document
 from dsv3_jax.data.prepare import Data, prepare_data
-from dsv3_jax.data.token_records import read_token_records, write_token_records
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.train_iterator import TrainIterator
 
 __all__ = [
     "Data",
@@ -19,9 +13,7 @@ __all__ = [
     "Document",
     "Tokenizer",
     "TrainIterator",
-    "load_corpus",
     "prepare_data",
-    "read_token_records",
-    "split_corpus",
-    "write_token_records",
+    "read_array_record",
+    "write_array_record",
 ]

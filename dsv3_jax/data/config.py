@@ -1,30 +1,34 @@
-"""What text a run is trained on, and how it becomes rows of tokens."""
+"""What text is trained on, and how it becomes rows of tokens."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from dsv3_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Corpus, tokenizer and packing (report section 4.1).
+    """The data of a run, checked at construction.
 
     Attributes:
-      corpus: "stdlib" (the source code of the running Python's standard library), a folder of text or code files, a
-        .jsonl (field `text`), .parquet (column `text`) or .arrayrecord (documents already tokenised) file.
-      tokenizer: "train" (byte-level BPE trained on the corpus), "byte", or the path of a tokenizer.json (or .json.gz).
-      vocab_size: ids of a tokenizer that is trained.
-      sequence_length: T, tokens a row.
-      fill_in_middle_rate: share of documents rearranged to prefix, suffix, middle.
-      punctuation_split_rate: share of tokens that join punctuation and line breaks which are split in training, against
-        token boundary bias.
-      isolate_documents: attention and targets stay inside a document (the report does not isolate in pre-training).
-      validation_fraction: share of documents kept for validation.
-      validation_sequences: rows of the validation set at most.
-      seed: of every random choice here.
-      worker_count: processes that read rows; 0 reads in the main process.
+      corpus: "stdlib" (the source of the running interpreter's standard library), or a path: a text file, a .jsonl file
+        (field `text`, optional field `domain`), a .parquet file (the same columns), an .arrayrecord file of documents
+        already tokenised (`write_array_record`), or a folder of any of these (pre-tokenised ones not mixed with text).
+      tokenizer: "train" (byte-level BPE trained on the corpus), "byte" (one id a byte), or the path of a
+        tokenizer.json, possibly gzipped, or of a folder that holds one.
+      vocab_size: ids of the tokenizer to train, control tokens included; ignored otherwise.
+      sequence_length: T; a row holds T + 1 tokens, so T inputs and T targets.
+      fill_in_middle_rate: share of the documents rearranged as prefix, suffix, middle (section 4.1; 0.1 in the report).
+      punctuation_split_rate: share of the tokens joining punctuation and line breaks that are split in two, against the
+        token boundary bias (section 4.1; the report does not give its share).
+      isolate_documents: attention stays within a document. Rows are the same either way; the model reads this.
+      validation_fraction: share of the documents held out, chosen by a hash of their names; of a corpus with fewer
+        than 1 / validation_fraction documents, the end of each document is held out instead.
+      validation_sequences: at most so many rows, evenly spaced over the held out text, make the validation set.
+      seed: of order, fill-in-middle and token splitting.
+      worker_count: processes that prepare rows; 0 reads in the training process. Never changes the rows.
     """
 
     corpus: str = "stdlib"
@@ -40,21 +44,23 @@ class DataConfig:
     worker_count: int = 0
 
     def __post_init__(self) -> None:
-        for name, smallest in (
+        if not self.corpus:
+            raise ConfigError("data.corpus is empty: give 'stdlib' or the path of a file or folder")
+        if not self.tokenizer:
+            raise ConfigError("data.tokenizer is empty: give 'train', 'byte' or the path of a tokenizer.json")
+        for name, least in (
             ("vocab_size", 1),
-            ("sequence_length", 2),
+            ("sequence_length", 1),
             ("validation_sequences", 1),
             ("seed", 0),
             ("worker_count", 0),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-                raise ConfigError(f"data.{name} must be a whole number of at least {smallest}, not {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"data.{name} must be an integer of at least {least}, got {value!r}")
         for name in ("fill_in_middle_rate", "punctuation_split_rate"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"data.{name} must lie between 0 and 1, not {getattr(self, name)}")
-        if not 0.0 < self.validation_fraction < 1.0:
-            raise ConfigError(f"data.validation_fraction must lie between 0 and 1, not {self.validation_fraction}")
-        for name in ("corpus", "tokenizer"):
-            if not getattr(self, name):
-                raise ConfigError(f"data.{name} must not be empty")
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or math.isnan(value):
+                raise ConfigError(f"data.{name} must lie in [0, 1], got {value!r}")
+        if not 0 < self.validation_fraction <= 0.5:
+            raise ConfigError(f"data.validation_fraction must lie in (0, 0.5], got {self.validation_fraction!r}")

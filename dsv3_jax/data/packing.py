@@ -1,74 +1,50 @@
-"""Documents packed into rows of tokens, one stream cut every T tokens (report section 4.1)."""
+"""Documents laid end to end and cut into rows of T + 1 tokens.
+
+Rows start T tokens apart: the last target of a row is the first input of the next, so every token of the stream but its
+first is a target exactly once. The last row is filled up with padding, segment 0.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Int32, Int64
 
-from dsv3_jax.errors import UserError
+Row = tuple[Int32[np.ndarray, " T_plus_1"], Int32[np.ndarray, " T_plus_1"]]
 
 
-@dataclasses.dataclass(frozen=True)
-class PackedRows:
-    """A random-access source of rows; what the data loader reads.
+def row_count(stream_length: int, sequence_length: int) -> int:
+    """Rows that hold every target of a stream."""
+    return max(0, -(-(stream_length - 1) // sequence_length))
 
-    Row i holds tokens i*T .. i*T+T of the stream: T inputs and, one place on, T targets, so that every token of the
-    stream but the first is a target once. The tail shorter than a row is left out.
 
-    Attributes:
-      stream: the documents one after another, each with its end token; may be mapped from a file.
-      starts: where each document begins in the stream.
+def pack_row(
+    index: int,
+    borders: Int64[np.ndarray, " D_plus_1"],
+    read: Callable[[int, int, int], np.ndarray],
+    sequence_length: int,
+    pad_id: int,
+) -> Row:
+    """One row of the stream.
+
+    Args:
+      index: of the row, below `row_count`.
+      borders: where documents begin in the stream, and its end; strictly increasing.
+      read: (document, start, stop) -> those of its tokens.
+
+    Returns:
+      Tokens and segment ids: 1 for the first document with a token in the row, then 2, ...; 0 for padding.
     """
-
-    stream: np.ndarray
-    starts: np.ndarray
-    sequence_length: int
-
-    def __len__(self) -> int:
-        return max(0, (len(self.stream) - 1) // self.sequence_length)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and segment ids of a row, int32 [T+1] each; segments are counted from 1 in every row."""
-        begin = int(index) * self.sequence_length
-        end = begin + self.sequence_length + 1
-        tokens = np.asarray(self.stream[begin:end], np.int32)
-        boundaries = self.starts[np.searchsorted(self.starts, begin, "right") : np.searchsorted(self.starts, end)]
-        opens = np.zeros(len(tokens), np.int32)
-        opens[0] = 1
-        opens[boundaries - begin] = 1
-        return tokens, np.cumsum(opens, dtype=np.int32)
-
-
-def pack(documents: Sequence[Sequence[int] | np.ndarray], eos_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """The stream of all documents, each followed by `eos_id`, and where each begins."""
-    sizes = np.array([len(document) + 1 for document in documents], np.int64)
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
-    stream = np.full(int(sizes.sum()), eos_id, np.int32)
-    for start, document in zip(starts, documents, strict=True):
-        stream[start : start + len(document)] = document
-    return stream, starts
-
-
-def load_rows(folder: Path, sequence_length: int) -> PackedRows | None:
-    """Rows of a stream saved in `folder`, mapped from disk; None where there is none."""
-    try:
-        stream = np.load(folder / "stream.npy", mmap_mode="r", allow_pickle=False)
-        starts = np.load(folder / "starts.npy", allow_pickle=False)
-    except (FileNotFoundError, ValueError):
-        return None
-    return PackedRows(stream, starts, sequence_length)
-
-
-def save_stream(folder: Path, stream: np.ndarray, starts: np.ndarray) -> None:
-    """Saves a stream under a name that appears when it is whole."""
-    temporary = folder.with_name(folder.name + ".writing")
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        np.save(temporary / "stream.npy", stream)
-        np.save(temporary / "starts.npy", starts)
-        temporary.rename(folder)
-    except OSError as error:
-        raise UserError(f"the tokenised corpus cannot be written to {folder}: {error.strerror}") from error
+    start = index * sequence_length
+    stop = min(start + sequence_length + 1, int(borders[-1]))
+    tokens = np.full(sequence_length + 1, pad_id, np.int32)
+    segments = np.zeros(sequence_length + 1, np.int32)
+    document, segment, place = int(np.searchsorted(borders, start, side="right")) - 1, 1, start
+    while place < stop:
+        end = min(stop, int(borders[document + 1]))
+        origin = int(borders[document])
+        tokens[place - start : end - start] = read(document, place - origin, end - origin)
+        segments[place - start : end - start] = segment
+        document, segment, place = document + 1, segment + 1, end
+    return tokens, segments

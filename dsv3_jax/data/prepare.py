@@ -1,85 +1,37 @@
-"""From a configuration to tokenizer, training rows and validation rows."""
+"""From a configuration to rows: tokenizer, tokenised corpus (cached), training rows and the fixed validation set."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import batched
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int32, Int64
 
-from dsv3_jax.data import corpus as corpora
+from dsv3_jax.data.array_record import read_array_record
 from dsv3_jax.data.config import DataConfig
-from dsv3_jax.data.corpus import Document
-from dsv3_jax.data.fill_in_middle import cut_in_three
-from dsv3_jax.data.iterator import TrainIterator
-from dsv3_jax.data.packing import PackedRows, load_rows, pack, save_stream
-from dsv3_jax.data.text_statistics import byte_entropy, gzip_bits_per_byte
+from dsv3_jax.data.corpus import Corpus, open_corpus
+from dsv3_jax.data.document_files import Document
+from dsv3_jax.data.epoch import Recipe
+from dsv3_jax.data.fill_in_middle import FillInMiddle
+from dsv3_jax.data.packing import pack_row
+from dsv3_jax.data.punctuation_splitting import PunctuationSplitting
+from dsv3_jax.data.splitting import name_hash, split_documents
+from dsv3_jax.data.token_store import TokenStore
 from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.tokenizer_training import byte_tokenizer, sample_text, train_bpe
+from dsv3_jax.data.train_iterator import TrainIterator
 from dsv3_jax.errors import UserError
 
-_TRAINING_SAMPLE = 3_000_000  # characters a tokenizer is trained on: seconds, and enough for some thousands of merges
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """A corpus ready for training.
-
-    Attributes:
-      tokenizer: of all texts.
-      train, validation: packed rows; the validation text has no fill-in-middle and keeps its order.
-      fingerprint: what the rows depend on, by name.
-    """
-
-    config: DataConfig
-    tokenizer: Tokenizer
-    train: PackedRows
-    validation: PackedRows
-    fingerprint: dict[str, str]
-    shard_index: int = 0
-    shard_count: int = 1
-
-    @property
-    def num_train_tokens(self) -> int:
-        """Tokens of the training stream: one epoch."""
-        return len(self.train.stream)
-
-    def train_iterator(self) -> TrainIterator:
-        """Shuffled training rows from the beginning."""
-        return TrainIterator(
-            self.train,
-            seed=self.config.seed,
-            shard_index=self.shard_index,
-            shard_count=self.shard_count,
-            worker_count=self.config.worker_count,
-            fingerprint=self.fingerprint,
-        )
-
-    def validation_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """The whole validation set: tokens and segment ids, int32 [N, T+1] each."""
-        rows = [self.validation[index] for index in range(self._validation_count)]
-        return np.stack([tokens for tokens, _ in rows]), np.stack([segments for _, segments in rows])
-
-    @property
-    def validation_entropy_bits_per_byte(self) -> float:
-        """Zeroth-order byte entropy of the validation text."""
-        return byte_entropy(self._validation_text)
-
-    @property
-    def validation_gzip_bits_per_byte(self) -> float:
-        """Gzip on the validation text."""
-        return gzip_bits_per_byte(self._validation_text)
-
-    @property
-    def _validation_count(self) -> int:
-        return min(len(self.validation), self.config.validation_sequences)
-
-    @cached_property
-    def _validation_text(self) -> bytes:
-        tokens = self.validation.stream[: self._validation_count * self.validation.sequence_length + 1]
-        return self.tokenizer.decode(tokens).encode()
+PACK_VERSION = "1"  # of everything between text and rows; a change makes old caches and iterator states other data
+_DOCUMENTS_A_BATCH = 64
 
 
 def prepare_data(
@@ -91,143 +43,226 @@ def prepare_data(
     shard_count: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Data:
-    """Reads the corpus, makes or loads the tokenizer, tokenises and packs.
+    """Reads, tokenises and splits the corpus.
 
     Args:
-      cache_folder: where the tokenised corpus is kept for the next time; None for not at all.
-      tokenizer_folder: a saved tokenizer to use whatever the configuration says (a run that goes on).
+      cache_folder: where the trained tokenizer and the tokenised corpus are kept, by what they were made from.
+      tokenizer_folder: a tokenizer to use instead of `config.tokenizer`: a run's own, on resume.
       shard_index, shard_count: this host's share of the training rows.
-      progress: told what is being done.
+      progress: told in a few words what takes time.
 
     Raises:
-      UserError: the corpus or tokenizer cannot be used, or the corpus is too small for one row.
+      UserError: the corpus or the tokenizer cannot be used; one line that says what and where.
     """
-    say = progress or (lambda text: None)
-    documents = corpora.load_corpus(config.corpus)
-    train, validation = corpora.split_corpus(documents, config.validation_fraction)
-    say(f"corpus {config.corpus}: {len(train):,} documents to train on, {len(validation):,} to validate")
-    tokenizer = _tokenizer(config, tokenizer_folder, train, say)
-    if config.fill_in_middle_rate and tokenizer.fim_ids is None:
-        raise UserError(
-            "the tokenizer has no fill-in-middle tokens: give --data.fill-in-middle-rate 0 or another tokenizer"
+    say = progress or (lambda _: None)
+    corpus = open_corpus(config)
+    corpus_fingerprint = corpus.fingerprint()
+    tokenizer = _tokenizer(config, corpus, corpus_fingerprint, cache_folder, tokenizer_folder, say)
+    store = _token_store(config, corpus, corpus_fingerprint, tokenizer, cache_folder, say)
+    return Data(config, tokenizer, store, corpus_fingerprint, shard_index, shard_count)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+    """A prepared corpus; made by `prepare_data`."""
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    store: TokenStore
+    corpus_fingerprint: str
+    shard_index: int = 0
+    shard_count: int = 1
+
+    def __post_init__(self) -> None:
+        for split, count in (("training", self.num_train_tokens), ("validation", self._validation_borders[-1])):
+            if count < self.config.sequence_length + 1:
+                raise UserError(
+                    f"the corpus {self.config.corpus} is too small: its {count} {split} tokens do not fill one "
+                    f"sequence of {self.config.sequence_length}: give more text or a smaller data.sequence_length"
+                )
+        _ = self._recipe  # a tokenizer without fill-in-middle tokens is found out now
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """What decides the training rows, by name. Worker, shard and batch counts do not."""
+        config = self.config
+        return {
+            "corpus": self.corpus_fingerprint,
+            "tokenizer": self.tokenizer.fingerprint,
+            "sequence_length": str(config.sequence_length),
+            "fill_in_middle_rate": repr(float(config.fill_in_middle_rate)),
+            "punctuation_split_rate": repr(float(config.punctuation_split_rate)),
+            "validation_fraction": repr(float(config.validation_fraction)),
+            "seed": str(config.seed),
+            "pack_version": PACK_VERSION,
+        }
+
+    @cached_property
+    def num_train_tokens(self) -> int:
+        """Tokens of the training documents, ends of text included, without those fill-in-middle adds."""
+        return int((self.store.lengths[self._train_documents] + 1).sum())
+
+    def train_iterator(self) -> TrainIterator:
+        """Rows of this shard, from the start; each epoch every row once over all shards."""
+        return TrainIterator(
+            self._recipe, self.fingerprint, self.shard_index, self.shard_count, self.config.worker_count
         )
-    fingerprint = {
-        "corpus": corpora.fingerprint(documents),
-        "tokenizer": tokenizer.fingerprint,
-        **{
-            name: str(getattr(config, name))
-            for name in (
-                "sequence_length",
-                "fill_in_middle_rate",
-                "punctuation_split_rate",
-                "validation_fraction",
-                "seed",
-            )
-        },
-    }
 
-    def rows(name: str, documents: list[Document], *, rearrange: bool) -> PackedRows:
-        key = hashlib.sha256(f"{sorted(fingerprint.items())}".encode()).hexdigest()[:16]
-        folder = None if cache_folder is None else cache_folder / f"{name}-{key}"
-        cached = None if folder is None else load_rows(folder, config.sequence_length)
-        if cached is None:
-            say(f"tokenising the {name} documents")
-            stream, starts = pack(_encode(documents, tokenizer, config, rearrange=rearrange), tokenizer.eos_id)
-            if folder is not None:
-                save_stream(folder, stream, starts)
-            cached = PackedRows(stream, starts, config.sequence_length)
-        if not len(cached):
-            raise UserError(
-                f"the corpus {config.corpus} is too small: its {name} part has {len(cached.stream)} tokens, one row "
-                f"needs {config.sequence_length + 1}; give more text or a smaller --data.sequence-length"
-            )
-        return cached
+    def validation_rows(self) -> tuple[Int32[np.ndarray, "N T_plus_1"], Int32[np.ndarray, "N T_plus_1"]]:
+        """Tokens and segment ids of the validation set: full rows, evenly spaced over the held out text, in order."""
+        return self._validation
 
-    return Data(
-        config=config,
-        tokenizer=tokenizer,
-        train=rows("train", _shuffled(train, config.seed), rearrange=True),
-        validation=rows("validation", validation, rearrange=False),
-        fingerprint=fingerprint,
-        shard_index=shard_index,
-        shard_count=shard_count,
-    )
+    def documents(self, split: str = "train") -> Iterator[Document]:
+        """The documents of "train" or "validation" as text with their domains, decoded from their tokens."""
+        wanted = {"train": self._train_documents, "validation": self._validation_documents}[split]
+        for index in wanted:
+            text = self.tokenizer.decode(self.store.document(int(index)))
+            yield Document(self.store.names[index], self.store.domains[index], text)
+
+    @cached_property
+    def validation_bytes_per_token(self) -> float:
+        """Bytes of text a target of the validation set stands for, ends of text counted as 0."""
+        targets = self._validation[0][:, 1:]
+        return float(self.tokenizer.token_bytes[targets].sum() / targets.size)
+
+    def bits_per_byte(self, nats_per_token: float) -> float:
+        """A mean loss over all targets of the validation set, in bits per byte of its text."""
+        return nats_per_token / math.log(2) / self.validation_bytes_per_token
+
+    @cached_property
+    def validation_entropy_bits_per_byte(self) -> float:
+        """Entropy of the byte frequencies of the validation targets' text: what a model without context can reach."""
+        counts = np.bincount(np.frombuffer(self._validation_text, np.uint8), minlength=256)
+        shares = counts[counts > 0] / counts.sum()
+        return float(-(shares * np.log2(shares)).sum())
+
+    @cached_property
+    def validation_gzip_bits_per_byte(self) -> float:
+        """Size of the same text under gzip -9."""
+        text = self._validation_text
+        packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+        return 8 * len(packer.compress(text) + packer.flush()) / len(text)
+
+    @cached_property
+    def _train_documents(self) -> Int64[np.ndarray, " D"]:
+        return np.flatnonzero(~self.store.held_out)
+
+    @cached_property
+    def _validation_documents(self) -> Int64[np.ndarray, " D"]:
+        """Held out documents in the order of their hashes: mixed, and the same whatever else is in the corpus."""
+        held_out = np.flatnonzero(self.store.held_out)
+        return np.array(sorted(held_out, key=lambda index: name_hash(self.store.names[index])), np.int64)
+
+    @cached_property
+    def _validation_borders(self) -> Int64[np.ndarray, " D_plus_1"]:
+        lengths = self.store.lengths[self._validation_documents] + 1
+        return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+    @cached_property
+    def _validation(self) -> tuple[np.ndarray, np.ndarray]:
+        length, borders = self.config.sequence_length, self._validation_borders
+        full = (int(borders[-1]) - 1) // length
+        count = min(full, self.config.validation_sequences)
+        eos = self.tokenizer.eos_id
+
+        def read(place: int, start: int, stop: int) -> np.ndarray:
+            ids = self.store.document(int(self._validation_documents[place]))
+            return np.append(ids[start:stop], [eos] * (stop - max(start, len(ids))))
+
+        rows = [pack_row(index * full // count, borders, read, length, self.tokenizer.pad_id) for index in range(count)]
+        tokens, segment_ids = zip(*rows, strict=True)
+        return np.stack(tokens), np.stack(segment_ids)
+
+    @cached_property
+    def _validation_text(self) -> bytes:
+        """What the targets stand for, row after row."""
+        targets = self._validation[0][:, 1:].ravel()
+        return self.tokenizer.to_bytes(targets[self.tokenizer.token_bytes[targets] > 0])
+
+    @cached_property
+    def _recipe(self) -> Recipe:
+        config, tokenizer = self.config, self.tokenizer
+        return Recipe(
+            store=self.store,
+            documents=self._train_documents,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            fill_in_middle_rate=config.fill_in_middle_rate,
+            fill_in_middle=FillInMiddle.of(tokenizer) if config.fill_in_middle_rate else None,
+            splitting_rate=config.punctuation_split_rate,
+            splitting=PunctuationSplitting(tokenizer) if config.punctuation_split_rate else None,
+        )
 
 
-def _tokenizer(config: DataConfig, folder: Path | None, train: list[Document], say: Callable[[str], None]) -> Tokenizer:
-    if folder is not None:
-        return Tokenizer.load(folder)
+def _tokenizer(
+    config: DataConfig,
+    corpus: Corpus,
+    corpus_fingerprint: str,
+    cache_folder: Path | None,
+    tokenizer_folder: Path | None,
+    say: Callable[[str], None],
+) -> Tokenizer:
+    if tokenizer_folder is not None:
+        return Tokenizer.load(tokenizer_folder)
     if config.tokenizer == "byte":
-        return Tokenizer.of_bytes()
+        return Tokenizer(byte_tokenizer(), "the byte tokenizer")
     if config.tokenizer != "train":
         return Tokenizer.load(config.tokenizer)
-    if not any(document.text for document in train):
+    if corpus.pretokenised:
         raise UserError(
-            f"the corpus {config.corpus} is tokens already: give --data.tokenizer the file they were made with"
+            f"the corpus {corpus.name} holds token ids: set data.tokenizer to the tokenizer it was made with"
         )
-    say(f"training a byte-level BPE of {config.vocab_size} ids")
-    return Tokenizer.train(_sample(train, _TRAINING_SAMPLE), config.vocab_size)
+    key = _key(corpus_fingerprint, str(config.vocab_size), repr(config.validation_fraction))
+    folder = cache_folder / f"tokenizer-{key}" if cache_folder else None
+    if folder is not None and folder.is_dir():
+        return Tokenizer.load(folder)
+    say(f"training a tokenizer of {config.vocab_size} ids")
+    split = split_documents(corpus, config.validation_fraction)
+    sample = sample_text((document.name, document.text) for document, held_out in split if not held_out)
+    tokenizer = Tokenizer(train_bpe(sample, config.vocab_size), "the trained tokenizer")
+    if folder is not None:
+        tokenizer.save(folder)
+    return tokenizer
 
 
-def _sample(documents: list[Document], characters: int) -> list[str]:
-    """An even share of every document, so that no kind of text is left out."""
-    total = sum(len(document.text) for document in documents)
-    share = min(1.0, characters / max(total, 1))
-    return [document.text[: max(1, round(len(document.text) * share))] for document in documents]
+def _token_store(
+    config: DataConfig,
+    corpus: Corpus,
+    corpus_fingerprint: str,
+    tokenizer: Tokenizer,
+    cache_folder: Path | None,
+    say: Callable[[str], None],
+) -> TokenStore:
+    key = _key(corpus_fingerprint, tokenizer.fingerprint, repr(config.validation_fraction))
+    folder = cache_folder / f"tokens-{key}" if cache_folder else None
+    if folder is not None and (cached := TokenStore.load(folder)) is not None:
+        return cached
+    say(f"tokenising the corpus {corpus.name}")
+    read = _pretokenised_documents if corpus.pretokenised else _tokenised_documents
+    store = TokenStore.build(read(corpus, config.validation_fraction, tokenizer), tokenizer.vocab_size)
+    if not len(store):
+        raise UserError(f"the corpus {corpus.name} is empty: its files hold no text")
+    return store.save(folder) if folder else store
 
 
-def _shuffled(documents: list[Document], seed: int) -> list[Document]:
-    """Documents in random order, so that neighbours in a row are no relatives."""
-    order = np.random.default_rng([seed, 1]).permutation(len(documents))
-    return [documents[index] for index in order]
+def _tokenised_documents(
+    corpus: Corpus, fraction: float, tokenizer: Tokenizer
+) -> Iterator[tuple[str, str, bool, list[int]]]:
+    for batch in batched(split_documents(corpus, fraction), _DOCUMENTS_A_BATCH):
+        encoded = tokenizer.encode_batch([document.text for document, _ in batch])
+        for (document, held_out), ids in zip(batch, encoded, strict=True):
+            yield document.name, document.domain, held_out, ids
 
 
-def _encode(
-    documents: list[Document], tokenizer: Tokenizer, config: DataConfig, *, rearrange: bool
-) -> list[list[int] | np.ndarray]:
-    """Ids of every document; with `rearrange`, some by fill-in-middle and with joined punctuation split."""
-    fim_rate = config.fill_in_middle_rate if rearrange else 0.0
-    pieces: list[str] = []
-    counts: list[int] = []
-    for document in documents:
-        random = _random_of(document, config.seed)
-        cut = document.tokens is None and random.random() < fim_rate
-        parts = cut_in_three(document.text, random) if cut else (document.text,)
-        pieces += parts
-        counts.append(len(parts))
-    encoded = iter(tokenizer.encode_batch(pieces))
-    results: list[list[int] | np.ndarray] = []
-    for document, count in zip(documents, counts, strict=True):
-        parts = [next(encoded) for _ in range(count)]
-        if document.tokens is not None:
-            largest = int(document.tokens.max(initial=0))
-            if largest >= tokenizer.vocab_size:
-                raise UserError(f"{document.name} holds id {largest}, beyond the tokenizer's {tokenizer.vocab_size}")
-            results.append(document.tokens)
-            continue
-        if rearrange and config.punctuation_split_rate:
-            random = _random_of(document, config.seed + 1)
-            parts = [_split_punctuation(part, tokenizer, config.punctuation_split_rate, random) for part in parts]
-        results.append(parts[0] if count == 1 else _fill_in_middle(parts, tokenizer))
-    return results
+def _pretokenised_documents(
+    corpus: Corpus, fraction: float, tokenizer: Tokenizer
+) -> Iterator[tuple[str, str, bool, np.ndarray]]:
+    for file in corpus.files:
+        for name, domain, ids in read_array_record(file, tokenizer):
+            yield name, domain, name_hash(name) < fraction, ids
 
 
-def _fill_in_middle(parts: list[list[int]], tokenizer: Tokenizer) -> list[int]:
-    assert tokenizer.fim_ids is not None
-    begin, hole, end = tokenizer.fim_ids
-    prefix, middle, suffix = parts
-    return [begin, *prefix, hole, *suffix, end, *middle]
-
-
-def _split_punctuation(tokens: list[int], tokenizer: Tokenizer, rate: float, random: np.random.Generator) -> list[int]:
-    result: list[int] = []
-    for token in tokens:
-        parts = tokenizer.splits.get(token)
-        result += parts if parts is not None and random.random() < rate else [token]
-    return result
-
-
-def _random_of(document: Document, seed: int) -> np.random.Generator:
-    """Randomness of one document, the same whatever else the corpus holds."""
-    digest = hashlib.sha256(document.name.encode()).digest()
-    return np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
+def _key(*parts: str) -> str:
+    return hashlib.sha256(json.dumps([PACK_VERSION, *parts]).encode()).hexdigest()[:24]

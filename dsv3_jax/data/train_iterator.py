@@ -1,0 +1,137 @@
+"""Rows of training, endless, exactly once an epoch, resumable at any row.
+
+Grain reads an endless random-access source of single rows, sliced over the shards and, inside a shard, over worker
+processes; rows are batched after that. So neither the number of workers nor the batch size changes which rows come, and
+the state is one number: how many rows all shards together have taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from jaxtyping import Int32
+
+from dsv3_jax.data.epoch import Epoch, Recipe
+from dsv3_jax.data.packing import Row
+from dsv3_jax.errors import UserError
+
+_ENDLESS = 2**62
+
+
+class EndlessRows:
+    """Row g of the run: the epochs' rows one epoch after another. A source for `grain.MapDataset`."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._starts = [0]  # of each epoch; one more than the epochs seen
+        self._epochs: dict[int, Epoch] = {}
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, index: int) -> Row:
+        epoch, row = self.locate(index)
+        return self._epoch(epoch).row(row)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(epoch, place within it) of row `index` of the run."""
+        while self._starts[-1] <= index:
+            count = self._epoch(len(self._starts) - 1).row_count
+            self._starts.append(self._starts[-1] + count)
+        epoch = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return epoch, index - self._starts[epoch]
+
+    def _epoch(self, number: int) -> Epoch:
+        if number not in self._epochs:
+            while len(self._epochs) > 1:  # two are kept: rows near a border come from both
+                self._epochs.pop(min(self._epochs))
+            self._epochs[number] = Epoch(self._recipe, number)
+        return self._epochs[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_epochs": {}}
+
+
+class TrainIterator:
+    """One shard's rows; see `Data.train_iterator`."""
+
+    def __init__(
+        self, recipe: Recipe, fingerprint: Mapping[str, str], shard_index: int, shard_count: int, worker_count: int
+    ) -> None:
+        if not 0 <= shard_index < shard_count:
+            raise ValueError(f"shard_index ({shard_index}) must lie in [0, shard_count), shard_count is {shard_count}")
+        self._source = EndlessRows(recipe)
+        self._fingerprint = dict(fingerprint)
+        self._shard_index, self._shard_count = shard_index, shard_count
+        self._worker_count = worker_count
+        self._rows_taken = 0  # by all shards
+        self._rows: Iterator[Row] | None = None
+
+    def next_rows(self, count: int) -> tuple[Int32[np.ndarray, "count T_plus_1"], Int32[np.ndarray, "count T_plus_1"]]:
+        """The next `count` rows of this shard: tokens and segment ids. All shards must ask for equally many."""
+        if self._rows is None:
+            self._rows = self._open()
+        rows = [next(self._rows) for _ in range(count)]
+        self._rows_taken += count * self._shard_count
+        tokens, segment_ids = zip(*rows, strict=True)
+        return np.stack(tokens), np.stack(segment_ids)
+
+    @property
+    def epoch(self) -> int:
+        """Which pass over the documents the next row belongs to, from 0."""
+        return self._source.locate(self._rows_taken)[0]
+
+    def state(self) -> dict[str, Any]:
+        """Where the iterator stands, for `set_state`: JSON-able, the same on every shard."""
+        return {"rows_taken": self._rows_taken, "fingerprint": dict(self._fingerprint)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes to where `state` was taken; the number of shards, workers and rows a batch may differ.
+
+        Raises:
+          UserError: the state belongs to other data; names what changed.
+        """
+        try:
+            taken, then = state["rows_taken"], dict(state["fingerprint"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                "the saved state of the data iterator is damaged: it lacks rows_taken or fingerprint"
+            ) from None
+        if not isinstance(taken, int) or isinstance(taken, bool) or not 0 <= taken < _ENDLESS:
+            raise UserError(f"the saved state of the data iterator is damaged: rows_taken is {taken!r}")
+        now = self._fingerprint
+        changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+        if changed:
+            details = ", ".join(_describe_change(key, then.get(key), now.get(key)) for key in changed)
+            raise UserError(f"the data changed since the state was saved: {details}; restore it, or start a new run")
+        self.close()
+        self._rows_taken = taken
+
+    def close(self) -> None:
+        """Ends worker processes; the next rows start them again."""
+        if self._rows is not None and hasattr(self._rows, "close"):
+            self._rows.close()  # pyright: ignore[reportAttributeAccessIssue]
+        self._rows = None
+
+    def _open(self) -> Iterator[Row]:
+        """Grain's iterator over this shard's rows from where the run stands."""
+        start = self._rows_taken + self._shard_index
+        shard = grain.MapDataset.source(self._source)[start :: self._shard_count]
+        rows = shard.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        if self._worker_count:
+            if not flags.FLAGS.is_parsed():  # grain reads absl's flags, which only an absl program has parsed
+                flags.FLAGS.mark_as_parsed()
+            rows = rows.mp_prefetch(
+                grain.MultiprocessingOptions(num_workers=self._worker_count, per_worker_buffer_size=16)
+            )
+        return iter(rows)
+
+
+def _describe_change(key: str, then: str | None, now: str | None) -> str:
+    name = f"data.{key}"
+    short = all(value is None or len(value) < 40 for value in (then, now))
+    return f"{name} was {then}, is {now}" if short else f"{name} differs"
