@@ -1,8 +1,8 @@
 """Causal softmax attention with keys and values at hand: softmax(scale * q k^T) v, logits and softmax in float32.
 
-Long sequences are cut into chunks of queries. Each chunk sees only the keys before its end (so half the products of
-a full square are never made) and is recomputed in the backward pass, so that the logits of one chunk at most are
-held at a time.
+Queries are cut into chunks. Each chunk sees only the keys before its end, so that down to half the products of
+a full square are made; in long sequences it is also recomputed in the backward pass, so that the logits of one chunk at
+most are held at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_QUERY_CHUNK = 512  # queries; 512 x 4096 logits of a head are 8 MB in float32
+_CHUNKS = 2  # of a short sequence: 3/4 of the square is computed, and the program stays small
+_LARGEST_CHUNK = 512  # queries; 512 x 4096 logits of a head are 8 MB in float32
+_KEPT_LENGTH = 1024  # up to here the logits of all chunks are kept for the backward pass
 
 
 def causal_attention(
@@ -23,7 +25,7 @@ def causal_attention(
     *,
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
-    query_chunk: int = _QUERY_CHUNK,
+    query_chunk: int | None = None,
 ) -> Float[Array, "B T H v"]:
     """Attention of every position to itself and those before it.
 
@@ -31,21 +33,22 @@ def causal_attention(
       queries, keys, values: dtype of the computation; head widths of keys and values may differ.
       scale: multiplier of the logits.
       segment_ids: when given, positions attend only within equal ids.
-      query_chunk: queries handled at a time.
+      query_chunk: queries handled at a time; a choice by length unless given.
 
     Returns:
       The dtype of `values`.
     """
     length = queries.shape[1]
-    if length <= query_chunk:
-        return _attend(queries, keys, values, segment_ids, scale=scale, start=0)
-    chunks = []
-    for start in range(0, length, query_chunk):
-        stop = min(start + query_chunk, length)
-        attend_chunk = jax.checkpoint(functools.partial(_attend, scale=scale, start=start))
+    chunk = query_chunk or min(max(-(-length // _CHUNKS), 16), _LARGEST_CHUNK)
+    parts = []
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        attend = functools.partial(_attend, scale=scale, start=start)
+        if length > _KEPT_LENGTH:
+            attend = jax.checkpoint(attend)
         segments = None if segment_ids is None else segment_ids[:, :stop]
-        chunks.append(attend_chunk(queries[:, start:stop], keys[:, :stop], values[:, :stop], segments))
-    return jnp.concatenate(chunks, axis=1)
+        parts.append(attend(queries[:, start:stop], keys[:, :stop], values[:, :stop], segments))
+    return jnp.concatenate(parts, axis=1)
 
 
 def _attend(
