@@ -1,0 +1,52 @@
+"""Auxiliary-loss-free balancing: the update rule by exact arithmetic, and the figures that watch it."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_jax.training.balance import dead_experts, max_violation, update_biases
+
+LOADS = st.lists(st.integers(0, 1000), min_size=2, max_size=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LOADS, st.sampled_from([0.0, 0.001, 0.003]))
+def test_update_is_the_sign_of_the_exact_load_error(load: list[int], speed: float):
+    before = np.linspace(-0.3, 0.4, len(load), dtype=np.float32)
+    after = update_biases(jnp.asarray(before)[None], jnp.asarray([load], jnp.int32), speed)[0]
+    mean = Fraction(sum(load), len(load))
+    signs = np.array([(mean > c) - (mean < c) for c in load], np.float32)
+    np.testing.assert_array_equal(after, before + np.float32(speed) * signs)
+
+
+def test_equal_loads_move_nothing():
+    biases = jnp.asarray([[0.25, -1.0, 0.5]])
+    np.testing.assert_array_equal(update_biases(biases, jnp.asarray([[7, 7, 7]]), 0.001), biases)
+
+
+def test_layers_are_balanced_apart():
+    load = jnp.asarray([[4, 0], [1, 3], [2, 2]])
+    np.testing.assert_array_equal(jnp.sign(update_biases(jnp.zeros((3, 2)), load, 0.1)), [[-1, 1], [1, -1], [0, 0]])
+
+
+def test_the_sign_of_the_sum_is_not_the_sum_of_signs():
+    """Two micro-batches that disagree: only the whole batch's load decides."""
+    parts = jnp.asarray([[[9, 0, 0]], [[0, 5, 5]]])
+    whole = update_biases(jnp.zeros((1, 3)), parts.sum(0), 1.0)
+    apart = sum(update_biases(jnp.zeros((1, 3)), part, 1.0) for part in parts)
+    np.testing.assert_array_equal(whole, [[-1, 1, 1]])
+    assert not np.array_equal(np.sign(np.asarray(apart)), np.asarray(whole))
+
+
+@settings(max_examples=30, deadline=None)
+@given(LOADS.filter(any))
+def test_max_violation_and_dead_experts(load: list[int]):
+    array = jnp.asarray([load], jnp.int32)
+    expected = max(load) / (sum(load) / len(load)) - 1
+    np.testing.assert_allclose(max_violation(array)[0], expected, rtol=1e-5, atol=1e-6)
+    assert int(dead_experts(array)[0]) == load.count(0)
