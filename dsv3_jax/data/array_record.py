@@ -12,7 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import (  # pyright: ignore[reportMissingImports]
+    ArrayRecordReader,
+    ArrayRecordWriter,
+)
 
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.errors import UserError

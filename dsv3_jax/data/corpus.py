@@ -16,17 +16,20 @@ from dsv3_jax.errors import UserError
 STDLIB = "stdlib"
 PRETOKENISED = ".arrayrecord"
 
-# Absent from some installations (tests, tools with a window), generated tables, or not the interpreter's own.
-_STDLIB_SKIPPED = set(
-    """site-packages dist-packages test tests idlelib turtledemo encodings pydoc_data __pycache__""".split()
-)
 _FOLDERS_SKIPPED = {"__pycache__", "node_modules"}
+# Not the interpreter's own; absent from some installations (tests, tools with windows) or versions; generated tables.
+_STDLIB_SKIPPED = _FOLDERS_SKIPPED | {
+    *("site-packages", "dist-packages"),
+    *("test", "tests", "idlelib", "turtledemo", "lib2to3"),
+    *("encodings", "pydoc_data"),
+}
 # Files a folder of code holds that are not text. Anything else must be UTF-8.
-_NOT_TEXT = set(
-    """.7z .a .avi .bin .bmp .bz2 .class .dll .dylib .eot .exe .gif .gz .ico .jar .jpeg .jpg .mo .mov .mp3 .mp4 .npy
-    .npz .o .ogg .otf .pdf .png .pyc .pyd .pyo .so .sqlite .tar .tif .tiff .ttf .wav .webp .whl .woff .woff2 .xz .zip
-    .zst""".split()
-)
+_NOT_TEXT = {
+    *(".a", ".class", ".dll", ".dylib", ".exe", ".jar", ".mo", ".o", ".pyc", ".pyd", ".pyo", ".so", ".whl"),
+    *(".7z", ".bz2", ".gz", ".tar", ".xz", ".zip", ".zst", ".bin", ".npy", ".npz", ".sqlite", ".pdf"),
+    *(".bmp", ".gif", ".ico", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", ".eot", ".otf", ".ttf", ".woff"),
+    *(".woff2", ".avi", ".mov", ".mp3", ".mp4", ".ogg", ".wav"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +123,7 @@ def _walk(root: Path, wanted: Callable[[Path], bool], skipped: set[str]) -> Iter
     def fail(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
-    found = []
+    found: list[Path] = []
     for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
         found += [Path(folder, name) for name in names if not name.startswith(".")]

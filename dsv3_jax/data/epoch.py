@@ -11,7 +11,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from dsv3_jax.data.fill_in_middle import ADDED_TOKENS, FillInMiddle
+from dsv3_jax.data.fill_in_middle import FillInMiddle
 from dsv3_jax.data.packing import Row, pack_row, row_count
 from dsv3_jax.data.punctuation_splitting import PunctuationSplitting
 from dsv3_jax.data.token_store import TokenStore
@@ -55,7 +55,9 @@ class Epoch:
         self._cuts = np.sort(numbers[:, 1:], axis=1)
         self._cache: dict[int, np.ndarray] = {}
 
-        lengths = recipe.store.lengths[recipe.documents] + self._growth + 1 + ADDED_TOKENS * self._rearranged
+        lengths = recipe.store.lengths[recipe.documents] + self._growth + 1
+        for index in np.flatnonzero(self._rearranged).tolist():
+            lengths[index] = len(self.document(index))
         self._borders = np.concatenate([[0], np.cumsum(lengths[self._order])])
         self.row_count = row_count(int(self._borders[-1]), recipe.sequence_length)
 
@@ -73,8 +75,7 @@ class Epoch:
             ids = recipe.splitting.split(ids, self._chosen(index))
         if self._rearranged[index]:
             assert recipe.fill_in_middle is not None
-            first, second = np.floor(self._cuts[index] * (len(ids) + 1)).astype(int)
-            ids = recipe.fill_in_middle.rearrange(ids, first, second)
+            ids = recipe.fill_in_middle.rearrange(ids, *self._cuts[index])
         return np.append(ids, recipe.eos_id).astype(np.int32)
 
     def _read(self, place: int, start: int, stop: int) -> np.ndarray:
@@ -106,7 +107,7 @@ class Epoch:
 
     @property
     def _growth(self) -> Int64[np.ndarray, " D"]:
-        """Tokens each training document gains by splitting."""
+        """Tokens each training document gains by splitting, where it is not rearranged."""
         recipe = self._recipe
         if recipe.splitting is None:
             return np.zeros(len(recipe.documents), np.int64)

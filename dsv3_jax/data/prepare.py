@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import batched
@@ -24,6 +23,7 @@ from dsv3_jax.data.fill_in_middle import FillInMiddle
 from dsv3_jax.data.packing import pack_row
 from dsv3_jax.data.punctuation_splitting import PunctuationSplitting
 from dsv3_jax.data.splitting import name_hash, split_documents
+from dsv3_jax.data.text_statistics import byte_entropy, gzip_bits_per_byte
 from dsv3_jax.data.token_store import TokenStore
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer_training import byte_tokenizer, sample_text, train_bpe
@@ -132,16 +132,12 @@ class Data:
     @cached_property
     def validation_entropy_bits_per_byte(self) -> float:
         """Entropy of the byte frequencies of the validation targets' text: what a model without context can reach."""
-        counts = np.bincount(np.frombuffer(self._validation_text, np.uint8), minlength=256)
-        shares = counts[counts > 0] / counts.sum()
-        return float(-(shares * np.log2(shares)).sum())
+        return byte_entropy(self._validation_text)
 
     @cached_property
     def validation_gzip_bits_per_byte(self) -> float:
         """Size of the same text under gzip -9."""
-        text = self._validation_text
-        packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-        return 8 * len(packer.compress(text) + packer.flush()) / len(text)
+        return gzip_bits_per_byte(self._validation_text)
 
     @cached_property
     def _train_documents(self) -> Int64[np.ndarray, " D"]:
@@ -190,7 +186,7 @@ class Data:
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
             fill_in_middle_rate=config.fill_in_middle_rate,
-            fill_in_middle=FillInMiddle.of(tokenizer) if config.fill_in_middle_rate else None,
+            fill_in_middle=FillInMiddle(tokenizer) if config.fill_in_middle_rate else None,
             splitting_rate=config.punctuation_split_rate,
             splitting=PunctuationSplitting(tokenizer) if config.punctuation_split_rate else None,
         )
