@@ -1,0 +1,116 @@
+"""Fine-grained quantisation to FP8 (report, sections 3.3.2 and 3.5.2)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels.device import Implementation, choose_implementation
+from pallas_kernels.quantize import reference
+from pallas_kernels.quantize.quantized import (
+    Quantized,
+    Tile,
+    check_quantized,
+    check_tile,
+    scales_shape,
+)
+
+__all__ = ["Quantized", "Tile", "dequantize", "quantize", "quantize_both", "requantize_transposed", "scales_shape"]
+
+
+def quantize(
+    x: Float[Array, "... M K"],
+    *,
+    tile: Tile,
+    power_of_two_scales: bool = False,
+    implementation: Implementation | None = None,
+) -> Quantized:
+    """`x` in e4m3 with one float32 scale a tile.
+
+    The definition, with what happens to zeros, infinities and NaN, stands in `quantize/reference.py`. Not
+    differentiable: differentiate `fp8_matmul`, which quantises within.
+
+    Args:
+      x: float32 or bfloat16; leading dimensions are separate matrices (one an expert).
+      tile: "1x128" along the last axis (activations), "128x128" (weights), "128x1" along the last but one.
+      power_of_two_scales: round every scale up to a power of two (UE8M0), so that re-tiling is nearly exact.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that do not fit, an implementation that cannot run here.
+    """
+    _check_input(x)
+    check_tile(tile)
+    choose_implementation(implementation)
+    return _not_differentiable(
+        functools.partial(reference.quantize, tile=tile, power_of_two_scales=power_of_two_scales)
+    )(x)
+
+
+def quantize_both(
+    x: Float[Array, "M K"],
+    *,
+    power_of_two_scales: bool = False,
+    implementation: Implementation | None = None,
+) -> tuple[Quantized, Quantized]:
+    """`x` quantised along its rows and along its columns, reading it once.
+
+    Returns:
+      along_rows: [M, K] in 1x128 tiles.
+      along_columns: the transposed matrix [K, M] in 1x128 tiles, each over 128 rows of `x`: the contraction of a
+        weight gradient runs over the rows, and the tensor cores want it contiguous.
+    """
+    _check_input(x)
+    if x.ndim != 2:
+        raise ValueError(f"x must be [M, K], not of shape {x.shape}")
+    choose_implementation(implementation)
+
+    def both(x):
+        return (
+            reference.quantize(x, "1x128", power_of_two_scales),
+            reference.quantize(x, "128x1", power_of_two_scales).mT,
+        )
+
+    return _not_differentiable(both)(x)
+
+
+def requantize_transposed(
+    q: Quantized, *, power_of_two_scales: bool = False, implementation: Implementation | None = None
+) -> Quantized:
+    """The transposed [K, M] of `q` [M, K], in 1x128 tiles along M: how a cached activation enters a weight gradient.
+
+    `q` is dequantised, transposed and quantised anew (section 3.5.2). When both have power-of-two scales, only values
+    that fall under the new tile's smallest step change.
+    """
+    check_quantized("q", q, ndim=2)
+    choose_implementation(implementation)
+    return reference.quantize(reference.dequantize(q, jnp.dtype(jnp.float32)), "128x1", power_of_two_scales).mT
+
+
+def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "... M K"]:
+    """`q` as plain numbers: values times scales, computed in float32, rounded to `dtype`."""
+    check_quantized("q", q)
+    return reference.dequantize(q, jnp.dtype(dtype))
+
+
+def _not_differentiable(function):
+    """`function`, with an error instead of a derivative that would itself be rounded to e4m3."""
+    wrapped = jax.custom_jvp(function)
+
+    @wrapped.defjvp
+    def _refuse(primals, tangents):
+        raise TypeError(
+            "quantised values carry no gradient: differentiate fp8_matmul, or apply lax.stop_gradient first"
+        )
+
+    return wrapped
+
+
+def _check_input(x: Array) -> None:
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        raise TypeError(f"x must be float32 or bfloat16, not {x.dtype}")
+    if x.ndim < 2:
+        raise ValueError(f"x must have at least 2 dimensions, not shape {x.shape}")

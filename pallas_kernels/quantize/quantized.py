@@ -1,0 +1,78 @@
+"""The stored form of a fine-grained FP8 matrix (report, section 3.3.2): e4m3 values and one float32 scale a tile."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Tile = Literal["1x128", "128x128", "128x1"]
+
+TILE_SHAPE: dict[str, tuple[int, int]] = {"1x128": (1, 128), "128x128": (128, 128), "128x1": (128, 1)}
+
+E4M3 = jnp.float8_e4m3fn
+E4M3_MAX = 448.0
+# The released kernels' floor: a tile of zeros gets a scale that neither divides by zero nor underflows.
+MIN_AMAX = 1e-4
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("tile",))
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A matrix as `values * scales`, each scale shared by one tile. A pytree; the tile is static.
+
+    Attributes:
+      values: float8_e4m3fn [..., M, K].
+      scales: float32, the multiplier that restores the tile (a checkpoint's `weight_scale_inv`):
+        [..., M, ceil(K/128)] in "1x128" tiles, [..., ceil(M/128), ceil(K/128)] in "128x128" blocks,
+        [..., ceil(M/128), K] in "128x1" tiles.
+      tile: rows x columns that share a scale.
+    """
+
+    values: Float[Array, "... M K"]
+    scales: Float[Array, "..."]
+    tile: Tile
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def mT(self) -> Quantized:
+        """The transposed matrix: same values and scales, the tile turned."""
+        turned: dict[str, Tile] = {"1x128": "128x1", "128x1": "1x128", "128x128": "128x128"}
+        return Quantized(self.values.mT, self.scales.mT, turned[self.tile])
+
+
+def scales_shape(shape: tuple[int, ...], tile: Tile) -> tuple[int, ...]:
+    """Shape of the scales of a matrix of `shape`; ragged tiles at the edges have one too."""
+    rows, columns = TILE_SHAPE[tile]
+    return (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns))
+
+
+def check_tile(tile: str) -> None:
+    if tile not in get_args(Tile):
+        raise ValueError(f"tile must be one of {', '.join(get_args(Tile))}, not {tile!r}")
+
+
+def check_quantized(name: str, q: Quantized, ndim: int | None = None) -> None:
+    """Raises TypeError or ValueError, naming the argument, unless `q` is whole and of `ndim` dimensions."""
+    if not isinstance(q, Quantized):
+        raise TypeError(f"{name} must be a Quantized (see pallas_kernels.quantize), not {type(q).__name__}")
+    check_tile(q.tile)
+    if q.values.dtype != E4M3:
+        raise TypeError(f"{name}.values must be float8_e4m3fn, not {q.values.dtype}")
+    if q.scales.dtype != jnp.float32:
+        raise TypeError(f"{name}.scales must be float32, not {q.scales.dtype}")
+    if q.values.ndim < 2 or (ndim is not None and q.values.ndim != ndim):
+        raise ValueError(f"{name}.values must have {ndim or 'at least 2'} dimensions, not shape {q.values.shape}")
+    wanted = scales_shape(q.values.shape, q.tile)
+    if q.scales.shape != wanted:
+        raise ValueError(
+            f"{name}.scales must have shape {wanted} as values are {q.values.shape} in {q.tile} tiles, "
+            f"not {q.scales.shape}"
+        )

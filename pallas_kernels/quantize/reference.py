@@ -1,0 +1,64 @@
+"""Quantisation in plain jax.numpy: the definition, and the implementation on a CPU.
+
+A tile with largest magnitude `amax` is stored as
+
+    scale  = max(amax, 1e-4) / 448            (or the next power of two at or above that)
+    values = e4m3(clip(x * (1 / scale), -448, 448)),   to nearest even
+
+A tile that holds an infinity or a NaN gets a NaN scale and NaN values: what went wrong upstream stays visible instead
+of turning into a large finite number. The clip is needed: JAX's cast to e4m3 does not saturate, 465 becomes NaN.
+The reciprocal of the scale is rounded once and multiplied, as kernels do, so a division a tile is enough.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.quantize.quantized import E4M3, E4M3_MAX, MIN_AMAX, TILE_SHAPE, Quantized, Tile
+
+
+def quantize(x: Float[Array, "... M K"], tile: Tile, power_of_two_scales: bool) -> Quantized:
+    blocks = _split(x.astype(jnp.float32), TILE_SHAPE[tile])
+    scales = scales_from_amax(jnp.max(jnp.abs(blocks), axis=(-3, -1)), power_of_two_scales)
+    values = values_from_scaled(blocks * (1 / scales)[..., :, None, :, None])
+    return Quantized(_join(values, x.shape), scales, tile)
+
+
+def dequantize(q: Quantized, dtype: jnp.dtype) -> Float[Array, "... M K"]:
+    blocks = _split(q.values, TILE_SHAPE[q.tile]).astype(jnp.float32)
+    return _join(blocks * q.scales[..., :, None, :, None], q.shape).astype(dtype)
+
+
+def scales_from_amax(amax: Float[Array, "..."], power_of_two: bool) -> Float[Array, "..."]:
+    """float32 multipliers from largest magnitudes; NaN where the magnitude is not finite."""
+    scales = jnp.maximum(amax, MIN_AMAX) / E4M3_MAX
+    if power_of_two:
+        scales = round_up_to_power_of_two(scales)
+    return jnp.where(jnp.abs(amax) < jnp.inf, scales, jnp.nan)
+
+
+def round_up_to_power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """2^ceil(log2 x) of positive normal float32 numbers, exact: carry into the exponent, drop the mantissa."""
+    bits: Int[Array, "..."] = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jax.lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
+
+
+def values_from_scaled(scaled: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.clip(scaled, -E4M3_MAX, E4M3_MAX).astype(E4M3)
+
+
+def _split(x: Array, tile: tuple[int, int]) -> Array:
+    """[..., M, K] to [..., M/rows, rows, K/columns, columns], ragged edges filled with zeros."""
+    *batch, m, k = x.shape
+    rows, columns = tile
+    if m % rows or k % columns:
+        x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, -m % rows), (0, -k % columns)])
+    return x.reshape(*batch, -(-m // rows), rows, -(-k // columns), columns)
+
+
+def _join(blocks: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of `_split`: back to `shape`, without what filled the edges."""
+    *batch, m_blocks, rows, k_blocks, columns = blocks.shape
+    return blocks.reshape(*batch, m_blocks * rows, k_blocks * columns)[..., : shape[-2], : shape[-1]]

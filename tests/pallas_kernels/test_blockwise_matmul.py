@@ -1,0 +1,121 @@
+"""The FP8 product against float64, its block-by-block definition, and the gradients made of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pallas_kernels as pk
+from pallas_kernels.blockwise_matmul import reference
+
+
+def operands(m, n, k, b_tile="128x128", seed=0):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    a = pk.quantize(jax.random.normal(keys[0], (m, k)), tile="1x128")
+    return a, pk.quantize(jax.random.normal(keys[1], (n, k)), tile=b_tile)
+
+
+def float64_product(a, b):
+    def plain(q):
+        rows, columns = {"1x128": (1, 128), "128x128": (128, 128)}[q.tile]
+        scales = np.repeat(np.repeat(np.asarray(q.scales, "f8"), rows, 0), columns, 1)
+        return np.asarray(q.values, "f8") * scales[: q.shape[0], : q.shape[1]]
+
+    return plain(a) @ plain(b).T
+
+
+def relative_error(got, wanted):
+    return np.linalg.norm(np.asarray(got, "f8") - wanted) / np.linalg.norm(wanted)
+
+
+@settings(max_examples=4, deadline=None)
+@given(*[st.integers(1, 300)] * 3, st.sampled_from(["128x128", "1x128"]))
+def test_equals_float64(m, n, k, b_tile):
+    a, b = operands(m, n, k, b_tile)
+    wanted = float64_product(a, b)
+    for product in (reference.matmul, reference.matmul_by_blocks):
+        assert relative_error(product(a, b, None), wanted) < 1e-6
+    assert relative_error(pk.blockwise_matmul(a, b, out_dtype=jnp.float32), wanted) < 1e-6
+    rounded = pk.blockwise_matmul(a, b)
+    assert rounded.dtype == jnp.bfloat16
+    assert relative_error(rounded, wanted) < 2**-8
+
+
+def test_adds_to_an_accumulator():
+    a, b = operands(70, 90, 256, "1x128")
+    accumulator = jax.random.normal(jax.random.key(5), (70, 90)) * 100
+    got = pk.blockwise_matmul(a, b, accumulator=accumulator, out_dtype=jnp.float32)
+    assert relative_error(got, np.asarray(accumulator, "f8") + float64_product(a, b)) < 1e-6
+
+
+def test_a_nan_tile_spoils_its_row_alone():
+    x = np.ones((3, 256), "f4")
+    x[1, 0] = np.inf
+    out = pk.blockwise_matmul(
+        pk.quantize(jnp.asarray(x), tile="1x128"), pk.quantize(jnp.ones((2, 256)), tile="128x128")
+    )
+    assert np.isnan(np.asarray(out, "f4")).tolist() == [[False] * 2, [True] * 2, [False] * 2]
+
+
+def test_gradients_are_those_of_the_plain_product_within_e4m3():
+    """e4m3 rounds each operand by at most 1/16, by 1/28 in the mean square; a product of two has sqrt(2) times that."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    x, w = jax.random.normal(keys[0], (192, 200)), jax.random.normal(keys[1], (136, 200))
+    probe = jax.random.normal(keys[2], (192, 136))
+
+    def loss(product):
+        return lambda x, w: jnp.sum(product(x, w) * probe)
+
+    plain = lambda x, w: x @ w.T  # noqa: E731
+    assert relative_error(pk.fp8_matmul(x, w), np.asarray(plain(x, w), "f8")) < 0.05
+    got = jax.jit(jax.grad(loss(pk.fp8_matmul), argnums=(0, 1)))(x, w)
+    wanted = jax.grad(loss(plain), argnums=(0, 1))(x, w)
+    for g, expected in zip(got, wanted, strict=True):
+        assert relative_error(g, np.asarray(expected, "f8")) < 0.05
+
+
+def test_gradients_are_the_products_of_the_quantised_operands():
+    """Exactly the table of section 4.2's three products, to float32 rounding."""
+    keys = jax.random.split(jax.random.key(2), 3)
+    x, w = jax.random.normal(keys[0], (130, 140)), jax.random.normal(keys[1], (150, 140))
+    out_bar = jax.random.normal(keys[2], (130, 150))
+    _, pull = jax.vjp(pk.fp8_matmul, x, w)
+    x_bar, w_bar = pull(out_bar)
+    qx, qw = pk.quantize(x, tile="1x128"), pk.quantize(w, tile="128x128")
+    rows, columns = pk.quantize(out_bar, tile="1x128"), pk.quantize(out_bar.T, tile="1x128")
+    assert relative_error(x_bar, float64_product(rows, qw.mT)) < 1e-6
+    x_columns = pk.quantize(pk.dequantize(qx).T, tile="1x128")
+    assert relative_error(w_bar, float64_product(columns, x_columns)) < 1e-6
+
+
+def test_dtypes_of_gradients_follow_the_operands():
+    x, w = jnp.ones((4, 128), jnp.bfloat16), jnp.ones((6, 128), jnp.float32)
+    out, pull = jax.vjp(lambda x, w: pk.fp8_matmul(x, w, power_of_two_scales=True), x, w)
+    assert out.dtype == jnp.bfloat16
+    assert [g.dtype for g in pull(out)] == [jnp.bfloat16, jnp.float32]
+
+
+def test_bad_input_is_named():
+    a, b = operands(4, 6, 256)
+    with pytest.raises(ValueError, match=r"b must be \[N, 256\] as a is \(4, 256\), not \(6, 128\)"):
+        pk.blockwise_matmul(a, operands(4, 6, 128)[1])
+    with pytest.raises(ValueError, match="a must be in 1x128 tiles, not 128x128"):
+        pk.blockwise_matmul(b, b)
+    with pytest.raises(ValueError, match="b must be in 128x128 blocks or 1x128 tiles, not 128x1"):
+        pk.blockwise_matmul(a, pk.quantize(jnp.ones((6, 256)), tile="128x1"))
+    with pytest.raises(ValueError, match=r"b\.scales must have shape \(1, 2\)"):
+        pk.blockwise_matmul(a, pk.Quantized(b.values, b.scales[:, :1], b.tile))
+    with pytest.raises(ValueError, match=r"accumulator must have shape \(4, 6\), not \(6, 4\)"):
+        pk.blockwise_matmul(a, b, accumulator=jnp.ones((6, 4)))
+    with pytest.raises(TypeError, match="accumulator must be float32"):
+        pk.blockwise_matmul(a, b, accumulator=jnp.ones((4, 6), jnp.bfloat16))
+    with pytest.raises(TypeError, match="out_dtype must be bfloat16 or float32, not float16"):
+        pk.blockwise_matmul(a, b, out_dtype=jnp.float16)
+    with pytest.raises(ValueError, match="implementation"):
+        pk.blockwise_matmul(a, b, implementation="hopper")
+    with pytest.raises(ValueError, match=r"w must be \[N, 128\]"):
+        pk.fp8_matmul(jnp.ones((4, 128)), jnp.ones((4, 64)))
+    with pytest.raises(TypeError, match="carries no gradient"):
+        jax.grad(lambda s: pk.blockwise_matmul(pk.Quantized(a.values, s, "1x128"), b).astype("f4").sum())(a.scales)
