@@ -1,0 +1,80 @@
+"""JSON from files nobody vouches for: bounded in size and structure, no duplicate keys, no NaN."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.errors import UserError
+
+_MAX_SEPARATORS = 3_000_000  # commas and opening brackets; each may become an object of some 100 bytes
+_MAX_DEPTH = 100
+_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_NOT_BRACKET = re.compile(rb"[^\[\]{}]+")
+
+
+def parse_object(data: bytes, what: str) -> dict[str, Any]:
+    """The JSON object in `data`; `what` names the file and part for the message.
+
+    Raises:
+      UserError: not UTF-8, not JSON, not an object, a key twice, nested too deep or too many entries.
+    """
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > _MAX_SEPARATORS:
+        raise UserError(f"{what}: JSON has more than {_MAX_SEPARATORS:,} entries; not a checkpoint's file")
+    if data.count(b"[") + data.count(b"{") > _MAX_DEPTH:
+        _check_depth(data, what)
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{what}: not valid JSON ({_first_line(error)})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{what}: a JSON object is wanted, not a {type(value).__name__}")
+    return value
+
+
+def read_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
+    """The JSON object in the file `path`, which may hold at most `max_bytes` (see `parse_object`)."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(data) > max_bytes:
+        raise UserError(f"{path}: larger than {max_bytes:,} bytes; not a checkpoint's file")
+    return parse_object(data, str(path))
+
+
+def _check_depth(data: bytes, what: str) -> None:
+    depth = 0
+    for brackets in _NOT_BRACKET.split(_STRING.sub(b"", data)):
+        for bracket in brackets:
+            depth += 1 if bracket in b"[{" else -1
+            if depth > _MAX_DEPTH:
+                raise UserError(f"{what}: JSON is nested deeper than {_MAX_DEPTH}")
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"key {shown(key)} appears twice")
+        result[key] = value
+    return result
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
+def shown(text: object) -> str:
+    """A name from a file, fit for one line of a message: quoted, control characters escaped, shortened."""
+    quoted = repr(text)
+    return quoted if len(quoted) <= 120 else quoted[:100] + "..." + quoted[-15:]

@@ -1,0 +1,137 @@
+"""A folder in the published layout: which file holds which tensor.
+
+Sharded checkpoints carry `model.safetensors.index.json`, whose `weight_map` names a file for every tensor. The map
+comes from outside, so file names are held to plain names inside the folder, and symbolic links that lead out of it
+are refused. Files of other formats (pickles) are never opened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from dsv3_jax.errors import UserError
+from dsv3_jax.interop.bounded_json import read_object, shown
+from dsv3_jax.interop.safetensors_reader import TensorEntry, read_header
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+_MAX_INDEX_BYTES = 100_000_000
+_MAX_NAMED = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointFolder:
+    """The tensors of a checkpoint.
+
+    Attributes:
+      path: the folder.
+      names: every tensor, by the index (or by the one file).
+      entries: the same with dtype, shape and place; None where only the index is there (enough for an account).
+    """
+
+    path: Path
+    names: frozenset[str]
+    entries: dict[str, TensorEntry] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in (self.entries or {}).values())
+
+
+def open_checkpoint(folder: Path | str, *, headers: bool = True) -> CheckpointFolder:
+    """Reads the index and the header of every shard, but no data.
+
+    Args:
+      folder: the checkpoint.
+      headers: with False, an index whose shards are all absent will do, and `entries` is None then.
+
+    Raises:
+      UserError: no checkpoint there, a shard missing, or index and shards that disagree.
+    """
+    folder = checked_folder(folder)
+    index, single = folder / INDEX_NAME, folder / SINGLE_NAME
+    if index.exists():
+        weight_map = _read_index(checked_file(folder, INDEX_NAME))
+        files = sorted(set(weight_map.values()))
+        if not headers and not any((folder / name).exists() for name in files):
+            return CheckpointFolder(folder, frozenset(weight_map), None)
+        entries = _read_shards(folder, weight_map, files)
+    elif single.exists():
+        entries = read_header(checked_file(folder, SINGLE_NAME)).tensors
+    else:
+        raise UserError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}{_pickle_hint(folder)}")
+    return CheckpointFolder(folder, frozenset(entries), entries)
+
+
+def checked_folder(folder: Path | str) -> Path:
+    """`folder` with links resolved; a UserError where there is none."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    return path.resolve()
+
+
+def checked_file(folder: Path, name: str) -> Path:
+    """The file `name` of a resolved folder, which must be a regular file inside it even after following links."""
+    path = folder / name
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise UserError(f"{path}: is missing") from None
+    if real.parent != folder and folder not in real.parents:
+        raise UserError(
+            f"{path}: is a link that leads out of the folder; copy the file there (a download cache keeps links: "
+            "download to a plain folder)"
+        )
+    if not real.is_file():
+        raise UserError(f"{path}: is not a regular file")
+    return real
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = read_object(path, max_bytes=_MAX_INDEX_BYTES)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path}: has no weight_map")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
+            raise UserError(
+                f"{path}: tensor {shown(name)} is said to be in {shown(file)}; "
+                "a plain name ending in .safetensors is wanted"
+            )
+    return weight_map
+
+
+def _read_shards(folder: Path, weight_map: dict[str, str], files: list[str]) -> dict[str, TensorEntry]:
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        path = checked_file(folder, file)
+        for name, entry in read_header(path).tensors.items():
+            if name in entries:
+                raise UserError(f"{path}: tensor {shown(name)} is also in {entries[name].path.name}")
+            if weight_map.get(name) != file:
+                said = f"puts it in {weight_map[name]}" if name in weight_map else "does not know it"
+                raise UserError(f"{path}: holds tensor {shown(name)}, but {INDEX_NAME} {said}")
+            entries[name] = entry
+    absent = [name for name in weight_map if name not in entries]
+    if absent:
+        raise UserError(f"{folder / weight_map[absent[0]]}: lacks {named(absent)}, which {INDEX_NAME} puts there")
+    return entries
+
+
+def named(names: list[str]) -> str:
+    """`tensor 'a'`, or `3 tensors ('a', 'b', 'c')`, shortened, for a message."""
+    if len(names) == 1:
+        return f"tensor {shown(names[0])}"
+    more = ", ..." if len(names) > _MAX_NAMED else ""
+    return f"{len(names):,} tensors ({', '.join(shown(name) for name in names[:_MAX_NAMED])}{more})"
+
+
+def _pickle_hint(folder: Path) -> str:
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        return "; pickled weights are never opened: convert them to safetensors first"
+    return ""

@@ -1,0 +1,415 @@
+"""Published `config.json` files to and from `ModelConfig`.
+
+Keys are allow-listed: each is either translated, checked against the one value this architecture knows, or known to
+say nothing about the numbers. Any other key is refused, since a field that is silently dropped is a model that is
+silently another. Nothing a file names (`auto_map`, remote code) is ever imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.config import ModelConfig, RopeScaling
+from dsv3_jax.errors import ConfigError
+from dsv3_jax.interop.bounded_json import read_object, shown
+
+CONFIG_NAME = "config.json"
+_MAX_CONFIG_BYTES = 1_000_000
+
+# All are DeepSeek-V3's architecture under other names, but for deepseek_v2.
+V3_MODEL_TYPES = ("deepseek_v3", "kimi_k2")
+V2_MODEL_TYPES = ("deepseek_v2",)
+
+# Translated one to one.
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "first_k_dense_replace",
+    "max_position_embeddings",
+    "routed_scaling_factor",
+)
+# null says something here: no query compression, no shared experts, no groups.
+_NULLABLE: dict[str, Any] = {"q_lora_rank": None, "n_shared_experts": 0, "n_group": 1, "topk_group": 1}
+_OPTIONAL: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
+_FRACTIONAL = {"routed_scaling_factor", *_OPTIONAL}
+
+# Only these values are the architecture; any other asks for a model that this is not.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "tie_word_embeddings": (False,),
+    "moe_layer_freq": (1,),
+    "attention_dropout": (0, None),
+    "pretraining_tp": (1, None),
+}
+
+# Says nothing about the numbers a checkpoint computes.
+_SILENT = {
+    "architectures",
+    "auto_map",
+    "aux_loss_alpha",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "unk_token_id",
+    "ep_size",
+    "seq_aux",
+    "use_cache",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "_name_or_path",
+    "output_router_logits",
+    "return_dict",
+    "output_hidden_states",
+    "output_attentions",
+    "chunk_size_feed_forward",
+    "is_encoder_decoder",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "router_aux_loss_coef",
+}
+# Derived from others; checked only by being recomputed.
+_DERIVED = {"num_key_value_heads", "head_dim", "qk_head_dim", "num_local_experts", "num_experts"}
+_TRANSLATED = {
+    "model_type",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "scoring_func",
+    "topk_method",
+    "norm_topk_prob",
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "rope_interleave",
+    "quantization_config",
+}
+_ROPE_KEYS = {field.name for field in dataclasses.fields(RopeScaling)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """The FP8 form of a checkpoint's linear maps: e4m3 values, one scale a 128 x 128 block.
+
+    Attributes:
+      power_of_two_scales: every scale is a power of two (`scale_fmt: ue8m0`, V3.1).
+    """
+
+    power_of_two_scales: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedConfig:
+    """What a `config.json` says.
+
+    Attributes:
+      model: the architecture.
+      quantization: the FP8 form, or None where weights are stored as they are.
+      rope_interleave: rotary pairs lie side by side (2i, 2i+1), as in every published checkpoint; with False they
+        lie half a head apart (i, i + width/2), and loading moves the rows.
+    """
+
+    model: ModelConfig
+    quantization: Quantization | None = None
+    rope_interleave: bool = True
+
+
+def read_config(folder: Path) -> PublishedConfig:
+    """The `config.json` of a checkpoint folder (see `from_published`)."""
+    path = folder / CONFIG_NAME
+    values = read_object(path, max_bytes=_MAX_CONFIG_BYTES)
+    try:
+        return from_published(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def from_published(values: Mapping[str, Any]) -> PublishedConfig:
+    """Translates the keys of a `config.json`.
+
+    Raises:
+      ConfigError: a key that is unknown, missing, of the wrong type or out of all proportion.
+    """
+    model_type = values.get("model_type")
+    if model_type not in (*V3_MODEL_TYPES, *V2_MODEL_TYPES):
+        raise ConfigError(
+            f"model_type {shown(model_type)} is not one of {', '.join((*V3_MODEL_TYPES, *V2_MODEL_TYPES))}"
+        )
+    _check_keys(values)
+    _check_fixed(values)
+    fields = _plain_fields(values)
+    _check_derived(values, fields)
+    theta, scaling = _rope(values)
+    model = ModelConfig(
+        **fields,
+        **_routing(values, v2=model_type in V2_MODEL_TYPES),
+        num_nextn_predict_layers=_mtp_layers(values),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        # The published modelling code leaves the latents' norms at their default whatever rms_norm_eps says.
+        latent_norm_eps=1e-6,
+    )
+    interleave = values.get("rope_interleave")
+    if interleave not in (True, False, None):
+        raise ConfigError(f"rope_interleave must be true or false, not {shown(interleave)}")
+    return PublishedConfig(model, _quantization(values.get("quantization_config")), interleave is not False)
+
+
+def to_published(
+    config: ModelConfig,
+    *,
+    dtype: str,
+    quantization: Quantization | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+) -> dict[str, Any]:
+    """The `config.json` of a model, in the form that every loader reads (`rope_theta` and `rope_scaling`).
+
+    Args:
+      config: the architecture.
+      dtype: name of the dtype the unquantised tensors are stored in, such as "bfloat16".
+      quantization: the FP8 form, if the linear maps are stored so.
+      bos_token_id, eos_token_id: the tokenizer's ids of begin and end, if it has them.
+
+    Raises:
+      ConfigError: the published layout has no word for a setting of this model.
+    """
+    _check_expressible(config)
+    v3 = config.topk_method == "noaux_tc"
+    values: dict[str, Any] = {
+        "architectures": ["DeepseekV3ForCausalLM" if v3 else "DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v3" if v3 else "deepseek_v2",
+        **{name: getattr(config, name) for name in (*_REQUIRED, *_NULLABLE, *_OPTIONAL)},
+        "num_key_value_heads": config.num_attention_heads,
+        "scoring_func": config.scoring_func,
+        "topk_method": config.topk_method,
+        "norm_topk_prob": config.norm_topk_prob,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "moe_layer_freq": 1,
+        "ep_size": 1,
+        "use_cache": True,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "torch_dtype": dtype,
+    }
+    if v3:
+        values["num_nextn_predict_layers"] = config.num_nextn_predict_layers
+    if config.rope_scaling is not None:
+        values["rope_scaling"] = {"type": "yarn", **dataclasses.asdict(config.rope_scaling)}
+    if quantization is not None:
+        values["quantization_config"] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+            **({"scale_fmt": "ue8m0"} if quantization.power_of_two_scales else {}),
+        }
+    return dict(sorted(values.items()))
+
+
+def _check_expressible(config: ModelConfig) -> None:
+    v2 = config.topk_method != "noaux_tc"
+    wanted = {"scoring_func": "softmax" if v2 else "sigmoid", "latent_norm_eps": 1e-6}
+    if v2:
+        wanted |= {"num_nextn_predict_layers": 0, "norm_topk_prob": False}
+    wanted["mtp_hidden_after_final_norm"] = True
+    for name, value in wanted.items():
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)!r}; a published {'deepseek_v2' if v2 else 'deepseek_v3'} "
+                f"checkpoint means {value!r} and has no field for another"
+            )
+
+
+def _check_keys(values: Mapping[str, Any]) -> None:
+    known = {*_REQUIRED, *_NULLABLE, *_OPTIONAL, *_FIXED, *_SILENT, *_DERIVED, *_TRANSLATED}
+    unknown = sorted(key for key in values if key not in known)
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(shown(key) for key in unknown[:5])}: not a field of this architecture; if it changes nothing "
+            "about the weights, remove it from config.json"
+        )
+    missing = [name for name in (*_REQUIRED, "q_lora_rank", "n_shared_experts") if name not in values]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} missing")
+
+
+def _check_fixed(values: Mapping[str, Any]) -> None:
+    for name, allowed in _FIXED.items():
+        if name in values and values[name] not in allowed:
+            raise ConfigError(f"{name} is {shown(values[name])}; this architecture has {allowed[0]!r} only")
+
+
+def _plain_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    defaults = {**_NULLABLE, **_OPTIONAL}
+    for name in (*_REQUIRED, *defaults):
+        value = values.get(name)
+        if value is None and name in defaults:
+            fields[name] = defaults[name]
+        else:
+            fields[name] = _number(name, value) if name in _FRACTIONAL else _whole(name, value)
+    if values.get("topk_method") == "greedy":
+        # The published code of this choice never looks at groups.
+        fields["n_group"] = fields["topk_group"] = 1
+    return fields
+
+
+def _check_derived(values: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Fields that other loaders store beside those they follow from."""
+    expected = {
+        "num_key_value_heads": fields["num_attention_heads"],
+        "qk_head_dim": fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"],
+        "num_local_experts": fields["n_routed_experts"],
+        "num_experts": fields["n_routed_experts"],
+    }
+    for name, value in expected.items():
+        if values.get(name) is not None and values[name] != value:
+            raise ConfigError(f"{name} is {shown(values[name])}, but the other fields make it {value}")
+
+
+def _routing(values: Mapping[str, Any], *, v2: bool) -> dict[str, Any]:
+    """How experts are scored and chosen; what a file leaves out is its family's default."""
+    result = {
+        "scoring_func": values.get("scoring_func") or ("softmax" if v2 else "sigmoid"),
+        "topk_method": values.get("topk_method") or ("greedy" if v2 else "noaux_tc"),
+        "norm_topk_prob": values.get("norm_topk_prob"),
+    }
+    if result["norm_topk_prob"] is None:
+        result["norm_topk_prob"] = not v2
+    if not isinstance(result["norm_topk_prob"], bool):
+        raise ConfigError(f"norm_topk_prob must be true or false, not {shown(result['norm_topk_prob'])}")
+    if v2 and result["norm_topk_prob"]:
+        raise ConfigError("norm_topk_prob true is not defined for deepseek_v2: its published code ignores it")
+    family = ("softmax", ("greedy", "group_limited_greedy")) if v2 else ("sigmoid", ("noaux_tc",))
+    if result["scoring_func"] != family[0] or result["topk_method"] not in family[1]:
+        raise ConfigError(
+            f"scoring_func {shown(result['scoring_func'])} with topk_method {shown(result['topk_method'])}: "
+            f"{'deepseek_v2' if v2 else 'deepseek_v3'} has {family[0]} with {' or '.join(family[1])}"
+        )
+    return result
+
+
+def _mtp_layers(values: Mapping[str, Any]) -> int:
+    found = {name: values[name] for name in ("num_nextn_predict_layers", "num_mtp_layers") if name in values}
+    counts = {_whole(name, value) for name, value in found.items() if value is not None}
+    if len(counts) > 1:
+        raise ConfigError("num_nextn_predict_layers and num_mtp_layers say different depths")
+    return counts.pop() if counts else 0
+
+
+def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """theta and YaRN, from `rope_theta` and `rope_scaling` or from the newer `rope_parameters` that holds both."""
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(values.get(name), dict | None):
+            raise ConfigError(f"{name} must be an object or null, not {shown(values[name])}")
+    newer, older = values.get("rope_parameters"), values.get("rope_scaling")
+    parameters = dict(newer if newer is not None else older or {})
+    inner_theta = parameters.pop("rope_theta", None)
+    theta = values.get("rope_theta")
+    if theta is None:
+        theta = 10000.0 if inner_theta is None else inner_theta
+    elif inner_theta is not None and inner_theta != theta:
+        raise ConfigError("rope_theta and the rope_theta inside rope_parameters differ")
+    kinds = {parameters.pop(key) for key in ("type", "rope_type") if isinstance(parameters.get(key), str)}
+    theta = _number("rope_theta", theta)
+    if kinds <= {"default"}:
+        if parameters and not kinds:
+            raise ConfigError("rope_scaling has no type; yarn is the one this architecture knows")
+        return theta, None
+    if kinds != {"yarn"}:
+        raise ConfigError(f"rope_scaling type {shown(sorted(kinds))}; yarn is the one this architecture knows")
+    return theta, _yarn(parameters)
+
+
+def _yarn(parameters: dict[str, Any]) -> RopeScaling:
+    if parameters.pop("attention_factor", None) is not None:
+        raise ConfigError("rope_scaling.attention_factor is not part of this architecture")
+    if parameters.pop("truncate", True) is not True:
+        raise ConfigError("rope_scaling.truncate must be true")
+    unknown = sorted(set(parameters) - _ROPE_KEYS)
+    if unknown:
+        raise ConfigError(f"rope_scaling has unknown fields {', '.join(map(shown, unknown[:5]))}")
+    for name in ("factor", "original_max_position_embeddings"):
+        if name not in parameters:
+            raise ConfigError(f"rope_scaling.{name} is missing")
+    fields: dict[str, Any] = {
+        name: _number(f"rope_scaling.{name}", value) for name, value in parameters.items() if value is not None
+    }
+    fields["original_max_position_embeddings"] = _whole(
+        "rope_scaling.original_max_position_embeddings", parameters["original_max_position_embeddings"]
+    )
+    # The defaults of the published modelling code: no temperature on the softmax, all of it on cos and sin.
+    return RopeScaling(**{"mscale": 1.0, "mscale_all_dim": 0.0, **fields})
+
+
+def _quantization(values: Any) -> Quantization | None:
+    if values is None:
+        return None
+    if not isinstance(values, dict):
+        raise ConfigError(f"quantization_config must be an object, not {shown(values)}")
+    known = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "weight_block_size": [128, 128],
+        "activation_scheme": "dynamic",
+    }
+    for name, value in known.items():
+        if values.get(name, value) != value:
+            raise ConfigError(f"quantization_config.{name} is {shown(values[name])}; {value!r} is what is known here")
+    if values.get("quant_method") is None:
+        raise ConfigError("quantization_config.quant_method is missing; 'fp8' is what is known here")
+    scale_format = values.get("scale_fmt")
+    if scale_format not in (None, "ue8m0", "float"):
+        raise ConfigError(f"quantization_config.scale_fmt is {shown(scale_format)}; ue8m0 is what is known here")
+    return Quantization(power_of_two_scales=scale_format == "ue8m0")
+
+
+def _whole(name: str, value: Any) -> int:
+    if type(value) is not int:
+        raise ConfigError(f"{name} must be a whole number, not {shown(value)}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float) or not math.isfinite(_as_float(value)):
+        raise ConfigError(f"{name} must be a finite number, not {shown(value)}")
+    return float(value)
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+__all__ = [
+    "CONFIG_NAME",
+    "PublishedConfig",
+    "Quantization",
+    "from_published",
+    "read_config",
+    "to_published",
+]
