@@ -123,9 +123,13 @@ def test_a_wrong_field_is_named(section: str, field: str, value: object):
     config = small_run()
     if field == "vocab_size":
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="train"))
-    with pytest.raises(ConfigError) as error:
+
+    def change() -> RunConfig:
         changed = dataclasses.replace(getattr(config, section), **{field: value})
-        dataclasses.replace(config, **{section: changed})
+        return dataclasses.replace(config, **{section: changed})
+
+    with pytest.raises(ConfigError) as error:
+        change()
     assert f"{section}.{field}" in one_line(error)
 
 

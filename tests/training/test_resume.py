@@ -1,0 +1,317 @@
+"""A run that is stopped, killed or damaged goes on to exactly where an uninterrupted one ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import pytest
+from small_runs import assert_trees_equal, small_run, write_corpus
+
+from dsv3_jax.errors import UserError
+from dsv3_jax.training import trainer as trainer_module
+from dsv3_jax.training.checkpoints import (
+    Checkpoints,
+    Progress,
+    list_checkpoints,
+    load_checkpoint,
+    make_model,
+    restore,
+)
+from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.metrics import read_metrics
+from dsv3_jax.training.run_folder import RunFolder
+from dsv3_jax.training.state import TrainState
+from dsv3_jax.training.trainer import Outcome, train
+
+TIMED = ("tokens_per_second", "mfu")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Six steps, a checkpoint every second."""
+    return small_run(write_corpus(tmp_path_factory.mktemp("corpus")))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run as it should end."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert train(config, folder).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def copy(uninterrupted: Path, tmp_path: Path) -> Path:
+    """A finished run to damage."""
+    return shutil.copytree(uninterrupted, tmp_path / "run")
+
+
+def final_state(folder: Path, config: RunConfig, step: int = 6) -> tuple[TrainState, Progress]:
+    path = RunFolder(folder).checkpoints / f"{step:08d}"
+    _, state, progress = restore(path, config, lambda: make_model(config))
+    return state, progress
+
+
+def assert_same_end(folder: Path, uninterrupted: Path, config: RunConfig) -> None:
+    """Parameters, moments, average, biases, key, counters, iterator, and every number in metrics.jsonl."""
+    (state, progress), (expected, expected_progress) = (final_state(path, config) for path in (folder, uninterrupted))
+    assert_trees_equal(state, expected)
+    assert progress == expected_progress
+
+    def numbers(path: Path) -> list[dict]:
+        records = read_metrics(RunFolder(path).metrics)
+        return [{name: value for name, value in record.items() if name not in TIMED} for record in records]
+
+    assert numbers(folder) == numbers(uninterrupted)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
+    """Sends this process a signal right after a step's numbers are written."""
+    record = trainer_module._Run._record
+
+    def recording(run, *args) -> None:
+        record(run, *args)
+        if run.progress.step == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(trainer_module._Run, "_record", recording)
+
+
+def test_a_finished_run_has_its_results(uninterrupted: Path):
+    for name in ("config.json", "metrics.jsonl", "loss.png", "expert_load.png", "summary.json", "tokenizer"):
+        assert (uninterrupted / name).exists(), name
+    assert [path.name for path in list_checkpoints(RunFolder(uninterrupted))] == ["00000002", "00000004", "00000006"]
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    before, after = (summary[name]["main"]["loss"] for name in ("validation_at_start", "validation"))
+    assert after < before
+    steps = [record for record in read_metrics(uninterrupted / "metrics.jsonl") if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert [record["tokens"] for record in steps] == [128 * step for step in range(1, 7)]
+
+
+@pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (3, signal.SIGINT)])
+def test_a_signal_saves_and_the_run_goes_on_exactly(
+    config: RunConfig,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    step: int,
+    number: signal.Signals,
+):
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, number)
+        outcome = train(config, tmp_path)
+    assert outcome.exit_code == 128 + number
+    assert f"saved at step {step} of 6" in capsys.readouterr().out
+    assert list_checkpoints(RunFolder(tmp_path))[-1].name == f"{step:08d}"
+    assert signal.getsignal(number) is handler, "the handlers of before are back"
+    assert train(config, tmp_path).exit_code == 0
+    # The stop's own checkpoint pushes none of the later ones out; all else is the same.
+    assert_same_end(tmp_path, uninterrupted, config)
+
+
+def test_a_signal_while_evaluating_saves(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    evaluate = trainer_module.evaluate
+
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "evaluate", interrupted)
+    assert train(config, tmp_path).exit_code == 143
+    assert [path.name for path in list_checkpoints(RunFolder(tmp_path))] == ["00000000"]
+
+
+def test_a_second_signal_ends_at_once():
+    program = (
+        "import os, signal, time\n"
+        "from dsv3_jax.training.interruption import Interruption\n"
+        "with Interruption() as interruption:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    assert interruption.requested and interruption.exit_code == 130\n"
+        "    print('first', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    time.sleep(60)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=50, check=False)
+    assert (ended.stdout, ended.returncode) == (b"first\n", 143)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize("harm", [flip, truncate, Path.unlink])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    copy: Path, uninterrupted: Path, config: RunConfig, capsys: pytest.CaptureFixture[str], harm: Callable
+):
+    newest = RunFolder(copy).checkpoints / "00000006"
+    largest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    harm(largest)
+    assert train(config, copy).exit_code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert str(largest.relative_to(newest)) in printed
+    assert "00000004" in printed
+    assert "going on from step 4" in printed
+    assert_same_end(copy, uninterrupted, config)
+
+
+def test_loading_names_a_damaged_checkpoint_and_uses_the_one_before(copy: Path):
+    flip(RunFolder(copy).checkpoints / "00000006" / "run.json")
+    with pytest.warns(UserWarning, match=r"run\.json is damaged"):
+        model, tokenizer, step = load_checkpoint(copy)
+    assert step == 4
+    assert tokenizer.vocab_size <= model.config.vocab_size
+
+
+def test_loading_without_a_whole_checkpoint_is_one_line(copy: Path):
+    for path in list_checkpoints(RunFolder(copy)):
+        (path / "manifest.json").unlink()
+    with pytest.warns(UserWarning, match="manifest"), pytest.raises(UserError) as error:
+        load_checkpoint(copy)
+    assert "no checkpoint" in str(error.value)
+    shutil.rmtree(RunFolder(copy).checkpoints)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_checkpoint(copy)
+    with pytest.raises(UserError, match="holds no run"):
+        load_checkpoint(copy / "elsewhere")
+
+
+def test_a_changed_corpus_is_named(copy: Path, config: RunConfig):
+    """The files of the corpus, not only its path."""
+    corpus = copy / "corpus"
+    shutil.copytree(config.data.corpus, corpus)
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(corpus)))
+    RunFolder(copy).write_config(moved)
+    (corpus / "new.txt").write_text("one more document\n")
+    with pytest.raises(UserError, match=r"corpus (was|differs)") as error:
+        train(moved, copy)
+    assert "\n" not in str(error.value)
+
+
+def test_nonfinite_steps_in_a_row_stop_the_run_with_its_checkpoint_intact(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    scalars = trainer_module._scalars
+    monkeypatch.setattr(
+        trainer_module,
+        "_scalars",
+        lambda settings: (
+            dataclasses.replace(scalars(settings), mtp_weight=jax.numpy.float32(float("nan")))
+            if settings.learning_rate < config.training.schedule.learning_rate
+            else scalars(settings)
+        ),
+    )
+    # The warm-up steps before the peak and the decay after it are poisoned.
+    limited = dataclasses.replace(config, training=dataclasses.replace(config.training, max_nonfinite_steps=2))
+    outcome = train(limited, tmp_path)
+    assert outcome.exit_code == 3
+    printed = capsys.readouterr().out
+    assert "not finite, so nothing was applied" in printed
+    assert "2 steps in a row" in printed
+    records = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
+    assert records[-1]["loss"] == "nan"
+
+
+def test_a_save_that_fails_is_one_line_and_the_checkpoint_before_stays(
+    copy: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+):
+    """As when the disk is full."""
+    folder = RunFolder(copy)
+    state, progress = final_state(copy, config)
+    monkeypatch.setattr(
+        "dsv3_jax.training.checkpoints.write_manifest",
+        lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
+    checkpoints = Checkpoints(folder, keep=3)
+    checkpoints.save(state, dataclasses.replace(progress, step=8), config)
+    with pytest.raises(UserError, match="No space left on device") as error:
+        checkpoints.wait()
+    assert "\n" not in str(error.value)
+    checkpoints.close()
+    assert [path.name for path in list_checkpoints(folder)] == ["00000002", "00000004", "00000006"]
+
+
+def test_only_the_newest_checkpoints_are_kept(copy: Path, config: RunConfig):
+    folder = RunFolder(copy)
+    state, progress = final_state(copy, config)
+    checkpoints = Checkpoints(folder, keep=2)
+    for step in (8, 10):
+        checkpoints.save(state, dataclasses.replace(progress, step=step), config)
+    checkpoints.close()
+    assert [path.name for path in list_checkpoints(folder)] == ["00000008", "00000010"]
+    assert not list(folder.checkpoints.glob(".*"))
+
+
+def test_a_run_killed_while_saving_goes_on_exactly(
+    config: RunConfig, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """SIGKILL from a process that started the run, at the moment its second checkpoint is being written."""
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    program = (
+        "import sys, json; from pathlib import Path\n"
+        "import jax\n"
+        f"jax.config.update('jax_compilation_cache_dir', {str(jax.config.jax_compilation_cache_dir)!r})\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
+        "from dsv3_jax.training.config import RunConfig; from dsv3_jax.training.trainer import train\n"
+        f"config = RunConfig.from_dict(json.loads(Path({str(tmp_path / 'config.json')!r}).read_text()))\n"
+        f"train(config, Path({str(tmp_path / 'run')!r}))\n"
+    )
+    folder = RunFolder(tmp_path / "run")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline:
+            if list(folder.checkpoints.glob(".writing-00000004*")) or len(list_checkpoints(folder)) > 1:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        assert process.wait() == -signal.SIGKILL
+    assert train(config, folder.path).exit_code == 0
+    assert_same_end(folder.path, uninterrupted, config)
+    assert not list(folder.checkpoints.glob(".*")), "the half-written checkpoint is gone"
+
+
+def test_saving_returns_before_the_files_are_written(copy: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    """Asynchronous: the state may change as soon as `save` returns."""
+    state, progress = final_state(copy, config)
+    gate = threading.Event()
+    from dsv3_jax.training import checkpoints as module
+
+    write = module.write_manifest
+    monkeypatch.setattr(module, "write_manifest", lambda path: (gate.wait(30), write(path)))
+    checkpoints = Checkpoints(RunFolder(copy), keep=5)
+    checkpoints.save(state, dataclasses.replace(progress, step=9), config)
+    assert not (RunFolder(copy).checkpoints / "00000009").exists()
+    jax.tree.map(lambda leaf: leaf.delete(), state.params)
+    gate.set()
+    checkpoints.close()
+    assert_trees_equal(final_state(copy, config, 9)[0].params, final_state(copy, config)[0].params)
+
+
+def test_an_outcome_reports_validation(copy: Path, config: RunConfig):
+    """A finished run that is started again only evaluates."""
+    outcome = train(config, copy)
+    assert isinstance(outcome, Outcome)
+    assert outcome.start is not None
+    assert outcome.end is not None
+    assert outcome.start == outcome.end
