@@ -135,6 +135,10 @@ class Tokenizer:
         """The id of a control token by its name, None where absent."""
         return self._ids.get(name)
 
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str]]:
+        # Made anew from the definition: the library's own pickle forgets that control tokens are not read from text.
+        return Tokenizer, (json.dumps(self._definition), self._source)
+
     @cached_property
     def _control_encoder(self) -> tokenizers.Tokenizer:
         return _build(self._definition)

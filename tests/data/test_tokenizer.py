@@ -1,0 +1,233 @@
+"""Tokenizers: what goes in comes out, bytes are counted exactly, bad files are one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_jax.data import Tokenizer
+from dsv3_jax.data.control_tokens import LEADING, TRAILING
+from dsv3_jax.data.punctuation_splitting import PunctuationSplitting
+from dsv3_jax.data.tokenizer_training import SMALLEST_VOCABULARY, byte_tokenizer, sample_text, train_bpe
+from dsv3_jax.errors import ConfigError, UserError
+
+PUBLISHED = Path(__file__).resolve().parents[3] / "shared/published/deepseek-r1/tokenizer.json.gz"
+CODE = ['def run(self):\n    return {"a": 1234567, "b": [x for x in range(10)]};\n\n# 漢字と仮名 done.\n'] * 20
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+MIXED = st.text(st.sampled_from("ab é漢𝄞\u0301 \n\r\t.,;{}()<｜▁think>123\0"), max_size=60)
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return Tokenizer(train_bpe(CODE, 400))
+
+
+@pytest.fixture(scope="module")
+def byte_level() -> Tokenizer:
+    return Tokenizer(byte_tokenizer())
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=UNICODE | MIXED)
+def test_any_text_comes_back_and_its_bytes_are_counted(trained: Tokenizer, byte_level: Tokenizer, text: str) -> None:
+    for tokenizer in (trained, byte_level):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+        assert tokenizer.encode_batch([text, text]) == [ids, ids]
+    assert len(byte_level.encode(text)) == len(text.encode())
+
+
+def test_control_tokens_are_never_read_from_text(trained: Tokenizer) -> None:
+    names = [*LEADING, *TRAILING]
+    control = {trained.control_id(name) for name in names}
+    assert len(control) == len(names)
+    assert None not in control
+    ids = trained.encode("".join(names))
+    assert not control & set(ids)
+    assert trained.encode("<think>", control_tokens=True) == [trained.think_id]
+    assert not trained.token_bytes[list(control)].any()
+    assert trained.decode([trained.think_id]) == "<think>"  # pyright: ignore[reportArgumentType]
+
+
+def test_the_layout_of_ids_is_the_published_one(trained: Tokenizer) -> None:
+    assert (trained.bos_id, trained.eos_id, trained.pad_id) == (0, 1, 2)
+    assert sorted(map(trained.control_id, TRAILING)) == [*range(trained.vocab_size - len(TRAILING), trained.vocab_size)]
+    assert SMALLEST_VOCABULARY < trained.vocab_size <= 400
+
+
+def test_pre_tokeniser_cuts_as_the_report_does() -> None:
+    tokenizer = Tokenizer(train_bpe(["1234567 f(x);\n\n 漢字kana"] * 50, 600))
+    pieces = [tokenizer.decode([index]) for index in tokenizer.encode("1234567 f(x);\n\n")]
+    assert pieces == ["123", "456", "7", " f", "(x", ");\n\n"]
+
+
+def test_training_is_deterministic() -> None:
+    assert Tokenizer(train_bpe(CODE, 320)).fingerprint == Tokenizer(train_bpe(CODE, 320)).fingerprint
+
+
+def test_sample_is_bounded_and_takes_from_the_whole_corpus() -> None:
+    documents = [(f"n{index}", chr(97 + index % 26) * 1000) for index in range(200)]
+    sample = sample_text(iter(documents), budget=20_000)
+    assert sum(map(len, sample)) == 20_000
+    assert len(set(sample)) > 5
+    assert sample == sample_text(reversed(documents), budget=20_000)
+    (piece,) = sample_text([("one", "x" * 1000)], budget=10)
+    assert len(piece) == 1000
+
+
+def test_saved_tokenizer_is_the_same(trained: Tokenizer, tmp_path: Path) -> None:
+    trained.save(tmp_path / "run")
+    (tmp_path / "packed.json.gz").write_bytes(gzip.compress((tmp_path / "run/tokenizer.json").read_bytes()))
+    for path in (tmp_path / "run", tmp_path / "run/tokenizer.json", tmp_path / "packed.json.gz"):
+        assert Tokenizer.load(path).fingerprint == trained.fingerprint
+    copied = pickle.loads(pickle.dumps(trained))  # noqa: S301 as worker processes get it
+    assert copied.encode("def f(): <think>") == trained.encode("def f(): <think>")
+    assert list((tmp_path / "run").iterdir()) == [tmp_path / "run/tokenizer.json"]
+
+
+def test_ids_beyond_the_vocabulary_decode_to_nothing(byte_level: Tokenizer) -> None:
+    assert byte_level.decode([*byte_level.encode("ab"), 10_000, -1]) == "ab"
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="the published DeepSeek tokenizer is not beside the repository")
+def test_published_tokenizer() -> None:
+    tokenizer = Tokenizer.load(PUBLISHED)
+    assert tokenizer.vocab_size == 128_815
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
+    assert (tokenizer.think_id, tokenizer.end_think_id) == (128_798, 128_799)
+    assert (tokenizer.fim_hole_id, tokenizer.fim_begin_id, tokenizer.fim_end_id) == (128_800, 128_801, 128_802)
+    assert (tokenizer.user_id, tokenizer.assistant_id) == (128_803, 128_804)
+    text = "Hello, wörld! <think> 漢字 1234567\r\n\n\tx = {'a': 𝄞}"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+    assert max(ids) < 128_000
+    assert tokenizer.encode("Hello") == [19_923]
+
+
+def test_sentencepiece_conversions_are_taken() -> None:
+    tokenizer = Tokenizer(json.dumps(_byte_fallback()))
+    text = "aé b"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_splitting_of_joined_punctuation() -> None:
+    tokenizer = Tokenizer(train_bpe(["x = (1);\n\ny = [2];\n_\n"] * 50, 600))
+    splitting = PunctuationSplitting(tokenizer)
+    texts = {tokenizer.decode([index]) for index in splitting.tokens}
+    assert {");\n\n", "];\n"} <= texts
+    assert all(text.strip("\r\n") and text.endswith("\n") for text in texts)
+    ids = np.array(tokenizer.encode("x = (1);\n\ny = [2];\n"), np.uint16)
+    possible = splitting.growth(ids) > 0
+    both = splitting.split(ids, possible)
+    assert tokenizer.decode(both) == tokenizer.decode(ids)
+    assert len(both) == len(ids) + splitting.growth(ids).sum() > len(ids)
+    assert ");\n\n" not in [tokenizer.decode([index]) for index in both]
+    assert (splitting.split(ids, np.zeros(len(ids), bool)) == ids).all()
+
+
+def _byte_fallback() -> dict[str, Any]:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁b"]
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": index, "content": tokens[index], "special": True, "normalized": False, **_FLAGS}
+            for index in range(3)
+        ],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE",
+            "vocab": {token: index for index, token in enumerate(tokens)},
+            "merges": [["▁", "b"]],
+            "unk_token": "<unk>",
+            "byte_fallback": True,
+        },
+    }
+
+
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False}
+
+
+def _byte_definition(**changes: Any) -> str:
+    return json.dumps({**json.loads(byte_tokenizer()), **changes})
+
+
+def _with_model(**changes: Any) -> str:
+    definition = json.loads(byte_tokenizer())
+    return json.dumps({**definition, "model": {**definition["model"], **changes}})
+
+
+_VOCABULARY = json.loads(byte_tokenizer())["model"]["vocab"]
+_CATASTROPHE = {"type": "Split", "pattern": {"Regex": "(" * 5000}, "behavior": "Isolated", "invert": False}
+BAD = {
+    "not JSON": ("{", "not JSON"),
+    "deep": ("[" * 100_000, "not JSON"),
+    "no object": ("[]", "no object 'model'"),
+    "no model": ('{"model": 3}', "no object 'model'"),
+    "unknown model": ('{"model": {"type": "Other"}}', "not a usable tokenizer.json"),
+    "added without id": (_byte_definition(added_tokens=[{"content": "x"}]), "needs an id and a content"),
+    "id too large": (_with_model(vocab={**_VOCABULARY, "Ġ!": 4294967295}), "id 4294967295, beyond its vocabulary"),
+    "added id too large": (
+        _byte_definition(added_tokens=[{"id": 9999, "content": "<x>", "special": True, "normalized": False, **_FLAGS}]),
+        "beyond its vocabulary|says id 9999",
+    ),
+    "bad pattern": (_byte_definition(pre_tokenizer=_CATASTROPHE), "not a usable tokenizer.json"),
+    "no decoder": (_byte_definition(decoder=None), "not a byte-level tokenizer"),
+    "not bytes": (_with_model(vocab={**_VOCABULARY, "漢": len(_VOCABULARY)}), "does not spell bytes|says id"),
+    "loses text": (_byte_definition(normalizer={"type": "Lowercase"}), "does not give back the text"),
+    "no end": (
+        json.dumps(json.loads(byte_tokenizer()), ensure_ascii=False).replace("end▁of▁sentence", "something▁else"),
+        "no end-of-text token",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_definition_is_one_line(name: str, tmp_path: Path) -> None:
+    content, message = BAD[name]
+    file = tmp_path / "tokenizer.json"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer.load(file)
+    assert "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.json", None, "cannot read the tokenizer"),
+        ("cut.json.gz", gzip.compress(b"{}" * 1000)[:20], "cannot read the tokenizer"),
+        ("plain.json.gz", b"{}", "cannot read the tokenizer"),
+        ("latin.json", b'{"\xe9": 1}', "not UTF-8 at byte 2"),
+    ],
+)
+def test_bad_file_is_one_line(name: str, content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer.load(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_without_utf8_form_is_one_line(byte_level: Tokenizer) -> None:
+    with pytest.raises(UserError, match="character 1 of the text is a lone surrogate"):
+        byte_level.encode("a\ud800")
+
+
+def test_vocabulary_too_small_to_train() -> None:
+    with pytest.raises(ConfigError, match=f"at least {SMALLEST_VOCABULARY}"):
+        train_bpe(CODE, SMALLEST_VOCABULARY - 1)
+    assert Tokenizer(train_bpe(CODE, SMALLEST_VOCABULARY)).vocab_size == SMALLEST_VOCABULARY
