@@ -36,8 +36,10 @@ def main(argv: list[str]) -> int:
     options = parse(EvaluateOptions, flags, prog="dsv3 eval RUN", description=_DESCRIPTION, default=EvaluateOptions())
     if len(positional) != 1:
         raise UserError("give one run folder, such as: dsv3 eval runs/nano")
+    from dsv3_jax.cli.compilation_cache import keep_compiled_programs
     from dsv3_jax.training.evaluation import evaluate_run
 
+    keep_compiled_programs()
     step, result = evaluate_run(Path(positional[0]))
     if options.json:
         import json

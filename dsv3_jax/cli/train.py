@@ -66,8 +66,10 @@ def main(argv: list[str]) -> int:
         training=training,
         precision=options.precision,
     )
+    from dsv3_jax.cli.compilation_cache import keep_compiled_programs
     from dsv3_jax.training.trainer import train
 
+    keep_compiled_programs()
     return train(config, Path(options.out), initial_model=_initial_model(options.init_from, config)).exit_code
 
 

@@ -180,13 +180,18 @@ def load_checkpoint(folder: str | Path) -> tuple[DeepSeekV3, Tokenizer, int]:
 
 
 def make_model(config: RunConfig) -> DeepSeekV3:
-    """A model with the run's initial weights."""
-    return DeepSeekV3(
-        config.model,
-        rngs=nnx.Rngs(config.training.seed),
-        precision=Precision.preset(config.precision),
-        remat=config.training.rematerialisation,
-    )
+    """A model with the run's initial weights, made by one compiled program."""
+
+    @nnx.jit
+    def build() -> DeepSeekV3:
+        return DeepSeekV3(
+            config.model,
+            rngs=nnx.Rngs(config.training.seed),
+            precision=Precision.preset(config.precision),
+            remat=config.training.rematerialisation,
+        )
+
+    return build()
 
 
 def _to_arrays(state: TrainState) -> dict[str, Any]:
