@@ -1,0 +1,53 @@
+"""Every notebook is well formed, carries no outputs, and runs from top to bottom when shortened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["cells"]
+
+
+def source(cell: dict[str, Any]) -> str:
+    return "".join(cell["source"])
+
+
+def is_parameters(cell: dict[str, Any]) -> bool:
+    return "parameters" in cell["metadata"].get("tags", [])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_form(path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="nbformat comes with the extra `notebooks`")
+    nbformat.validate(nbformat.read(path, as_version=4))
+    cells = read(path)
+    assert sum(map(is_parameters, cells)) == 1
+    for cell in cells:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a plain script in this process, with SHORT set after the cell of parameters and figures left undrawn."""
+    monkeypatch.chdir(tmp_path)
+    backend = matplotlib.get_backend()
+    matplotlib.use("Agg")
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    try:
+        for number, cell in enumerate(read(path)):
+            if cell["cell_type"] == "code":
+                exec(compile(source(cell), f"{path.name}, cell {number}", "exec"), namespace)
+                if is_parameters(cell):
+                    namespace["SHORT"] = True
+    finally:
+        namespace["plt"].close("all")
+        matplotlib.use(backend)
