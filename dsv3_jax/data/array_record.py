@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from array_record.python.array_record_module import (  # pyright: ignore[reportM
     ArrayRecordWriter,
 )
 
+from dsv3_jax.data.corpus import SIDECAR
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.errors import UserError
 
@@ -57,7 +59,8 @@ def write_array_record(
     except RuntimeError as error:
         raise UserError(f"cannot write {target}: {' '.join(str(error).split())}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return count
 
 
@@ -143,4 +146,4 @@ def _check_sidecar(file: Path, tokenizer: Tokenizer) -> None:
 
 
 def _sidecar(file: Path) -> Path:
-    return file.with_name(file.name + ".json")
+    return file.with_name(file.name + SIDECAR)

@@ -14,7 +14,7 @@ from dsv3_jax.data.document_files import Document, count_documents, read_documen
 from dsv3_jax.errors import UserError
 
 STDLIB = "stdlib"
-PRETOKENISED = ".arrayrecord"
+PRETOKENISED, SIDECAR = ".arrayrecord", ".json"
 
 _FOLDERS_SKIPPED = {"__pycache__", "node_modules"}
 # Not the interpreter's own; absent from some installations (tests, tools with windows) or versions; generated tables.
@@ -93,7 +93,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         if not path.exists():
             raise UserError(f"the corpus {path} does not exist: give 'stdlib' or the path of a file or folder")
         if path.is_dir():
-            files = tuple(_walk(path, lambda file: file.suffix.lower() not in _NOT_TEXT, _FOLDERS_SKIPPED))
+            files = tuple(_walk(path, _may_be_text, _FOLDERS_SKIPPED))
             root = path
         else:
             files, root = (path,), path.parent
@@ -115,6 +115,10 @@ def _stdlib() -> Corpus:
             f"this interpreter has no source of its standard library under {root}: give another data.corpus"
         )
     return Corpus(STDLIB, root, files)
+
+
+def _may_be_text(file: Path) -> bool:
+    return file.suffix.lower() not in _NOT_TEXT and not file.name.endswith(PRETOKENISED + SIDECAR)
 
 
 def _walk(root: Path, wanted: Callable[[Path], bool], skipped: set[str]) -> Iterator[Path]:

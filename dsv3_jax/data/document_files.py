@@ -70,7 +70,7 @@ def reading(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+        raise UserError(f"cannot read {file}: {error.strerror or _one_line(error)}") from error
 
 
 def decode_utf8(raw: bytes, file: Path, start: int = 0) -> str:

@@ -67,5 +67,5 @@ def test_tokenizer_without_the_tokens_is_refused() -> None:
     definition["added_tokens"] = [token for token in definition["added_tokens"] if "fim" not in token["content"]]
     for place, token in enumerate(definition["added_tokens"]):
         token["id"] = place if place < 3 else 256 + place
-    with pytest.raises(UserError, match="no fill-in-middle tokens: set data.fill_in_middle_rate to 0"):
+    with pytest.raises(UserError, match="no fill-in-middle tokens: set data"):
         FillInMiddle(Tokenizer(json.dumps(definition)))

@@ -1,0 +1,208 @@
+"""Every target once an epoch, whatever the shards, workers, batches and restarts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsv3_jax.data import Data, DataConfig, TrainIterator, prepare_data
+from dsv3_jax.errors import UserError
+
+LENGTH = 16
+PLAIN = DataConfig(
+    corpus="set by the fixture",
+    tokenizer="byte",
+    sequence_length=LENGTH,
+    fill_in_middle_rate=0.0,
+    validation_fraction=0.1,
+)
+ALL: dict[str, Any] = {"fill_in_middle_rate": 0.3, "punctuation_split_rate": 0.5}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixty texts of 10 to 90 characters."""
+    root = tmp_path_factory.mktemp("corpus")
+    random = np.random.default_rng(0)
+    for number in range(60):
+        words = random.choice(["ab", "cde();\n", "é", "漢", "f\n\n"], random.integers(3, 20))
+        (root / f"{number:02d}.txt").write_text(f"{number} {' '.join(words)}", encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def prepare(folder: Path, cache: Path | None = None, *, shard: tuple[int, int] = (0, 1), **changes: Any) -> Data:
+    config = dataclasses.replace(PLAIN, corpus=str(folder), **changes)
+    return prepare_data(config, cache, shard_index=shard[0], shard_count=shard[1])
+
+
+def take_epoch(iterator: TrainIterator, number: int) -> tuple[np.ndarray, np.ndarray]:
+    rows = []
+    while iterator.epoch == number:
+        rows.append(iterator.next_rows(1))
+    tokens, segments = zip(*rows, strict=True)
+    return np.concatenate(tokens), np.concatenate(segments)
+
+
+def targets_by_input(tokens: np.ndarray, segments: np.ndarray) -> Counter[tuple[int, int]]:
+    """How often each (input, target) pair occurs among the real targets."""
+    real = segments[:, 1:] > 0
+    return Counter(zip(tokens[:, :-1][real].tolist(), tokens[:, 1:][real].tolist(), strict=True))
+
+
+def test_two_epochs_hold_every_pair_of_neighbours_once(folder: Path) -> None:
+    data = prepare(folder)
+    tokenizer, expected = data.tokenizer, Counter[tuple[int, int]]()
+    texts = [document.text for document in data.documents("train")]
+    for text in texts:
+        ids = [*tokenizer.encode(text), tokenizer.eos_id]
+        expected.update(pairwise(ids))
+    iterator = data.train_iterator()
+    epochs = [take_epoch(iterator, number) for number in range(2)]
+    for tokens, segments in epochs:
+        pairs = targets_by_input(tokens, segments)
+        between = Counter({pair: count for pair, count in pairs.items() if pair[0] == tokenizer.eos_id})
+        assert between.total() == len(texts) - 1  # the first token of each document but the first
+        assert pairs - between == expected
+        assert data.num_train_tokens == expected.total() + len(texts)
+    assert len(epochs[0][0]) == len(epochs[1][0])
+    assert not np.array_equal(epochs[0][0], epochs[1][0])  # another order
+
+
+def test_rearranged_and_split_documents_come_once_too(folder: Path) -> None:
+    data = prepare(folder, tokenizer="train", vocab_size=340, **ALL)
+    tokenizer, iterator = data.tokenizer, data.train_iterator()
+    text = "".join(document.text for document in data.documents("train"))
+    count = sum(1 for _ in data.documents("train"))
+    shares, lengths = [], []
+    for number in range(6):
+        tokens, segments = take_epoch(iterator, number)
+        targets = tokens[:, 1:][segments[:, 1:] > 0]
+        inside = Counter(targets.tolist())
+        begun = inside[tokenizer.fim_begin_id]
+        assert abs(begun - inside[tokenizer.fim_hole_id]) <= 1  # the stream's first token is no target
+        assert inside[tokenizer.fim_hole_id] == inside[tokenizer.fim_end_id]
+        assert inside[tokenizer.eos_id] == count
+        seen = Counter(tokenizer.to_bytes(targets[tokenizer.token_bytes[targets] > 0]))
+        missing = Counter(text.encode()) - seen
+        assert not seen - Counter(text.encode())
+        assert missing.total() <= max(tokenizer.token_bytes)  # again the first token
+        shares.append(inside[tokenizer.fim_hole_id] / count)
+        lengths.append(len(targets))
+    assert 0.15 < np.mean(shares) < 0.45
+    assert len(set(shares)) > 1  # other documents in other epochs
+    assert max(lengths) > data.num_train_tokens
+
+
+@pytest.mark.parametrize("shard_count", [2, 4])
+def test_shards_together_are_the_one_stream(folder: Path, cache: Path, shard_count: int) -> None:
+    whole = prepare(folder, cache, **ALL).train_iterator()
+    shards = [
+        prepare(folder, cache, shard=(index, shard_count), **ALL).train_iterator() for index in range(shard_count)
+    ]
+    while whole.epoch < 2:
+        tokens, segments = whole.next_rows(3 * shard_count)
+        parts = [shard.next_rows(3) for shard in shards]
+        for index, (own_tokens, own_segments) in enumerate(parts):
+            np.testing.assert_array_equal(own_tokens, tokens[index::shard_count])
+            np.testing.assert_array_equal(own_segments, segments[index::shard_count])
+        assert {json.dumps(shard.state()) for shard in shards} == {json.dumps(whole.state())}
+
+
+def test_restarts_change_nothing(folder: Path, cache: Path) -> None:
+    """Through JSON, at random places, with other batches and another number of shards after each."""
+    random = np.random.default_rng(3)
+    whole = prepare(folder, cache, **ALL).train_iterator()
+    state = whole.state()
+    while whole.epoch < 2:
+        shard_count, batch = int(random.choice([1, 2, 4])), int(random.integers(1, 9))
+        tokens, segments = whole.next_rows(batch * shard_count)
+        for index in range(shard_count):
+            shard = prepare(folder, cache, shard=(index, shard_count), **ALL).train_iterator()
+            shard.next_rows(int(random.integers(1, 5)))
+            shard.set_state(json.loads(json.dumps(state)))
+            own_tokens, own_segments = shard.next_rows(batch)
+            np.testing.assert_array_equal(own_tokens, tokens[index::shard_count])
+            np.testing.assert_array_equal(own_segments, segments[index::shard_count])
+        state = shard.state()
+        assert state == whole.state()
+
+
+def test_workers_give_the_same_rows(folder: Path, cache: Path) -> None:
+    whole = prepare(folder, cache, **ALL).train_iterator()
+    whole.next_rows(7)
+    state = whole.state()
+    first, second = whole.next_rows(30), whole.next_rows(295)
+    assert whole.epoch >= 1
+    workers = prepare(folder, cache, worker_count=2, **ALL).train_iterator()
+    workers.set_state(state)
+    try:
+        for expected, count in ((first, 30), (second, 295)):
+            for ours, theirs in zip(workers.next_rows(count), expected, strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+        assert workers.state() == whole.state()
+    finally:
+        workers.close()
+
+
+def test_rows_depend_on_the_seed(folder: Path) -> None:
+    one, other, again = (prepare(folder, seed=seed).train_iterator().next_rows(20)[0] for seed in (1, 2, 1))
+    np.testing.assert_array_equal(one, again)
+    assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 1),
+        ("sequence_length", 8),
+        ("fill_in_middle_rate", 0.5),
+        ("punctuation_split_rate", 0.1),
+        ("validation_fraction", 0.2),
+    ],
+)
+def test_a_changed_setting_is_named(folder: Path, name: str, value: Any) -> None:
+    state = prepare(folder).train_iterator().state()
+    iterator = prepare(folder, **{name: value}).train_iterator()
+    with pytest.raises(
+        UserError, match=rf"the data changed since the state was saved: data\.{name} was .*, is {value};"
+    ):
+        iterator.set_state(state)
+
+
+def test_changed_corpus_and_tokenizer_are_named(folder: Path, tmp_path: Path) -> None:
+    state = prepare(folder).train_iterator().state()
+    with pytest.raises(UserError, match=r"data\.tokenizer differs;"):
+        prepare(folder, tokenizer="train", vocab_size=300).train_iterator().set_state(state)
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    prepare(tmp_path).train_iterator().set_state(state)  # moved is not changed
+    (tmp_path / "00.txt").write_text("0 other", encoding="utf-8")
+    with pytest.raises(UserError, match=r"data\.corpus differs;"):
+        prepare(tmp_path).train_iterator().set_state(state)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"rows_taken": 3},
+        {"rows_taken": -1, "fingerprint": {}},
+        {"rows_taken": 1.5, "fingerprint": {}},
+        {"rows_taken": 0, "fingerprint": 5},
+    ],
+)
+def test_damaged_state_is_one_line(folder: Path, state: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="state of the data iterator is damaged"):
+        prepare(folder).train_iterator().set_state(state)
