@@ -1,0 +1,41 @@
+"""What is compiled ahead of this operation: every tiling in every form, at sizes of V3's own layers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.blockwise_matmul.tuning import TUNED, Tiling, candidates
+from pallas_kernels.compile_ahead import Case
+from pallas_kernels.quantize.quantized import E4M3, Quantized, Tile, scales_shape
+
+_M, _N, _K = 4096, 4096, 7168
+
+
+def hopper() -> list[Case]:
+    from pallas_kernels.blockwise_matmul import hopper as kernel
+
+    def case(name: str, tiling: Tiling, b_tile: Tile, out_dtype, accumulate: bool = False) -> Case:
+        a, b = _shapes(_M, _K, "1x128"), _shapes(_N, _K, b_tile)
+        accumulator = jax.ShapeDtypeStruct((_M, _N), jnp.float32) if accumulate else None
+        return Case(name, functools.partial(kernel.matmul, out_dtype=out_dtype, tiling=tiling), (a, b, accumulator))
+
+    def cases() -> Iterator[Case]:
+        for tiling in {*candidates(2), *TUNED.values()}:
+            yield case(f"128x128 blocks, bfloat16, {_words(tiling)}", tiling, "128x128", jnp.bfloat16)
+        for tiling in candidates(4):
+            yield case(f"1x128 tiles, float32 added to, {_words(tiling)}", tiling, "1x128", jnp.float32, True)
+
+    return sorted(cases(), key=lambda case: case.name)
+
+
+def _words(tiling: Tiling) -> str:
+    return f"tile {tiling.tile_m}x{tiling.tile_n}, {tiling.stages} stages, cluster {tiling.cluster}"
+
+
+def _shapes(rows: int, columns: int, tile: Tile) -> Quantized:
+    values = jax.ShapeDtypeStruct((rows, columns), E4M3)
+    return Quantized(values, jax.ShapeDtypeStruct(scales_shape((rows, columns), tile), jnp.float32), tile)  # pyright: ignore

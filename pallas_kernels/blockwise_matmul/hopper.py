@@ -1,0 +1,267 @@
+"""The FP8 product on Hopper, in Mosaic GPU: TMA, wgmma on e4m3, warp specialisation, a persistent grid.
+
+One block a multiprocessor holds three warpgroups. The producer walks the block's tiles and, 128 of K at a time, has TMA
+copy a tile of A, one of B and A's scales into a ring of shared-memory stages. The two consumers, 64 rows of the tile
+each, multiply what arrives with four wgmma (128 = 4 x 32 of K), then add the partial sum times both scales to totals
+in float32 registers: the tensor core's own accumulator, good to about 14 bits, never sums more than 128 products
+(report, section 3.3.2). While one consumer promotes, the other's wgmma keep the tensor cores busy. A picture and the
+reasons stand in `pallas_kernels/README.md`.
+
+Edges cost nothing: TMA reads zeros outside of an array and drops what would be written there.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels.blockwise_matmul.tuning import BLOCK_K, Tiling, choose_tiling
+from pallas_kernels.hopper_launch import multiprocessors, swizzled
+from pallas_kernels.quantize.quantized import E4M3, Quantized
+
+CONSUMERS = 2
+PRODUCER = 2  # the third warpgroup
+WARPGROUP_ROWS = 64
+PRODUCER_REGISTERS = 40
+CONSUMER_REGISTERS = 232
+
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+def matmul(
+    a: Quantized,
+    b: Quantized,
+    accumulator: Float[Array, "M N"] | None,
+    out_dtype: DTypeLike,
+    *,
+    tiling: Tiling | None = None,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> Float[Array, "M N"]:
+    """A·Bᵀ (+ accumulator); operands as in `blockwise_matmul`.
+
+    TMA asks that rows start at multiples of 16 bytes; an array whose rows do not is padded first, others are not copied.
+    """
+    (m, k), n = a.shape, b.shape[0]
+    out_dtype = jnp.dtype(out_dtype)
+    tiling = tiling or choose_tiling(m, n, k, out_dtype.itemsize, multiprocessors())
+    if not tiling.fits(out_dtype.itemsize):
+        raise ValueError(f"{tiling} does not fit into shared memory with {out_dtype} out")
+    by_column = b.tile == "1x128"
+    columns = n + -n % (16 // out_dtype.itemsize)
+    operands = [
+        _pad_last(a.values, 16),
+        _pad_last(a.scales.T, tiling.tile_m * tiling.cluster),
+        _pad_last(b.values, 16),
+        _pad_last(b.scales.T, 4) if by_column else b.scales,
+    ]
+    if accumulator is not None:
+        operands.append(_pad_last(accumulator, columns))
+    out = _launch(operands, (m, columns), out_dtype, by_column, tiling, interpret)
+    return out[:, :n] if columns != n else out
+
+
+def _pad_last(x: Array, multiple: int) -> Array:
+    excess = -x.shape[-1] % multiple
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, excess)]) if excess else x
+
+
+def _launch(operands, shape, out_dtype, by_column, tiling, interpret):
+    stages, tile_m, tile_n, cluster = tiling.stages, tiling.tile_m, tiling.tile_n, tiling.cluster
+    has_accumulator = len(operands) == 5
+    scratch = dict(
+        a_smem=plgpu.SMEM((stages, tile_m, BLOCK_K), E4M3, transforms=swizzled(BLOCK_K, E4M3)),
+        b_smem=plgpu.SMEM((stages, tile_n, BLOCK_K), E4M3, transforms=swizzled(BLOCK_K, E4M3)),
+        b_scales_smem=plgpu.SMEM((stages, tile_n), jnp.float32) if by_column else None,
+        out_smem=plgpu.SMEM(
+            (CONSUMERS, tile_n // tiling.scale_columns, WARPGROUP_ROWS, tiling.scale_columns),
+            out_dtype,
+            transforms=swizzled(tiling.scale_columns, out_dtype),
+        ),
+        filled=plgpu.Barrier(num_arrivals=2 + by_column, num_barriers=stages),
+        accumulator_filled=plgpu.Barrier(num_barriers=CONSUMERS) if has_accumulator else None,
+        freed=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
+        if cluster == 1
+        else plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=CONSUMERS, num_barriers=stages),
+    )
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, tiling=tiling, by_column=by_column, has_accumulator=has_accumulator),
+        out_type=jax.ShapeDtypeStruct(shape, out_dtype),
+        scratch_types=scratch,
+        grid=(multiprocessors() // cluster,),
+        grid_names=("blocks",),
+        cluster=(cluster,),
+        cluster_names=("cluster",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="blockwise_matmul",
+        interpret=interpret,
+    )
+    return kernel(*operands)
+
+
+def _kernel(*refs, tiling: Tiling, by_column: bool, has_accumulator: bool, **scratch):
+    """One block. `refs`: a, its scales, b, its scales, (accumulator,) out, all in global memory; `scratch` by name."""
+    accumulator = refs[4] if has_accumulator else None
+    a, a_scales, b, b_scales, out = *refs[:4], refs[-1]
+    k_steps = pl.cdiv(a.shape[1], BLOCK_K)
+    m_tiles, n_tiles = pl.cdiv(out.shape[0], tiling.tile_m * tiling.cluster), pl.cdiv(out.shape[1], tiling.tile_n)
+    warpgroup, cluster_rank = lax.axis_index("warpgroup"), lax.axis_index("cluster")
+
+    def for_each_tile(body):
+        """Calls body(first row, first column, steps of K done before this tile) for every tile of this block."""
+
+        @plgpu.nd_loop((m_tiles * n_tiles,), collective_axes="blocks")
+        def _(loop):
+            m, n = plgpu.planar_snake(loop.index[0], (m_tiles, n_tiles), 1, tiling.raster_width)
+            row = (m * tiling.cluster + cluster_rank) * tiling.tile_m
+            body(row, n * tiling.tile_n, loop.local_index * k_steps)
+
+        blocks = lax.axis_size("blocks")
+        mine = lax.div(m_tiles * n_tiles - lax.axis_index("blocks") + blocks - 1, blocks)
+        return mine * k_steps
+
+    @pl.when(warpgroup == PRODUCER)
+    def _():
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        _produce(for_each_tile, k_steps, a, b, b_scales if by_column else None, tiling, **scratch)
+
+    @pl.when(warpgroup != PRODUCER)
+    def _():
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        block_scales = None if by_column else b_scales
+        _consume(for_each_tile, k_steps, warpgroup, a_scales, block_scales, accumulator, out, tiling, **scratch)
+
+
+def _produce(
+    for_each_tile, k_steps, a, b, b_scales, tiling,
+    *, a_smem, b_smem, b_scales_smem, filled, freed, **_,
+):  # fmt: skip
+    """Keeps the ring full: waits until both consumers are through with a stage, then has TMA fill it anew."""
+    together = "cluster" if tiling.cluster > 1 else None
+
+    def fill_stages(row, column, steps_before):
+        rows, columns = pl.ds(row, tiling.tile_m), pl.ds(column, tiling.tile_n)
+
+        @pl.loop(0, k_steps)
+        def _(k):
+            step = steps_before + k
+            stage = lax.rem(step, tiling.stages)
+
+            @pl.when(step >= tiling.stages)
+            def _():
+                plgpu.barrier_wait(freed.at[stage])
+
+            depth = pl.ds(k * BLOCK_K, BLOCK_K)
+            arrived = filled.at[stage]
+            plgpu.copy_gmem_to_smem(a.at[rows, depth], a_smem.at[stage], arrived)
+            plgpu.copy_gmem_to_smem(b.at[columns, depth], b_smem.at[stage], arrived, collective_axes=together)
+            if b_scales is not None:
+                plgpu.copy_gmem_to_smem(
+                    b_scales.at[k, columns], b_scales_smem.at[stage], arrived, collective_axes=together
+                )
+
+    steps = for_each_tile(fill_stages)
+
+    # A block must not end while its cluster still writes to it or signals it.
+    @pl.loop(jnp.maximum(steps - tiling.stages, 0), steps)
+    def _(step):
+        plgpu.barrier_wait(freed.at[lax.rem(step, tiling.stages)])
+
+
+def _consume(
+    for_each_tile, k_steps, warpgroup, a_scales, b_scales, accumulator, out, tiling,
+    *, a_smem, b_smem, b_scales_smem, out_smem, filled, freed, accumulator_filled, **_,
+):  # fmt: skip
+    """Multiplies what arrives, promotes the partial sums, writes the tile."""
+    width = tiling.scale_columns
+    parts = range(tiling.tile_n // width)
+    wg_rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+    def scales_from_global(row, column, k):
+        """A's scales of the warpgroup's rows and the scale of B's block for each part of the tile.
+
+        Past the edges any do: the values there are zeros.
+        """
+        k = jnp.minimum(k, k_steps - 1)
+        rows = plgpu.load(a_scales.at[k, pl.ds(row, WARPGROUP_ROWS)], layout=_ROWS, optimized=False)
+        if b_scales is None:
+            return rows, ()
+        last = b_scales.shape[0] - 1
+        blocks = (jnp.minimum(lax.div(column + part * width, BLOCK_K), last) for part in parts)
+        return rows, tuple(b_scales[block, k] for block in blocks)
+
+    def multiply(stage, acc):
+        plgpu.wgmma(acc, a_smem.at[stage, wg_rows], b_smem.at[stage].transpose((1, 0)))
+        return acc[...]
+
+    def columns_from_shared(stage):
+        """The scales of B's rows, in the producer's ring. The fence orders these reads before TMA's next write."""
+        columns = tuple(
+            plgpu.load(b_scales_smem.at[stage, pl.ds(part * width, width)], layout=_COLUMNS) for part in parts
+        )
+        plgpu.commit_smem()
+        return columns
+
+    def compute_tile(row, column, steps_before):
+        row += warpgroup * WARPGROUP_ROWS
+
+        def accumulate(k, carry):
+            totals, (row_scales, block_scales) = carry
+            stage = lax.rem(steps_before + k, tiling.stages)
+            plgpu.barrier_wait(filled.at[stage])
+            partial = pl.run_scoped(
+                functools.partial(multiply, stage), plgpu.ACC((WARPGROUP_ROWS, tiling.tile_n), jnp.float32)
+            )
+            column_scales = () if b_scales is not None else columns_from_shared(stage)
+            plgpu.barrier_arrive(freed.at[stage])
+            # Of the next step: their way from global memory is hidden behind this step's promotion and next product.
+            upcoming = scales_from_global(row, column, k + 1)
+            promoted = []
+            for part in parts:
+                dots = partial[:, part * width : (part + 1) * width]
+                if b_scales is None:
+                    scale = _over_columns(row_scales, dots.shape) * _over_rows(column_scales[part], dots.shape)
+                else:
+                    scale = _over_columns(row_scales * block_scales[part], dots.shape)
+                promoted.append(totals[part] + dots * scale)
+            return tuple(promoted), upcoming
+
+        zeros = tuple(
+            plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, width), jnp.float32), plgpu.Layout.WGMMA) for _ in parts
+        )
+        totals, _ = lax.fori_loop(0, k_steps, accumulate, (zeros, scales_from_global(row, column, 0)))
+        write_tile(row, column, totals)
+
+    def write_tile(row, column, totals):
+        rows = pl.ds(row, WARPGROUP_ROWS)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for part in parts:
+            columns = pl.ds(column + part * width, width)
+            tile = out_smem.at[warpgroup, part]
+            if accumulator is not None:
+                plgpu.copy_gmem_to_smem(accumulator.at[rows, columns], tile, accumulator_filled.at[warpgroup])
+                plgpu.barrier_wait(accumulator_filled.at[warpgroup])
+                tile[...] += totals[part]
+            else:
+                tile[...] = totals[part].astype(out.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(tile, out.at[rows, columns])
+
+    for_each_tile(compute_tile)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _over_columns(rows: Float[Array, " M"], shape: tuple[int, int]) -> Float[Array, "M N"]:
+    return lax.broadcast_in_dim(rows, shape, (0,))
+
+
+def _over_rows(columns: Float[Array, " N"], shape: tuple[int, int]) -> Float[Array, "M N"]:
+    return lax.broadcast_in_dim(columns, shape, (1,))

@@ -1,0 +1,87 @@
+"""How the Hopper product is cut into tiles, and which cut a problem gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES
+
+BLOCK_K = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """One cut of the product.
+
+    Attributes:
+      tile_m: rows of a block's tile; two consumer warpgroups share them.
+      tile_n: columns of a block's tile, a multiple of 64.
+      stages: tiles of 128 of K in flight between the producer and the consumers.
+      cluster: blocks, neighbours along M, that load each tile of B once for all (TMA multicast).
+      raster_width: width of the snake along N in which tiles are visited, for reuse in L2.
+    """
+
+    tile_m: int = 128
+    tile_n: int = 128
+    stages: int = 4
+    cluster: int = 1
+    raster_width: int = 8
+
+    def __post_init__(self) -> None:
+        if self.tile_m != 128:
+            raise ValueError(f"tile_m must be 128 (64 rows a consumer warpgroup), not {self.tile_m}")
+        if self.tile_n not in (64, 128, 192):
+            raise ValueError(f"tile_n must be 64, 128 or 192 (accumulators live in registers), not {self.tile_n}")
+        if self.cluster not in (1, 2) or self.stages < 2 or self.raster_width < 1:
+            raise ValueError(f"{self} needs a cluster of 1 or 2, 2 stages or more and a positive raster width")
+
+    @property
+    def scale_columns(self) -> int:
+        """Columns that one scale of a 128x128 block covers whatever tile of N they are in."""
+        return math.gcd(self.tile_n, BLOCK_K)
+
+    def shared_memory_bytes(self, out_bytes: int) -> int:
+        a_stage = self.tile_m * (BLOCK_K + 4)
+        b_stage = self.tile_n * (BLOCK_K + 4)
+        return self.stages * (a_stage + b_stage) + self.tile_m * self.tile_n * out_bytes + 2048
+
+    def fits(self, out_bytes: int) -> bool:
+        return self.shared_memory_bytes(out_bytes) <= SHARED_MEMORY_BYTES
+
+
+# Measured entries, (M, N, K) to the fastest tiling, are written here by `experiments/benchmarks/kernels.py --tune`.
+TUNED: dict[tuple[int, int, int], Tiling] = {}
+
+
+def choose_tiling(m: int, n: int, k: int, out_bytes: int, multiprocessors: int) -> Tiling:
+    """A tuned entry, or the cut that by counting tiles finishes first.
+
+    A tile costs its tensor-core time, 64 cycles for 64x128 of one wgmma, plus a fixed share for its epilogue; the grid
+    takes as many rounds as the busiest multiprocessor has tiles.
+    """
+    if (m, n, k) in TUNED:
+        return TUNED[m, n, k]
+
+    def cycles(tiling: Tiling) -> float:
+        tiles = -(-m // (tiling.tile_m * tiling.cluster)) * tiling.cluster * -(-n // tiling.tile_n)
+        rounds = -(-tiles // multiprocessors)
+        loads = 0.9 if tiling.cluster == 2 else 1.0
+        return rounds * (tiling.tile_n * loads * k + tiling.tile_n * 500) * (1.1 if tiling.tile_n == 64 else 1.0)
+
+    return min(candidates(out_bytes), key=cycles)
+
+
+def candidates(out_bytes: int) -> tuple[Tiling, ...]:
+    """The tuning space: what `--tune` times and what is compiled ahead."""
+    all_of = (
+        Tiling(tile_n=tile_n, stages=stages, cluster=cluster)
+        for tile_n in (192, 128, 64)
+        for cluster in (2, 1)
+        for stages in (6, 5, 4, 3)
+    )
+    best: dict[tuple[int, int], Tiling] = {}
+    for tiling in all_of:
+        if tiling.fits(out_bytes):
+            best.setdefault((tiling.tile_n, tiling.cluster), tiling)
+    return tuple(best.values())

@@ -1,0 +1,56 @@
+"""What every Hopper kernel here shares: multiprocessors, the interpreter that stands in for them, tiled shared memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
+from jax.typing import DTypeLike
+
+H200_MULTIPROCESSORS = 132
+SHARED_MEMORY_BYTES = 232_448  # the most one block can have on compute capability 9.0
+SWIZZLE_BYTES = 128
+
+
+def multiprocessors() -> int:
+    """How many the target has: a persistent grid is one block (or cluster) for each."""
+    abstract = getattr(get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None and abstract.num_cores:
+        return abstract.num_cores
+    return getattr(jax.devices()[0], "core_count", None) or H200_MULTIPROCESSORS
+
+
+@contextlib.contextmanager
+def hopper_target(num_cores: int = H200_MULTIPROCESSORS) -> Iterator[None]:
+    """Traces what is inside for an H200 (of `num_cores` multiprocessors) whatever this machine has."""
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=num_cores, platform="gpu")
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+@contextlib.contextmanager
+def interpreted_hopper(num_cores: int = 2) -> Iterator[plgpu.InterpretGPUParams]:
+    """Parameters that run a kernel on the CPU with every shared-memory access checked for races.
+
+    Raises:
+      RuntimeError: on leaving, when two accesses were not ordered by a barrier.
+    """
+    gpu_callbacks.reset_gpu_interpret_mode_state()
+    try:
+        with hopper_target(num_cores):
+            yield plgpu.InterpretGPUParams(detect_races=True)
+        if gpu_callbacks.get_races().races_found:
+            raise RuntimeError("the kernel races: see the accesses printed above")
+    finally:
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def swizzled(columns: int, dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """Layout of a shared-memory tile `columns` wide such that wgmma and TMA touch all 32 banks at once."""
+    swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
+    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
