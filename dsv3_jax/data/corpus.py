@@ -55,7 +55,8 @@ class Corpus:
         """SHA-256 over the names and contents of all files."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(f"{self._label(file)}\0{sha256_of_file(file)}\n".encode())
+            label = self._label(file).encode("utf-8", "surrogateescape")  # names need not be UTF-8
+            digest.update(label + f"\0{sha256_of_file(file)}\n".encode())
         return digest.hexdigest()
 
     def document_count(self) -> int:
@@ -95,8 +96,10 @@ def open_corpus(config: DataConfig) -> Corpus:
         if path.is_dir():
             files = tuple(_walk(path, _may_be_text, _FOLDERS_SKIPPED))
             root = path
-        else:
+        elif path.is_file():
             files, root = (path,), path.parent
+        else:
+            raise UserError(f"the corpus {path} is neither a file nor a folder")
     except OSError as error:
         raise UserError(f"cannot read the corpus {path}: {error.strerror}") from error
     if not files:
@@ -118,6 +121,8 @@ def _stdlib() -> Corpus:
 
 
 def _may_be_text(file: Path) -> bool:
+    if file.exists() and not file.is_file():  # a pipe or a socket, which would never end
+        return False
     return file.suffix.lower() not in _NOT_TEXT and not file.name.endswith(PRETOKENISED + SIDECAR)
 
 

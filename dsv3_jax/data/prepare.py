@@ -8,13 +8,11 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from itertools import batched
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int32, Int64
 
-from dsv3_jax.data.array_record import read_array_record
 from dsv3_jax.data.config import DataConfig
 from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.data.document_files import Document
@@ -22,16 +20,16 @@ from dsv3_jax.data.epoch import Recipe
 from dsv3_jax.data.fill_in_middle import FillInMiddle
 from dsv3_jax.data.packing import pack_row
 from dsv3_jax.data.punctuation_splitting import PunctuationSplitting
-from dsv3_jax.data.splitting import name_hash, split_documents
+from dsv3_jax.data.splitting import enough_held_out, name_hash, split_documents
 from dsv3_jax.data.text_statistics import byte_entropy, gzip_bits_per_byte
 from dsv3_jax.data.token_store import TokenStore
+from dsv3_jax.data.tokenising import tokenise
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer_training import byte_tokenizer, sample_text, train_bpe
 from dsv3_jax.data.train_iterator import TrainIterator
 from dsv3_jax.errors import UserError
 
 PACK_VERSION = "1"  # of everything between text and rows; a change makes old caches and iterator states other data
-_DOCUMENTS_A_BATCH = 64
 
 
 def prepare_data(
@@ -140,13 +138,18 @@ class Data:
         return gzip_bits_per_byte(self._validation_text)
 
     @cached_property
+    def _held_out(self) -> Bool[np.ndarray, " D"]:
+        store = self.store
+        return enough_held_out(store.names, store.lengths + 1, store.held_out, self.config.sequence_length + 1)
+
+    @cached_property
     def _train_documents(self) -> Int64[np.ndarray, " D"]:
-        return np.flatnonzero(~self.store.held_out)
+        return np.flatnonzero(~self._held_out)
 
     @cached_property
     def _validation_documents(self) -> Int64[np.ndarray, " D"]:
         """Held out documents in the order of their hashes: mixed, and the same whatever else is in the corpus."""
-        held_out = np.flatnonzero(self.store.held_out)
+        held_out = np.flatnonzero(self._held_out)
         return np.array(sorted(held_out, key=lambda index: name_hash(self.store.names[index])), np.int64)
 
     @cached_property
@@ -236,28 +239,10 @@ def _token_store(
     if folder is not None and (cached := TokenStore.load(folder)) is not None:
         return cached
     say(f"tokenising the corpus {corpus.name}")
-    read = _pretokenised_documents if corpus.pretokenised else _tokenised_documents
-    store = TokenStore.build(read(corpus, config.validation_fraction, tokenizer), tokenizer.vocab_size)
+    store = TokenStore.build(tokenise(corpus, config.validation_fraction, tokenizer), tokenizer.vocab_size)
     if not len(store):
         raise UserError(f"the corpus {corpus.name} is empty: its files hold no text")
     return store.save(folder) if folder else store
-
-
-def _tokenised_documents(
-    corpus: Corpus, fraction: float, tokenizer: Tokenizer
-) -> Iterator[tuple[str, str, bool, list[int]]]:
-    for batch in batched(split_documents(corpus, fraction), _DOCUMENTS_A_BATCH):
-        encoded = tokenizer.encode_batch([document.text for document, _ in batch])
-        for (document, held_out), ids in zip(batch, encoded, strict=True):
-            yield document.name, document.domain, held_out, ids
-
-
-def _pretokenised_documents(
-    corpus: Corpus, fraction: float, tokenizer: Tokenizer
-) -> Iterator[tuple[str, str, bool, np.ndarray]]:
-    for file in corpus.files:
-        for name, domain, ids in read_array_record(file, tokenizer):
-            yield name, domain, name_hash(name) < fraction, ids
 
 
 def _key(*parts: str) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
+import numpy as np
+from jaxtyping import Bool, Int64
+
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.document_files import Document
 
@@ -35,6 +38,25 @@ def split_documents(corpus: Corpus, fraction: float) -> Iterator[tuple[Document,
         cut = _end_of_training(document.text, fraction)
         yield Document(document.name, document.domain, document.text[:cut]), False
         yield Document(document.name + TAIL, document.domain, document.text[cut:]), True
+
+
+def enough_held_out(
+    names: list[str], lengths: Int64[np.ndarray, " D"], held_out: Bool[np.ndarray, " D"], needed: int
+) -> Bool[np.ndarray, " D"]:
+    """Holds out more documents, those of the next hashes, until they have `needed` tokens.
+
+    Only in small corpora, where chance may hold out nothing. As many tokens stay for training at least; where there
+    are not that many, the result has too few as well.
+    """
+    held_out = held_out.copy()
+    if lengths[held_out].sum() >= needed:
+        return held_out
+    for index in sorted(np.flatnonzero(~held_out).tolist(), key=lambda index: name_hash(names[index])):
+        if lengths[held_out].sum() >= needed:
+            break
+        if lengths[~held_out].sum() - lengths[index] >= needed:
+            held_out[index] = True
+    return held_out
 
 
 def _end_of_training(text: str, fraction: float) -> int:

@@ -66,7 +66,7 @@ class TokenStore:
             self.tokens = np.load(self._path / _TOKENS, mmap_mode="r")
 
     @classmethod
-    def build(cls, documents: Iterable[tuple[str, str, bool, np.ndarray | list[int]]], vocab_size: int) -> TokenStore:
+    def build(cls, documents: Iterable[tuple[str, str, bool, np.ndarray]], vocab_size: int) -> TokenStore:
         """From (name, domain, held out, ids) a document; empty documents are left out."""
         dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
         parts, names, domains, held_out = [], [], [], []

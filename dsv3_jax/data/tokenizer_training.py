@@ -41,7 +41,7 @@ def sample_text(documents: Iterable[tuple[str, str]], budget: int = SAMPLE_BYTES
     size = 0
     for name, text in documents:
         for start in range(0, len(text), _PIECE):
-            digest = hashlib.sha256(f"{name}\0{start}".encode()).digest()
+            digest = hashlib.sha256(f"{name}\0{start}".encode("utf-8", "surrogateescape")).digest()
             piece = text[start : start + _PIECE]
             heapq.heappush(chosen, (-int.from_bytes(digest[:16]), piece))
             size += len(piece)

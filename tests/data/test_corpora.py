@@ -56,6 +56,19 @@ def test_folder_of_files(tmp_path: Path) -> None:
     assert documents(tmp_path / "notes.md") == [Document("notes.md", "md", "n")]
 
 
+def test_names_need_not_be_utf8_and_pipes_are_passed_over(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.txt", "w") as file:
+        file.write("text of a name " * 20)
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert [document.text[:7] for document in documents(tmp_path)] == ["text of"]
+    config = DataConfig(corpus=str(tmp_path), vocab_size=300, sequence_length=8, validation_fraction=0.4)
+    for _ in range(2):
+        data = prepare_data(config, tmp_path / ".cache")
+        assert sum(len(document.text) for split in ("train", "validation") for document in data.documents(split)) == 300
+    with pytest.raises(UserError, match="is neither a file nor a folder"):
+        documents(tmp_path / "pipe.txt")
+
+
 def test_jsonl(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text('{"text": "a\\u2028é"}\n\n{"text": "b", "domain": "math", "n": 1}\n', encoding="utf-8")

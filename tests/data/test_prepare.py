@@ -15,7 +15,8 @@ import pytest
 
 from dsv3_jax.data import Data, DataConfig, Tokenizer, prepare_data
 from dsv3_jax.data.token_store import TokenStore
-from dsv3_jax.data.tokenizer_training import byte_tokenizer
+from dsv3_jax.data.tokenising import cut_text
+from dsv3_jax.data.tokenizer_training import byte_tokenizer, train_bpe
 from dsv3_jax.errors import UserError
 
 
@@ -62,6 +63,35 @@ def test_one_long_file_gives_its_end_to_validation(tmp_path: Path) -> None:
     assert end.text.startswith("line")
     assert 0.08 < len(end.text) / len(text) < 0.1
     assert (start.name, end.name) == ("book.txt", "book.txt#end")
+
+
+@pytest.mark.parametrize("count", [2, 3, 60])
+def test_validation_is_never_left_empty_by_chance(count: int, tmp_path: Path) -> None:
+    """Whatever the hashes of their names, some of a few documents long enough are held out."""
+    for seed in range(4):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        for number in range(count):
+            (folder / f"{seed}-{number}.txt").write_text("x" * 50)
+        data = prepare(folder, validation_fraction=0.02, sequence_length=40)
+        assert len(data.validation_rows()[0]) >= 1
+        assert data.num_train_tokens >= 41
+
+
+def test_long_texts_are_cut_without_changing_their_tokens() -> None:
+    text = "".join(f"def f{number}(x):\n    return x;\n\n" for number in range(300))
+    tokenizer = Tokenizer(train_bpe([text], 400))
+    for size in (10, 64, 1000):
+        pieces = cut_text(text, size)
+        assert "".join(pieces) == text
+        assert len(pieces) > 3
+        assert max(map(len, pieces)) <= 2 * size
+        whole_lines = all(piece.startswith("def") for piece in pieces)
+        assert whole_lines == (size > 10)
+        if whole_lines:
+            assert [index for piece in pieces for index in tokenizer.encode(piece)] == tokenizer.encode(text)
+    assert cut_text("") == [""]
+    assert "".join(cut_text("x" * 1001, 10)) == "x" * 1001
 
 
 def test_validation_rows_are_fixed_full_and_spread(folder: Path) -> None:

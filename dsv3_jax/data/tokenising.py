@@ -1,0 +1,57 @@
+"""A corpus to documents of ids, in memory bounded by its longest document."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import batched
+
+import numpy as np
+
+from dsv3_jax.data.array_record import read_array_record
+from dsv3_jax.data.corpus import Corpus
+from dsv3_jax.data.splitting import name_hash, split_documents
+from dsv3_jax.data.tokenizer import Tokenizer
+
+TokenisedDocument = tuple[str, str, bool, np.ndarray]  # name, domain, held out, ids
+
+_DOCUMENTS_A_BATCH = 64
+_PIECES_A_BATCH = 64
+_PIECE = 2**20  # characters; the library needs some hundred bytes for each token of a text it encodes
+# Where the report's pre-tokeniser cuts whatever surrounds it: cutting a text there leaves its tokens as they are.
+_SAFE_CUT = re.compile(r"\n(?=[A-Za-z])")
+
+
+def tokenise(corpus: Corpus, validation_fraction: float, tokenizer: Tokenizer) -> Iterator[TokenisedDocument]:
+    """Every document of the corpus with its ids and whether it is held out; pre-tokenised ones as they are.
+
+    Raises:
+      UserError: a file cannot be used; names file and place.
+    """
+    if corpus.pretokenised:
+        for file in corpus.files:
+            for name, domain, ids in read_array_record(file, tokenizer):
+                yield name, domain, name_hash(name) < validation_fraction, ids
+        return
+    for batch in batched(split_documents(corpus, validation_fraction), _DOCUMENTS_A_BATCH):
+        pieces = [cut_text(document.text) for document, _ in batch]
+        encoded = _encode([piece for cut in pieces for piece in cut], tokenizer)
+        for (document, held_out), cut in zip(batch, pieces, strict=True):
+            ids = np.concatenate([next(encoded) for _ in cut])
+            yield document.name, document.domain, held_out, ids
+
+
+def cut_text(text: str, size: int = _PIECE) -> list[str]:
+    """Pieces of about `size` characters and at most twice that, cut at the starts of lines where possible."""
+    pieces, start = [], 0
+    while len(text) - start > 2 * size:
+        match = _SAFE_CUT.search(text, start + size, start + 2 * size)
+        stop = match.end() if match else start + size
+        pieces.append(text[start:stop])
+        start = stop
+    return [*pieces, text[start:]]
+
+
+def _encode(pieces: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    for group in batched(pieces, _PIECES_A_BATCH):
+        yield from (np.array(ids, np.uint32) for ids in tokenizer.encode_batch(group))
