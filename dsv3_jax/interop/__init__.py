@@ -1,5 +1,7 @@
 """Checkpoints in the published layout: in, exactly and within memory, and out again."""
 
+from dsv3_jax.interop.exporter import save_hf
+from dsv3_jax.interop.fp8_parameter import Fp8Weight
 from dsv3_jax.interop.importer import load_hf
 
-__all__ = ["load_hf"]
+__all__ = ["Fp8Weight", "load_hf", "save_hf"]

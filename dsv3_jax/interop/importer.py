@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -15,6 +17,8 @@ import numpy as np
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.interop.account import FP8_DTYPE, Account, take_account
 from dsv3_jax.interop.checkpoint_folder import CheckpointFolder, open_checkpoint
+from dsv3_jax.interop.fp8_parameter import Fp8Weight
+from dsv3_jax.interop.fp8_weights import E4M3
 from dsv3_jax.interop.hf_config import PublishedConfig, read_config
 from dsv3_jax.interop.parameter_tree import abstract_model, arrays, with_arrays
 from dsv3_jax.interop.progress import byte_progress
@@ -37,6 +41,7 @@ def load_hf(
     mesh: jax.sharding.Mesh | None = None,
     shardings: Shardings | None = None,
     mtp: bool = True,
+    keep_fp8: bool = False,
     precision: Precision = PRECISIONS["float32"],
     remat: str = "none",
     progress: bool = False,
@@ -44,7 +49,7 @@ def load_hf(
     """The model of a checkpoint in the published layout: V3, R1, V3.1, Moonlight, Kimi-K2, V2, V2-Lite.
 
     Tensors are read one by one and put straight where they stay, so host memory beyond the final arrays stays near
-    a few tensors. FP8 weights are dequantised.
+    a few tensors.
 
     Args:
       folder: config.json, and model.safetensors or shards with their index.
@@ -52,6 +57,7 @@ def load_hf(
       mesh: devices to spread the parameters over; each host reads what its own devices hold.
       shardings: the sharding of a parameter by path and shape; by the project's rules for `mesh` unless given.
       mtp: load the MTP modules.
+      keep_fp8: FP8 weights stay e4m3 values with their scales (`Fp8Weight`) instead of being dequantised.
       precision, remat: as for DeepSeekV3.
       progress: show a progress bar on stderr.
 
@@ -71,14 +77,18 @@ def load_hf(
     stored = stored_tensors(checkpoint, published, account.consumed)
     place = shardings or default_shardings(mesh)
     _check_copies(checkpoint, account)
-    values: dict[str, jax.Array] = {}
+    values: dict[str, jax.Array | Fp8Weight] = {}
     total = sum(tensor.nbytes for tensors in stored.values() for tensor in tensors)
     with ThreadPoolExecutor(READERS) as readers, byte_progress("loading", total, shown=progress) as advance:
+        load = functools.partial(load_parameter, readers=readers, advance=advance)
         for path, abstract in arrays(model).items():
-            kind = _parameter_dtype(stored[path], dtype)
-            sharding = place(path, abstract.shape)
-            values[path] = load_parameter(stored[path], abstract.shape, kind, sharding, readers, advance)
-            _warn_of_nan(values[path], stored[path])
+            tensors = stored[path]
+            if keep_fp8 and all(tensor.scale and not tensor.rotary_width for tensor in tensors):
+                values[path] = _load_fp8(path, abstract.shape, tensors, place, load)
+            else:
+                kind = _parameter_dtype(tensors, dtype)
+                values[path] = load(tensors, abstract.shape, kind, place(path, abstract.shape))
+            _warn_of_nan(values[path], tensors)
     return with_arrays(model, values)
 
 
@@ -113,6 +123,22 @@ def default_shardings(mesh: jax.sharding.Mesh | None) -> Shardings:
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
     return spread
+
+
+def _load_fp8(
+    path: str, shape: tuple[int, ...], tensors: list[StoredTensor], place: Shardings, load: Callable[..., jax.Array]
+) -> Fp8Weight:
+    """Values and scales of one parameter, as stored."""
+    first = tensors[0].slot
+    leading = shape[: len(first.index)]
+    values = [dataclasses.replace(tensor, scale=None) for tensor in tensors]
+    scales = [tensor.scales for tensor in tensors]
+    scales_shape = (*leading, *first.scale_shape)
+    return Fp8Weight(
+        load(values, shape, E4M3, place(path, shape)),
+        load(scales, scales_shape, _FLOAT32, place(path + SCALE_SUFFIX, scales_shape)),
+        first.shape[1],
+    )
 
 
 def _checked_dtype(dtype: jax.typing.DTypeLike | None) -> np.dtype | None:
@@ -160,10 +186,15 @@ def _equal(a: TensorEntry, b: TensorEntry) -> bool:
     return True
 
 
-def _warn_of_nan(value: jax.Array, tensors: list[StoredTensor]) -> None:
-    if not jax.jit(lambda x: jnp.isnan(x).any())(value):
+def _warn_of_nan(value: jax.Array | Fp8Weight, tensors: list[StoredTensor]) -> None:
+    if not any(_has_nan(leaf) for leaf in jax.tree.leaves(value)):
         return
     for tensor in tensors:
         if np.isnan(tensor.read_rows(0, tensor.slot.shape[0]).astype(np.float32)).any():
             warnings.warn(f"{tensor.entry.path}: tensor '{tensor.entry.name}' holds NaN", stacklevel=3)
             return
+
+
+@jax.jit
+def _has_nan(array: jax.Array) -> jax.Array:
+    return jnp.isnan(array).any()

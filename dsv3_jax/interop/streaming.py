@@ -52,6 +52,13 @@ class StoredTensor:
         """Bytes in the files, scales included."""
         return self.entry.nbytes + (self.scale.nbytes if self.scale else 0)
 
+    @property
+    def scales(self) -> StoredTensor:
+        """The scales as a tensor of their own, in the same place of an array of scales."""
+        assert self.scale is not None
+        shape = self.slot.scale_shape
+        return StoredTensor(dataclasses.replace(self.slot, shape=shape, tail=shape), self.scale)
+
     def read_rows(self, first: int, last: int) -> np.ndarray:
         """Rows of the published tensor, dequantised to float32 if FP8, rotary rows in pairs."""
         if self.rotary_width:
