@@ -69,3 +69,14 @@ def test_tokenizer_without_the_tokens_is_refused() -> None:
         token["id"] = place if place < 3 else 256 + place
     with pytest.raises(UserError, match="no fill-in-middle tokens: set data"):
         FillInMiddle(Tokenizer(json.dumps(definition)))
+
+
+def test_a_token_of_several_characters_is_cut_between_them() -> None:
+    text = "漢字漢字"
+    ids = np.array(TRAINED.encode(text), np.int32)
+    assert len(ids) == 1
+    size = len(text.encode())
+    prefixes = [
+        parts(TRAINED, FillInMiddle(TRAINED).rearrange(ids, place / (size + 1), 0.99))[0] for place in range(size)
+    ]
+    assert [prefix.decode() for prefix in prefixes] == [text[: place // 3] for place in range(size)]
