@@ -82,7 +82,7 @@ def complete(
 ) -> list[list[int]]:
     """`generate` for prompts of any lengths: only the new tokens of each, without the stop token."""
     new = _new_tokens(model, prompts, max_new_tokens, sampler, key, stop_token)
-    return [_until(row.tolist(), stop_token) for row in new]
+    return [cut_at_stop(row.tolist(), stop_token) for row in new]
 
 
 def stream(
@@ -258,7 +258,8 @@ def _write(written: Int[Array, "B N"], progress: _Progress) -> Int[Array, "B N"]
     return lax.dynamic_update_index_in_dim(written, progress.token, progress.count - 1, axis=1)
 
 
-def _until(row: list[int], stop_token: int | None) -> list[int]:
+def cut_at_stop(row: list[int], stop_token: int | None) -> list[int]:
+    """The tokens before the first stop token."""
     return row[: row.index(stop_token)] if stop_token in row else row
 
 
