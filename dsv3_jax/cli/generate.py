@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -92,18 +93,12 @@ def _sampler(arguments: argparse.Namespace) -> Sampler:
 
 def _decoded(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Text of ids as they come; characters of several tokens are held back until they are whole."""
-    seen: list[int] = []
-    written = ""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in ids:
         if token == tokenizer.eos_id:
             break
-        seen.append(token)
-        text = tokenizer.decode(seen)
-        whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
-        if len(whole) > len(written):
-            yield whole[len(written) :]
-            written = whole
-    yield tokenizer.decode(seen)[len(written) :]
+        yield decoder.decode(tokenizer.to_bytes([token]))
+    yield decoder.decode(b"", final=True)
 
 
 def _print_pieces(prompt: str, pieces: Iterable[str]) -> None:

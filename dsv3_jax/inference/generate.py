@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,8 +43,8 @@ def generate(
       model: any precision; the cache has the dtype it computes in.
       tokens: prompts, padded on the right where `prompt_lengths` says so.
       sampler: greedy unless given.
-      key: randomness of a sampler that is not greedy. One key serves every row as if it were alone, so equal
-        prompts get equal continuations; an array of B keys gives each row its own.
+      key: randomness of a sampler that is not greedy. From one key each row draws by its own prompt, as it would
+        alone, so equal prompts get equal continuations; an array of B keys gives each row its own.
       prompt_lengths: tokens of each row that are prompt; all T unless given.
       stop_token: ends a row that produces it; generation ends early when all rows have.
 
@@ -153,7 +154,10 @@ def _prepare(
     rows = len(batch.lengths)
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (rows,)):
         raise UserError(f"key must be jax.random.key(...) or an array of {rows} such keys")
-    return batch, jnp.broadcast_to(key, (rows,)), choice
+    if key.shape == ():
+        marks = [zlib.crc32(row[:length]) for row, length in zip(batch.tokens, batch.lengths, strict=True)]
+        key = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(marks, jnp.uint32))
+    return batch, key, choice
 
 
 def _new_tokens(

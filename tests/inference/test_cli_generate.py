@@ -10,15 +10,21 @@ from dsv3_jax.cli import generate as command
 from dsv3_jax.cli.main import main
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import Tokenizer
+from dsv3_jax.data.tokenizer_training import byte_tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.inference import Sampler, complete
 from dsv3_jax.model import DeepSeekV3
 
 
+def bytes_alone() -> Tokenizer:
+    """A tokenizer without merges: an id a byte."""
+    return Tokenizer(byte_tokenizer(), "the test's tokenizer")
+
+
 @pytest.fixture(scope="module")
 def run() -> tuple[DeepSeekV3, Tokenizer]:
     """A random model over bytes."""
-    tokenizer = Tokenizer.of_bytes()
+    tokenizer = bytes_alone()
     config = ModelConfig.preset("tiny", vocab_size=tokenizer.vocab_size, initializer_range=0.2)
     return nnx.jit(lambda rngs: DeepSeekV3(config, rngs=rngs))(nnx.Rngs(1)), tokenizer
 
@@ -62,7 +68,7 @@ def test_the_default_length_fits_the_context(loaded, capsys) -> None:
 
 
 def test_characters_of_several_tokens_come_out_whole() -> None:
-    tokenizer = Tokenizer.of_bytes()
+    tokenizer = bytes_alone()
     ids = tokenizer.encode("né 漢!")
     pieces = list(command._decoded(tokenizer, iter([*ids, tokenizer.eos_id, *ids])))
     assert "".join(pieces) == "né 漢!"
