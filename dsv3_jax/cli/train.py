@@ -33,7 +33,8 @@ class TrainOptions:
       preset: what all defaults come from (a run that goes on keeps its own).
       steps: optimizer steps; short for --training.steps. 0 keeps the preset's.
       precision: float32, bfloat16 or auto (bfloat16 where the device is fast at it).
-      init_from: folder of a run, or of a checkpoint in the published layout, whose weights a new run starts from.
+      init_from: folder of a run, or of a checkpoint in the published layout, whose weights a new run starts from, and
+        whose architecture it has.
     """
 
     out: str = ""
@@ -77,16 +78,18 @@ def _defaults(argv: list[str]) -> TrainOptions:
     """The defaults that the rest of the command line changes: a run's own where it goes on, else the preset's."""
     preset, out = _value(argv, "--preset"), _value(argv, "--out")
     run = default_run(preset or "nano")
+    source = _value(argv, "--init-from")
     if out and RunFolder(Path(out)).holds_run:
         started = RunFolder(Path(out)).read_config()
         if preset and preset != started.preset:
             raise UserError(f"{out} holds a run of preset {started.preset}, not {preset}: choose another --out")
         run = started
+        source = None
     return TrainOptions(
         out=out or "",
         preset=run.preset,
         precision=run.precision,
-        model=run.model,
+        model=_architecture(source) if source else run.model,
         data=run.data,
         training=run.training,
     )
@@ -99,6 +102,12 @@ def _value(argv: list[str], option: str) -> str | None:
         if word.startswith(f"{option}="):
             return word.split("=", 1)[1]
     return None
+
+
+def _architecture(source: str) -> ModelConfig:
+    from dsv3_jax.training.starting_point import architecture_of_source
+
+    return architecture_of_source(Path(source))
 
 
 def _initial_model(source: str, config: RunConfig) -> Any:

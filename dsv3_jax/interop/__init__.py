@@ -2,6 +2,6 @@
 
 from dsv3_jax.interop.exporter import save_hf
 from dsv3_jax.interop.fp8_parameter import Fp8Weight
-from dsv3_jax.interop.importer import load_hf
+from dsv3_jax.interop.importer import architecture_of, load_hf
 
-__all__ = ["Fp8Weight", "load_hf", "save_hf"]
+__all__ = ["Fp8Weight", "architecture_of", "load_hf", "save_hf"]

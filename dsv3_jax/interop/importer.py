@@ -14,17 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.interop.account import FP8_DTYPE, Account, take_account
 from dsv3_jax.interop.checkpoint_folder import CheckpointFolder, open_checkpoint
 from dsv3_jax.interop.fp8_parameter import Fp8Weight
 from dsv3_jax.interop.fp8_weights import E4M3
 from dsv3_jax.interop.hf_config import PublishedConfig, read_config
+from dsv3_jax.interop.layout import Layout, are_powers_of_two
 from dsv3_jax.interop.parameter_tree import abstract_model, arrays, with_arrays
 from dsv3_jax.interop.progress import byte_progress
 from dsv3_jax.interop.safetensors_reader import DTYPES, TensorEntry
 from dsv3_jax.interop.streaming import READERS, StoredTensor, load_parameter
-from dsv3_jax.interop.tensor_names import SCALE_SUFFIX, Slot
+from dsv3_jax.interop.tensor_names import SCALE_SUFFIX, Slot, slots
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import PRECISIONS, Precision
 
@@ -92,6 +94,12 @@ def load_hf(
     return with_arrays(model, values)
 
 
+def architecture_of(folder: str | Path) -> ModelConfig:
+    """The architecture `load_hf` would give, from config.json and headers alone."""
+    checkpoint = open_checkpoint(folder)
+    return take_account(checkpoint, read_config(checkpoint.path)).config
+
+
 def stored_tensors(
     checkpoint: CheckpointFolder, published: PublishedConfig, slots: Iterable[Slot]
 ) -> dict[str, list[StoredTensor]]:
@@ -106,6 +114,18 @@ def stored_tensors(
         rotary = published.model.qk_rope_head_dim if moved else 0
         stored[slot.path].append(StoredTensor(slot, entry, scale, rotary))
     return stored
+
+
+def original_layout(checkpoint: CheckpointFolder, account: Account) -> Layout:
+    """How the checkpoint stores each tensor, its FP8 scales included: what an export needs to give the same bytes."""
+    entries = checkpoint.entries
+    assert entries is not None
+    scales = {name.removesuffix(SCALE_SUFFIX): entries[name].read().astype(np.float32) for name in account.scales}
+    dtypes = {slot.name: entries[slot.name].dtype for slot in account.consumed}
+    # Copies of embedding and head that the checkpoint leaves out are written in the dtype of the original.
+    main = {slot.path: dtypes[slot.name] for slot in account.consumed if not slot.index}
+    dtypes |= {slot.name: main[slot.path] for slot in slots(account.config) if slot.copy}
+    return Layout(dtypes, are_powers_of_two(scales.values()), scales)
 
 
 def default_shardings(mesh: jax.sharding.Mesh | None) -> Shardings:

@@ -6,11 +6,25 @@ from pathlib import Path
 
 from flax import nnx
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.training.checkpoints import load_checkpoint, make_model
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.run_folder import RunFolder
+
+
+def architecture_of_source(source: Path) -> ModelConfig:
+    """The architecture of a run's folder or of a checkpoint in the published layout.
+
+    Raises:
+      UserError: the folder is neither.
+    """
+    if RunFolder(source).checkpoints.is_dir():
+        return RunFolder(source).read_config().model
+    from dsv3_jax.interop import architecture_of
+
+    return architecture_of(source)
 
 
 def load_starting_point(source: Path, config: RunConfig) -> DeepSeekV3:
@@ -24,7 +38,7 @@ def load_starting_point(source: Path, config: RunConfig) -> DeepSeekV3:
     else:
         from dsv3_jax.interop import load_hf
 
-        found = load_hf(source)
+        found = load_hf(source, dtype="float32")  # masters
     ours, theirs = config.model.to_dict(), found.config.to_dict()
     different = sorted(name for name in ours if ours[name] != theirs[name])
     if different:

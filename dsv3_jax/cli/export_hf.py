@@ -1,0 +1,85 @@
+"""`dsv3 export-hf`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from dsv3_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from dsv3_jax.interop.layout import Layout
+
+_DESCRIPTION = """Write a run's newest checkpoint as transformers and serving engines read it: safetensors
+with an index, config.json, tokenizer, MTP layers.
+"""
+_EXAMPLES = """examples:
+  dsv3 export-hf runs/nano exported
+  dsv3 export-hf runs/nano exported-fp8 --dtype fp8
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: list[str]) -> int:
+    """Exports a run."""
+    options = _parser().parse_args(argv)
+    if options.ue8m0 and options.dtype != "fp8":
+        raise UserError("--ue8m0 is a form of FP8 scales: it needs --dtype fp8")
+    if not 0 < options.max_shard_gb <= 1000:
+        raise UserError(f"--max-shard-gb must lie between 0 and 1000, not {options.max_shard_gb}")
+    if options.target.is_symlink() or options.target.exists():
+        raise UserError(f"{options.target}: is there already; choose a new folder")
+    from dsv3_jax.interop import save_hf
+    from dsv3_jax.training.checkpoints import load_checkpoint
+
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"dsv3: note: {message}", file=sys.stderr)
+        model, _, step = load_checkpoint(options.run)
+    layout = None if options.dtype or step else _original(options.run)
+    save_hf(
+        model,
+        options.target,
+        dtype=options.dtype,
+        power_of_two_scales=options.ue8m0,
+        layout=layout,
+        tokenizer=options.run / "tokenizer",
+        max_shard_bytes=int(options.max_shard_gb * 1e9),
+        progress=sys.stderr.isatty(),
+    )
+    print(f"{options.target}: step {step} of {options.run}, {model.config.num_parameters(mtp=True):,} parameters")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dsv3 export-hf",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    parser.add_argument("target", metavar="DST", type=Path, help="new folder")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "fp8"],
+        help="how weights are stored; float32 as they are trained, or as they were before import, unless given",
+    )
+    parser.add_argument("--ue8m0", action="store_true", help="FP8 scales as powers of two, as in V3.1")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a shard in GB (default 5)")
+    return parser
+
+
+def _original(run: Path) -> Layout | None:
+    """How an imported checkpoint was stored, where the run is one and was not trained since."""
+    from dsv3_jax.interop.layout import load_record
+    from dsv3_jax.training.run_folder import RunFolder
+
+    return load_record(run / "published", RunFolder(run).read_config().model)

@@ -1,0 +1,145 @@
+"""`dsv3 import-hf`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from dsv3_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from dsv3_jax.config import ModelConfig
+    from dsv3_jax.data import Tokenizer
+    from dsv3_jax.training.config import RunConfig
+
+_DESCRIPTION = """Make a run folder of a checkpoint in the published layout (V3, R1, V3.1, V2, Moonlight, Kimi-K2).
+
+The folder works wherever a run's does: dsv3 generate, dsv3 eval, dsv3 export-hf, dsv3 train --init-from.
+"""
+_EXAMPLES = """examples:
+  dsv3 import-hf ~/Moonlight-16B-A3B runs/moonlight
+  dsv3 import-hf ~/DeepSeek-R1 --dry-run          the account of every tensor; config.json and the index are enough
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: list[str]) -> int:
+    """Imports a checkpoint, or with --dry-run says what would become of each tensor."""
+    options = _parser().parse_args(argv)
+    if options.dry_run:
+        return _dry_run(options.source, mtp=options.mtp)
+    if options.target is None:
+        raise UserError("DST is missing: the folder of the run to make (or --dry-run)")
+    _import(options.source, options.target, mtp=options.mtp, tokenizer=options.tokenizer)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dsv3 import-hf",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and safetensors")
+    parser.add_argument("target", metavar="DST", type=Path, nargs="?", help="folder of the run to make")
+    parser.add_argument("--dry-run", action="store_true", help="account for every tensor, and stop")
+    parser.add_argument("--no-mtp", dest="mtp", action="store_false", help="leave the MTP modules out")
+    parser.add_argument(
+        "--tokenizer", help="a tokenizer.json, or 'byte', where the checkpoint has no tokenizer.json of its own"
+    )
+    return parser
+
+
+def _dry_run(source: Path, *, mtp: bool) -> int:
+    from dsv3_jax.interop.account import take_account
+    from dsv3_jax.interop.checkpoint_folder import open_checkpoint
+    from dsv3_jax.interop.hf_config import read_config
+
+    checkpoint = open_checkpoint(source, headers=False)
+    account = take_account(checkpoint, read_config(checkpoint.path), mtp=mtp)
+    if checkpoint.entries is None:
+        print("the weights are not here: names are held against the architecture, dtypes and shapes are not")
+    print(account.describe())
+    return 0
+
+
+def _import(source: Path, target: Path, *, mtp: bool, tokenizer: str | None) -> None:
+    if target.is_symlink() or target.exists():
+        raise UserError(f"{target}: is there already; choose a new folder")
+    from dsv3_jax.interop.account import take_account
+    from dsv3_jax.interop.checkpoint_folder import open_checkpoint
+    from dsv3_jax.interop.hf_config import read_config
+    from dsv3_jax.interop.importer import load_hf, original_layout
+    from dsv3_jax.interop.layout import save_record
+    from dsv3_jax.interop.whole_folder import whole_folder
+
+    checkpoint = open_checkpoint(source)
+    account = take_account(checkpoint, read_config(checkpoint.path), mtp=mtp)
+    found = _tokenizer(checkpoint.path, tokenizer, account.config)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"dsv3: note: {message}", file=sys.stderr)
+        model = load_hf(source, dtype="float32", mtp=mtp, progress=sys.stderr.isatty())
+    with whole_folder(target) as writing:
+        _write_run(writing, model, found, account.config)
+        save_record(original_layout(checkpoint, account), writing / "published")
+    print(f"{target}: {account.tensor_count:,} tensors, {account.config.num_parameters(mtp=True):,} parameters")
+
+
+def _tokenizer(source: Path, named: str | None, config: ModelConfig) -> Tokenizer:
+    from dsv3_jax.data import Tokenizer
+    from dsv3_jax.data.tokenizer_training import byte_tokenizer
+    from dsv3_jax.interop.tokenizer_files import TOKENIZER_NAME, read_tokenizer
+
+    if named is not None and named != "byte":
+        return read_tokenizer(named, config.vocab_size)
+    if named is None and (source / TOKENIZER_NAME).exists():
+        return read_tokenizer(source, config.vocab_size)
+    tokenizer = Tokenizer(byte_tokenizer(), "the byte tokenizer")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{source}: has no {TOKENIZER_NAME}, and one id a byte needs {tokenizer.vocab_size} ids of the model's "
+            f"{config.vocab_size}; give --tokenizer FILE"
+        )
+    if named is None:
+        print(f"dsv3: note: {source} has no {TOKENIZER_NAME}; the run gets one id a byte", file=sys.stderr)
+    return tokenizer
+
+
+def _write_run(folder: Path, model: object, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """A run's folder at step 0: configuration, tokenizer and one checkpoint."""
+    from dsv3_jax.training.checkpoints import Checkpoints, Progress
+    from dsv3_jax.training.run_folder import RunFolder
+    from dsv3_jax.training.state import new_state
+
+    run_config = _run_config(config, tokenizer)
+    run = RunFolder(folder)
+    run.write_config(run_config)
+    tokenizer.save(run.tokenizer)
+    _, state = new_state(model, run_config)  # pyright: ignore[reportArgumentType]
+    checkpoints = Checkpoints(run, keep=1)
+    checkpoints.save(state, Progress(step=0, tokens=0, data={}), run_config)
+    checkpoints.close()
+
+
+def _run_config(config: ModelConfig, tokenizer: Tokenizer) -> RunConfig:
+    """A run that could have made the model: nothing of it is averaged, and moments take as little room as they can."""
+    from dsv3_jax.data import DataConfig
+    from dsv3_jax.training.config import RunConfig, TrainingConfig
+
+    depth = config.num_nextn_predict_layers
+    length = max(min(4096, config.max_position_embeddings), depth + 1)
+    return RunConfig(
+        preset="imported",
+        model=config,
+        data=DataConfig(vocab_size=tokenizer.vocab_size, sequence_length=length),
+        training=TrainingConfig(ema_decay=0.0, moment_dtype="bfloat16"),
+    )
