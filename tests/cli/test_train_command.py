@@ -1,0 +1,190 @@
+"""`dsv3 train` and `dsv3 eval`: one clear line and exit code 2 for every mistake, and nothing left half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from small_runs import small_run, write_corpus
+
+from dsv3_jax.cli.main import main
+from dsv3_jax.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Collects what would be trained."""
+    calls: list = []
+
+    def train(config, out, *, initial_model=None):
+        from dsv3_jax.training.trainer import Outcome
+
+        calls.append((config, out))
+        return Outcome(0)
+
+    monkeypatch.setattr("dsv3_jax.training.trainer.train", train)
+    return calls
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line on stderr of a command that exits with 2."""
+    assert main(list(words)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("dsv3: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["tain"], ["'tain'", "train"]),
+        (["train", "--preset", "nnao", "--out", "x"], ["'nnao'", "nano"]),
+        (["train", "--preset", "nano"], ["--out"]),
+        (["train", "--preset", "tiny", "--out", "x", "--stesp", "3"], ["--stesp", "--steps"]),
+        (["train", "--preset", "tiny", "--out", "x", "--steps", "many"], ["steps", "many"]),
+        (["train", "--preset", "tiny", "--out", "x", "--steps", "-1"], ["steps", "-1"]),
+        (["train", "--preset", "tiny", "--out", "x", "--precision", "int1"], ["int1"]),
+        (["train", "--preset", "tiny", "--out", "x", "--model.hiden-size", "64"], ["--model.hiden-size"]),
+        (["train", "--preset", "tiny", "--out", "x", "--model.hidden-size", "-64"], ["hidden_size", "-64"]),
+        (["train", "--preset", "tiny", "--out", "x", "--model.n-group", "3"], ["n_routed_experts", "n_group"]),
+        (["train", "--preset", "tiny", "--out", "x", "--model.scoring-func", "tanh"], ["scoring-func", "tanh"]),
+        (["train", "--preset", "tiny", "--out", "x", "--data.sequence-length", "999"], ["data.sequence_length"]),
+        (["train", "--preset", "tiny", "--out", "x", "--training.batch-size", "0"], ["training.batch_size"]),
+        (["train", "--preset", "tiny", "--out", "x", "--training.schedule.mtp-weight", "-1"], ["mtp_weight"]),
+        (["train", "--preset", "tiny", "--out", "x", "stray"], ["stray"]),
+        (["eval"], ["run folder"]),
+        (["eval", "nowhere"], ["nowhere", "no run"]),
+        (["eval", "a", "b"], ["one run folder"]),
+    ],
+)
+def test_a_mistake_is_one_line(
+    words: list[str],
+    named: list[str],
+    capsys: pytest.CaptureFixture[str],
+    no_training: list,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, *words)
+    for part in named:
+        assert part in line
+    assert not no_training
+    assert not list(tmp_path.iterdir()), "nothing was written"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({}, "is empty"),
+        ({"a.txt": b""}, "is empty"),
+        ({"a.txt": b"ok", "b.txt": b"\xff\xfe\xfa"}, "b.txt is not UTF-8"),
+        ({"a.txt": b"small"}, "too small"),
+    ],
+)
+def test_a_corpus_that_cannot_be_used_is_one_line(
+    content: dict[str, bytes], named: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name, data in content.items():
+        (corpus / name).write_bytes(data)
+    out = tmp_path / "run"
+    words = ["--preset", "tiny", "--out", str(out), "--data.corpus", str(corpus), "--data.tokenizer", "byte"]
+    assert main(["train", *words, "--model.vocab-size", "266", "--data.vocab-size", "266"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(corpus) in error
+    assert named in error
+    assert not (out / "config.json").exists()
+    assert not (out / "checkpoints").exists()
+
+
+def test_a_missing_corpus_and_tokenizer_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    words = ["train", "--preset", "tiny", "--out", str(tmp_path / "run")]
+    assert "/no/where" in refused(capsys, *words, "--data.corpus", "/no/where")
+    corpus = write_corpus(tmp_path / "corpus")
+    assert main([*words, "--data.corpus", str(corpus), "--data.tokenizer", "/no/tokenizer.json"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "/no/tokenizer.json" in error
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """The tiny preset's 256 words do not hold the byte tokenizer's 266."""
+    corpus = write_corpus(tmp_path / "corpus")
+    words = ["--preset", "tiny", "--out", str(tmp_path / "run"), "--data.corpus", str(corpus)]
+    assert main(["train", *words, "--model.vocab-size", "260", "--data.tokenizer", "byte"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "266" in error
+    assert "260" in error
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    line = refused(capsys, "train", "--preset", "tiny", "--out", str(tmp_path / "file" / "run"))
+    assert "cannot be written" in line
+
+
+def test_a_folder_with_another_run_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    RunFolder(tmp_path).write_config(small_run("elsewhere"))
+    line = refused(capsys, "train", "--preset", "nano", "--out", str(tmp_path))
+    assert "tiny" in line
+    line = refused(capsys, "train", "--out", str(tmp_path), "--training.batch-size", "8")
+    assert "training.batch_size = 4, not 8" in line
+
+
+def test_options_reach_the_run(no_training: list, tmp_path: Path):
+    words = ["--steps", "7", "--model.n-routed-experts=16", "--data.fill_in_middle_rate", "0.5"]
+    words += ["--training.ema-decay", "0.5"]
+    assert main(["train", "--preset", "tiny", "--out", str(tmp_path), *words]) == 0
+    config, out = no_training[0]
+    assert out == tmp_path
+    assert config.preset == "tiny"
+    assert (config.training.steps, config.training.ema_decay) == (7, 0.5)
+    assert (config.model.n_routed_experts, config.data.fill_in_middle_rate) == (16, 0.5)
+
+
+def test_a_run_that_goes_on_keeps_its_own_options(no_training: list, tmp_path: Path):
+    config = small_run("elsewhere")
+    RunFolder(tmp_path).write_config(config)
+    assert main(["train", "--preset", "tiny", "--out", str(tmp_path), "--training.log-every", "5"]) == 0
+    assert no_training[0][0].model == config.model
+    assert no_training[0][0].data == config.data
+    assert no_training[0][0].training.log_every == 5
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["eval"]])
+def test_help_shows_an_example(command: list[str], capsys: pytest.CaptureFixture[str]):
+    with contextlib.suppress(SystemExit):
+        assert main([*command, "--help"]) == 0
+    assert "runs/nano" in capsys.readouterr().out
+
+
+def test_eval_prints_json_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One step of training, then its evaluation from disk, which must agree with the one in the run's summary."""
+    from dsv3_jax.training.trainer import train
+
+    config = small_run(write_corpus(tmp_path / "corpus"))
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1))
+    outcome = train(config, tmp_path / "run")
+    assert outcome.end is not None
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["step"] == 1
+    assert found["main"] == pytest.approx(dataclasses.asdict(outcome.end.main))
+    assert found["mtp"][0] == pytest.approx(dataclasses.asdict(outcome.end.mtp[0]))
+    assert 0 <= found["mtp_acceptance"][0] <= 1
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    assert "bits per byte" in printed
+    assert "drafts accepted" in printed
