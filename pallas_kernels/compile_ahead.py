@@ -156,7 +156,7 @@ def _prepare(target: str) -> None:
     # With another platform named, the CUDA plugin would look for a driver and cuDNN.
     jax.config.update("jax_platforms", "cpu")
     if target == "hopper":
-        import jax_plugins.xla_cuda13
+        import jax_plugins.xla_cuda13  # pyright: ignore[reportMissingImports]
 
         # JAX finds the plugin by itself where its namespace package is on the path; registering twice is an error.
         with contextlib.suppress(Exception):

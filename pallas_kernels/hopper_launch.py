@@ -1,4 +1,4 @@
-"""What every Hopper kernel here shares: multiprocessors, the interpreter that stands in for them, tiled shared memory."""
+"""What every Hopper kernel here shares: the target, the interpreter that stands in for it, the shapes TMA asks for."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 H200_MULTIPROCESSORS = 132
 SHARED_MEMORY_BYTES = 232_448  # the most one block can have on compute capability 9.0
-SWIZZLE_BYTES = 128
 
 
 def multiprocessors() -> int:
@@ -53,4 +53,11 @@ def interpreted_hopper(num_cores: int = 2) -> Iterator[plgpu.InterpretGPUParams]
 def swizzled(columns: int, dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """Layout of a shared-memory tile `columns` wide such that wgmma and TMA touch all 32 banks at once."""
     swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
-    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)
+    tiling = (8, swizzle // jnp.dtype(dtype).itemsize)
+    return plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+
+
+def pad_last(x: Array, multiple: int) -> Array:
+    """`x` with zeros after its last axis up to a multiple: TMA's rows are whole multiples of 16 bytes."""
+    excess = -x.shape[-1] % multiple
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, excess)]) if excess else x

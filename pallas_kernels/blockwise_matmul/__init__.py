@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -12,6 +14,8 @@ from pallas_kernels.device import Implementation, choose_implementation
 from pallas_kernels.quantize.quantized import Quantized, check_quantized
 
 __all__ = ["blockwise_matmul"]
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "hopper", "tpu")
 
 
 def blockwise_matmul(
@@ -36,17 +40,25 @@ def blockwise_matmul(
       ValueError, TypeError: shapes, tiles or dtypes that do not fit, an implementation that cannot run here.
     """
     _check(a, b, accumulator, out_dtype)
-    choose_implementation(implementation)
-    return _product(a, b, accumulator).astype(out_dtype)
+    name = choose_implementation(implementation, IMPLEMENTATIONS)
+    return _product(a, b, accumulator, name, jnp.dtype(out_dtype))
 
 
-@jax.custom_jvp
-def _product(a, b, accumulator):
-    return reference.matmul(a, b, accumulator)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _product(a, b, accumulator, name, out_dtype):
+    if name == "hopper":
+        from pallas_kernels.blockwise_matmul import hopper
+
+        return hopper.matmul(a, b, accumulator, out_dtype)
+    if name == "tpu":
+        from pallas_kernels.blockwise_matmul import tpu
+
+        return tpu.matmul(a, b, accumulator, out_dtype)
+    return reference.matmul(a, b, accumulator).astype(out_dtype)
 
 
 @_product.defjvp
-def _refuse(primals, tangents):
+def _refuse(name, out_dtype, primals, tangents):
     raise TypeError("blockwise_matmul carries no gradient: differentiate fp8_matmul, or apply lax.stop_gradient first")
 
 

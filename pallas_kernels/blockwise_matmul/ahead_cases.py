@@ -29,7 +29,19 @@ def hopper() -> list[Case]:
         for tiling in candidates(4):
             yield case(f"1x128 tiles, float32 added to, {_words(tiling)}", tiling, "1x128", jnp.float32, True)
 
-    return sorted(cases(), key=lambda case: case.name)
+    return [*sorted(cases(), key=lambda case: case.name), _layer()]
+
+
+def _layer() -> Case:
+    """A Linear layer's three products through the public functions, which choose by the target."""
+    from pallas_kernels.fp8_matmul import fp8_matmul
+
+    def gradients(x, w, out_bar):
+        out, pull = jax.vjp(fp8_matmul, x, w)
+        return out, pull(out_bar)
+
+    x, w, out = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((_M, _K), (2112, _K), (_M, 2112)))
+    return Case("fp8_matmul and its gradients", gradients, (x, w, out))
 
 
 def _words(tiling: Tiling) -> str:
@@ -39,3 +51,16 @@ def _words(tiling: Tiling) -> str:
 def _shapes(rows: int, columns: int, tile: Tile) -> Quantized:
     values = jax.ShapeDtypeStruct((rows, columns), E4M3)
     return Quantized(values, jax.ShapeDtypeStruct(scales_shape((rows, columns), tile), jnp.float32), tile)  # pyright: ignore
+
+
+def tpu() -> list[Case]:
+    from pallas_kernels.blockwise_matmul import tpu as kernel
+
+    def case(name: str, b_tile: Tile, out_dtype, accumulator: jax.ShapeDtypeStruct | None) -> Case:
+        a, b = _shapes(_M, _K, "1x128"), _shapes(_N, _K, b_tile)
+        return Case(name, functools.partial(kernel.matmul, out_dtype=out_dtype), (a, b, accumulator))
+
+    return [
+        case("128x128 blocks, bfloat16", "128x128", jnp.bfloat16, None),
+        case("1x128 tiles, float32 added to", "1x128", jnp.float32, jax.ShapeDtypeStruct((_M, _N), jnp.float32)),
+    ]

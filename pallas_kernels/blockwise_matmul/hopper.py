@@ -13,6 +13,7 @@ Edges cost nothing: TMA reads zeros outside of an array and drops what would be 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -23,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.blockwise_matmul.tuning import BLOCK_K, Tiling, choose_tiling
-from pallas_kernels.hopper_launch import multiprocessors, swizzled
+from pallas_kernels.hopper_launch import multiprocessors, pad_last, swizzled
 from pallas_kernels.quantize.quantized import E4M3, Quantized
 
 CONSUMERS = 2
@@ -47,9 +48,11 @@ def matmul(
 ) -> Float[Array, "M N"]:
     """A·Bᵀ (+ accumulator); operands as in `blockwise_matmul`.
 
-    TMA asks that rows start at multiples of 16 bytes; an array whose rows do not is padded first, others are not copied.
+    TMA asks that rows start at multiples of 16 bytes: an array whose rows do not is padded first, others are not.
     """
     (m, k), n = a.shape, b.shape[0]
+    if accumulator is not None and out_dtype != jnp.float32:
+        return matmul(a, b, accumulator, jnp.float32, tiling=tiling, interpret=interpret).astype(out_dtype)
     out_dtype = jnp.dtype(out_dtype)
     tiling = tiling or choose_tiling(m, n, k, out_dtype.itemsize, multiprocessors())
     if not tiling.fits(out_dtype.itemsize):
@@ -57,40 +60,34 @@ def matmul(
     by_column = b.tile == "1x128"
     columns = n + -n % (16 // out_dtype.itemsize)
     operands = [
-        _pad_last(a.values, 16),
-        _pad_last(a.scales.T, tiling.tile_m * tiling.cluster),
-        _pad_last(b.values, 16),
-        _pad_last(b.scales.T, 4) if by_column else b.scales,
+        pad_last(a.values, 16),
+        pad_last(a.scales.T, tiling.tile_m * tiling.cluster),
+        pad_last(b.values, 16),
+        pad_last(b.scales.T, 4) if by_column else b.scales,
     ]
     if accumulator is not None:
-        operands.append(_pad_last(accumulator, columns))
+        operands.append(pad_last(accumulator, 4))
     out = _launch(operands, (m, columns), out_dtype, by_column, tiling, interpret)
     return out[:, :n] if columns != n else out
-
-
-def _pad_last(x: Array, multiple: int) -> Array:
-    excess = -x.shape[-1] % multiple
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, excess)]) if excess else x
 
 
 def _launch(operands, shape, out_dtype, by_column, tiling, interpret):
     stages, tile_m, tile_n, cluster = tiling.stages, tiling.tile_m, tiling.tile_n, tiling.cluster
     has_accumulator = len(operands) == 5
-    scratch = dict(
-        a_smem=plgpu.SMEM((stages, tile_m, BLOCK_K), E4M3, transforms=swizzled(BLOCK_K, E4M3)),
-        b_smem=plgpu.SMEM((stages, tile_n, BLOCK_K), E4M3, transforms=swizzled(BLOCK_K, E4M3)),
-        b_scales_smem=plgpu.SMEM((stages, tile_n), jnp.float32) if by_column else None,
-        out_smem=plgpu.SMEM(
+    freed = {"num_arrivals": CONSUMERS, "num_barriers": stages}
+    scratch: dict[str, Any] = {
+        "a_smem": plgpu.SMEM((stages, tile_m, BLOCK_K), E4M3, transforms=swizzled(BLOCK_K, E4M3)),
+        "b_smem": plgpu.SMEM((stages, tile_n, BLOCK_K), E4M3, transforms=swizzled(BLOCK_K, E4M3)),
+        "b_scales_smem": plgpu.SMEM((stages, tile_n), jnp.float32) if by_column else None,
+        "out_smem": plgpu.SMEM(
             (CONSUMERS, tile_n // tiling.scale_columns, WARPGROUP_ROWS, tiling.scale_columns),
             out_dtype,
             transforms=swizzled(tiling.scale_columns, out_dtype),
         ),
-        filled=plgpu.Barrier(num_arrivals=2 + by_column, num_barriers=stages),
-        accumulator_filled=plgpu.Barrier(num_barriers=CONSUMERS) if has_accumulator else None,
-        freed=plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=stages)
-        if cluster == 1
-        else plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=CONSUMERS, num_barriers=stages),
-    )
+        "filled": plgpu.Barrier(num_arrivals=2 + by_column, num_barriers=stages),
+        "freed": plgpu.ClusterBarrier(collective_axes=("cluster",), **freed) if cluster > 1 else plgpu.Barrier(**freed),
+        "accumulator_filled": plgpu.Barrier(num_barriers=CONSUMERS) if has_accumulator else None,
+    }
     kernel = plgpu.kernel(
         functools.partial(_kernel, tiling=tiling, by_column=by_column, has_accumulator=has_accumulator),
         out_type=jax.ShapeDtypeStruct(shape, out_dtype),
@@ -218,7 +215,8 @@ def _consume(
             stage = lax.rem(steps_before + k, tiling.stages)
             plgpu.barrier_wait(filled.at[stage])
             partial = pl.run_scoped(
-                functools.partial(multiply, stage), plgpu.ACC((WARPGROUP_ROWS, tiling.tile_n), jnp.float32)
+                functools.partial(multiply, stage),
+                plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiling.tile_n), jnp.float32),
             )
             column_scales = () if b_scales is not None else columns_from_shared(stage)
             plgpu.barrier_arrive(freed.at[stage])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from pallas_kernels.quantize.quantized import (
 )
 
 __all__ = ["Quantized", "Tile", "dequantize", "quantize", "quantize_both", "requantize_transposed", "scales_shape"]
+
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "hopper", "tpu")
 
 
 def quantize(
@@ -44,10 +47,14 @@ def quantize(
     """
     _check_input(x)
     check_tile(tile)
-    choose_implementation(implementation)
-    return _not_differentiable(
-        functools.partial(reference.quantize, tile=tile, power_of_two_scales=power_of_two_scales)
-    )(x)
+    kernels = _implementation(implementation)
+
+    def one_format(x):
+        if kernels is reference:
+            return reference.quantize(x, tile, power_of_two_scales)
+        return _over_matrices(lambda matrix: kernels.quantize(matrix, tile, power_of_two_scales), x, tile)
+
+    return _not_differentiable(one_format)(x)
 
 
 def quantize_both(
@@ -66,15 +73,8 @@ def quantize_both(
     _check_input(x)
     if x.ndim != 2:
         raise ValueError(f"x must be [M, K], not of shape {x.shape}")
-    choose_implementation(implementation)
-
-    def both(x):
-        return (
-            reference.quantize(x, "1x128", power_of_two_scales),
-            reference.quantize(x, "128x1", power_of_two_scales).mT,
-        )
-
-    return _not_differentiable(both)(x)
+    kernels = _implementation(implementation)
+    return _not_differentiable(lambda x: kernels.quantize_both(x, power_of_two_scales))(x)
 
 
 def requantize_transposed(
@@ -86,14 +86,41 @@ def requantize_transposed(
     that fall under the new tile's smallest step change.
     """
     check_quantized("q", q, ndim=2)
-    choose_implementation(implementation)
-    return reference.quantize(reference.dequantize(q, jnp.dtype(jnp.float32)), "128x1", power_of_two_scales).mT
+    return _implementation(implementation).requantize_transposed(q, power_of_two_scales)
 
 
 def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "... M K"]:
     """`q` as plain numbers: values times scales, computed in float32, rounded to `dtype`."""
     check_quantized("q", q)
     return reference.dequantize(q, jnp.dtype(dtype))
+
+
+def _implementation(requested: Implementation | None):
+    """The module of kernels to use; those of accelerators are loaded where they run."""
+    name = choose_implementation(requested, IMPLEMENTATIONS)
+    if name == "hopper":
+        from pallas_kernels.quantize import hopper
+
+        return hopper
+    if name == "tpu":
+        from pallas_kernels.quantize import tpu
+
+        return tpu
+    return reference
+
+
+def _over_matrices(function: Callable[[Array], Quantized], x: Float[Array, "... M K"], tile: Tile) -> Quantized:
+    """`function` of one matrix over the matrices of `x`: one below the other, each filled up to whole tiles."""
+    *batch, m, k = x.shape
+    if not batch:
+        return function(x)
+    excess = 0 if tile == "1x128" else -m % 128
+    if excess:
+        x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, excess), (0, 0)])
+    count = math.prod(batch)
+    q = function(x.reshape(count * (m + excess), k))
+    values = q.values.reshape(*batch, m + excess, k)[..., :m, :]
+    return Quantized(values, q.scales.reshape(*batch, q.scales.shape[0] // count, q.scales.shape[1]), tile)
 
 
 def _not_differentiable(function):

@@ -5,9 +5,10 @@ A tile with largest magnitude `amax` is stored as
     scale  = max(amax, 1e-4) / 448            (or the next power of two at or above that)
     values = e4m3(clip(x * (1 / scale), -448, 448)),   to nearest even
 
-A tile that holds an infinity or a NaN gets a NaN scale and NaN values: what went wrong upstream stays visible instead
-of turning into a large finite number. The clip is needed: JAX's cast to e4m3 does not saturate, 465 becomes NaN.
-The reciprocal of the scale is rounded once and multiplied, as kernels do, so a division a tile is enough.
+A tile that holds an infinity or a NaN gets a NaN scale, so that all of it is NaN when used: what went wrong upstream
+stays visible instead of turning into a large finite number. Its values mean nothing. The clip is needed: JAX's cast to
+e4m3 does not saturate, 465 becomes NaN. The reciprocal of the scale is rounded once and multiplied, as kernels do, so a
+division a tile is enough.
 """
 
 from __future__ import annotations
@@ -18,12 +19,22 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.quantize.quantized import E4M3, E4M3_MAX, MIN_AMAX, TILE_SHAPE, Quantized, Tile
 
+_INFINITY_BITS = 0x7F800000
+
 
 def quantize(x: Float[Array, "... M K"], tile: Tile, power_of_two_scales: bool) -> Quantized:
     blocks = _split(x.astype(jnp.float32), TILE_SHAPE[tile])
-    scales = scales_from_amax(jnp.max(jnp.abs(blocks), axis=(-3, -1)), power_of_two_scales)
+    scales = scales_from_magnitude(jnp.max(magnitude_bits(blocks), axis=(-3, -1)), power_of_two_scales)
     values = values_from_scaled(blocks * (1 / scales)[..., :, None, :, None])
     return Quantized(_join(values, x.shape), scales, tile)
+
+
+def quantize_both(x: Float[Array, "M K"], power_of_two_scales: bool) -> tuple[Quantized, Quantized]:
+    return quantize(x, "1x128", power_of_two_scales), quantize(x, "128x1", power_of_two_scales).mT
+
+
+def requantize_transposed(q: Quantized, power_of_two_scales: bool) -> Quantized:
+    return quantize(dequantize(q, jnp.dtype(jnp.float32)), "128x1", power_of_two_scales).mT
 
 
 def dequantize(q: Quantized, dtype: jnp.dtype) -> Float[Array, "... M K"]:
@@ -31,12 +42,21 @@ def dequantize(q: Quantized, dtype: jnp.dtype) -> Float[Array, "... M K"]:
     return _join(blocks * q.scales[..., :, None, :, None], q.shape).astype(dtype)
 
 
-def scales_from_amax(amax: Float[Array, "..."], power_of_two: bool) -> Float[Array, "..."]:
-    """float32 multipliers from largest magnitudes; NaN where the magnitude is not finite."""
+def magnitude_bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """|x| as an integer in the same order, infinities above all numbers and NaN above them.
+
+    The largest magnitude is taken of these: a float maximum does not pass NaN on everywhere (XLA on a CPU drops it).
+    """
+    return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 0x7FFFFFFF
+
+
+def scales_from_magnitude(bits: Int[Array, "..."], power_of_two: bool) -> Float[Array, "..."]:
+    """float32 multipliers from each tile's largest `magnitude_bits`; NaN where that is not finite."""
+    amax = jax.lax.bitcast_convert_type(bits, jnp.float32)
     scales = jnp.maximum(amax, MIN_AMAX) / E4M3_MAX
     if power_of_two:
         scales = round_up_to_power_of_two(scales)
-    return jnp.where(jnp.abs(amax) < jnp.inf, scales, jnp.nan)
+    return jnp.where(bits < _INFINITY_BITS, scales, jnp.nan)
 
 
 def round_up_to_power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:

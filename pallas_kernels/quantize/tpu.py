@@ -1,0 +1,179 @@
+"""Quantisation on TPUs, in Mosaic TPU: tiles of 128 x 128 in VMEM, each value of `x` read from HBM once.
+
+A grid step holds 128 rows and up to eight tiles of columns. Scales leave as [tiles along the contraction, 1, rows],
+lanes along the rows: a column of scales is turned into a row by transposing its broadcast, which the transpose unit
+does while the vector unit works. `interpret` is for tests on a CPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.tpu as pltpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.quantize.quantized import E4M3, Quantized, Tile
+from pallas_kernels.quantize.reference import magnitude_bits, scales_from_magnitude, values_from_scaled
+
+TILE = 128
+_MAX_TILES = 8  # of columns in one grid step
+
+Interpret = pltpu.InterpretParams | None
+
+
+def quantize(
+    x: Float[Array, "M K"], tile: Tile, power_of_two_scales: bool, *, interpret: Interpret = None
+) -> Quantized:
+    """As `reference.quantize` for one matrix. "128x1" is quantised transposed and then turned, by a copy."""
+    if tile == "128x128":
+        return _quantize_blocks(x, power_of_two_scales, interpret)
+    if tile == "1x128":
+        return _quantize_tiles(x, power_of_two_scales, interpret, rows=True, columns=False)[0]
+    return _quantize_tiles(x, power_of_two_scales, interpret, rows=False, columns=True)[0].mT
+
+
+def quantize_both(
+    x: Float[Array, "M K"], power_of_two_scales: bool, *, interpret: Interpret = None
+) -> tuple[Quantized, Quantized]:
+    """`x` and its transpose, both in 1x128 tiles, from one reading of `x`."""
+    rows, columns = _quantize_tiles(x, power_of_two_scales, interpret, rows=True, columns=True)
+    return rows, columns
+
+
+def requantize_transposed(q: Quantized, power_of_two_scales: bool, *, interpret: Interpret = None) -> Quantized:
+    """The transpose of `q` (1x128 tiles) quantised anew in 1x128 tiles."""
+    m, k = q.shape
+    grid, width = _grid(m, k)
+    values, scales = pl.pallas_call(
+        functools.partial(_requantize_kernel, shape=(m, k), power_of_two=power_of_two_scales),
+        grid=grid,
+        in_specs=[
+            pl.BlockSpec((TILE, width), lambda i, j: (i, j)),
+            pl.BlockSpec((width // TILE, 1, TILE), lambda i, j: (j, 0, i)),
+        ],
+        out_specs=[_transposed_spec(width), _column_scales_spec(width)],
+        out_shape=[jax.ShapeDtypeStruct((k, m), E4M3), _scales_struct(m, k)],
+        interpret=interpret or False,
+        name="requantize_transposed",
+    )(q.values, q.scales.T[:, None])
+    return Quantized(values, scales[:, 0].T, "1x128")
+
+
+def _quantize_tiles(x, power_of_two, interpret, *, rows: bool, columns: bool) -> list[Quantized]:
+    """Along the rows, or along the columns (transposed), or both in this order."""
+    m, k = x.shape
+    grid, width = _grid(m, k)
+    out_specs: list[Any] = []
+    out_shape: list[Any] = []
+    if rows:
+        out_specs += [
+            pl.BlockSpec((TILE, width), lambda i, j: (i, j)),
+            pl.BlockSpec((width // TILE, 1, TILE), lambda i, j: (j, 0, i)),
+        ]
+        out_shape += [jax.ShapeDtypeStruct((m, k), E4M3), _scales_struct(k, m)]
+    if columns:
+        out_specs += [_transposed_spec(width), _column_scales_spec(width)]
+        out_shape += [jax.ShapeDtypeStruct((k, m), E4M3), _scales_struct(m, k)]
+    outs = pl.pallas_call(
+        functools.partial(_tiles_kernel, shape=(m, k), rows=rows, columns=columns, power_of_two=power_of_two),
+        grid=grid,
+        in_specs=[pl.BlockSpec((TILE, width), lambda i, j: (i, j))],
+        out_specs=out_specs,
+        out_shape=out_shape,
+        interpret=interpret or False,
+        name="quantize_tiles",
+    )(x)
+    return [Quantized(outs[i], outs[i + 1][:, 0].T, "1x128") for i in range(0, len(outs), 2)]
+
+
+def _quantize_blocks(x, power_of_two, interpret) -> Quantized:
+    m, k = x.shape
+    grid, width = _grid(m, k)
+    # A block's scale is written to 128 lanes, the least a vector store can do, and read from one.
+    lanes = pl.cdiv(k, TILE) * TILE
+    values, scales = pl.pallas_call(
+        functools.partial(_blocks_kernel, shape=(m, k), power_of_two=power_of_two),
+        grid=grid,
+        in_specs=[pl.BlockSpec((TILE, width), lambda i, j: (i, j))],
+        out_specs=[pl.BlockSpec((TILE, width), lambda i, j: (i, j)), _column_scales_spec(width)],
+        out_shape=[jax.ShapeDtypeStruct((m, k), E4M3), _scales_struct(m, lanes)],
+        interpret=interpret or False,
+        name="quantize_blocks",
+    )(x)
+    return Quantized(values, scales[:, 0, ::TILE], "128x128")
+
+
+def _grid(m: int, k: int) -> tuple[tuple[int, int], int]:
+    """Grid steps, and the columns of one."""
+    tiles = pl.cdiv(k, TILE)
+    width = TILE * math.gcd(tiles, _MAX_TILES)
+    return (pl.cdiv(m, TILE), pl.cdiv(k, width)), width
+
+
+def _scales_struct(contraction: int, others: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((pl.cdiv(contraction, TILE), 1, others), jnp.float32)
+
+
+def _transposed_spec(width: int) -> pl.BlockSpec:
+    return pl.BlockSpec((width, TILE), lambda i, j: (j, i))
+
+
+def _column_scales_spec(width: int) -> pl.BlockSpec:
+    return pl.BlockSpec((1, 1, width), lambda i, j: (i, 0, j))
+
+
+def _tiles_kernel(x_ref, *out_refs, shape, rows, columns, power_of_two):
+    for t in range(x_ref.shape[1] // TILE):
+        at = pl.ds(t * TILE, TILE)
+        x = _without_outside(x_ref[:, at].astype(jnp.float32), t, shape)
+        if rows:
+            scales = scales_from_magnitude(jnp.max(magnitude_bits(x), axis=1, keepdims=True), power_of_two)
+            out_refs[0][:, at] = values_from_scaled(x * (1 / scales))
+            out_refs[1][t] = _as_row(scales)
+        if columns:
+            _quantize_columns(x, out_refs[-2].at[at], out_refs[-1].at[0, :, at], power_of_two)
+
+
+def _requantize_kernel(q_ref, scales_ref, values_ref, out_scales_ref, *, shape, power_of_two):
+    for t in range(q_ref.shape[1] // TILE):
+        at = pl.ds(t * TILE, TILE)
+        x = q_ref[:, at].astype(jnp.float32) * jnp.broadcast_to(scales_ref[t], (TILE, TILE)).T
+        _quantize_columns(_without_outside(x, t, shape), values_ref.at[at], out_scales_ref.at[0, :, at], power_of_two)
+
+
+def _blocks_kernel(x_ref, values_ref, scales_ref, *, shape, power_of_two):
+    for t in range(x_ref.shape[1] // TILE):
+        at = pl.ds(t * TILE, TILE)
+        x = _without_outside(x_ref[:, at].astype(jnp.float32), t, shape)
+        bits = jnp.max(jnp.max(magnitude_bits(x), axis=0, keepdims=True), axis=1, keepdims=True)
+        scale = scales_from_magnitude(jnp.broadcast_to(bits, (1, TILE)), power_of_two)
+        values_ref[:, at] = values_from_scaled(x * (1 / scale))
+        scales_ref[0, :, at] = scale
+
+
+def _quantize_columns(x, values_ref, scales_ref, power_of_two) -> None:
+    """The transpose of a tile with one scale a column of it."""
+    scales = scales_from_magnitude(jnp.max(magnitude_bits(x), axis=0, keepdims=True), power_of_two)
+    values_ref[...] = (jnp.clip(x * (1 / scales), -448, 448)).T.astype(E4M3)
+    scales_ref[...] = scales
+
+
+def _as_row(column: Float[Array, "128 1"]) -> Float[Array, "1 128"]:
+    return jnp.broadcast_to(column, (TILE, TILE)).T[:1]
+
+
+def _without_outside(x: Float[Array, "128 128"], t: int, shape: tuple[int, int]) -> Float[Array, "128 128"]:
+    """`x` with zeros for what lies past the matrix's edges, where VMEM holds anything."""
+    m, k = shape
+    if m % TILE == 0 and k % TILE == 0:
+        return x
+    tiles_a_step = math.gcd(pl.cdiv(k, TILE), _MAX_TILES)
+    row = lax.broadcasted_iota(jnp.int32, x.shape, 0) + pl.program_id(0) * TILE
+    column = lax.broadcasted_iota(jnp.int32, x.shape, 1) + (pl.program_id(1) * tiles_a_step + t) * TILE
+    return jnp.where((row < m) & (column < k), x, 0)
