@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import jax
@@ -50,14 +51,21 @@ def interpreted_hopper(num_cores: int = 2) -> Iterator[plgpu.InterpretGPUParams]
         gpu_callbacks.reset_gpu_interpret_mode_state()
 
 
-def swizzled(columns: int, dtype: DTypeLike) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
-    """Layout of a shared-memory tile `columns` wide such that wgmma and TMA touch all 32 banks at once."""
+def swizzled(width: int, dtype: DTypeLike, extent: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+    """Layout of a shared-memory tile that wgmma and TMA touch without two accesses to one bank.
+
+    The wider the swizzle the better, up to 128 bytes; it must divide the tile's `width` and the `extent` of the array
+    that the tile is cut from, in columns of `dtype`.
+    """
+    columns = math.gcd(width, extent)
     swizzle = plgpu.find_swizzle(columns * jnp.dtype(dtype).itemsize * 8)
     tiling = (8, swizzle // jnp.dtype(dtype).itemsize)
     return plgpu.TilingTransform(tiling), plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
 
 
-def pad_last(x: Array, multiple: int) -> Array:
-    """`x` with zeros after its last axis up to a multiple: TMA's rows are whole multiples of 16 bytes."""
-    excess = -x.shape[-1] % multiple
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, excess)]) if excess else x
+def pad_to(x: Array, *multiples: int) -> Array:
+    """`x` with zeros after its last axes, up to a multiple each. TMA moves whole swizzled tiles of 8 rows."""
+    excess = [-size % multiple for size, multiple in zip(x.shape[-len(multiples) :], multiples, strict=True)]
+    if not any(excess):
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - len(multiples)) + [(0, e) for e in excess])

@@ -18,9 +18,10 @@ _M, _N, _K = 4096, 4096, 7168
 def hopper() -> list[Case]:
     from pallas_kernels.blockwise_matmul import hopper as kernel
 
-    def case(name: str, tiling: Tiling, b_tile: Tile, out_dtype, accumulate: bool = False) -> Case:
-        a, b = _shapes(_M, _K, "1x128"), _shapes(_N, _K, b_tile)
-        accumulator = jax.ShapeDtypeStruct((_M, _N), jnp.float32) if accumulate else None
+    def case(name: str, tiling: Tiling | None, b_tile: Tile, out_dtype, accumulate=False, sizes=(_M, _N, _K)) -> Case:
+        m, n, k = sizes
+        a, b = _shapes(m, k, "1x128"), _shapes(n, k, b_tile)
+        accumulator = jax.ShapeDtypeStruct((m, n), jnp.float32) if accumulate else None
         return Case(name, functools.partial(kernel.matmul, out_dtype=out_dtype, tiling=tiling), (a, b, accumulator))
 
     def cases() -> Iterator[Case]:
@@ -29,7 +30,14 @@ def hopper() -> list[Case]:
         for tiling in candidates(4):
             yield case(f"1x128 tiles, float32 added to, {_words(tiling)}", tiling, "1x128", jnp.float32, True)
 
-    return [*sorted(cases(), key=lambda case: case.name), _layer()]
+    # N = 2112 and K = 2112 are V3's joint down-projection: no multiple of 128, but of 64. 1000 x 333 x 200 fit nothing.
+    ragged = [
+        case("128x128 blocks, N = 2112", None, "128x128", jnp.bfloat16, sizes=(_M, 2112, _K)),
+        case("128x128 blocks, K = 2112", None, "128x128", jnp.bfloat16, sizes=(_M, _K, 2112)),
+        case("128x128 blocks, 1000 x 333 x 200", None, "128x128", jnp.bfloat16, sizes=(1000, 333, 200)),
+        case("1x128 tiles, 1000 x 333 x 200, float32 added to", None, "1x128", jnp.float32, True, (1000, 333, 200)),
+    ]
+    return [*sorted(cases(), key=lambda case: case.name), *ragged, _layer()]
 
 
 def _layer() -> Case:

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.blockwise_matmul.tuning import BLOCK_K, Tiling, choose_tiling
-from pallas_kernels.hopper_launch import multiprocessors, pad_last, swizzled
+from pallas_kernels.hopper_launch import multiprocessors, pad_to, swizzled
 from pallas_kernels.quantize.quantized import E4M3, Quantized
 
 CONSUMERS = 2
@@ -48,7 +48,8 @@ def matmul(
 ) -> Float[Array, "M N"]:
     """A·Bᵀ (+ accumulator); operands as in `blockwise_matmul`.
 
-    TMA asks that rows start at multiples of 16 bytes: an array whose rows do not is padded first, others are not.
+    TMA moves whole swizzled tiles: operands are padded first, by a copy, where M or N is no multiple of 8 or K none of
+    32, and the product is cut to size. Sizes that are need no copy, whatever the tiles.
     """
     (m, k), n = a.shape, b.shape[0]
     if accumulator is not None and out_dtype != jnp.float32:
@@ -58,31 +59,31 @@ def matmul(
     if not tiling.fits(out_dtype.itemsize):
         raise ValueError(f"{tiling} does not fit into shared memory with {out_dtype} out")
     by_column = b.tile == "1x128"
-    columns = n + -n % (16 // out_dtype.itemsize)
     operands = [
-        pad_last(a.values, 16),
-        pad_last(a.scales.T, tiling.tile_m * tiling.cluster),
-        pad_last(b.values, 16),
-        pad_last(b.scales.T, 4) if by_column else b.scales,
+        pad_to(a.values, 8, 32),
+        pad_to(a.scales.T, tiling.tile_m * tiling.cluster),
+        pad_to(b.values, 8, 32),
+        pad_to(b.scales.T, 4) if by_column else b.scales,
     ]
     if accumulator is not None:
-        operands.append(pad_last(accumulator, 4))
-    out = _launch(operands, (m, columns), out_dtype, by_column, tiling, interpret)
-    return out[:, :n] if columns != n else out
+        operands.append(pad_to(accumulator, 8, 8))
+    shape = (operands[0].shape[0], operands[2].shape[0])
+    out = _launch(operands, shape, out_dtype, by_column, tiling, interpret)
+    return out if shape == (m, n) else out[:m, :n]
 
 
 def _launch(operands, shape, out_dtype, by_column, tiling, interpret):
     stages, tile_m, tile_n, cluster = tiling.stages, tiling.tile_m, tiling.tile_n, tiling.cluster
-    has_accumulator = len(operands) == 5
+    has_accumulator, depth = len(operands) == 5, operands[0].shape[1]
     freed = {"num_arrivals": CONSUMERS, "num_barriers": stages}
     scratch: dict[str, Any] = {
-        "a_smem": plgpu.SMEM((stages, tile_m, BLOCK_K), E4M3, transforms=swizzled(BLOCK_K, E4M3)),
-        "b_smem": plgpu.SMEM((stages, tile_n, BLOCK_K), E4M3, transforms=swizzled(BLOCK_K, E4M3)),
+        "a_smem": plgpu.SMEM((stages, tile_m, BLOCK_K), E4M3, transforms=swizzled(BLOCK_K, E4M3, depth)),
+        "b_smem": plgpu.SMEM((stages, tile_n, BLOCK_K), E4M3, transforms=swizzled(BLOCK_K, E4M3, depth)),
         "b_scales_smem": plgpu.SMEM((stages, tile_n), jnp.float32) if by_column else None,
         "out_smem": plgpu.SMEM(
             (CONSUMERS, tile_n // tiling.scale_columns, WARPGROUP_ROWS, tiling.scale_columns),
             out_dtype,
-            transforms=swizzled(tiling.scale_columns, out_dtype),
+            transforms=swizzled(tiling.scale_columns, out_dtype, shape[1]),
         ),
         "filled": plgpu.Barrier(num_arrivals=2 + by_column, num_barriers=stages),
         "freed": plgpu.ClusterBarrier(collective_axes=("cluster",), **freed) if cluster > 1 else plgpu.Barrier(**freed),

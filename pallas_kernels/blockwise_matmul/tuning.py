@@ -76,8 +76,7 @@ def candidates(out_bytes: int) -> tuple[Tiling, ...]:
     """The tuning space: what `--tune` times and what is compiled ahead."""
     all_of = (
         Tiling(tile_n=tile_n, stages=stages, cluster=cluster)
-        for tile_n in (192, 128, 64)
-        for cluster in (2, 1)
+        for tile_n, cluster in ((192, 2), (192, 1), (128, 2), (128, 1), (64, 1))
         for stages in (6, 5, 4, 3)
     )
     best: dict[tuple[int, int], Tiling] = {}

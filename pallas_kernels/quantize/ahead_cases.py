@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compile_ahead import Case
-from pallas_kernels.quantize.quantized import E4M3, Quantized
+from pallas_kernels.quantize.quantized import E4M3, Quantized, scales_shape
 
 _SHAPE = (4096, 7168)
+# The width of V3's joint down-projection is a multiple of 64 only; the other shape fits nothing.
+_RAGGED = {"4096 x 2112": (4096, 2112), "1000 x 333": (1000, 333)}
 
 
 def hopper() -> list[Case]:
@@ -35,10 +37,19 @@ def _cases(kernel) -> list[Case]:
             cases.append(Case(f"{tile}, {name}", function, (x,)))
         both = functools.partial(kernel.quantize_both, power_of_two_scales=True)
         cases.append(Case(f"both orientations, powers of two, {name}", both, (x,)))
-    q = Quantized(
-        jax.ShapeDtypeStruct(_SHAPE, E4M3),  # pyright: ignore[reportArgumentType]
-        jax.ShapeDtypeStruct((_SHAPE[0], _SHAPE[1] // 128), jnp.float32),  # pyright: ignore[reportArgumentType]
-        "1x128",
-    )
-    function = functools.partial(kernel.requantize_transposed, power_of_two_scales=True)
-    return [*cases, Case("requantised transposed", function, (q,))]
+    requantize = functools.partial(kernel.requantize_transposed, power_of_two_scales=True)
+    cases.append(Case("requantised transposed", requantize, (_quantized(_SHAPE),)))
+    for size, shape in _RAGGED.items():
+        both = functools.partial(kernel.quantize_both, power_of_two_scales=False)
+        blocks = functools.partial(kernel.quantize, tile="128x128", power_of_two_scales=False)
+        cases += [
+            Case(f"both orientations, bfloat16, {size}", both, (jax.ShapeDtypeStruct(shape, jnp.bfloat16),)),
+            Case(f"128x128, float32, {size}", blocks, (jax.ShapeDtypeStruct(shape, jnp.float32),)),
+            Case(f"requantised transposed, {size}", requantize, (_quantized(shape),)),
+        ]
+    return cases
+
+
+def _quantized(shape: tuple[int, int]) -> Quantized:
+    values = jax.ShapeDtypeStruct(shape, E4M3)
+    return Quantized(values, jax.ShapeDtypeStruct(scales_shape(shape, "1x128"), jnp.float32), "1x128")  # pyright: ignore

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors, pad_last, swizzled
+from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors, pad_to, swizzled
 from pallas_kernels.quantize.quantized import E4M3, Quantized, Tile
 from pallas_kernels.quantize.reference import magnitude_bits, scales_from_magnitude, values_from_scaled
 
@@ -58,77 +58,77 @@ def requantize_transposed(
     q: Quantized, power_of_two_scales: bool, *, interpret: plgpu.InterpretGPUParams | None = None
 ) -> Quantized:
     """The transpose of `q` (1x128 tiles) quantised anew in 1x128 tiles."""
-    m, k = q.shape
-    values, scales = pad_last(q.values, 16), pad_last(q.scales.T, TILE)
-    rows = m + -m % 16
+    (m, k), values = q.shape, pad_to(q.values, 32, 32)
+    rows, columns = values.shape
     kernel = functools.partial(_requantize_kernel, power_of_two=power_of_two_scales)
     out_values, out_scales = _launch(
         kernel,
         "requantize_transposed",
-        (m, k),
-        [jax.ShapeDtypeStruct((k, rows), E4M3), _scales_struct(m, k)],
+        (rows, columns),
+        [jax.ShapeDtypeStruct((columns, rows), E4M3), _scales_struct(rows, columns)],
         {
-            "q_smem": plgpu.SMEM((TILE, TILE), E4M3, transforms=swizzled(TILE, E4M3)),
+            "q_smem": _tile_smem(E4M3, columns),
             "scales_smem": plgpu.SMEM((TILE,), jnp.float32),
-            "x_smem": plgpu.SMEM((TILE, TILE), jnp.float32, transforms=swizzled(TILE, jnp.float32)),
-            "values_smem": plgpu.SMEM((TILE, TILE), E4M3, transforms=swizzled(TILE, E4M3)),
+            "x_smem": _tile_smem(jnp.float32, TILE),
+            "values_smem": _tile_smem(E4M3, rows),
             "out_scales_smem": plgpu.SMEM((TILE,), jnp.float32),
             "arrived": plgpu.Barrier(num_arrivals=2),
         },
         interpret,
-    )(values, scales)
-    return Quantized(out_values[:, :m], out_scales[:, :k].T, "1x128")
+    )(values, pad_to(q.scales.T, 4))
+    return Quantized(_cut(out_values, k, m), _cut(out_scales, out_scales.shape[0], k).T, "1x128")
 
 
 def _quantize_tiles(x, power_of_two, interpret, *, rows: bool, columns: bool) -> list[Quantized]:
     """Along the rows, or along the columns (transposed), or both in this order."""
-    m, k = x.shape
-    padded = pad_last(x, 16)
-    out_types, outs = [], []
-    if rows:
-        out_types += [jax.ShapeDtypeStruct(padded.shape, E4M3), _scales_struct(k, m)]
-    if columns:
-        out_types += [jax.ShapeDtypeStruct((k, m + -m % 16), E4M3), _scales_struct(m, k)]
+    (m, k), x = x.shape, pad_to(x, 32 if columns else 8, 32)
+    padded_m, padded_k = x.shape
+    out_types, scratch = [], {"x_smem": _tile_smem(x.dtype, padded_k), "arrived": plgpu.Barrier()}
+    for wanted, name, (height, width) in (
+        (rows, "rows_smem", (padded_m, padded_k)),
+        (columns, "columns_smem", (padded_k, padded_m)),
+    ):
+        scratch[name] = (_tile_smem(E4M3, width), plgpu.SMEM((TILE,), jnp.float32)) if wanted else None
+        if wanted:
+            out_types += [jax.ShapeDtypeStruct((height, width), E4M3), _scales_struct(width, height)]
     kernel = functools.partial(_tiles_kernel, power_of_two=power_of_two)
-    out_smem = (
-        plgpu.SMEM((TILE, TILE), E4M3, transforms=swizzled(TILE, E4M3)),
-        plgpu.SMEM((TILE,), jnp.float32),
-    )
-    scratch: dict[str, Any] = {
-        "x_smem": plgpu.SMEM((TILE, TILE), x.dtype, transforms=swizzled(TILE, x.dtype)),
-        "rows_smem": out_smem if rows else None,
-        "columns_smem": out_smem if columns else None,
-        "arrived": plgpu.Barrier(),
-    }
     name = "quantize_" + "_and_".join(["rows"] * rows + ["columns"] * columns)
-    results = _launch(kernel, name, (m, k), out_types, scratch, interpret)(padded)
-    if rows:
-        outs.append(Quantized(results[0][:, :k], results[1][:, :m].T, "1x128"))
-    if columns:
-        outs.append(Quantized(results[-2][:, :m], results[-1][:, :k].T, "1x128"))
-    return outs
+    results = _launch(kernel, name, x.shape, out_types, scratch, interpret)(x)
+    shapes = [(m, k)] * rows + [(k, m)] * columns
+    return [
+        Quantized(_cut(values, *shape), _cut(scales, pl.cdiv(shape[1], TILE), shape[0]).T, "1x128")
+        for shape, values, scales in zip(shapes, results[::2], results[1::2], strict=True)
+    ]
 
 
 def _quantize_blocks(x, power_of_two, interpret) -> Quantized:
-    m, k = x.shape
-    padded = pad_last(x, 16)
+    (m, k), x = x.shape, pad_to(x, 8, 32)
     values, scales = _launch(
         functools.partial(_blocks_kernel, power_of_two=power_of_two),
         "quantize_blocks",
-        (m, k),
+        x.shape,
         [
-            jax.ShapeDtypeStruct(padded.shape, E4M3),
+            jax.ShapeDtypeStruct(x.shape, E4M3),
             jax.ShapeDtypeStruct((pl.cdiv(m, TILE), pl.cdiv(k, TILE)), jnp.float32),
         ],
         {
-            "x_smem": plgpu.SMEM((TILE, TILE), x.dtype, transforms=swizzled(TILE, x.dtype)),
-            "values_smem": plgpu.SMEM((TILE, TILE), E4M3, transforms=swizzled(TILE, E4M3)),
+            "x_smem": _tile_smem(x.dtype, x.shape[1]),
+            "values_smem": _tile_smem(E4M3, x.shape[1]),
             "scale_smem": plgpu.SMEM((HALF,), jnp.float32),
             "arrived": plgpu.Barrier(),
         },
         interpret,
-    )(padded)
-    return Quantized(values[:, :k], scales, "128x128")
+    )(x)
+    return Quantized(_cut(values, m, k), scales, "128x128")
+
+
+def _tile_smem(dtype, extent: int):
+    """A tile of an array whose rows have `extent` elements."""
+    return plgpu.SMEM((TILE, TILE), dtype, transforms=swizzled(TILE, dtype, extent))
+
+
+def _cut(x: Array, rows: int, columns: int) -> Array:
+    return x if x.shape == (rows, columns) else x[:rows, :columns]
 
 
 def _scales_struct(contraction: int, others: int) -> jax.ShapeDtypeStruct:
@@ -136,7 +136,7 @@ def _scales_struct(contraction: int, others: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((pl.cdiv(contraction, TILE), others + -others % 4), jnp.float32)
 
 
-def _launch(kernel, name: str, shape: tuple[int, int], out_types, scratch: dict[str, Any], interpret):
+def _launch(kernel, name: str, shape: tuple[int, ...], out_types, scratch: dict[str, Any], interpret):
     """`kernel`, told its grid of tiles, one warpgroup a block, as many blocks as find room and each with many tiles."""
     tiles = pl.cdiv(shape[0], TILE), pl.cdiv(shape[1], TILE)
     used = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(scratch) if isinstance(s, pl.MemoryRef))
