@@ -7,19 +7,21 @@ the state is one number: how many rows all shards together have taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
 from jaxtyping import Int32
 
 from dsv3_jax.data.epoch import Epoch, Recipe
 from dsv3_jax.data.packing import Row
+from dsv3_jax.data.worker_processes import is_death_of_worker, read_ahead
 from dsv3_jax.errors import UserError
 
 _ENDLESS = 2**62
+_ATTEMPTS = 3  # at a batch, each with new workers
 
 
 class EndlessRows:
@@ -69,13 +71,17 @@ class TrainIterator:
         self._shard_index, self._shard_count = shard_index, shard_count
         self._worker_count = worker_count
         self._rows_taken = 0  # by all shards
-        self._rows: Iterator[Row] | None = None
+        self._rows: list[grain.DatasetIterator[Row]] = []  # one, when open
+        # Also when the program ends without `close`: left to the interpreter's last moments, grain loses its way.
+        weakref.finalize(self, _close_all, self._rows)
 
     def next_rows(self, count: int) -> tuple[Int32[np.ndarray, "count T_plus_1"], Int32[np.ndarray, "count T_plus_1"]]:
-        """The next `count` rows of this shard: tokens and segment ids. All shards must ask for equally many."""
-        if self._rows is None:
-            self._rows = self._open()
-        rows = [next(self._rows) for _ in range(count)]
+        """The next `count` rows of this shard: tokens and segment ids. All shards must ask for equally many.
+
+        Raises:
+          UserError: worker processes die again and again.
+        """
+        rows = self._read(count)
         self._rows_taken += count * self._shard_count
         tokens, segment_ids = zip(*rows, strict=True)
         return np.stack(tokens), np.stack(segment_ids)
@@ -113,22 +119,36 @@ class TrainIterator:
 
     def close(self) -> None:
         """Ends worker processes; the next rows start them again."""
-        if self._rows is not None and hasattr(self._rows, "close"):
-            self._rows.close()  # pyright: ignore[reportAttributeAccessIssue]
-        self._rows = None
+        _close_all(self._rows)
 
-    def _open(self) -> Iterator[Row]:
+    def _read(self, count: int) -> list[Row]:
+        for _ in range(_ATTEMPTS):
+            if not self._rows:
+                self._rows.append(self._open())
+            try:
+                return [next(self._rows[0]) for _ in range(count)]
+            except RuntimeError as error:
+                if not is_death_of_worker(error):
+                    raise
+                self.close()  # the batch begins anew: where the run stands has not moved
+        raise UserError(
+            f"worker processes of the data died {_ATTEMPTS} times in a row, killed or out of memory: give a "
+            f"data.worker_count below {self._worker_count}, or 0 to read in the training process"
+        )
+
+    def _open(self) -> grain.DatasetIterator[Row]:
         """Grain's iterator over this shard's rows from where the run stands."""
         start = self._rows_taken + self._shard_index
         shard = grain.MapDataset.source(self._source)[start :: self._shard_count]
         rows = shard.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
         if self._worker_count:
-            if not flags.FLAGS.is_parsed():  # grain reads absl's flags, which only an absl program has parsed
-                flags.FLAGS.mark_as_parsed()
-            rows = rows.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self._worker_count, per_worker_buffer_size=16)
-            )
+            rows = read_ahead(rows, self._worker_count)
         return iter(rows)
+
+
+def _close_all(opened: list[grain.DatasetIterator[Row]]) -> None:
+    while opened:
+        opened.pop().close()
 
 
 def _describe_change(key: str, then: str | None, now: str | None) -> str:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -140,20 +145,65 @@ def test_restarts_change_nothing(folder: Path, cache: Path) -> None:
 
 
 def test_workers_give_the_same_rows(folder: Path, cache: Path) -> None:
+    """Also when a signal meant for the run reaches them, and when one of them is killed."""
     whole = prepare(folder, cache, **ALL).train_iterator()
     whole.next_rows(7)
     state = whole.state()
-    first, second = whole.next_rows(30), whole.next_rows(295)
+    counts = (30, 150, 145)
+    expected = [whole.next_rows(count) for count in counts]
     assert whole.epoch >= 1
     workers = prepare(folder, cache, worker_count=2, **ALL).train_iterator()
     workers.set_state(state)
     try:
-        for expected, count in ((first, 30), (second, 295)):
-            for ours, theirs in zip(workers.next_rows(count), expected, strict=True):
+        for rows, count, number in zip(expected, counts, (signal.SIGINT, signal.SIGTERM, signal.SIGKILL), strict=True):
+            for ours, theirs in zip(workers.next_rows(count), rows, strict=True):
                 np.testing.assert_array_equal(ours, theirs)
+            alive = multiprocessing.active_children()
+            assert len(alive) == 2
+            for process in alive[: 1 if number == signal.SIGKILL else 2]:
+                os.kill(process.pid or 0, number)
+        for ours, theirs in zip(workers.next_rows(60), whole.next_rows(60), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
         assert workers.state() == whole.state()
     finally:
         workers.close()
+    assert not multiprocessing.active_children()
+
+
+def test_workers_that_keep_dying_are_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterator = prepare(folder, worker_count=2).train_iterator()
+    started = []
+
+    class Dying:
+        def __next__(self) -> None:
+            raise RuntimeError("Worker process was terminated unexpectedly with exit code -9. Search the logs above")
+
+        def close(self) -> None:
+            started.append(self)
+
+    monkeypatch.setattr(iterator, "_open", Dying)
+    with pytest.raises(
+        UserError, match=r"died 3 times in a row, killed or out of memory: give a data\.worker_count below 2"
+    ):
+        iterator.next_rows(1)
+    assert len(started) == 3
+    assert iterator.state()["rows_taken"] == 0
+
+
+def test_workers_end_with_a_killed_parent() -> None:
+    """They hold the pipe of the program's output open, so `run` returns only when they have ended too."""
+    program = """
+import multiprocessing, os, signal, time
+from dsv3_jax.data.worker_processes import _live_as_long_as_the_parent
+pool = multiprocessing.get_context("spawn").Pool(1, _live_as_long_as_the_parent, (0, 1))
+pool.apply(time.sleep, (0,))
+pool.apply_async(time.sleep, (300,))
+print("working", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "working\n"
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_rows_depend_on_the_seed(folder: Path) -> None:
