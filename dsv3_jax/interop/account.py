@@ -137,7 +137,7 @@ def _without_absent_mtp(
     without = config.replace(num_nextn_predict_layers=0)
     found = {name for name in checkpoint.names if is_mtp(without, name) and not carries_nothing(name)}
     if not mtp:
-        return without, found, [f"MTP is left out ({len(found):,} tensors)"] if found else []
+        return without, found, []
     if not found:
         line = (
             f"{checkpoint.path}: config.json says {config.num_nextn_predict_layers} MTP modules, "
