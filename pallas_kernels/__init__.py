@@ -1,8 +1,14 @@
 """Kernels of the DeepSeek-V3 system: arrays in, arrays out, on jax alone."""
 
 from pallas_kernels.blockwise_matmul import blockwise_matmul
+from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul
 from pallas_kernels.fp8_matmul import fp8_matmul
-from pallas_kernels.grouped_matmul import grouped_matmul, preferred_row_alignment
+from pallas_kernels.grouped_matmul import (
+    grouped_matmul,
+    grouped_weight_gradient,
+    masked_grouped_matmul,
+    preferred_row_alignment,
+)
 from pallas_kernels.quantize import Quantized, dequantize, quantize, quantize_both, requantize_transposed
 from pallas_kernels.routing import Gates, Permutation, combine, gate, permute
 
@@ -13,9 +19,12 @@ __all__ = [
     "blockwise_matmul",
     "combine",
     "dequantize",
+    "fp8_grouped_matmul",
     "fp8_matmul",
     "gate",
     "grouped_matmul",
+    "grouped_weight_gradient",
+    "masked_grouped_matmul",
     "permute",
     "preferred_row_alignment",
     "quantize",

@@ -1,4 +1,13 @@
-"""Matrix products over groups of rows, one weight matrix a group: the experts of a mixture."""
+"""Matrix products over groups of rows, one weight matrix a group: the experts of a mixture.
+
+Plain operands (float32, bfloat16) or FP8 ones (`Quantized`, report section 3.3.2), in three forms:
+
+    grouped_matmul            rows contiguous by group      out[r]  = lhs[r] · rhs[group of r]ᵀ
+    grouped_weight_gradient   groups along the contraction  out[g]  = lhs[rows of g]ᵀ · rhs[rows of g]
+    masked_grouped_matmul     a fixed room a group          out[g, r] = lhs[g, r] · rhs[g]ᵀ for r < counts[g]
+
+The first is differentiable in plain operands; `fp8_grouped_matmul` is the differentiable FP8 product.
+"""
 
 from __future__ import annotations
 
@@ -6,83 +15,127 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import Implementation, choose_implementation
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul import dispatch
+from pallas_kernels.grouped_matmul.checks import check_contraction, check_masked, check_rows
+from pallas_kernels.quantize.quantized import Quantized
 
-__all__ = ["grouped_matmul", "preferred_row_alignment"]
+__all__ = ["grouped_matmul", "grouped_weight_gradient", "masked_grouped_matmul", "preferred_row_alignment"]
 
 _BLOCKS = (64, 32, 16, 8, 4, 2, 1)
+_KERNEL_ALIGNMENT = 128  # rows of a kernel's tile, and of an FP8 tile along the rows
 
 
 def preferred_row_alignment(rows: int, groups: int, implementation: Implementation | None = None) -> int:
     """What to pad each group to so that the product of `rows` rows over `groups` groups is fastest.
 
-    Padding costs half a block a group on average, small blocks cost trips: the block is the largest of up to 64 rows
-    that an even group would fill.
+    A tile's rows on an accelerator. On a CPU padding costs half a block a group on average and small blocks cost
+    trips: the block is the largest of up to 64 rows that an even group would fill. FP8 products need 128 everywhere.
     """
-    choose_implementation(implementation)
+    if choose_implementation(implementation, dispatch.KERNELS) != "reference":
+        return _KERNEL_ALIGNMENT
     even = max(rows // groups, 1)
     return next(block for block in _BLOCKS if block <= even)
 
 
 def grouped_matmul(
-    lhs: Float[Array, "M K"],
-    rhs: Float[Array, "G N K"],
+    lhs: Float[Array, "M K"] | Quantized,
+    rhs: Float[Array, "G N K"] | Quantized,
     group_sizes: Int[Array, " G"],
     *,
     row_alignment: int = 1,
-    out_dtype: jnp.dtype | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "M N"]:
-    """lhs[r] · rhs[g]ᵀ for each row r of group g, summed in float32; differentiable in `lhs` and `rhs`.
+    """lhs[r] · rhs[g]ᵀ for each row r of group g, summed in float32; differentiable in plain operands.
 
     Args:
-      lhs: rows contiguous by group, in the order of the groups; float32 or bfloat16.
-      rhs: one matrix a group, [out, in]; dtype of `lhs`.
+      lhs: rows contiguous by group, in the order of the groups; float32 or bfloat16, or FP8 in 1x128 tiles.
+      rhs: one matrix a group, [out, in]; dtype of `lhs`, or FP8 in 128x128 blocks.
       group_sizes: rows of each group. They may add up to fewer than M: the rows after them give zeros.
-      row_alignment: the caller's promise that M and every group size are multiples of it.
-      out_dtype: of the result; that of `lhs` unless given.
+      row_alignment: the caller's promise that M and every group size are multiples of it. Rows are copied into an
+        aligned layout and back where kernels need more (128), so promise what is true.
+      out_dtype: of the result; that of `lhs` (bfloat16 for FP8) unless given.
 
     Raises:
-      ValueError, TypeError: shapes or dtypes that do not fit, named.
+      ValueError, TypeError: shapes or dtypes that do not fit, named; an implementation that cannot run here.
     """
-    _check(lhs, rhs, group_sizes, row_alignment)
-    choose_implementation(implementation)
-    return _grouped_matmul(lhs, rhs, group_sizes, row_alignment, jnp.dtype(out_dtype or lhs.dtype))
+    quantized = check_rows(lhs, rhs, group_sizes, row_alignment)
+    implementation = dispatch.choose(implementation, lhs)
+    out_dtype = jnp.dtype(out_dtype or (jnp.bfloat16 if quantized else lhs.dtype))  # pyright: ignore
+    if quantized:
+        return dispatch.rows_by_quantized_weights(lhs, rhs, group_sizes, row_alignment, out_dtype, implementation)  # pyright: ignore
+    return _grouped_matmul(lhs, rhs, group_sizes, row_alignment, out_dtype, implementation)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped_matmul(lhs, rhs, group_sizes, row_alignment, out_dtype):
-    return reference.rows_by_weights(lhs, rhs, group_sizes, row_alignment).astype(out_dtype)
+def grouped_weight_gradient(
+    lhs: Float[Array, "M N"] | Quantized,
+    rhs: Float[Array, "M K"] | Quantized,
+    group_sizes: Int[Array, " G"],
+    *,
+    row_alignment: int = 1,
+    implementation: Implementation | None = None,
+) -> Float[Array, "G N K"]:
+    """lhs[rows of g]ᵀ · rhs[rows of g] for every group g, float32; zeros for an empty group. Not differentiable.
+
+    Args:
+      lhs, rhs: float32 or bfloat16, rows contiguous by group as in `grouped_matmul`; or FP8 and transposed, [N, M]
+        and [K, M], in 1x128 tiles along the rows (as `quantize_both` gives them). FP8 groups are multiples of 128.
+      row_alignment: the caller's promise that M and every group size are multiples of it.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that do not fit, named; an implementation that cannot run here.
+    """
+    quantized = check_contraction(lhs, rhs, group_sizes, row_alignment)
+    implementation = dispatch.choose(implementation, lhs)
+    if quantized:
+        return dispatch.quantized_rows_by_rows(lhs, rhs, group_sizes, row_alignment, implementation)  # pyright: ignore
+    return dispatch.rows_by_rows(lhs, rhs, group_sizes, row_alignment, implementation)  # pyright: ignore
 
 
-def _forward(lhs, rhs, group_sizes, row_alignment, out_dtype):
-    return _grouped_matmul(lhs, rhs, group_sizes, row_alignment, out_dtype), (lhs, rhs, group_sizes)
+def masked_grouped_matmul(
+    lhs: Float[Array, "G M K"] | Quantized,
+    rhs: Float[Array, "G N K"] | Quantized,
+    counts: Int[Array, " G"],
+    *,
+    out_dtype: DTypeLike | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "G M N"]:
+    """lhs[g, r] · rhs[g]ᵀ for r < counts[g] and zeros for the other rows: the layout for decoding.
+
+    Room for M rows a group is fixed, so that a captured program serves every step; kernels skip tiles without rows.
+    Operands as in `grouped_matmul`. Not differentiable.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that do not fit, named; an implementation that cannot run here.
+    """
+    quantized = check_masked(lhs, rhs, counts)
+    implementation = dispatch.choose(implementation, lhs)
+    out_dtype = jnp.dtype(out_dtype or (jnp.bfloat16 if quantized else lhs.dtype))  # pyright: ignore
+    return dispatch.masked(lhs, rhs, counts, out_dtype, implementation)
 
 
-def _backward(row_alignment, out_dtype, residuals, out_bar):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _grouped_matmul(lhs, rhs, group_sizes, row_alignment, out_dtype, implementation):
+    return dispatch.rows_by_weights(lhs, rhs, group_sizes, row_alignment, out_dtype, implementation)
+
+
+def _forward(lhs, rhs, group_sizes, row_alignment, out_dtype, implementation):
+    out = _grouped_matmul(lhs, rhs, group_sizes, row_alignment, out_dtype, implementation)
+    return out, (lhs, rhs, group_sizes)
+
+
+def _backward(row_alignment, out_dtype, implementation, residuals, out_bar):
     lhs, rhs, group_sizes = residuals
     out_bar = out_bar.astype(lhs.dtype)
-    lhs_bar = reference.rows_by_weights(out_bar, jnp.swapaxes(rhs, 1, 2), group_sizes, row_alignment)
-    rhs_bar = reference.rows_by_rows(out_bar, lhs, group_sizes, row_alignment)
-    return lhs_bar.astype(lhs.dtype), rhs_bar.astype(rhs.dtype), None
+    lhs_bar = dispatch.rows_by_weights(
+        out_bar, rhs, group_sizes, row_alignment, lhs.dtype, implementation, transposed=True
+    )
+    rhs_bar = dispatch.rows_by_rows(out_bar, lhs, group_sizes, row_alignment, implementation)
+    return lhs_bar, rhs_bar.astype(rhs.dtype), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)
-
-
-def _check(lhs, rhs, group_sizes, row_alignment) -> None:
-    if lhs.ndim != 2:
-        raise ValueError(f"lhs must be [rows, in], not of shape {lhs.shape}")
-    if rhs.ndim != 3 or rhs.shape[2] != lhs.shape[1]:
-        raise ValueError(f"rhs must be [groups, out, {lhs.shape[1]}] as lhs is {lhs.shape}, not {rhs.shape}")
-    if group_sizes.shape != rhs.shape[:1]:
-        raise ValueError(f"group_sizes must have shape ({rhs.shape[0]},) as rhs has groups, not {group_sizes.shape}")
-    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise TypeError(f"group_sizes must hold integers, not {group_sizes.dtype}")
-    if lhs.dtype != rhs.dtype:
-        raise TypeError(f"lhs and rhs must have one dtype, not {lhs.dtype} and {rhs.dtype}")
-    if row_alignment < 1 or lhs.shape[0] % row_alignment:
-        raise ValueError(f"row_alignment must divide the {lhs.shape[0]} rows of lhs, not {row_alignment}")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul.alignment import align, take_rows
 
 
 def by_loop(lhs, rhs, sizes):
@@ -30,13 +30,6 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["gathered weights", "loop over blocks"])
-def both_paths(request, monkeypatch):
-    """Small weights are gathered, large ones looped over: every case runs through each."""
-    monkeypatch.setattr(reference, "_SMALL_WEIGHTS", 0 if request.param == "loop over blocks" else 10**9)
-
-
-@pytest.mark.usefixtures("both_paths")
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
 def test_product_and_gradients(sizes):
     rng = np.random.default_rng(0)
@@ -55,17 +48,107 @@ def test_product_and_gradients(sizes):
         start += size
 
 
+@st.composite
+def ragged(draw, groups, rows):
+    """Sizes of `groups` groups that take at most `rows` rows: one shape, so that examples share a compilation."""
+    ends = sorted(draw(st.lists(st.integers(0, rows), min_size=groups, max_size=groups)))
+    return np.diff([0, *ends]).tolist()
+
+
 @settings(max_examples=20, deadline=None)
-@given(sizes=st.lists(st.integers(0, 7), min_size=1, max_size=6), spare=st.integers(0, 5), seed=st.integers(0, 99))
-def test_sizes_that_are_no_multiple_of_anything(sizes, spare, seed):
+@given(sizes=ragged(4, 19), seed=st.integers(0, 99))
+def test_sizes_that_are_no_multiple_of_anything(sizes, seed):
     rng = np.random.default_rng(seed)
-    rows = sum(sizes) + spare
-    if rows == 0:
-        return
-    lhs = rng.normal(size=(rows, 4)).astype(np.float32)
-    rhs = rng.normal(size=(len(sizes), 3, 4)).astype(np.float32)
+    lhs, rhs = rng.normal(size=(19, 4)).astype(np.float32), rng.normal(size=(4, 3, 4)).astype(np.float32)
     out = pk.grouped_matmul(jnp.asarray(lhs), jnp.asarray(rhs), jnp.asarray(sizes, jnp.int32))
     np.testing.assert_allclose(out, by_loop(lhs, rhs, sizes), atol=1e-5)
+
+
+def test_small_promises_are_aligned_anew():
+    """Many rows with no alignment promised: the product and the weight gradient copy them into blocks and back."""
+    sizes = [33, 0, 1, 20]
+    rng = np.random.default_rng(6)
+    lhs, rhs = rng.normal(size=(64, 4)).astype(np.float32), rng.normal(size=(4, 3, 4)).astype(np.float32)
+    out, pull = jax.vjp(
+        lambda *operands: pk.grouped_matmul(*operands, jnp.asarray(sizes)), jnp.asarray(lhs), jnp.asarray(rhs)
+    )
+    np.testing.assert_allclose(out, by_loop(lhs, rhs, sizes), atol=1e-5)
+    lhs_bar, rhs_bar = pull(out)
+    np.testing.assert_allclose(lhs_bar, by_loop(np.asarray(out), rhs.transpose(0, 2, 1), sizes), atol=1e-4)
+    ends = np.cumsum(sizes)
+    for g, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
+        np.testing.assert_allclose(rhs_bar[g], np.asarray(out)[start:end].T @ lhs[start:end], atol=1e-4)
+
+
+def relative_error(got, wanted):
+    return np.linalg.norm(np.asarray(got, "f8") - wanted) / np.linalg.norm(wanted)
+
+
+def fp8_operands(sizes, rows, n, k):
+    keys = jax.random.split(jax.random.key(4), 3)
+    lhs, out_bar = jax.random.normal(keys[0], (rows, k)), jax.random.normal(keys[2], (rows, n))
+    return lhs, jax.random.normal(keys[1], (len(sizes), n, k)), out_bar, jnp.asarray(sizes, jnp.int32)
+
+
+def plain(q):
+    return np.asarray(pk.dequantize(q), "f8")
+
+
+def test_fp8_forms_are_the_products_of_the_quantised_operands():
+    """Forward, input gradient and weight gradient, to float32 rounding; rows past the groups hold rubbish."""
+    sizes = [128, 0, 256]
+    lhs, rhs, out_bar, group_sizes = fp8_operands(sizes, 512, 140, 130)
+    out, pull = jax.vjp(lambda lhs, rhs: pk.fp8_grouped_matmul(lhs, rhs, group_sizes), lhs, rhs)
+    lhs_bar, rhs_bar = pull(out_bar)
+    qx, qw = pk.quantize(lhs, tile="1x128"), pk.quantize(rhs, tile="128x128")
+    assert relative_error(out, by_loop(plain(qx), plain(qw), sizes)) < 1e-6
+    rows, columns = pk.quantize_both(out_bar)
+    assert relative_error(lhs_bar, by_loop(plain(rows), plain(qw).transpose(0, 2, 1), sizes)) < 1e-6
+    x_columns = plain(pk.requantize_transposed(qx))
+    wanted = [plain(columns)[:, a:b] @ x_columns[:, a:b].T for a, b in ((0, 128), (128, 128), (128, 384))]
+    assert relative_error(rhs_bar, np.stack(wanted)) < 1e-6
+    # And near the plain product: e4m3 rounds by 1/28 in the mean square, two operands by sqrt(2) times that.
+    assert relative_error(out, by_loop(np.asarray(lhs), np.asarray(rhs), sizes)) < 0.05
+
+
+def test_fp8_rows_of_any_group_size():
+    sizes = [3, 0, 20]
+    lhs, rhs, _, group_sizes = fp8_operands(sizes, 25, 9, 150)
+    qx, qw = pk.quantize(lhs, tile="1x128"), pk.quantize(rhs, tile="128x128")
+    out = pk.grouped_matmul(qx, qw, group_sizes)
+    assert out.dtype == jnp.bfloat16
+    assert relative_error(out, by_loop(plain(qx), plain(qw), sizes)) < 2**-8
+
+
+def test_masked_layout():
+    rng = np.random.default_rng(5)
+    lhs, rhs = rng.normal(size=(3, 6, 140)).astype("f4"), rng.normal(size=(3, 5, 140)).astype("f4")
+    counts = jnp.array([6, 0, 2])
+    wanted = np.einsum("gmk,gnk->gmn", lhs.astype("f8"), rhs)
+    for g, count in enumerate(counts):
+        wanted[g, count:] = 0
+    lhs[1] = np.nan  # what lies past the counts is never used
+    assert relative_error(pk.masked_grouped_matmul(jnp.asarray(lhs), jnp.asarray(rhs), counts), wanted) < 1e-6
+    lhs[1] = 0
+    quantized = pk.quantize(jnp.asarray(lhs), tile="1x128"), pk.quantize(jnp.asarray(rhs), tile="128x128")
+    assert relative_error(pk.masked_grouped_matmul(*quantized, counts), wanted) < 0.05
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=ragged(5, 24), granule=st.sampled_from([3, 8]))
+def test_aligned_layout_holds_every_row_once(sizes, granule):
+    rows = 24
+    layout = align(rows, jnp.asarray(sizes, jnp.int32), granule)
+    padded = [-(-size // granule) * granule for size in sizes]
+    np.testing.assert_array_equal(layout.group_sizes, padded)
+    wanted, start = [], 0
+    for size, room in zip(sizes, padded, strict=True):
+        wanted += [*range(start, start + size), *[rows] * (room - size)]
+        start += size
+    wanted += [rows] * (len(layout.source) - len(wanted))
+    np.testing.assert_array_equal(layout.source, wanted)
+    back = take_rows(take_rows(jnp.arange(1, rows + 1), layout.source), layout.destination)
+    np.testing.assert_array_equal(back, [*range(1, sum(sizes) + 1), *[0] * (rows - sum(sizes))])
 
 
 def test_bfloat16_is_summed_in_float32():
@@ -95,9 +178,29 @@ def test_preferred_alignment_follows_the_even_share():
         ({"rhs": jnp.zeros((2, 5, 6), jnp.bfloat16)}, TypeError, "one dtype"),
         ({"row_alignment": 3}, ValueError, "row_alignment must divide"),
         ({"implementation": "tpu"}, ValueError, "tpu"),
+        ({"lhs": pk.quantize(jnp.zeros((8, 6)), tile="1x128")}, TypeError, "both be Quantized"),
     ],
 )
 def test_wrong_arguments_are_named(change, error, named):
     arguments = {"lhs": jnp.zeros((8, 6)), "rhs": jnp.zeros((2, 5, 6)), "group_sizes": jnp.array([4, 4])} | change
     with pytest.raises(error, match=named):
         pk.grouped_matmul(**arguments)
+
+
+def test_wrong_arguments_of_the_other_forms_are_named():
+    lhs, sizes = jnp.zeros((8, 6)), jnp.array([4, 4])
+    with pytest.raises(ValueError, match="same rows along axis 0"):
+        pk.grouped_weight_gradient(lhs, lhs[:4], sizes)
+    q = pk.quantize(jnp.zeros((5, 128)), tile="1x128")
+    with pytest.raises(ValueError, match="multiple of 128 for FP8 operands"):
+        pk.grouped_weight_gradient(q, q, sizes)
+    with pytest.raises(ValueError, match="lhs must be in 1x128 tiles"):
+        pk.grouped_weight_gradient(pk.quantize(jnp.zeros((5, 128)), tile="128x128"), q, sizes, row_alignment=128)
+    with pytest.raises(ValueError, match=r"lhs must be \[groups, rows, in\]"):
+        pk.masked_grouped_matmul(lhs, jnp.zeros((2, 5, 6)), sizes)
+    with pytest.raises(ValueError, match="counts must have shape"):
+        pk.masked_grouped_matmul(jnp.zeros((2, 4, 6)), jnp.zeros((2, 5, 6)), sizes[:1])
+    with pytest.raises(ValueError, match="row_alignment must be a multiple of 128"):
+        pk.fp8_grouped_matmul(lhs, jnp.zeros((2, 5, 6)), sizes, row_alignment=8)
+    with pytest.raises(TypeError, match="rhs must be float32 or bfloat16"):
+        pk.fp8_grouped_matmul(lhs, jnp.zeros((2, 5, 6), jnp.int32), sizes)

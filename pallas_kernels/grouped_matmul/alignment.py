@@ -1,0 +1,49 @@
+"""Groups of any size laid out anew so that each starts at a multiple of what a kernel's tiles need."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class Alignment(NamedTuple):
+    """Where rows go.
+
+    Attributes:
+      source: the row that each aligned row holds; M where it holds none.
+      destination: the aligned row of each row; one past the end for rows that belong to no group.
+      group_sizes: of the aligned layout.
+    """
+
+    source: Int[Array, " aligned"]
+    destination: Int[Array, " M"]
+    group_sizes: Int[Array, " G"]
+
+
+def align(rows: int, group_sizes: Int[Array, " G"], granule: int) -> Alignment:
+    """The layout in which every group starts at a multiple of `granule`."""
+    groups = group_sizes.shape[0]
+    most = rows + min(groups, rows) * (granule - 1)
+    aligned_rows = -(-most // granule) * granule
+    sizes = -(-group_sizes // granule) * granule
+    starts, aligned_starts = jnp.cumsum(group_sizes) - group_sizes, jnp.cumsum(sizes) - sizes
+
+    group, offset, within = _locate(jnp.arange(aligned_rows), aligned_starts, group_sizes)
+    source = jnp.where(within, starts[group] + offset, rows)
+    group, offset, within = _locate(jnp.arange(rows), starts, group_sizes)
+    destination = jnp.where(within, aligned_starts[group] + offset, aligned_rows)
+    return Alignment(source, destination, sizes.astype(group_sizes.dtype))
+
+
+def take_rows(x: Float[Array, "rows ..."], index: Int[Array, " wanted"]) -> Float[Array, "wanted ..."]:
+    """Rows of `x`; zeros where the index is past its end."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _locate(row, starts, sizes):
+    """The last group that starts at or before each row, how far into it the row is, and whether it holds the row."""
+    group = jnp.searchsorted(starts, row, side="right") - 1
+    offset = row - starts[group]
+    return group, offset, offset < sizes[group]

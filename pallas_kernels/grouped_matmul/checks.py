@@ -1,0 +1,94 @@
+"""What the operands of grouped products must be; every error names the argument, what it is and what it should be."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from pallas_kernels.quantize.quantized import Quantized, check_quantized
+
+FP8_ROWS = 128
+
+
+def check_rows(lhs, rhs, group_sizes, row_alignment: int) -> bool:
+    """Of rows by weights; True when both operands are FP8."""
+    quantized = _both_or_neither(lhs, rhs)
+    if quantized:
+        check_quantized("lhs", lhs)
+        check_quantized("rhs", rhs)
+    if len(lhs.shape) != 2:
+        raise ValueError(f"lhs must be [rows, in], not of shape {lhs.shape}")
+    if len(rhs.shape) != 3 or rhs.shape[2] != lhs.shape[1]:
+        raise ValueError(f"rhs must be [groups, out, {lhs.shape[1]}] as lhs is {lhs.shape}, not {rhs.shape}")
+    if quantized:
+        _check_tiles(lhs, rhs, "128x128")
+    _check_group_vector("group_sizes", group_sizes, rhs.shape[0])
+    _check_alignment(lhs.shape[0], row_alignment)
+    return quantized
+
+
+def check_contraction(lhs, rhs, group_sizes, row_alignment: int) -> bool:
+    """Of rows by rows; True when both operands are FP8 (and transposed)."""
+    quantized = _both_or_neither(lhs, rhs)
+    if quantized:
+        check_quantized("lhs", lhs, ndim=2)
+        check_quantized("rhs", rhs, ndim=2)
+        _check_tiles(lhs, rhs, "1x128")
+    axis = 1 if quantized else 0
+    for name, operand in (("lhs", lhs), ("rhs", rhs)):
+        if len(operand.shape) != 2:
+            raise ValueError(f"{name} must have 2 dimensions, not shape {operand.shape}")
+    if lhs.shape[axis] != rhs.shape[axis]:
+        raise ValueError(f"lhs and rhs must have the same rows along axis {axis}, not {lhs.shape} and {rhs.shape}")
+    if group_sizes.ndim != 1:
+        raise ValueError(f"group_sizes must have one dimension, not shape {group_sizes.shape}")
+    _check_group_vector("group_sizes", group_sizes, group_sizes.shape[0])
+    _check_alignment(lhs.shape[axis], row_alignment)
+    if quantized and row_alignment % FP8_ROWS:
+        raise ValueError(
+            f"row_alignment must be a multiple of {FP8_ROWS} for FP8 operands, whose tiles run along the rows, "
+            f"not {row_alignment}"
+        )
+    return quantized
+
+
+def check_masked(lhs, rhs, counts) -> bool:
+    """Of the masked layout; True when both operands are FP8."""
+    quantized = _both_or_neither(lhs, rhs)
+    if quantized:
+        check_quantized("lhs", lhs, ndim=3)
+        check_quantized("rhs", rhs, ndim=3)
+        _check_tiles(lhs, rhs, "128x128")
+    if len(lhs.shape) != 3:
+        raise ValueError(f"lhs must be [groups, rows, in], not of shape {lhs.shape}")
+    if len(rhs.shape) != 3 or rhs.shape[0] != lhs.shape[0] or rhs.shape[2] != lhs.shape[2]:
+        raise ValueError(f"rhs must be [{lhs.shape[0]}, out, {lhs.shape[2]}] as lhs is {lhs.shape}, not {rhs.shape}")
+    _check_group_vector("counts", counts, lhs.shape[0])
+    return quantized
+
+
+def _both_or_neither(lhs, rhs) -> bool:
+    quantized = [isinstance(operand, Quantized) for operand in (lhs, rhs)]
+    if any(quantized) != all(quantized):
+        raise TypeError("lhs and rhs must both be Quantized or both be arrays")
+    if not any(quantized) and lhs.dtype != rhs.dtype:
+        raise TypeError(f"lhs and rhs must have one dtype, not {lhs.dtype} and {rhs.dtype}")
+    return all(quantized)
+
+
+def _check_tiles(lhs: Quantized, rhs: Quantized, of_rhs: str) -> None:
+    if lhs.tile != "1x128":
+        raise ValueError(f"lhs must be in 1x128 tiles, not {lhs.tile}")
+    if rhs.tile != of_rhs:
+        raise ValueError(f"rhs must be in {of_rhs} tiles, not {rhs.tile}")
+
+
+def _check_group_vector(name: str, vector, groups: int) -> None:
+    if vector.shape != (groups,):
+        raise ValueError(f"{name} must have shape ({groups},) as rhs has groups, not {vector.shape}")
+    if not jnp.issubdtype(vector.dtype, jnp.integer):
+        raise TypeError(f"{name} must hold integers, not {vector.dtype}")
+
+
+def _check_alignment(rows: int, row_alignment: int) -> None:
+    if row_alignment < 1 or rows % row_alignment:
+        raise ValueError(f"row_alignment must divide the {rows} rows of lhs, not {row_alignment}")

@@ -1,0 +1,123 @@
+"""From checked operands to an implementation, with rows laid out as it needs them."""
+
+from __future__ import annotations
+
+import importlib
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.device import Implementation, choose_implementation
+from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul.alignment import align, take_rows
+from pallas_kernels.quantize.quantized import Quantized
+from pallas_kernels.quantize.reference import dequantize
+
+KERNELS: tuple[Implementation, ...] = ("reference",)
+TILE_ROWS = 128  # what the kernels ask group sizes to be multiples of
+_SMALLEST_BLOCK = 8  # on a CPU, smaller promises are aligned anew: a trip a row would cost more than the copy
+_FLOAT32 = jnp.dtype(jnp.float32)
+
+
+def choose(requested: Implementation | None, lhs: Array | Quantized) -> Implementation:
+    """The implementation for these operands; float32 ones have no kernel (tensor cores would round them)."""
+    has_kernel = isinstance(lhs, Quantized) or lhs.dtype == jnp.bfloat16
+    return choose_implementation(requested, KERNELS if has_kernel else ("reference",))  # pyright: ignore
+
+
+def rows_by_weights(
+    lhs: Float[Array, "M K"],
+    rhs: Float[Array, "G N K"],
+    group_sizes: Int[Array, " G"],
+    row_alignment: int,
+    out_dtype: jnp.dtype,
+    implementation: Implementation,
+    transposed: bool = False,
+) -> Float[Array, "M N"]:
+    """`transposed`: contract with the out axis of `rhs` instead, [G, K, N]."""
+    granule = _granule(lhs.shape[0], group_sizes.shape[0], row_alignment, implementation)
+    if row_alignment % granule:
+        layout = align(lhs.shape[0], group_sizes, granule)
+        aligned = take_rows(lhs, layout.source)
+        out = rows_by_weights(aligned, rhs, layout.group_sizes, granule, out_dtype, implementation, transposed)
+        return take_rows(out, layout.destination)
+    if implementation == "reference":
+        return reference.rows_by_weights(lhs, rhs, group_sizes, row_alignment, transposed).astype(out_dtype)
+    return _module(implementation).rows_by_weights(lhs, rhs, group_sizes, out_dtype, transposed=transposed)
+
+
+def rows_by_quantized_weights(
+    lhs: Quantized,
+    rhs: Quantized,
+    group_sizes: Int[Array, " G"],
+    row_alignment: int,
+    out_dtype: jnp.dtype,
+    implementation: Implementation,
+) -> Float[Array, "M N"]:
+    if implementation == "reference":
+        plain = dequantize(lhs, _FLOAT32), dequantize(rhs, _FLOAT32)
+        return rows_by_weights(*plain, group_sizes, row_alignment, out_dtype, implementation)
+    if row_alignment % TILE_ROWS:
+        layout = align(lhs.shape[0], group_sizes, TILE_ROWS)
+        aligned = Quantized(take_rows(lhs.values, layout.source), take_rows(lhs.scales, layout.source), lhs.tile)
+        out = rows_by_quantized_weights(aligned, rhs, layout.group_sizes, TILE_ROWS, out_dtype, implementation)
+        return take_rows(out, layout.destination)
+    return _module(implementation).rows_by_weights(lhs, rhs, group_sizes, out_dtype)
+
+
+def rows_by_rows(
+    lhs: Float[Array, "M N"],
+    rhs: Float[Array, "M K"],
+    group_sizes: Int[Array, " G"],
+    row_alignment: int,
+    implementation: Implementation,
+) -> Float[Array, "G N K"]:
+    granule = _granule(lhs.shape[0], group_sizes.shape[0], row_alignment, implementation)
+    if row_alignment % granule:
+        layout = align(lhs.shape[0], group_sizes, granule)
+        aligned = take_rows(lhs, layout.source), take_rows(rhs, layout.source)
+        return rows_by_rows(*aligned, layout.group_sizes, granule, implementation)
+    if implementation == "reference":
+        return reference.rows_by_rows(lhs, rhs, group_sizes, row_alignment)
+    return _module(implementation).rows_by_rows(lhs, rhs, group_sizes)
+
+
+def quantized_rows_by_rows(
+    lhs: Quantized,
+    rhs: Quantized,
+    group_sizes: Int[Array, " G"],
+    row_alignment: int,
+    implementation: Implementation,
+) -> Float[Array, "G N K"]:
+    if implementation == "reference":
+        plain = dequantize(lhs, _FLOAT32).T, dequantize(rhs, _FLOAT32).T
+        return reference.rows_by_rows(*plain, group_sizes, row_alignment)
+    return _module(implementation).rows_by_rows(lhs, rhs, group_sizes)
+
+
+def masked(
+    lhs: Float[Array, "G M K"] | Quantized,
+    rhs: Float[Array, "G N K"] | Quantized,
+    counts: Int[Array, " G"],
+    out_dtype: jnp.dtype,
+    implementation: Implementation,
+) -> Float[Array, "G M N"]:
+    if implementation == "reference":
+        if isinstance(lhs, Quantized) and isinstance(rhs, Quantized):
+            lhs, rhs = dequantize(lhs, _FLOAT32), dequantize(rhs, _FLOAT32)
+        return reference.masked(lhs, rhs, counts).astype(out_dtype)  # pyright: ignore[reportArgumentType]
+    return _module(implementation).masked(lhs, rhs, counts, out_dtype)
+
+
+def _granule(rows: int, groups: int, row_alignment: int, implementation: Implementation) -> int:
+    """What row alignment the implementation needs or is much faster with."""
+    if implementation != "reference":
+        return TILE_ROWS
+    if row_alignment >= _SMALLEST_BLOCK or rows < 2 * _SMALLEST_BLOCK * groups:
+        return row_alignment
+    return _SMALLEST_BLOCK
+
+
+def _module(implementation: Implementation):
+    """The kernels of an accelerator, loaded where they run."""
+    return importlib.import_module(f"pallas_kernels.grouped_matmul.{implementation}")
