@@ -10,11 +10,11 @@ from dsv3_jax.errors import UserError
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-def bytes_of_tokens(vocabulary: dict[str, int], definition: dict[str, Any], source: str) -> list[bytes]:
-    """Bytes by id; added tokens as the UTF-8 of their names.
+def bytes_of_tokens(vocabulary: dict[str, int], size: int, definition: dict[str, Any], source: str) -> list[bytes]:
+    """Bytes by id; added tokens as the UTF-8 of their names, ids without a token as nothing.
 
     Args:
-      vocabulary: token to id, ids from 0 without gaps.
+      vocabulary: token to id, all below `size`.
       definition: the tokenizer.json; its decoder tells how tokens are spelled.
 
     Raises:
@@ -36,7 +36,7 @@ def bytes_of_tokens(vocabulary: dict[str, int], definition: dict[str, Any], sour
     else:
         raise UserError(f"{source} is not a byte-level tokenizer: its decoder must be ByteLevel or use ByteFallback")
     added = {token["content"] for token in definition["added_tokens"]}
-    result = [b""] * len(vocabulary)
+    result = [b""] * size
     for token, index in vocabulary.items():
         try:
             result[index] = token.encode() if token in added else spell(token)

@@ -22,6 +22,7 @@ from dsv3_jax.errors import UserError
 
 FILE_NAME = "tokenizer.json"
 LARGEST_FILE = 256 * 2**20  # bytes, unpacked
+MOST_UNUSED_IDS = 2**16  # below the largest id: some published vocabularies leave gaps
 _PROBE = "def f(x):\n\treturn  'Ünïcode 漢字 1234'  # ok\r\n\n"
 
 
@@ -33,7 +34,7 @@ class Tokenizer:
     `encode(text, control_tokens=True)`.
 
     Attributes:
-      vocab_size: ids are below this.
+      vocab_size: ids are below this; a few of them may stand for nothing.
       token_bytes: int32 [vocab_size]; bytes of text each id stands for, 0 for control tokens, so that summed over
         `encode(text)` they give the length of the text in UTF-8.
       bos_id, eos_id: begin and end of a text (bos_id is eos_id where there is no own one).
@@ -60,7 +61,7 @@ class Tokenizer:
             vocabulary = self._text_encoder.get_vocab(with_added_tokens=True)
         self._ids = vocabulary
         self.vocab_size = _checked_size(vocabulary, self._definition, source)
-        self._bytes = bytes_of_tokens(vocabulary, self._definition, source)
+        self._bytes = bytes_of_tokens(vocabulary, self.vocab_size, self._definition, source)
         special = [token["id"] for token in self._definition["added_tokens"] if _is_control(token)]
         self.token_bytes = np.array([len(part) for part in self._bytes], np.int32)
         self.token_bytes[special] = 0
@@ -226,11 +227,10 @@ def _is_control(token: dict[str, Any]) -> bool:
 
 def _checked_size(vocabulary: dict[str, int], definition: dict[str, Any], source: str) -> int:
     declared = {token["content"]: token["id"] for token in definition["added_tokens"]}
-    size = len(vocabulary)
     for token, index in (*vocabulary.items(), *declared.items()):
-        if not 0 <= index < size:
-            raise UserError(f"{source}: token {token!r} has id {index}, beyond its vocabulary of {size}")
+        if not 0 <= index < len(vocabulary) + MOST_UNUSED_IDS:
+            raise UserError(f"{source}: token {token!r} has id {index}, far beyond its vocabulary of {len(vocabulary)}")
     for token, index in declared.items():
         if vocabulary.get(token) != index:
             raise UserError(f"{source}: added token {token!r} says id {index} but gets {vocabulary.get(token)}")
-    return size
+    return max(vocabulary.values(), default=-1) + 1

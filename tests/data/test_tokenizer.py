@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,6 +71,32 @@ def test_pre_tokeniser_cuts_as_the_report_does() -> None:
     assert pieces == ["123", "456", "7", " f", "(x", ");\n\n"]
 
 
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("1234567", ["123", "456", "7"]),
+        ("x1٣Ⅷ2", ["x", "1٣Ⅷ", "2"]),
+        ("漢字kanaかなカナ", ["漢字", "kana", "かなカナ"]),
+        ("don't (self.x)", ["don", "'t", " (", "self", ".x", ")"]),
+        ("f(x);\n\n  y", ["f", "(x", ");\n\n", " ", " y"]),
+        ("\ta\u0301b  \n c ", ["\ta\u0301b", "  \n", " c", " "]),
+        (" €5—ok", [" €", "5", "—", "ok"]),
+    ],
+)
+def test_cuts_before_bytes_are_merged(text: str, pieces: list[str]) -> None:
+    assert _cuts(json.loads(byte_tokenizer()), text) == pieces
+
+
+@pytest.mark.skipif(not PUBLISHED.exists(), reason="the published DeepSeek tokenizer is not beside the repository")
+def test_cuts_are_those_of_the_published_tokenizer() -> None:
+    ours, published = json.loads(byte_tokenizer()), json.loads(gzip.decompress(PUBLISHED.read_bytes()))
+    random = np.random.default_rng(0)
+    alphabet = [*"abZé漢字かなカー𝄞\u0301 \t\n\r.,;:!?()[]{}<>_-+=*/\\|`~@#$%^&\"'01239٣Ⅷ、。「」€\u00a0\u3000"]
+    alphabet += [chr(code) for code in random.integers(1, 0xD800, 50)]
+    text = "".join(random.choice(alphabet, 30_000))
+    assert _cuts(ours, text) == _cuts({**published, "model": ours["model"], "added_tokens": []}, text)
+
+
 def test_training_is_deterministic() -> None:
     assert Tokenizer(train_bpe(CODE, 320)).fingerprint == Tokenizer(train_bpe(CODE, 320)).fingerprint
 
@@ -122,6 +149,20 @@ def test_sentencepiece_conversions_are_taken() -> None:
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
 
 
+def test_gaps_in_the_ids_are_taken(byte_level: Tokenizer) -> None:
+    definition = json.loads(byte_tokenizer())
+    for token in definition["added_tokens"][len(LEADING) :]:
+        token["id"] += 40
+        definition["model"]["vocab"][token["content"]] = token["id"]
+    tokenizer = Tokenizer(json.dumps(definition))
+    assert tokenizer.vocab_size == byte_level.vocab_size + 40
+    assert tokenizer.fim_hole_id == (byte_level.fim_hole_id or 0) + 40
+    assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
+    assert tokenizer.token_bytes.sum() == 256
+    assert tokenizer.decode([*tokenizer.encode("é"), 270]) == "é"
+    assert PunctuationSplitting(tokenizer).tokens == []
+
+
 def test_splitting_of_joined_punctuation() -> None:
     tokenizer = Tokenizer(train_bpe(["x = (1);\n\ny = [2];\n_\n"] * 50, 600))
     splitting = PunctuationSplitting(tokenizer)
@@ -135,6 +176,11 @@ def test_splitting_of_joined_punctuation() -> None:
     assert len(both) == len(ids) + splitting.growth(ids).sum() > len(ids)
     assert ");\n\n" not in [tokenizer.decode([index]) for index in both]
     assert (splitting.split(ids, np.zeros(len(ids), bool)) == ids).all()
+
+
+def _cuts(definition: dict[str, Any], text: str) -> list[str]:
+    cutter = tokenizers.Tokenizer.from_str(json.dumps(definition)).pre_tokenizer
+    return [text[start:stop] for _, (start, stop) in cutter.pre_tokenize_str(text)]  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _byte_fallback() -> dict[str, Any]:
@@ -178,7 +224,7 @@ BAD = {
     "no model": ('{"model": 3}', "no object 'model'"),
     "unknown model": ('{"model": {"type": "Other"}}', "not a usable tokenizer.json"),
     "added without id": (_byte_definition(added_tokens=[{"content": "x"}]), "needs an id and a content"),
-    "id too large": (_with_model(vocab={**_VOCABULARY, "Ġ!": 4294967295}), "id 4294967295, beyond its vocabulary"),
+    "id too large": (_with_model(vocab={**_VOCABULARY, "Ġ!": 4294967295}), "id 4294967295, far beyond its vocabulary"),
     "added id too large": (
         _byte_definition(added_tokens=[{"id": 9999, "content": "<x>", "special": True, "normalized": False, **_FLAGS}]),
         "beyond its vocabulary|says id 9999",
