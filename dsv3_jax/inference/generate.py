@@ -155,6 +155,7 @@ def _prepare(
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (rows,)):
         raise UserError(f"key must be jax.random.key(...) or an array of {rows} such keys")
     if key.shape == ():
+        # A prompt's own mark, not its row's number: the same noise alone as in any batch.
         marks = [zlib.crc32(row[:length]) for row, length in zip(batch.tokens, batch.lengths, strict=True)]
         key = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(marks, jnp.uint32))
     return batch, key, choice

@@ -5,6 +5,7 @@ Also answers `startup`: how long the training step takes to trace, lower and com
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -22,6 +23,11 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference import generate
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import Precision
+from dsv3_jax.training.checkpoints import abstract_state, make_model
+from dsv3_jax.training.config import TrainingConfig
+from dsv3_jax.training.defaults import default_run
+from dsv3_jax.training.losses import cross_entropies
+from dsv3_jax.training.step import StepSettings, make_train_step
 
 
 def random_ids(vocab_size: int, batch: int, length: int) -> jax.Array:
@@ -42,8 +48,9 @@ def make_step(graph: Any) -> Callable[..., Any]:
 
     def step(parameters: Any, rest: Any, moments: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
         def loss(parameters: Any) -> jax.Array:
-            logits = nnx.merge(graph, parameters, rest)(ids[:, :-1]).logits
-            return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
+            model = nnx.merge(graph, parameters, rest)
+            hidden = model.features(ids[:, :-1]).hidden
+            return cross_entropies(model, hidden, ids[:, 1:], TrainingConfig().loss_chunk).mean()
 
         value, gradients = jax.value_and_grad(loss)(parameters)
         updates, moments = optimizer.update(gradients, moments, parameters)
@@ -94,15 +101,15 @@ TASKS = {"train": training_step, "prefill": prefill, "decode": decoding}
 
 
 def startup(request: dict[str, Any]) -> dict[str, float]:
-    """Seconds to trace and lower the training step, and with `compile` to compile it; nothing is allocated or run."""
-    config = ModelConfig.from_dict(request["config"])
-    model = nnx.eval_shape(lambda: DeepSeekV3(config, rngs=nnx.Rngs(0)))
-    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
-    step = make_step(graph)
-    moments = jax.eval_shape(step.init, parameters)
-    ids = jax.ShapeDtypeStruct((request["batch"], request["length"] + 1), jnp.int32)
+    """Seconds to trace and lower the whole training step of `dsv3 train` (MTP, balance, average and all), and with
+    `compile` to compile it; nothing is allocated or run."""
+    run = default_run(request["preset"])
+    run = dataclasses.replace(run, model=run.model.replace(**request["overrides"]))
+    skeleton, state = abstract_state(run, lambda: make_model(run))
+    rows = jax.ShapeDtypeStruct((1, request["batch"], request["length"] + 1), jnp.int32)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
     start = time.perf_counter()
-    lowered = jax.jit(step).lower(parameters, rest, moments, ids)
+    lowered = make_train_step(skeleton, run).lower(state, rows, rows, StepSettings(*[number] * 4))
     seconds = {"lower": time.perf_counter() - start}
     if request["compile"]:
         start = time.perf_counter()

@@ -146,13 +146,13 @@ def more_experts(ours: Worker, theirs: Worker, options: argparse.Namespace) -> d
 
 def start_up(ours: Worker, options: argparse.Namespace) -> dict[str, Any]:
     """Compile time of the training step at nano size, and lowering time of the 671B model's at two depths."""
-    nano = ModelConfig.preset("nano").to_dict()
-    times: dict[str, Any] = {
-        "nano": ours.ask(do="startup", config=nano, batch=options.batch, length=options.length, compile=True)
-    }
+    shapes = {"batch": options.batch, "length": options.length}
+    times = {"nano": ours.ask(do="startup", preset="nano", overrides={}, **shapes, compile=True)}
     for layers in (4, 61):
-        config = ModelConfig.preset("v3-671b", num_hidden_layers=layers).to_dict()
-        times[f"v3-671b, {layers} layers"] = ours.ask(do="startup", config=config, batch=1, length=4096, compile=False)
+        overrides = {"num_hidden_layers": layers}
+        times[f"v3-671b, {layers} layers"] = ours.ask(
+            do="startup", preset="v3-671b", overrides=overrides, batch=1, length=4096, compile=False
+        )
     return times
 
 
