@@ -1,6 +1,7 @@
 """The FP8 product against float64, its block-by-block definition, and the gradients made of it."""
 
 import jax
+import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
-from pallas_kernels.blockwise_matmul import reference
+from pallas_kernels.blockwise_matmul import hopper, reference, tpu
+from pallas_kernels.blockwise_matmul.tuning import Tiling, candidates, choose_tiling
+from pallas_kernels.hopper_launch import interpreted_hopper
 
 
 def operands(m, n, k, b_tile="128x128", seed=0):
@@ -95,6 +98,57 @@ def test_dtypes_of_gradients_follow_the_operands():
     out, pull = jax.vjp(lambda x, w: pk.fp8_matmul(x, w, power_of_two_scales=True), x, w)
     assert out.dtype == jnp.bfloat16
     assert [g.dtype for g in pull(out)] == [jnp.bfloat16, jnp.float32]
+
+
+# More tiles than blocks, so that the ring of stages runs on from tile to tile; edges inside of every tile; a cluster
+# whose second block lies outside altogether.
+HOPPER_CASES = [
+    ((128, 128, 256), "128x128", Tiling(stages=2), False),
+    ((300, 200, 300), "128x128", Tiling(tile_n=192, stages=2, cluster=2), False),
+    ((260, 300, 520), "1x128", Tiling(tile_n=128, stages=3), False),
+    ((130, 70, 300), "1x128", Tiling(tile_n=64, stages=2), True),
+]
+
+
+@pytest.mark.parametrize(("sizes", "b_tile", "tiling", "accumulate"), HOPPER_CASES)
+def test_hopper_kernel_equals_the_definition_and_does_not_race(sizes, b_tile, tiling, accumulate):
+    m, n, k = sizes
+    a, b = operands(m, n, k, b_tile)
+    accumulator = jax.random.normal(jax.random.key(9), (m, n)) if accumulate else None
+    with interpreted_hopper(num_cores=tiling.cluster) as interpret:
+        got = hopper.matmul(a, b, accumulator, jnp.float32, tiling=tiling, interpret=interpret)
+        jax.block_until_ready(got)
+    wanted = reference.matmul_by_blocks(a, b, accumulator)
+    assert relative_error(got, np.asarray(wanted, "f8")) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("sizes", "b_tile", "accumulate"),
+    [((128, 128, 256), "128x128", False), ((600, 200, 300), "128x128", False), ((70, 90, 1024), "1x128", True)],
+)
+def test_tpu_kernel_equals_the_definition(sizes, b_tile, accumulate):
+    m, n, k = sizes
+    a, b = operands(m, n, k, b_tile)
+    accumulator = jax.random.normal(jax.random.key(9), (m, n)) if accumulate else None
+    got = tpu.matmul(a, b, accumulator, jnp.float32, interpret=pltpu.InterpretParams())
+    assert relative_error(got, np.asarray(reference.matmul_by_blocks(a, b, accumulator), "f8")) < 1e-6
+
+
+@given(st.integers(1, 9000), st.integers(1, 33000), st.integers(1, 20000), st.sampled_from([2, 4]))
+@settings(max_examples=50, deadline=None)
+def test_every_problem_gets_a_tiling_that_fits(m, n, k, out_bytes):
+    tiling = choose_tiling(m, n, k, out_bytes, 132)
+    assert tiling.fits(out_bytes)
+    assert tiling in candidates(out_bytes)
+
+
+def test_impossible_tilings_are_named():
+    with pytest.raises(ValueError, match="tile_n must be 64, 128 or 192"):
+        Tiling(tile_n=256)
+    with pytest.raises(ValueError, match="tile_m must be 128"):
+        Tiling(tile_m=64)
+    with pytest.raises(ValueError, match="does not fit into shared memory"):
+        hopper.matmul(*operands(8, 8, 128), None, jnp.float32, tiling=Tiling(tile_n=192, stages=6))
 
 
 def test_bad_input_is_named():

@@ -1,6 +1,8 @@
 """Quantisation against a float64 oracle written tile by tile, and its edges."""
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -9,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pallas_kernels as pk
+from pallas_kernels.hopper_launch import interpreted_hopper
+from pallas_kernels.quantize import hopper, reference, tpu
 
 TILES = {"1x128": (1, 128), "128x128": (128, 128), "128x1": (128, 1)}
 
@@ -134,6 +138,79 @@ def test_a_quantized_is_a_pytree_with_a_static_tile():
     assert jax.tree.unflatten(structure, leaves).tile == "1x128"
     assert jax.jit(lambda q: q.mT)(q).tile == "128x1"
     assert pk.dequantize(q, jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def kernel_input(shape, dtype):
+    """A tile of zeros, one with an infinity, and the rest ordinary."""
+    x = matrix(7, *shape)
+    x[0, :128] = 0
+    x[3, 5] = np.inf
+    return jnp.asarray(x).astype(dtype)
+
+
+def assert_same(got: pk.Quantized, wanted: pk.Quantized):
+    """Bit for bit, but for the values of tiles that are NaN by their scale."""
+    assert got.tile == wanted.tile
+    np.testing.assert_array_equal(got.scales, wanted.scales)
+    np.testing.assert_array_equal(pk.dequantize(got), pk.dequantize(wanted))
+
+
+# One shape that the tiles fit, with room for a second round of a block's loop, and one ragged both ways.
+KERNEL_CASES = [((256, 384), jnp.bfloat16, False), ((200, 330), jnp.float32, True)]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "power_of_two"), KERNEL_CASES)
+def test_hopper_kernels_equal_the_definition_and_do_not_race(shape, dtype, power_of_two):
+    x = kernel_input(shape, dtype)
+    for tile in TILES:
+        with interpreted_hopper(num_cores=1) as interpret:
+            got = hopper.quantize(x, tile, power_of_two, interpret=interpret)
+            jax.block_until_ready(got)
+        assert_same(got, reference.quantize(x, tile, power_of_two))
+    with interpreted_hopper(num_cores=1) as interpret:
+        both = hopper.quantize_both(x, power_of_two, interpret=interpret)
+        jax.block_until_ready(both)
+    for got, wanted in zip(both, reference.quantize_both(x, power_of_two), strict=True):
+        assert_same(got, wanted)
+    q = both[0]
+    with interpreted_hopper(num_cores=1) as interpret:
+        again = hopper.requantize_transposed(q, power_of_two, interpret=interpret)
+        jax.block_until_ready(again)
+    assert_same(again, reference.requantize_transposed(q, power_of_two))
+
+
+@pytest.mark.parametrize(("shape", "dtype", "power_of_two"), KERNEL_CASES)
+def test_tpu_kernels_equal_the_definition(shape, dtype, power_of_two):
+    x, interpret = kernel_input(shape, dtype), pltpu.InterpretParams()
+    for tile in TILES:
+        got = tpu.quantize(x, tile, power_of_two, interpret=interpret)
+        assert_same(got, reference.quantize(x, tile, power_of_two))
+    both = tpu.quantize_both(x, power_of_two, interpret=interpret)
+    for got, wanted in zip(both, reference.quantize_both(x, power_of_two), strict=True):
+        assert_same(got, wanted)
+    again = tpu.requantize_transposed(both[0], power_of_two, interpret=interpret)
+    assert_same(again, reference.requantize_transposed(both[0], power_of_two))
+
+
+def test_the_race_detector_is_awake():
+    """A kernel that reads shared memory before TMA has filled it must not pass."""
+    with pytest.raises(RuntimeError, match="races"), interpreted_hopper(num_cores=1) as interpret:
+        jax.block_until_ready(racing_kernel(interpret)(jnp.ones((64, 128))))
+
+
+def racing_kernel(interpret):
+    def body(x, out, smem, barrier):
+        plgpu.copy_gmem_to_smem(x, smem, barrier)
+        early = smem[...]
+        plgpu.barrier_wait(barrier)
+        out[...] = early
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((64, 128), jnp.float32),
+        scratch_types=[plgpu.SMEM((64, 128), jnp.float32), plgpu.Barrier()],
+        interpret=interpret,
+    )
 
 
 def test_bad_input_is_named():
