@@ -17,12 +17,14 @@ STDLIB = "stdlib"
 PRETOKENISED, SIDECAR = ".arrayrecord", ".json"
 
 _FOLDERS_SKIPPED = {"__pycache__", "node_modules"}
-# Not the interpreter's own; absent from some installations (tests, tools with windows) or versions; generated tables.
+# Not the interpreter's own; absent from some installations (tests, windows) or versions; generated tables.
 _STDLIB_SKIPPED = _FOLDERS_SKIPPED | {
     *("site-packages", "dist-packages"),
-    *("test", "tests", "idlelib", "turtledemo", "lib2to3"),
+    *("test", "tests", "tkinter", "idlelib", "turtledemo", "ensurepip", "lib2to3"),
     *("encodings", "pydoc_data"),
 }
+# Written where the interpreter was built or installed. Without them, equal versions of Python have equal corpora.
+_OF_ONE_MACHINE = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")
 # Files a folder of code holds that are not text. Anything else must be UTF-8.
 _NOT_TEXT = {
     *(".a", ".class", ".dll", ".dylib", ".exe", ".jar", ".mo", ".o", ".pyc", ".pyd", ".pyo", ".so", ".whl"),
@@ -112,12 +114,16 @@ def open_corpus(config: DataConfig) -> Corpus:
 
 def _stdlib() -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
-    files = tuple(_walk(root, lambda file: file.suffix == ".py", _STDLIB_SKIPPED))
+    files = tuple(_walk(root, lambda file: _is_of_every_machine(file.relative_to(root)), _STDLIB_SKIPPED))
     if not files:
         raise UserError(
             f"this interpreter has no source of its standard library under {root}: give another data.corpus"
         )
     return Corpus(STDLIB, root, files)
+
+
+def _is_of_every_machine(file: Path) -> bool:
+    return file.suffix == ".py" and not file.parts[0].startswith(_OF_ONE_MACHINE)
 
 
 def _may_be_text(file: Path) -> bool:

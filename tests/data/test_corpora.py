@@ -35,6 +35,8 @@ def test_standard_library(stdlib: Corpus) -> None:
     assert found["json/decoder.py"].domain == "json"
     assert found["heapq.py"].text.startswith('"""Heap queue')
     assert not [name for name in found if "site-packages" in name or "/test/" in name or not name.endswith(".py")]
+    assert not [name for name in found if name.startswith(("_sysconfigdata", "config-", "tkinter", "sitecustomize"))]
+    assert not [name for name, document in found.items() if str(stdlib.root) in document.text]
     assert list(found) == sorted(found)
     assert sum(len(document.text) for document in found.values()) > 3_000_000
     assert stdlib.document_count() == len(found)

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.data import Data, DataConfig, TrainIterator, prepare_data
+from dsv3_jax.data.epoch import Epoch
 from dsv3_jax.errors import UserError
 
 LENGTH = 16
@@ -81,8 +82,23 @@ def test_two_epochs_hold_every_pair_of_neighbours_once(folder: Path) -> None:
         assert between.total() == len(texts) - 1  # the first token of each document but the first
         assert pairs - between == expected
         assert data.num_train_tokens == expected.total() + len(texts)
+        follows = tokens[1:, 0] == tokens[:-1, -1]
+        assert follows.mean() < 0.5  # rows are shuffled, so one seldom goes on where the one before ended
     assert len(epochs[0][0]) == len(epochs[1][0])
     assert not np.array_equal(epochs[0][0], epochs[1][0])  # another order
+
+
+def test_documents_are_shuffled_before_packing(folder: Path) -> None:
+    """Else neighbours in the corpus would share their rows in every epoch."""
+    data = prepare(folder, sequence_length=256, validation_fraction=0.4)
+    place = {document.text: index for index, document in enumerate(data.documents("train"))}
+    tokens, segments = take_epoch(data.train_iterator(), 0)
+    steps = []
+    for row, owners in zip(tokens, segments, strict=True):
+        whole = [data.tokenizer.decode(row[owners == owner][:-1]) for owner in range(2, owners.max())]
+        steps += [place[second] - place[first] for first, second in pairwise(whole)]
+    assert len(steps) > 10
+    assert np.mean(np.array(steps) == 1) < 0.3
 
 
 def test_rearranged_and_split_documents_come_once_too(folder: Path) -> None:
@@ -108,6 +124,26 @@ def test_rearranged_and_split_documents_come_once_too(folder: Path) -> None:
     assert 0.15 < np.mean(shares) < 0.45
     assert len(set(shares)) > 1  # other documents in other epochs
     assert max(lengths) > data.num_train_tokens
+
+
+def test_each_third_is_as_long_as_the_others_on_average(folder: Path) -> None:
+    """Both cuts are uniform over the document, in every epoch anew."""
+    data = prepare(folder, fill_in_middle_rate=1.0)
+    begin, hole, end = data.tokenizer.fim_begin_id, data.tokenizer.fim_hole_id, data.tokenizer.fim_end_id
+    texts = [document.text for document in data.documents("train")]
+    thirds, seen = [], set()
+    for number in range(8):
+        epoch = Epoch(data._recipe, number)
+        for index, text in enumerate(texts):
+            ids = epoch.document(index).tolist()
+            assert (ids[0], ids[-1]) == (begin, data.tokenizer.eos_id)
+            prefix, suffix = ids[1 : ids.index(hole)], ids[ids.index(hole) + 1 : ids.index(end)]
+            middle = ids[ids.index(end) + 1 : -1]
+            assert data.tokenizer.decode(prefix + middle + suffix) == text
+            thirds.append([len(part) / (len(ids) - 4) for part in (prefix, suffix, middle)])
+        seen.add(tuple(thirds[-1]))
+    np.testing.assert_allclose(np.mean(thirds, axis=0), 1 / 3, atol=5 / 18**0.5 / len(thirds) ** 0.5)  # 5 deviations
+    assert len(seen) == 8
 
 
 @pytest.mark.parametrize("shard_count", [2, 4])
