@@ -1,0 +1,402 @@
+"""Grouped products on Hopper, in Mosaic GPU: bfloat16 and FP8, groups along the rows or along the contraction.
+
+The pipeline is that of `blockwise_matmul/hopper.py`: a producer warpgroup has TMA fill a ring of stages, two consumer
+warpgroups multiply with wgmma, a persistent grid walks the tiles. What differs is where a tile's operands lie:
+
+    rows    tile t of 128 rows lies within one group (sizes are multiples of 128); a table gives its group and how many
+            of its rows count. A tile without rows takes no step of the contraction and only writes its zeros.
+    depth   tile (g, i, j) of group g's own matrix contracts over the group's rows; a table gives where they start and
+            how many steps they take. An empty group writes zeros.
+
+So cost follows the rows present, whatever the number of groups. A tile's number of steps is known only when it runs:
+the position in the ring is carried from tile to tile, by producer and consumers alike.
+
+FP8 sums are promoted to float32 with their scales every 128 of the contraction; bfloat16 ones stay in the tensor core's
+accumulator, where two steps' products are in flight.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.grouped_matmul.tiling import PART, STAGE_BYTES, TILE_M, WARPGROUPS, Tiling, choose_tiling
+from pallas_kernels.hopper_launch import multiprocessors, pad_to, swizzled
+from pallas_kernels.quantize.quantized import Quantized
+
+PRODUCER = WARPGROUPS  # the third warpgroup
+WARPGROUP_ROWS = 64
+PRODUCER_REGISTERS = 40
+CONSUMER_REGISTERS = 232
+SCALE = 128  # extent of a scale's block
+
+_ROWS = plgpu.Layout.WGMMA.reduce(1)
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+Interpret = plgpu.InterpretGPUParams | None
+
+
+class Form(NamedTuple):
+    """What is static about a product.
+
+    Attributes:
+      groups: lie along the rows of the left operand, or along the depth of the contraction.
+      fp8: operands in e4m3 with scales.
+      row_major: the right operand is [contraction, columns] in memory, else [columns, contraction].
+      masked: rows past the count of a tile are to be zeroed.
+    """
+
+    groups: Literal["rows", "depth"]
+    fp8: bool
+    row_major: bool = False
+    masked: bool = False
+
+    @property
+    def depth(self) -> int:
+        """Extent of the contraction in one stage."""
+        return STAGE_BYTES if self.fp8 else STAGE_BYTES // 2
+
+
+class Tile(NamedTuple):
+    """Where one tile's work lies."""
+
+    group: Array
+    row: Array
+    column: Array
+    first_step: Array
+    steps: Array
+    rows_present: Array
+
+
+def rows_by_weights(
+    lhs: Float[Array, "M K"] | Quantized,
+    rhs: Float[Array, "G N K"] | Quantized,
+    group_sizes: Int[Array, " G"],
+    out_dtype: DTypeLike,
+    *,
+    transposed: bool = False,
+    tiling: Tiling | None = None,
+    interpret: Interpret = None,
+) -> Float[Array, "M N"]:
+    """Each row times its group's matrix; M and the sizes are multiples of 128. `transposed`: `rhs` is [G, K, N]."""
+    tiles = lhs.shape[0] // TILE_M
+    ends = jnp.cumsum(group_sizes.astype(jnp.int32)) // TILE_M
+    tile = jnp.arange(tiles, dtype=jnp.int32)
+    group = jnp.minimum(jnp.searchsorted(ends, tile, side="right"), group_sizes.shape[0] - 1).astype(jnp.int32)
+    present = jnp.where(tile < ends[-1], TILE_M, 0).astype(jnp.int32)
+    form = Form("rows", isinstance(lhs, Quantized), row_major=transposed)
+    return _rows(lhs, rhs, (group, present), form, jnp.dtype(out_dtype), tiling, interpret)
+
+
+def masked(
+    lhs: Float[Array, "G M K"] | Quantized,
+    rhs: Float[Array, "G N K"] | Quantized,
+    counts: Int[Array, " G"],
+    out_dtype: DTypeLike,
+    *,
+    tiling: Tiling | None = None,
+    interpret: Interpret = None,
+) -> Float[Array, "G M N"]:
+    """The first counts[g] rows of each group times its matrix, zeros after them. Rows are padded to 128s."""
+    groups, room, _ = lhs.shape
+    rows = jax.tree.map(lambda x: pad_to(x, TILE_M, 1), lhs)
+    padded = rows.shape[1]
+    rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows)
+    tiles = padded // TILE_M
+    group = jnp.repeat(jnp.arange(groups, dtype=jnp.int32), tiles)
+    left = counts.astype(jnp.int32)[:, None] - TILE_M * jnp.arange(tiles, dtype=jnp.int32)
+    present = jnp.clip(left, 0, TILE_M).reshape(-1)
+    form = Form("rows", isinstance(lhs, Quantized), masked=True)
+    out = _rows(rows, rhs, (group, present), form, jnp.dtype(out_dtype), tiling, interpret)
+    return out.reshape(groups, padded, -1)[:, :room]
+
+
+def rows_by_rows(
+    lhs: Float[Array, "M N"] | Quantized,
+    rhs: Float[Array, "M K"] | Quantized,
+    group_sizes: Int[Array, " G"],
+    *,
+    tiling: Tiling | None = None,
+    interpret: Interpret = None,
+) -> Float[Array, "G N K"]:
+    """lhs[rows of g]ᵀ · rhs[rows of g], float32; FP8 operands transposed, [N, M] and [K, M]. Sizes are 128s."""
+    form = Form("depth", isinstance(lhs, Quantized), row_major=not isinstance(lhs, Quantized))
+    sizes = group_sizes.astype(jnp.int32)
+    steps = sizes // form.depth
+    tables = (jnp.cumsum(steps) - steps, steps)
+    if isinstance(lhs, Quantized) and isinstance(rhs, Quantized):
+        n, k, contraction = lhs.shape[0], rhs.shape[0], lhs.shape[1]
+        operands = [pad_to(lhs.values, 8, 32), pad_to(rhs.values, 8, 32)]
+        scales = [pad_to(lhs.scales.T, TILE_M), pad_to(rhs.scales.T, 4)]
+    else:
+        (contraction, n), k = lhs.shape, rhs.shape[1]
+        operands, scales = [pad_to(lhs, 8, 16), pad_to(rhs, 8, 16)], []
+    tiling = tiling or choose_tiling("depth", k, contraction, sizes.shape[0], form.fp8, 4)
+    axis = 0 if form.fp8 else 1
+    shape = (sizes.shape[0], operands[0].shape[axis], operands[1].shape[axis])
+    out = _launch([*tables, *operands, *scales], shape, jnp.dtype(jnp.float32), form, tiling, interpret)
+    return out if shape[1:] == (n, k) else out[:, :n, :k]
+
+
+def _rows(lhs, rhs, tables, form: Form, out_dtype, tiling, interpret):
+    (groups, first, second), contraction = rhs.shape, lhs.shape[1]
+    n = second if form.row_major else first
+    scales = []
+    if form.fp8:
+        scales = [pad_to(lhs.scales.T, 4), rhs.scales]
+        lhs, rhs = lhs.values, rhs.values
+    # TMA moves whole swizzled tiles: 8 rows, 32 bytes.
+    operands = [pad_to(lhs, 8, 32), pad_to(rhs, 32 if form.row_major else 8, 32)]
+    tiling = tiling or choose_tiling("rows", n, contraction, groups, form.fp8, out_dtype.itemsize)
+    columns = operands[1].shape[2 if form.row_major else 1]
+    shape = (lhs.shape[0], columns)
+    out = _launch([*tables, *operands, *scales], shape, out_dtype, form, tiling, interpret)
+    return out if columns == n else out[:, :n]
+
+
+def _launch(operands, shape: tuple[int, ...], out_dtype: jnp.dtype, form: Form, tiling: Tiling, interpret: Interpret):
+    a, b = operands[2:4]
+    stages, tile_n, cluster = tiling.stages, tiling.tile_n, tiling.cluster
+    column_scales = form.fp8 and form.groups == "depth"
+    # A consumer's part of the left operand, [rows, depth] or, groups along the depth in bfloat16, [depth, rows].
+    a_tile = (form.depth, WARPGROUP_ROWS) if _a_row_major(form) else (WARPGROUP_ROWS, form.depth)
+    b_tile = (form.depth, tile_n) if form.row_major else (tile_n, form.depth)
+    freed = {"num_arrivals": WARPGROUPS, "num_barriers": stages}
+    scratch: dict[str, Any] = {
+        "a_smem": plgpu.SMEM(
+            (stages, WARPGROUPS, *a_tile), a.dtype, transforms=swizzled(a_tile[1], a.dtype, a.shape[-1])
+        ),
+        "b_smem": plgpu.SMEM((stages, *b_tile), b.dtype, transforms=swizzled(b_tile[1], b.dtype, b.shape[-1])),
+        "b_scales_smem": plgpu.SMEM((stages, tile_n), jnp.float32) if column_scales else None,
+        "out_smem": plgpu.SMEM(
+            (WARPGROUPS, tiling.slots, WARPGROUP_ROWS, PART), out_dtype, transforms=swizzled(PART, out_dtype, shape[-1])
+        ),
+        "filled": plgpu.Barrier(num_arrivals=WARPGROUPS + 1 + column_scales, num_barriers=stages),
+        "freed": plgpu.ClusterBarrier(collective_axes=("cluster",), **freed) if cluster > 1 else plgpu.Barrier(**freed),
+    }
+    kernel = plgpu.kernel(
+        functools.partial(_kernel, form=form, tiling=tiling),
+        out_type=jax.ShapeDtypeStruct(shape, out_dtype),
+        scratch_types=scratch,
+        grid=(multiprocessors() // cluster,),
+        grid_names=("blocks",),
+        cluster=(cluster,),
+        cluster_names=("cluster",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name=f"grouped_matmul_{form.groups}_{'fp8' if form.fp8 else 'bf16'}",
+        interpret=interpret,
+    )
+    return kernel(*operands)
+
+
+def _a_row_major(form: Form) -> bool:
+    return form.groups == "depth" and not form.fp8
+
+
+def _kernel(*refs, form: Form, tiling: Tiling, **scratch):
+    """One block. `refs`: the two tables, a, b, (their scales,) out, in global memory; `scratch` by name."""
+    *tables, a, b = refs[:4]
+    scales, out = refs[4:-1], refs[-1]
+    warpgroup = lax.axis_index("warpgroup")
+    for_each_tile = functools.partial(_for_each_tile, tables=tables, a=a, out=out, form=form, tiling=tiling)
+
+    @pl.when(warpgroup == PRODUCER)
+    def _():
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        _produce(for_each_tile, a, b, scales, form, tiling, **scratch)
+
+    @pl.when(warpgroup != PRODUCER)
+    def _():
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        _consume(for_each_tile, warpgroup, scales, out, form, tiling, **scratch)
+
+
+def _for_each_tile(body, *, tables, a, out, form: Form, tiling: Tiling):
+    """Calls body(tile, steps done before it) for each tile of this block; returns all its steps.
+
+    Columns run fastest: blocks at work together share rows of the left operand, and the group's matrix stays in L2
+    for the group's next rows.
+    """
+    rows, columns = out.shape[-2:]
+    row_tiles, column_tiles = pl.cdiv(rows, TILE_M), pl.cdiv(columns, tiling.tile_n * tiling.cluster)
+    groups = out.shape[0] if form.groups == "depth" else 1
+    rank = lax.axis_index("cluster")
+
+    @plgpu.nd_loop((groups, row_tiles, column_tiles), collective_axes="blocks", init_carry=jnp.int32(0))
+    def all_steps(loop, carry):
+        steps_before = carry
+        group, row_tile, column_tile = loop.index
+        column = (column_tile * tiling.cluster + rank) * tiling.tile_n
+        if form.groups == "depth":
+            first_step, steps = tables[0][group], tables[1][group]
+            tile = Tile(group, row_tile * TILE_M, column, first_step, steps, jnp.int32(TILE_M))
+        else:
+            present = tables[1][row_tile]
+            steps = jnp.where(present > 0, pl.cdiv(a.shape[1], form.depth), 0)
+            tile = Tile(tables[0][row_tile], row_tile * TILE_M, column, jnp.int32(0), steps, present)
+        body(tile, steps_before)
+        return steps_before + steps
+
+    return all_steps
+
+
+def _produce(
+    for_each_tile, a, b, scales, form: Form, tiling: Tiling,
+    *, a_smem, b_smem, b_scales_smem, filled, freed, **_,
+):  # fmt: skip
+    """Keeps the ring full: waits until both consumers are through with a stage, then has TMA fill it anew."""
+    together = "cluster" if tiling.cluster > 1 else None
+
+    def fill_stages(tile: Tile, steps_before):
+        columns = pl.ds(tile.column, tiling.tile_n)
+
+        @pl.loop(0, tile.steps)
+        def _(k):
+            step = steps_before + k
+            stage = lax.rem(step, tiling.stages)
+            arrived = filled.at[stage]
+
+            @pl.when(step >= tiling.stages)
+            def _():
+                plgpu.barrier_wait(freed.at[stage])
+
+            depth = pl.ds((tile.first_step + k) * form.depth, form.depth)
+            for consumer in range(WARPGROUPS):
+                rows = pl.ds(tile.row + consumer * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                source = a.at[depth, rows] if _a_row_major(form) else a.at[rows, depth]
+                plgpu.copy_gmem_to_smem(source, a_smem.at[stage, consumer], arrived, collective_axes=together)
+            within_group = b.at[tile.group] if form.groups == "rows" else b
+            source = within_group.at[depth, columns] if form.row_major else within_group.at[columns, depth]
+            plgpu.copy_gmem_to_smem(source, b_smem.at[stage], arrived)
+            if b_scales_smem is not None:
+                source = scales[1].at[tile.first_step + k, columns]
+                plgpu.copy_gmem_to_smem(source, b_scales_smem.at[stage], arrived)
+
+    steps = for_each_tile(fill_stages)
+
+    # A block must not end while its cluster still writes to it or signals it.
+    @pl.loop(jnp.maximum(steps - tiling.stages, 0), steps)
+    def _(step):
+        plgpu.barrier_wait(freed.at[lax.rem(step, tiling.stages)])
+
+
+def _consume(
+    for_each_tile, warpgroup, scales, out, form: Form, tiling: Tiling,
+    *, a_smem, b_smem, b_scales_smem, out_smem, filled, freed,
+):  # fmt: skip
+    """Multiplies what arrives and writes the tiles."""
+    parts = range(tiling.tile_n // PART)
+
+    def multiply(acc, stage):
+        a, b = a_smem.at[stage, warpgroup], b_smem.at[stage]
+        plgpu.wgmma(acc, _transposed(a) if _a_row_major(form) else a, b if form.row_major else _transposed(b))
+
+    def product_in_accumulator(tile: Tile, steps_before):
+        """Of bfloat16 operands. A stage is free when the next step's products are under way and its own are done."""
+
+        def contract(acc):
+            @pl.loop(0, tile.steps)
+            def _(k):
+                step = steps_before + k
+                plgpu.barrier_wait(filled.at[lax.rem(step, tiling.stages)])
+                multiply(acc, lax.rem(step, tiling.stages))
+                plgpu.wgmma_wait(1)
+
+                @pl.when(k > 0)
+                def _():
+                    plgpu.barrier_arrive(freed.at[lax.rem(step - 1, tiling.stages)])
+
+            return acc[...]
+
+        total = pl.run_scoped(contract, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiling.tile_n), jnp.float32))
+
+        @pl.when(tile.steps > 0)
+        def _():
+            plgpu.barrier_arrive(freed.at[lax.rem(steps_before + tile.steps - 1, tiling.stages)])
+
+        return tuple(total[:, part * PART : (part + 1) * PART] for part in parts)
+
+    def product_promoted(tile: Tile, steps_before):
+        """Of FP8 operands: each step's products leave the accumulator, are scaled and added up in registers."""
+        row = tile.row + warpgroup * WARPGROUP_ROWS
+
+        def scales_from_global(k):
+            k = tile.first_step + jnp.maximum(jnp.minimum(k, tile.steps - 1), 0)
+            k = jnp.minimum(k, scales[0].shape[0] - 1)  # of an empty group at the end
+            rows = plgpu.load(scales[0].at[k, pl.ds(row, WARPGROUP_ROWS)], layout=_ROWS, optimized=False)
+            if b_scales_smem is not None:
+                return rows, ()
+            last = scales[1].shape[1] - 1
+            blocks = (jnp.minimum(lax.div(tile.column + part * PART, SCALE), last) for part in parts)
+            return rows, tuple(scales[1][tile.group, block, k] for block in blocks)
+
+        def accumulate(k, carry):
+            totals, (row_scales, block_scales) = carry
+            stage = lax.rem(steps_before + k, tiling.stages)
+            plgpu.barrier_wait(filled.at[stage])
+
+            def one_step(acc):
+                multiply(acc, stage)
+                return acc[...]
+
+            partial = pl.run_scoped(
+                one_step, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiling.tile_n), jnp.float32)
+            )
+            column_scales = ()
+            if b_scales_smem is not None:
+                column_scales = tuple(
+                    plgpu.load(b_scales_smem.at[stage, pl.ds(part * PART, PART)], layout=_COLUMNS) for part in parts
+                )
+                plgpu.commit_smem()  # orders these reads before TMA's next write
+            plgpu.barrier_arrive(freed.at[stage])
+            # Of the next step: their way from global memory hides behind this promotion and the next product.
+            upcoming = scales_from_global(k + 1)
+            promoted = []
+            for part in parts:
+                dots = partial[:, part * PART : (part + 1) * PART]
+                if b_scales_smem is not None:
+                    scale = lax.broadcast_in_dim(row_scales, dots.shape, (0,)) * lax.broadcast_in_dim(
+                        column_scales[part], dots.shape, (1,)
+                    )
+                else:
+                    scale = lax.broadcast_in_dim(row_scales * block_scales[part], dots.shape, (0,))
+                promoted.append(totals[part] + dots * scale)
+            return tuple(promoted), upcoming
+
+        zeros = tuple(
+            plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, PART), jnp.float32), plgpu.Layout.WGMMA) for _ in parts
+        )
+        totals, _ = lax.fori_loop(0, tile.steps, accumulate, (zeros, scales_from_global(0)))
+        return totals
+
+    def compute_tile(tile: Tile, steps_before):
+        totals = (product_promoted if form.fp8 else product_in_accumulator)(tile, steps_before)
+        row = tile.row + warpgroup * WARPGROUP_ROWS
+        within_group = out.at[tile.group] if form.groups == "depth" else out
+        for part in parts:
+            total = totals[part]
+            if form.masked:
+                index = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=plgpu.Layout.WGMMA)
+                total = jnp.where(index + warpgroup * WARPGROUP_ROWS < tile.rows_present, total, 0.0)
+            buffer = out_smem.at[warpgroup, part % tiling.slots]
+            plgpu.wait_smem_to_gmem(tiling.slots - 1, wait_read_only=True)
+            buffer[...] = total.astype(out.dtype)
+            plgpu.commit_smem()
+            columns = pl.ds(tile.column + part * PART, PART)
+            plgpu.copy_smem_to_gmem(buffer, within_group.at[pl.ds(row, WARPGROUP_ROWS), columns])
+
+    for_each_tile(compute_tile)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _transposed(ref):
+    return ref.transpose((1, 0))
