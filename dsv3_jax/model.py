@@ -19,6 +19,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.block import Block, BlockInputs
 from dsv3_jax.modules.latent_cache import LatentCache
 from dsv3_jax.modules.linear import normal
+from dsv3_jax.modules.moe import MixtureOfExperts
 from dsv3_jax.modules.multi_token import MultiTokenModule
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rematerialisation import rematerialise
@@ -358,4 +359,5 @@ def _bias_variables(model: DeepSeekV3) -> list[RouterBias]:
         return []
     blocks = [model.moe_blocks] if model.config.num_moe_layers else []
     blocks += [module.block for module in model.mtp]
-    return [block.feed_forward.router.bias for block in blocks]
+    layers = [block.feed_forward for block in blocks]
+    return [layer.router.bias for layer in layers if isinstance(layer, MixtureOfExperts)]

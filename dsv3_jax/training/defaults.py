@@ -63,7 +63,7 @@ def default_run(preset: str) -> RunConfig:
     """
     model = ModelConfig.preset(preset)
     run = _RUNS.get(preset, {})
-    data = {"sequence_length": min(4096, model.max_position_embeddings), "vocab_size": model.vocab_size}
+    data: dict[str, Any] = {"sequence_length": min(4096, model.max_position_embeddings), "vocab_size": model.vocab_size}
     training: dict[str, Any] = {"batch_size": 256, "steps": 100_000, "rematerialisation": "report"}
     return RunConfig(
         preset=preset,

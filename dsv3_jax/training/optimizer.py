@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from dsv3_jax.training.config import TrainingConfig
 
-Tree = dict
+Tree = Any
+"""A pytree of arrays."""
 
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
