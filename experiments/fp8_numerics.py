@@ -90,7 +90,7 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
         axis.set_title({"uniform": "operands in [0, 1)", "normal": "normal operands"}[distribution])
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("largest relative error")
-    axes[0].legend()
+    axes[1].legend(loc="center", bbox_to_anchor=(0.5, 0.37))
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

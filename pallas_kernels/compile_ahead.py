@@ -8,7 +8,8 @@ size of the program on a TPU. Needs the wheels of the extra `aot` on PYTHONPATH 
 `.venv/aot`) and, for Hopper, ptxas on PATH. Run it in a process of its own: a CUDA plugin or libtpu changes what a JAX
 process believes its devices to be.
 
-An operation lists what to compile in its module `ahead_cases`: functions `hopper()` and `tpu()` that return `Case`s.
+An operation lists what to compile in its module `ahead_cases`: functions `hopper()` and `tpu()`, of which it may lack
+one, that return `Case`s.
 """
 
 from __future__ import annotations
@@ -162,7 +163,13 @@ def _prepare(target: str) -> None:
         with contextlib.suppress(Exception):
             jax_plugins.xla_cuda13.initialize()
     else:
-        os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-4", TPU_WORKER_HOSTNAMES="localhost")
+        os.environ.update(
+            TPU_SKIP_MDS_QUERY="1",
+            TPU_ACCELERATOR_TYPE="v5litepod-4",
+            TPU_WORKER_HOSTNAMES="localhost",
+            # libtpu locks the chip, of which there is none: two compilations may run at once.
+            ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,8 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = {}
     for operation in options.operations:
         module = importlib.import_module(f"pallas_kernels.{operation}.ahead_cases")
-        cases = module.hopper() if options.target == "hopper" else module.tpu()
-        results[operation] = compile_cases(options.target, cases)
+        list_cases = getattr(module, "hopper" if options.target == "hopper" else "tpu", list)
+        results[operation] = compile_cases(options.target, list_cases())
     text = json.dumps(results, indent=1)
     if options.out:
         options.out.write_text(text + "\n")
