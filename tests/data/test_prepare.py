@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import math
 import shutil
 from collections import Counter
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.data import Data, DataConfig, Tokenizer, prepare_data
+from dsv3_jax.data.splitting import name_hash
 from dsv3_jax.data.token_store import TokenStore
 from dsv3_jax.data.tokenising import cut_text
 from dsv3_jax.data.tokenizer_training import byte_tokenizer, train_bpe
@@ -46,12 +48,27 @@ def test_split_is_by_document_and_by_name(folder: Path, tmp_path: Path) -> None:
     texts = {file.relative_to(folder).as_posix(): file.read_text() for file in folder.rglob("*.txt")}
     assert {name: document.text for name, document in (train | held_out).items()} == texts
     assert {document.domain for document in train.values()} == {"code", "prose"}
-    # A document stays on its side when others come and go.
+    # A document stays on its side when it is edited and others come and go.
     for name in [*list(train)[::2], *list(held_out)[::2]]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(texts[name])
+        (tmp_path / name).write_text(texts[name] + "edited")
     smaller = prepare(tmp_path)
     assert {document.name for document in smaller.documents("validation")} == set(list(held_out)[::2])
+
+
+def test_the_split_is_the_same_on_every_machine() -> None:
+    first = hashlib.sha256(b"json/decoder.py").hexdigest()[:12]
+    assert name_hash("json/decoder.py") == int(first, 16) / 16**12
+
+
+def test_tokenizer_is_trained_without_what_is_held_out(tmp_path: Path) -> None:
+    for number in range(40):
+        name = f"{number}.txt"
+        word = "zebra" if name_hash(name) < 0.2 else "alpha"
+        (tmp_path / name).write_text(f"{word} " * 20)
+    tokenizer = prepare(tmp_path, tokenizer="train", vocab_size=300, validation_fraction=0.2).tokenizer
+    assert len(tokenizer.encode(" alpha")) == 1
+    assert len(tokenizer.encode(" zebra")) > 3
 
 
 def test_one_long_file_gives_its_end_to_validation(tmp_path: Path) -> None:
@@ -141,6 +158,31 @@ def test_cache_is_used_complete_and_by_content(folder: Path, tmp_path: Path) -> 
         for ours, theirs in zip(rows, again.train_iterator().next_rows(50), strict=True):
             np.testing.assert_array_equal(ours, theirs)
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["tokenizer", "tokens"]
+
+
+def test_cache_is_of_one_corpus_and_one_tokenizer(folder: Path, tmp_path: Path) -> None:
+    """Whatever was prepared before in the same folder, the result is that of a fresh one."""
+    other = tmp_path / "other"
+    for file in sorted(folder.rglob("*.txt")):
+        (other / file.parent.name).mkdir(parents=True, exist_ok=True)
+        (other / file.parent.name / file.name).write_text(file.read_text() + "more")
+    for corpus in (folder, other):
+        for changes in ({"tokenizer": "byte"}, {"vocab_size": 300}, {"vocab_size": 310}, {"validation_fraction": 0.2}):
+            changes = {"tokenizer": "train", "vocab_size": 300, **changes}
+            fresh, cached = prepare(corpus, **changes), prepare(corpus, tmp_path / "cache", **changes)
+            assert cached.tokenizer.fingerprint == fresh.tokenizer.fingerprint
+            np.testing.assert_array_equal(cached.store.tokens, fresh.store.tokens)
+            np.testing.assert_array_equal(cached.validation_rows()[0], fresh.validation_rows()[0])
+
+
+@pytest.mark.parametrize("vocab_size", [2**16, 2**16 + 1])
+def test_store_holds_every_id(vocab_size: int, tmp_path: Path) -> None:
+    ids = np.array([0, vocab_size - 1])
+    store = TokenStore.build([("name", "domain", False, ids), ("empty", "domain", True, ids[:0])], vocab_size)
+    for kept in (store, store.save(tmp_path / "store")):
+        assert kept.document(0).tolist() == ids.tolist()
+        assert (kept.names, kept.domains, kept.held_out.tolist()) == (["name"], ["domain"], [False])
+        assert kept.tokens.itemsize == (2 if vocab_size <= 2**16 else 4)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "missing"])

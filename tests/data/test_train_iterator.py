@@ -190,12 +190,15 @@ def test_workers_give_the_same_rows(folder: Path, cache: Path) -> None:
     assert whole.epoch >= 1
     workers = prepare(folder, cache, worker_count=2, **ALL).train_iterator()
     workers.set_state(state)
+    first: list[Any] = []
     try:
         for rows, count, number in zip(expected, counts, (signal.SIGINT, signal.SIGTERM, signal.SIGKILL), strict=True):
             for ours, theirs in zip(workers.next_rows(count), rows, strict=True):
                 np.testing.assert_array_equal(ours, theirs)
             alive = multiprocessing.active_children()
+            first = first or alive
             assert len(alive) == 2
+            assert set(alive) == set(first)  # those that met a signal go on
             for process in alive[: 1 if number == signal.SIGKILL else 2]:
                 os.kill(process.pid or 0, number)
         for ours, theirs in zip(workers.next_rows(60), whole.next_rows(60), strict=True):
@@ -234,6 +237,7 @@ from dsv3_jax.data.worker_processes import _live_as_long_as_the_parent
 pool = multiprocessing.get_context("spawn").Pool(1, _live_as_long_as_the_parent, (0, 1))
 pool.apply(time.sleep, (0,))
 pool.apply_async(time.sleep, (300,))
+time.sleep(1)  # until it is at work: an idle one would end anyway
 print("working", flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
