@@ -23,7 +23,7 @@ def dequantise(
 ) -> Float32[np.ndarray, "out in"]:
     """values * scales in float32; the first row and column begin a block, the last blocks may be ragged."""
     wide = _VALUE_OF_BYTE[values.view(np.uint8)]
-    wide *= _spread(scales, values.shape)
+    _scale_blocks(wide, scales)
     return wide
 
 
@@ -44,15 +44,20 @@ def quantise_with(
     weights: Float32[np.ndarray, "out in"], scales: Float32[np.ndarray, "out_blocks in_blocks"]
 ) -> Float[np.ndarray, "out in"]:
     """e4m3 values under given scales. Of weights that were dequantised (even to bfloat16) they are the old values."""
-    scaled = weights * _spread(np.float32(1) / scales, weights.shape)
+    scaled = weights.astype(np.float32)
+    _scale_blocks(scaled, np.float32(1) / scales)
     # The cast does not saturate: beyond 464 it gives NaN.
     return np.clip(scaled, -_LARGEST, _LARGEST).astype(E4M3)
 
 
-def _spread(scales: Float32[np.ndarray, "out_blocks in_blocks"], shape: tuple[int, ...]) -> np.ndarray:
-    """One scale a row of blocks and column: broadcasts over rows where blocks divide them, else full size."""
-    wide = np.repeat(scales, BLOCK, axis=1)[:, : shape[1]]
-    return np.repeat(wide, BLOCK, axis=0)[: shape[0]]
+def _scale_blocks(
+    weights: Float32[np.ndarray, "out in"], factors: Float32[np.ndarray, "out_blocks in_blocks"]
+) -> None:
+    """Multiplies each block by its factor, in place."""
+    by_column = np.repeat(factors, BLOCK, axis=1)[:, : weights.shape[1]]
+    whole = weights.shape[0] // BLOCK * BLOCK
+    weights[:whole].reshape(-1, BLOCK, weights.shape[1])[...] *= by_column[: whole // BLOCK, None]
+    weights[whole:] *= by_column[-1:]
 
 
 def _next_power_of_two(scales: Float32[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:

@@ -80,9 +80,10 @@ def load_hf(
     place = shardings or default_shardings(mesh)
     _check_copies(checkpoint, account)
     values: dict[str, jax.Array | Fp8Weight] = {}
+    nan: list[StoredTensor] = []
     total = sum(tensor.nbytes for tensors in stored.values() for tensor in tensors)
     with ThreadPoolExecutor(READERS) as readers, byte_progress("loading", total, shown=progress) as advance:
-        load = functools.partial(load_parameter, readers=readers, advance=advance)
+        load = functools.partial(load_parameter, readers=readers, advance=advance, on_nan=nan.append)
         for path, abstract in arrays(model).items():
             tensors = stored[path]
             if keep_fp8 and all(tensor.scale and not tensor.rotary_width for tensor in tensors):
@@ -90,7 +91,8 @@ def load_hf(
             else:
                 kind = _parameter_dtype(tensors, dtype)
                 values[path] = load(tensors, abstract.shape, kind, place(path, abstract.shape))
-            _warn_of_nan(values[path], tensors)
+    for tensor in dict.fromkeys(nan):
+        warnings.warn(f"{tensor.entry.path}: tensor '{tensor.entry.name}' holds NaN", stacklevel=2)
     return with_arrays(model, values)
 
 
@@ -204,17 +206,3 @@ def _equal(a: TensorEntry, b: TensorEntry) -> bool:
         if not np.array_equal(a.read_rows(first, last).view(np.uint8), b.read_rows(first, last).view(np.uint8)):
             return False
     return True
-
-
-def _warn_of_nan(value: jax.Array | Fp8Weight, tensors: list[StoredTensor]) -> None:
-    if not any(_has_nan(leaf) for leaf in jax.tree.leaves(value)):
-        return
-    for tensor in tensors:
-        if np.isnan(tensor.read_rows(0, tensor.slot.shape[0]).astype(np.float32)).any():
-            warnings.warn(f"{tensor.entry.path}: tensor '{tensor.entry.name}' holds NaN", stacklevel=3)
-            return
-
-
-@jax.jit
-def _has_nan(array: jax.Array) -> jax.Array:
-    return jnp.isnan(array).any()

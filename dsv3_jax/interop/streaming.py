@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.interop.fp8_weights import dequantise
+from dsv3_jax.interop.nan_search import has_nan
 from dsv3_jax.interop.safetensors_reader import DTYPES, TensorEntry
 from dsv3_jax.interop.tensor_names import BLOCK, Slot
 
 Region = tuple[tuple[int, int], ...]  # first and last + 1 along every axis
 _PIECE_BYTES = 128 * 2**20
 _ALIGNMENT = 64  # what JAX wants of host memory that it adopts
-READERS = min(8, os.cpu_count() or 1)
+READERS = min(16, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +75,24 @@ class StoredTensor:
         return dequantise(self.entry.read_rows(start, stop), scales)[first - start : last - start]
 
 
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A piece that was read.
+
+    Attributes:
+      values: its numbers, on the host.
+      put: puts it where it belongs; called in the thread that called `load_parameter`.
+    """
+
+    values: np.ndarray
+    put: Callable[[], None] = lambda: None
+
+
 class Destination(Protocol):
     """Where the pieces of one region of a parameter go."""
 
-    def read(self, tensor: StoredTensor, part: Region, place: Region) -> Callable[[], None]:
-        """Reads `part` of the slot's tail (in any thread); the result puts it at `place` (in the caller's)."""
+    def read(self, tensor: StoredTensor, part: Region, place: Region) -> Piece:
+        """Reads `part` of the slot's tail (in any thread) for `place`."""
         ...
 
     def finish(self) -> list[jax.Array]:
@@ -93,7 +107,7 @@ class HostDestination:
         self._buffer = _aligned_empty(shape, dtype)
         self._devices = devices
 
-    def read(self, tensor: StoredTensor, part: Region, place: Region) -> Callable[[], None]:
+    def read(self, tensor: StoredTensor, part: Region, place: Region) -> Piece:
         target = self._buffer[tuple(slice(*axis) for axis in place)]
         target = target.reshape([last - first for first, last in part], copy=False)
         unit = tensor.slot.shape[0] // tensor.slot.tail[0]
@@ -104,7 +118,7 @@ class HostDestination:
             tensor.entry.read_rows_into(part[0][0] * unit, part[0][1] * unit, target)
         else:
             target[...] = read_part(tensor, part)
-        return lambda: None
+        return Piece(target)
 
     def finish(self) -> list[jax.Array]:
         return [jax.device_put(self._buffer, device, may_alias=True) for device in self._devices]
@@ -119,7 +133,7 @@ class DeviceDestination:
         make = functools.partial(jnp.zeros, shape, dtype)
         self._arrays = [jax.jit(make, out_shardings=jax.sharding.SingleDeviceSharding(device))() for device in devices]
 
-    def read(self, tensor: StoredTensor, part: Region, place: Region) -> Callable[[], None]:
+    def read(self, tensor: StoredTensor, part: Region, place: Region) -> Piece:
         piece = read_part(tensor, part).astype(self._dtype, copy=False)
         piece = piece.reshape([last - first for first, last in place])
         starts = np.array([first for first, _ in place], np.int32)
@@ -129,7 +143,7 @@ class DeviceDestination:
                 on_device = jax.device_put(piece, device)
                 self._arrays[index] = _update(self._arrays[index], on_device, starts)
 
-        return put
+        return Piece(piece, put)
 
     def finish(self) -> list[jax.Array]:
         return self._arrays
@@ -156,6 +170,7 @@ def load_parameter(
     sharding: jax.sharding.Sharding,
     readers: ThreadPoolExecutor,
     advance: Callable[[int], None],
+    on_nan: Callable[[StoredTensor], None] = lambda tensor: None,
     *,
     destination: type[HostDestination] | type[DeviceDestination] | None = None,
 ) -> jax.Array:
@@ -167,6 +182,7 @@ def load_parameter(
       sharding: where its parts go; parts of other hosts' devices are not read.
       readers: threads that read.
       advance: told the bytes read.
+      on_nan: told of tensors that hold NaN, perhaps more than once; from any thread.
       destination: how a region is assembled; by the kind of device unless given.
     """
     tensors = list(tensors)
@@ -174,7 +190,7 @@ def load_parameter(
     for region, devices in _regions(shape, sharding).items():
         kind = destination or (HostDestination if devices[0].platform == "cpu" else DeviceDestination)
         target = kind(tuple(last - first for first, last in region), dtype, devices)
-        _run(_pieces(tensors, region, shape, target, advance), readers)
+        _run(_pieces(tensors, region, target, advance, on_nan), readers)
         parts |= dict(zip(devices, target.finish(), strict=True))
     order = sharding.addressable_devices_indices_map(shape)
     return jax.make_array_from_single_device_arrays(shape, sharding, [parts[device] for device in order])
@@ -193,9 +209,9 @@ def _regions(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> dict[Re
 def _pieces(
     tensors: list[StoredTensor],
     region: Region,
-    shape: tuple[int, ...],
     target: Destination,
     advance: Callable[[int], None],
+    on_nan: Callable[[StoredTensor], None],
 ) -> Iterator[Callable[[], Callable[[], None]]]:
     """Work for the readers: each call reads a piece of at most about 128 MiB and returns how to put it."""
     for tensor in tensors:
@@ -212,7 +228,7 @@ def _pieces(
         for begin in range(first, last, step):
             end = min(begin + step, last)
             place = (*here, (begin - first, end - first), *((0, b - a) for a, b in rest))
-            yield functools.partial(_read, target, tensor, ((begin, end), *rest), place, advance)
+            yield functools.partial(_read, target, tensor, ((begin, end), *rest), place, advance, on_nan)
 
 
 def _read(
@@ -221,11 +237,14 @@ def _read(
     part: Region,
     place: Region,
     advance: Callable[[int], None],
+    on_nan: Callable[[StoredTensor], None],
 ) -> Callable[[], None]:
-    put = target.read(tensor, part, place)
+    piece = target.read(tensor, part, place)
+    if has_nan(piece.values):
+        on_nan(tensor)
     share = math.prod(last - first for first, last in part) / max(tensor.entry.size, 1)
     advance(round(tensor.nbytes * share))
-    return put
+    return piece.put
 
 
 def _run(work: Iterable[Callable[[], Callable[[], None]]], readers: ThreadPoolExecutor) -> None:

@@ -204,7 +204,7 @@ class TestPlacing:
             low = [int(rng.integers(0, size)) for size in value.shape]
             box = tuple((a, int(rng.integers(a, size)) + 1) for a, size in zip(low, value.shape, strict=True))
             target = streaming.HostDestination(tuple(b - a for a, b in box), np.dtype(np.float32), [device])
-            for piece in streaming._pieces(stored[path], box, value.shape, target, lambda count: None):
+            for piece in streaming._pieces(stored[path], box, target, lambda count: None, lambda tensor: None):
                 piece()()
             part = value[tuple(slice(*axis) for axis in box)]
             np.testing.assert_array_equal(target.finish()[0], part, err_msg=f"{path} {box}")
