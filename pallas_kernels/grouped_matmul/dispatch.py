@@ -13,7 +13,7 @@ from pallas_kernels.grouped_matmul.alignment import align, take_rows
 from pallas_kernels.quantize.quantized import Quantized
 from pallas_kernels.quantize.reference import dequantize
 
-KERNELS: tuple[Implementation, ...] = ("reference",)
+KERNELS: tuple[Implementation, ...] = ("reference", "hopper", "tpu")
 TILE_ROWS = 128  # what the kernels ask group sizes to be multiples of
 _SMALLEST_BLOCK = 8  # on a CPU, smaller promises are aligned anew: a trip a row would cost more than the copy
 _FLOAT32 = jnp.dtype(jnp.float32)

@@ -138,7 +138,7 @@ def rows_by_rows(
         scales = [pad_to(lhs.scales.T, TILE_M), pad_to(rhs.scales.T, 4)]
     else:
         (contraction, n), k = lhs.shape, rhs.shape[1]
-        operands, scales = [pad_to(lhs, 8, 16), pad_to(rhs, 8, 16)], []
+        operands, scales = [pad_to(lhs, 8, 16), pad_to(rhs, 8, 16)], []  # pyright: ignore[reportArgumentType]
     tiling = tiling or choose_tiling("depth", k, contraction, sizes.shape[0], form.fp8, 4)
     axis = 0 if form.fp8 else 1
     shape = (sizes.shape[0], operands[0].shape[axis], operands[1].shape[axis])
@@ -169,7 +169,7 @@ def _launch(operands, shape: tuple[int, ...], out_dtype: jnp.dtype, form: Form, 
     # A consumer's part of the left operand, [rows, depth] or, groups along the depth in bfloat16, [depth, rows].
     a_tile = (form.depth, WARPGROUP_ROWS) if _a_row_major(form) else (WARPGROUP_ROWS, form.depth)
     b_tile = (form.depth, tile_n) if form.row_major else (tile_n, form.depth)
-    freed = {"num_arrivals": WARPGROUPS, "num_barriers": stages}
+    freed: dict[str, Any] = {"num_arrivals": WARPGROUPS, "num_barriers": stages}
     scratch: dict[str, Any] = {
         "a_smem": plgpu.SMEM(
             (stages, WARPGROUPS, *a_tile), a.dtype, transforms=swizzled(a_tile[1], a.dtype, a.shape[-1])
@@ -348,9 +348,7 @@ def _consume(
                 multiply(acc, stage)
                 return acc[...]
 
-            partial = pl.run_scoped(
-                one_step, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiling.tile_n), jnp.float32)
-            )
+            partial = pl.run_scoped(one_step, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiling.tile_n), jnp.float32))
             column_scales = ()
             if b_scales_smem is not None:
                 column_scales = tuple(

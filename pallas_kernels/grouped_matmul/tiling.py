@@ -31,12 +31,12 @@ class Tiling:
         if self.tile_n not in (64, 128, 256) or self.cluster not in (1, 2) or self.stages < 2:
             raise ValueError(f"{self} needs a tile_n of 64, 128 or 256, a cluster of 1 or 2 and 2 stages or more")
 
-    def shared_memory_bytes(self, out_bytes: int) -> int:
-        stage = (TILE_M + self.tile_n) * STAGE_BYTES + 4 * self.tile_n
+    def shared_memory_bytes(self, fp8: bool, out_bytes: int) -> int:
+        stage = (TILE_M + self.tile_n) * STAGE_BYTES + (4 * self.tile_n if fp8 else 0)
         return self.stages * stage + WARPGROUPS * self.slots * 64 * PART * out_bytes + 2048
 
-    def fits(self, out_bytes: int) -> bool:
-        return self.shared_memory_bytes(out_bytes) <= SHARED_MEMORY_BYTES
+    def fits(self, fp8: bool, out_bytes: int) -> bool:
+        return self.shared_memory_bytes(fp8, out_bytes) <= SHARED_MEMORY_BYTES
 
     @property
     def slots(self) -> int:
@@ -46,12 +46,12 @@ class Tiling:
 
 def candidates(fp8: bool, out_bytes: int) -> tuple[Tiling, ...]:
     """The tuning space, the default first. FP8 keeps two sets of sums in registers and so half the columns."""
-    widths = (128, 64) if fp8 else (256, 128, 64)
+    widths = (128, 64) if fp8 else (256, 128)
     cuts = []
     for cluster in (2, 1):
         for tile_n in widths:
             fitting = (Tiling(tile_n, stages, cluster) for stages in (6, 5, 4, 3))
-            cuts.append(next(tiling for tiling in fitting if tiling.fits(out_bytes)))
+            cuts.append(next(tiling for tiling in fitting if tiling.fits(fp8, out_bytes)))
     return tuple(cuts)
 
 

@@ -1,0 +1,68 @@
+"""What is compiled ahead of this operation: every form and tiling, at sizes of V3's experts (32 on a device)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.compile_ahead import Case
+from pallas_kernels.grouped_matmul.tiling import Tiling, candidates
+from pallas_kernels.quantize.quantized import E4M3, Quantized, Tile, scales_shape
+
+_ROWS, _GROUPS, _OUT, _IN = 32768, 32, 4096, 7168
+_ROOM = 128  # rows a group in the masked layout
+
+
+def hopper() -> list[Case]:
+    from pallas_kernels.grouped_matmul import hopper as kernels
+
+    def cases() -> Iterator[Case]:
+        for fp8 in (False, True):
+            for form, function, arguments, out_bytes in _forms(fp8, kernels):
+                for tiling in candidates(fp8, out_bytes):
+                    name = f"{form}, {'FP8' if fp8 else 'bfloat16'}, {_words(tiling)}"
+                    yield Case(name, functools.partial(function, tiling=tiling), arguments)
+
+    return list(cases())
+
+
+def _forms(fp8: bool, kernels: Any) -> Iterator[tuple[str, Any, tuple[Any, ...], int]]:
+    """Name, function, arguments and bytes of an output element of each form."""
+    sizes = jax.ShapeDtypeStruct((_GROUPS,), jnp.int32)
+    rows, weights = _operand((_ROWS, _IN), fp8, "1x128"), _operand((_GROUPS, _OUT, _IN), fp8, "128x128")
+    yield "rows", functools.partial(kernels.rows_by_weights, out_dtype=jnp.bfloat16), (rows, weights, sizes), 2
+    room = _operand((_GROUPS, _ROOM, _IN), fp8, "1x128")
+    yield "masked", functools.partial(kernels.masked, out_dtype=jnp.bfloat16), (room, weights, sizes), 2
+    if fp8:
+        columns = _operand((_OUT, _ROWS), fp8, "1x128"), _operand((_IN, _ROWS), fp8, "1x128")
+        yield "depth", kernels.rows_by_rows, (*columns, sizes), 4
+    else:
+        out_bar = _operand((_ROWS, _OUT), fp8, "1x128")
+        transposed = functools.partial(kernels.rows_by_weights, out_dtype=jnp.bfloat16, transposed=True)
+        yield "rows, transposed weights", transposed, (out_bar, weights, sizes), 2
+        yield "depth", kernels.rows_by_rows, (out_bar, rows, sizes), 4
+
+
+def _operand(shape: tuple[int, ...], fp8: bool, tile: Tile) -> Any:
+    if not fp8:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    scales = jax.ShapeDtypeStruct(scales_shape(shape, tile), jnp.float32)
+    return Quantized(jax.ShapeDtypeStruct(shape, E4M3), scales, tile)  # pyright: ignore[reportArgumentType]
+
+
+def _words(tiling: Tiling) -> str:
+    return f"{tiling.tile_n} columns, {tiling.stages} stages, cluster {tiling.cluster}"
+
+
+def tpu() -> list[Case]:
+    from pallas_kernels.grouped_matmul import tpu as kernels
+
+    return [
+        Case(f"{form}, {'FP8' if fp8 else 'bfloat16'}", function, arguments)
+        for fp8 in (False, True)
+        for form, function, arguments, _ in _forms(fp8, kernels)
+    ]

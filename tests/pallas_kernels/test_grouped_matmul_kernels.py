@@ -1,0 +1,103 @@
+"""The grouped kernels in the interpreters, Hopper's with race detection, against the reference."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.experimental.pallas.tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels.grouped_matmul import hopper, tpu
+from pallas_kernels.grouped_matmul.tiling import Tiling
+from pallas_kernels.hopper_launch import interpreted_hopper
+
+ROWS, OUT, IN = 512, 144, 208  # ragged in every tile but the rows
+SIZES = {
+    "an empty group, ragged counts, rows to spare": [128, 0, 256],
+    "one group with everything": [0, 512, 0],
+    "nothing": [0, 0, 0],
+}
+TILINGS = (Tiling(128, 3, 2), Tiling(64, 2, 1))
+
+
+@functools.cache
+def operands(fp8: bool):
+    """Rows, weights and the gradient of the product; for FP8 quantised, with the transposed forms of the rows."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    lhs, rhs = jax.random.normal(keys[0], (ROWS, IN)), jax.random.normal(keys[1], (3, OUT, IN))
+    out_bar = jax.random.normal(keys[2], (ROWS, OUT))
+    if fp8:
+        rows, columns = pk.quantize_both(lhs)
+        return rows, pk.quantize(rhs, tile="128x128"), columns, pk.quantize_both(out_bar)[1]
+    lhs, rhs, out_bar = (x.astype(jnp.bfloat16) for x in (lhs, rhs, out_bar))
+    return lhs, rhs, lhs, out_bar
+
+
+def by_form(form: str, fp8: bool, sizes: list[int]):
+    """What a module of kernels is asked, as function(kernels, **options), and what the reference answers."""
+    lhs, rhs, columns, out_bar = operands(fp8)
+    group_sizes = jnp.asarray(sizes, jnp.int32)
+    f32 = jnp.float32
+    if form == "rows":
+        wanted = pk.grouped_matmul(lhs, rhs, group_sizes, row_alignment=128, out_dtype=f32)
+        return (lambda kernels, **options: kernels.rows_by_weights(lhs, rhs, group_sizes, f32, **options)), wanted
+    if form == "transposed":
+        weights = rhs.swapaxes(1, 2)
+        wanted = pk.grouped_matmul(lhs, rhs, group_sizes, row_alignment=128, out_dtype=f32)
+        call = lambda kernels, **options: kernels.rows_by_weights(  # noqa: E731
+            lhs, weights, group_sizes, f32, transposed=True, **options
+        )
+        return call, wanted
+    if form == "depth":
+        wanted = pk.grouped_weight_gradient(out_bar, columns, group_sizes, row_alignment=128)
+        return (lambda kernels, **options: kernels.rows_by_rows(out_bar, columns, group_sizes, **options)), wanted
+    counts = jnp.asarray(np.minimum(sizes, 130) // 2, jnp.int32)
+    room = jax.tree.map(lambda x: x[:390].reshape(3, 130, -1), lhs)
+    wanted = pk.masked_grouped_matmul(room, rhs, counts, out_dtype=f32)
+    return (lambda kernels, **options: kernels.masked(room, rhs, counts, f32, **options)), wanted
+
+
+FORMS = [("rows", False), ("transposed", False), ("depth", False), ("masked", False)]
+FORMS += [("rows", True), ("depth", True), ("masked", True)]
+
+
+def check(got, wanted) -> None:
+    assert got.shape == wanted.shape
+    # Sums of up to 512 products of unit size in float32, in another order.
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("form", "fp8", "tiling"),
+    [*((*form, TILINGS[0]) for form in FORMS), ("rows", True, TILINGS[1]), ("depth", False, TILINGS[1])],
+)
+def test_hopper(form, fp8, tiling):
+    call, wanted = by_form(form, fp8, SIZES["an empty group, ragged counts, rows to spare"])
+    with interpreted_hopper() as interpret:
+        check(call(hopper, tiling=tiling, interpret=interpret), wanted)
+
+
+@pytest.mark.parametrize(
+    ("form", "fp8", "sizes"),
+    [("rows", True, "one group with everything"), ("depth", True, "nothing"), ("depth", False, "nothing")],
+)
+def test_hopper_at_the_extremes(form, fp8, sizes):
+    call, wanted = by_form(form, fp8, SIZES[sizes])
+    with interpreted_hopper() as interpret:
+        check(call(hopper, tiling=TILINGS[0], interpret=interpret), wanted)
+
+
+@pytest.mark.parametrize(("form", "fp8"), FORMS)
+def test_tpu(form, fp8):
+    for sizes in SIZES.values() if form == "depth" else list(SIZES.values())[:1]:
+        call, wanted = by_form(form, fp8, sizes)
+        check(call(tpu, interpret=pltpu.InterpretParams()), wanted)
+
+
+def test_an_unfit_tiling_is_refused():
+    with pytest.raises(ValueError, match="tile_n of 64, 128 or 256"):
+        Tiling(96, 3)
