@@ -45,8 +45,8 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
     lines = [
         "# Resources of the kernels",
         "",
-        "Written by `experiments/kernel_resources.py`. Compiled for sm_90a with ptxas of CUDA 13; a warpgroup's registers",
-        "are those at launch, which a warp-specialised kernel then moves from its producer (40) to its consumers (232).",
+        "By `experiments/kernel_resources.py`. Compiled for sm_90a with ptxas of CUDA 13. Registers are those at",
+        "launch; a warp-specialised kernel then moves them from its producer (40) to its consumers (232).",
         "",
         "| operation | case | kernel | registers | spilled bytes | shared memory | tensor-core instruction |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -75,8 +75,9 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     options = parser.parse_args()
     results = {target: compiled(target) for target in TARGETS}
-    for cases in (case for target in results.values() for cases in target.values() for case in cases):
-        cases.pop("seconds")
+    for operations_of_target in results.values():
+        for case in (case for cases in operations_of_target.values() for case in cases):
+            case.pop("seconds")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "kernel_resources.json").write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "kernel_resources.md").write_text(table(results))
