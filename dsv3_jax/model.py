@@ -28,6 +28,8 @@ from dsv3_jax.modules.router import RouterBias
 from dsv3_jax.modules.routing_statistics import Routing
 from dsv3_jax.precision import PRECISIONS, Precision
 
+_Carry = tuple[Float[Array, "B T d"], LatentCache]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -271,17 +273,28 @@ class DeepSeekV3(nnx.Module):
           Hidden states ready for `head`, and the cache with the new entries.
         """
         rotation = make_rotation(self.config, positions)
+        dense = self.config.num_dense_layers
+        carry = (self.embedding(tokens), cache)
+        if dense:
+            graph, stacked = nnx.split(self.dense_blocks)
 
-        def layer(
-            carry: tuple[Float[Array, "B T d"], LatentCache],
-            index_and_state: tuple[Array, nnx.State],
-            graph: Any,
-        ) -> tuple[tuple[Float[Array, "B T d"], LatentCache], None]:
-            h, cache = carry
-            index, state = index_and_state
-            return nnx.merge(graph, state).decode(h, rotation, cache, index, positions), None
+            def dense_layer(carry: _Carry, index_and_state: tuple[Array, nnx.State]) -> tuple[_Carry, None]:
+                index, state = index_and_state
+                return nnx.merge(graph, state).decode(carry[0], rotation, carry[1], index, positions), None
 
-        h, cache = self._scan_cached(layer, self.embedding(tokens), cache)
+            carry, _ = lax.scan(dense_layer, carry, (jnp.arange(dense), stacked))
+        if self.config.num_moe_layers:
+            # The experts stay whole: slicing a layer out would copy all of them to use a few.
+            moe_graph, experts, others = nnx.split(self.moe_blocks, nnx.PathContains("experts"), ...)
+
+            def moe_layer(carry: _Carry, index_and_state: tuple[Array, nnx.State]) -> tuple[_Carry, None]:
+                index, state = index_and_state
+                block = nnx.merge(moe_graph, jax.tree.map(lambda leaf: leaf, experts), state)
+                h, cache = carry
+                return block.decode(h, rotation, cache, dense + index, positions, expert_layer=index), None
+
+            carry, _ = lax.scan(moe_layer, carry, (jnp.arange(self.config.num_moe_layers), others))
+        h, cache = carry
         return self.final_norm(h), cache
 
     def draft(

@@ -73,17 +73,22 @@ class Block(nnx.Module):
         cache: LatentCache,
         layer: Int[Array, ""] | int,
         positions: Int[Array, "B T"],
+        *,
+        expert_layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T d"], LatentCache]:
-        """New tokens behind a cache (see LatentAttention.decode)."""
+        """New tokens behind a cache (see LatentAttention.decode and MixtureOfExperts)."""
         attended, cache = self.attention.decode(self.attention_norm(h), rotation, cache, layer, positions)
-        h, _ = self._feed_forward(h + attended, None)
+        h, _ = self._feed_forward(h + attended, None, expert_layer)
         return h, cache
 
     def _feed_forward(
-        self, h: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None
+        self,
+        h: Float[Array, "B T d"],
+        token_mask: Bool[Array, "B T"] | None,
+        expert_layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T d"], Routing | None]:
         u = self.feed_forward_norm(h)
         if isinstance(self.feed_forward, MixtureOfExperts):
-            y, routing = self.feed_forward(u, token_mask)
+            y, routing = self.feed_forward(u, token_mask, expert_layer=expert_layer)
             return h + y, routing
         return h + self.feed_forward(u), None

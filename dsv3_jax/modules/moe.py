@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from dsv3_jax.config import ModelConfig
@@ -46,6 +46,32 @@ class Experts(nnx.Module):
         out = grouped_linear(hidden, self.down[...], **apply)
         return pallas_kernels.combine(out, gates.gate.reshape(-1, chosen), permutation)
 
+    def of_layer(
+        self, u: Float[Array, "N d"], gates: pallas_kernels.Gates, layer: Int[Array, ""]
+    ) -> Float[Array, "N d"]:
+        """The same for decoding, where this module holds the weights of all layers, stacked on a leading axis.
+
+        A few tokens need the weights of a few experts: they are read in place, and neither a layer's other experts
+        nor an order by expert is touched. Many tokens go the usual way.
+        """
+        layers, experts, _, width, d = self.gate_up.shape
+        chosen = gates.expert_index.reshape(-1)
+        if chosen.size > experts:
+            one = Experts.__new__(Experts)
+            one.precision = self.precision
+            one.gate_up, one.down = (nnx.Param(stack[layer]) for stack in (self.gate_up[...], self.down[...]))
+            return one(u, gates)
+        dtype = self.precision.dtype
+        place = layer * experts + chosen
+        gate_up = self.gate_up[...].reshape(layers * experts, 2 * width, d)[place].astype(dtype)
+        down = self.down[...].reshape(layers * experts, d, width)[place].astype(dtype)
+        tokens = jnp.repeat(u.astype(dtype), gates.expert_index.shape[-1], axis=0)
+        hidden = swiglu(jnp.einsum("sd,sfd->sf", tokens, gate_up).reshape(-1, 2, width))
+        out = jnp.einsum("si,sdi->sd", hidden, down).reshape(u.shape[0], -1, d)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        weights = gates.gate.reshape(u.shape[0], -1, 1).astype(wide)
+        return jnp.sum(out.astype(wide) * weights, axis=1).astype(dtype)
+
 
 class MixtureOfExperts(nnx.Module):
     """y = Shared(u) + sum over the chosen experts of g_i E_i(u)."""
@@ -65,11 +91,20 @@ class MixtureOfExperts(nnx.Module):
             )
 
     def __call__(
-        self, u: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None = None
+        self,
+        u: Float[Array, "B T d"],
+        token_mask: Bool[Array, "B T"] | None = None,
+        *,
+        expert_layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T d"], Routing]:
-        """The layer's output and its routing statistics; tokens outside `token_mask` are computed but not counted."""
+        """The layer's output and its routing statistics; tokens outside `token_mask` are computed but not counted.
+
+        With `expert_layer` the experts hold all layers' weights and this one's are read from them (decoding).
+        """
         gates = self.router(u, token_mask)
-        y = self.experts(u.reshape(-1, u.shape[-1]), gates).reshape(u.shape).astype(u.dtype)
+        flat = u.reshape(-1, u.shape[-1])
+        routed = self.experts(flat, gates) if expert_layer is None else self.experts.of_layer(flat, gates, expert_layer)
+        y = routed.reshape(u.shape).astype(u.dtype)
         if self.has_shared_experts:
             y = y + self.shared(u)
         sequence_balance, batch_balance = balance_terms(gates.selection_fraction, gates.affinity_mean, token_mask)
