@@ -50,9 +50,7 @@ def quantise_with(
     return np.clip(scaled, -_LARGEST, _LARGEST).astype(E4M3)
 
 
-def _scale_blocks(
-    weights: Float32[np.ndarray, "out in"], factors: Float32[np.ndarray, "out_blocks in_blocks"]
-) -> None:
+def _scale_blocks(weights: Float32[np.ndarray, "out in"], factors: Float32[np.ndarray, "out_blocks in_blocks"]) -> None:
     """Multiplies each block by its factor, in place."""
     by_column = np.repeat(factors, BLOCK, axis=1)[:, : weights.shape[1]]
     whole = weights.shape[0] // BLOCK * BLOCK

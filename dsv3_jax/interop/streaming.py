@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import mmap
 import os
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -28,7 +29,6 @@ from dsv3_jax.interop.tensor_names import BLOCK, Slot
 
 Region = tuple[tuple[int, int], ...]  # first and last + 1 along every axis
 _PIECE_BYTES = 128 * 2**20
-_ALIGNMENT = 64  # what JAX wants of host memory that it adopts
 READERS = min(16, os.cpu_count() or 1)
 
 
@@ -104,7 +104,7 @@ class HostDestination:
     """The final buffer, in host memory; CPU devices adopt it as it is."""
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: list[jax.Device]):
-        self._buffer = _aligned_empty(shape, dtype)
+        self._buffer = _empty_pages(shape, dtype)
         self._devices = devices
 
     def read(self, tensor: StoredTensor, part: Region, place: Region) -> Piece:
@@ -270,8 +270,11 @@ def _halves_to_pairs(matrix: np.ndarray, head: int, rotary: int) -> np.ndarray:
     return np.concatenate([heads[:, : head - rotary], pairs], axis=1).reshape(matrix.shape)
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
+def _empty_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array in fresh pages of its own, aligned as JAX wants memory that it adopts.
+
+    numpy would ask for huge pages, which virtual machines can take ten times as long to provide as to fill.
+    """
+    size = math.prod(shape)
+    pages = mmap.mmap(-1, max(size * dtype.itemsize, 1))
+    return np.frombuffer(pages, dtype, size).reshape(shape)
