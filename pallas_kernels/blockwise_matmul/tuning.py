@@ -55,21 +55,38 @@ TUNED: dict[tuple[int, int, int], Tiling] = {}
 
 
 def choose_tiling(m: int, n: int, k: int, out_bytes: int, multiprocessors: int) -> Tiling:
-    """A tuned entry, or the cut that by counting tiles finishes first.
-
-    A tile costs its tensor-core time, 64 cycles for 64x128 of one wgmma, plus a fixed share for its epilogue; the grid
-    takes as many rounds as the busiest multiprocessor has tiles.
-    """
+    """A tuned entry, or the cut that finishes first by counting cycles."""
     if (m, n, k) in TUNED:
         return TUNED[m, n, k]
+    return min(
+        candidates(out_bytes), key=lambda tiling: sum(estimated_cycles(tiling, m, n, k, multiprocessors).values())
+    )
 
-    def cycles(tiling: Tiling) -> float:
-        tiles = -(-m // (tiling.tile_m * tiling.cluster)) * tiling.cluster * -(-n // tiling.tile_n)
-        rounds = -(-tiles // multiprocessors)
-        loads = 0.9 if tiling.cluster == 2 else 1.0
-        return rounds * (tiling.tile_n * loads * k + tiling.tile_n * 500) * (1.1 if tiling.tile_n == 64 else 1.0)
 
-    return min(candidates(out_bytes), key=cycles)
+# Bytes a cycle that one multiprocessor gets from L2 when all ask: what published kernels' rates imply.
+L2_BYTES_PER_CYCLE = 33
+EPILOGUE_CYCLES = 1500  # a tile's way out, which no product of the same warpgroup overlaps
+
+
+def estimated_cycles(tiling: Tiling, m: int, n: int, k: int, multiprocessors: int) -> dict[str, float]:
+    """Cycles of the busiest multiprocessor: those of the main loop under what bounds it, and those of epilogues.
+
+    The main loop's key is the resource that is busy longest for a step of 128 of K:
+
+    tensor cores    4,096 multiply-adds a cycle
+    L2              the step's tiles of A and B, B's shared by the cluster
+    one warpgroup   its wgmma alone (the other's fill the gaps only if they can), about 100 cycles of waiting, and the
+                    promotion: tile_n / 2 fused multiply-adds and as many zeros for the next accumulator, a warp
+    """
+    step = {
+        "tensor cores": tiling.tile_m * tiling.tile_n * BLOCK_K / 4096,
+        "L2": BLOCK_K * (tiling.tile_m + tiling.tile_n / tiling.cluster) / L2_BYTES_PER_CYCLE,
+        "one warpgroup": tiling.tile_m * tiling.tile_n * BLOCK_K / 4096 / 2 + tiling.tile_n + 140,
+    }
+    bound = max(step, key=step.__getitem__)
+    clusters = -(-m // (tiling.tile_m * tiling.cluster)) * -(-n // tiling.tile_n)
+    rounds = -(-clusters // (multiprocessors // tiling.cluster))
+    return {bound: rounds * -(-k // BLOCK_K) * step[bound], "epilogues": rounds * EPILOGUE_CYCLES}
 
 
 def candidates(out_bytes: int) -> tuple[Tiling, ...]:
