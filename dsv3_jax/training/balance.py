@@ -12,12 +12,15 @@ def update_biases(
     """b_i + gamma sign(mean(c) - c_i): overloaded experts down, underloaded up, equal ones unchanged.
 
     Args:
-      load: c, assignments over the whole global batch of the step, as exact integers.
+      load: c, assignments over the whole global batch of the step, as exact integers; a layer's sum stays under 2^31.
       speed: gamma.
     """
     experts = load.shape[-1]
-    # sum(c) - E c_i has the sign of mean(c) - c_i and stays an integer.
-    return biases + speed * jnp.sign(jnp.sum(load, axis=-1, keepdims=True) - experts * load).astype(biases.dtype)
+    total = jnp.sum(load, axis=-1, keepdims=True)
+    # mean(c) = whole + rest / E. (sum(c) - E c_i would leave int32 at the report's batch for an overloaded expert.)
+    whole, rest = total // experts, total % experts
+    sign = jnp.where(load == whole, jnp.sign(rest), jnp.sign(whole - load))
+    return biases + speed * sign.astype(biases.dtype)
 
 
 def max_violation(load: Int[Array, "*layers E"]) -> Float[Array, "*layers"]:

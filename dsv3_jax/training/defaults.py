@@ -26,7 +26,8 @@ _RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "nano": {
         "data": {"sequence_length": 256, "vocab_size": 4096},
         "training": {
-            "steps": 500,
+            "steps": 400,
+            "evaluate_every": 100,
             "batch_size": 8,
             "schedule": Schedule(learning_rate=3e-3, bias_update_speed=0.003, **_SHORT),
         },

@@ -114,7 +114,8 @@ class Terminal:
 
 def describe(record: Record) -> str:
     """One step in a few words."""
-    parts = [f"loss {record['loss']:.3f}"]
+    # Not the total: it jumps where the schedule lowers the weight of MTP.
+    parts = [f"loss {record['main_loss']:.3f}"]
     if "mtp_loss" in record:
         parts.append(f"mtp {record['mtp_loss']:.3f}")
     parts += [

@@ -34,6 +34,11 @@ def decay_mask(params: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def update_average(average: Tree, params: Tree, decay: float) -> Tree:
-    """Exponential moving average of the weights, in their own dtype."""
-    return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, average, params)
+def update_average(average: Tree, params: Tree, decay: float, step: jax.Array) -> Tree:
+    """Exponential moving average of the weights after `step` (from 0), in their own dtype.
+
+    The decay starts at 1/10 and rises to `decay`, or the average of a short run would be its initial weights.
+    """
+    step = step.astype(jnp.float32)
+    rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: rate * old + (1.0 - rate) * new, average, params)

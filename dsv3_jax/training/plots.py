@@ -29,7 +29,8 @@ def plot_losses(records: list[Record], path: Path, title: str) -> None:
     ):
         steps, values = _column(records, name)
         if steps.size:
-            axes.plot(steps, values, "o--", color=colour, markersize=5, linewidth=1, label=label)
+            joined = "o--" if steps.size > 2 else "o"  # a line between start and end would be no curve
+            axes.plot(steps, values, joined, color=colour, markersize=6, linewidth=1, label=label)
     axes.set(xlabel="step", ylabel="cross-entropy, nats a token", title=title)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

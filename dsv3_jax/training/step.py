@@ -100,7 +100,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig) -> TrainStep:
         params = jax.tree.map(lambda p, u: p - settings.learning_rate * u.astype(p.dtype), state.params, updates)
         average = state.average
         if average is not None:
-            average = update_average(average, params, training.ema_decay)
+            average = update_average(average, params, training.ema_decay, state.step)
         biases = state.router_biases
         if biases.shape[0]:
             biases = update_biases(biases, terms.load, settings.bias_update_speed)

@@ -88,9 +88,10 @@ class _Run:
             self.skeleton, self.state, self.progress = restore(found, config, lambda: make_model(config))
             self.rows.set_state(self.progress.data)
         self.terminal = Terminal(config.training.steps, self.progress.step, config.training.log_every)
+        kept = self.progress.step or -1  # a run that starts over writes its first evaluation again
         self.writers = [
-            JsonLines(folder.metrics, self.progress.step),
-            TensorBoard(folder.tensorboard, self.progress.step),
+            JsonLines(folder.metrics, kept),
+            TensorBoard(folder.tensorboard, kept),
             self.terminal,
         ]
         self.saved_step = self.progress.step if found else -1
@@ -133,7 +134,8 @@ class _Run:
         self.checkpoints.close()
 
     def _prepare_data(self) -> Data:
-        tokenizer = self.folder.tokenizer if self.folder.tokenizer.is_dir() else None
+        # Without config.json a start died before it was a run, and its tokenizer may be of other options.
+        tokenizer = self.folder.tokenizer if self.folder.holds_run else None
         data = prepare_data(self.config.data, self.folder.cache, tokenizer_folder=tokenizer, progress=print)
         size = data.tokenizer.vocab_size
         if size > self.config.model.vocab_size:

@@ -50,3 +50,11 @@ def test_max_violation_and_dead_experts(load: list[int]):
     expected = max(load) / (sum(load) / len(load)) - 1
     np.testing.assert_allclose(max_violation(array)[0], expected, rtol=1e-5, atol=1e-6)
     assert int(dead_experts(array)[0]) == load.count(0)
+
+
+def test_the_reports_batch_does_not_overflow():
+    """62.9M tokens x 8 of 256 experts, one of which got six times the mean: E c_i is beyond int32."""
+    load = jnp.full((1, 256), 1_960_000, jnp.int32).at[0, 3].set(12_000_000)
+    signs = np.sign(np.asarray(update_biases(jnp.zeros((1, 256)), load, 0.001)))[0]
+    assert signs[3] == -1
+    assert np.all(np.delete(signs, 3) == 1)

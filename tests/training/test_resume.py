@@ -135,6 +135,23 @@ def test_a_signal_while_evaluating_saves(config: RunConfig, tmp_path: Path, monk
     assert [path.name for path in list_checkpoints(RunFolder(tmp_path))] == ["00000000"]
 
 
+def test_a_run_stopped_before_its_first_step_records_its_start_once(
+    config: RunConfig, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    evaluate = trainer_module._Run._evaluate
+
+    def evaluating(run, **kwargs):
+        result = evaluate(run, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module._Run, "_evaluate", evaluating)
+        assert train(config, tmp_path).exit_code == 143
+    assert train(config, tmp_path).exit_code == 0
+    assert_same_end(tmp_path, uninterrupted, config)
+
+
 def test_a_second_signal_ends_at_once():
     program = (
         "import os, signal, time\n"
