@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -41,6 +40,9 @@ def interpreted_hopper(num_cores: int = 2) -> Iterator[plgpu.InterpretGPUParams]
     Raises:
       RuntimeError: on leaving, when two accesses were not ordered by a barrier.
     """
+    # Where JAX keeps what the race detector found; it has no public name.
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
     gpu_callbacks.reset_gpu_interpret_mode_state()
     try:
         with hopper_target(num_cores):

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsv3_jax.modules.linear import Linear
+from dsv3_jax.modules.rematerialisation import keep
 from dsv3_jax.precision import Precision
 
 
@@ -34,4 +35,4 @@ class FeedForward(nnx.Module):
         self.down = Linear(hidden_size, width, **make)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        return self.down(swiglu(self.gate_up(x)))
+        return self.down(swiglu(keep(self.gate_up(x))))

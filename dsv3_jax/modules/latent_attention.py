@@ -11,7 +11,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
@@ -19,6 +18,7 @@ from dsv3_jax.modules.attention_core import causal_attention
 from dsv3_jax.modules.latent_cache import LatentCache
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.norm import RMSNorm
+from dsv3_jax.modules.rematerialisation import keep
 from dsv3_jax.modules.rope import Rotation, rotate, softmax_scale
 from dsv3_jax.precision import Precision
 
@@ -52,8 +52,7 @@ class LatentAttention(nnx.Module):
         """
         query, query_rope = self._queries(x, rotation)
         latent, key_rope = self._latents(x, rotation)
-        expanded = checkpoint_name(self.kv_b(latent), "mla_up_projection")
-        key, value = jnp.split(expanded, [self.config.qk_nope_head_dim], axis=-1)
+        key, value = jnp.split(self.kv_b(latent), [self.config.qk_nope_head_dim], axis=-1)
         shared = jnp.broadcast_to(key_rope[:, :, None, :], (*key.shape[:-1], key_rope.shape[-1]))
         attended = causal_attention(
             jnp.concatenate([query, query_rope], axis=-1),
@@ -62,7 +61,7 @@ class LatentAttention(nnx.Module):
             scale=softmax_scale(self.config),
             segment_ids=segment_ids,
         )
-        return self.o(attended), latent, key_rope
+        return keep(self.o(keep(attended))), latent, key_rope
 
     def decode(
         self,
@@ -97,14 +96,13 @@ class LatentAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T H nope"], Float[Array, "B T H rope"]]:
         """Eq. 6-9: queries of every head, their rotary part turned."""
         if self.config.q_lora_rank is not None:
-            x = self.q_a_norm(self.q_a(x))
-        queries = checkpoint_name(self.q_b(x), "mla_up_projection")
-        plain, rope = jnp.split(queries, [self.config.qk_nope_head_dim], axis=-1)
+            x = self.q_a_norm(keep(self.q_a(x)))
+        plain, rope = jnp.split(self.q_b(x), [self.config.qk_nope_head_dim], axis=-1)
         return plain, rotate(rope, rotation)
 
     def _latents(
         self, x: Float[Array, "B T d"], rotation: Rotation
     ) -> tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]]:
         """Eq. 1 and 3: the normed latent c^KV, and the rotary key k^R, which has no norm and serves all heads."""
-        latent, rope = jnp.split(self.kv_a(x), [self.config.kv_lora_rank], axis=-1)
+        latent, rope = jnp.split(keep(self.kv_a(x)), [self.config.kv_lora_rank], axis=-1)
         return self.kv_a_norm(latent), rotate(rope, rotation)

@@ -14,6 +14,7 @@ import pallas_kernels
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.feed_forward import FeedForward, swiglu
 from dsv3_jax.modules.linear import normal
+from dsv3_jax.modules.rematerialisation import keep
 from dsv3_jax.modules.router import Router
 from dsv3_jax.modules.routing_statistics import Routing, balance_terms
 from dsv3_jax.precision import Precision, grouped_linear
@@ -31,7 +32,12 @@ class Experts(nnx.Module):
 
     def __call__(self, u: Float[Array, "N d"], gates: pallas_kernels.Gates) -> Float[Array, "N d"]:
         """sum_i g_i E_i(u) for every token; `gates` has leading axes that flatten to the N tokens."""
-        experts, _, width, d = self.gate_up.shape
+        return self._sorted_by_expert(u, gates, self.gate_up[...], self.down[...])
+
+    def _sorted_by_expert(
+        self, u: Float[Array, "N d"], gates: pallas_kernels.Gates, gate_up: Float[Array, "E 2 I d"], down: Array
+    ) -> Float[Array, "N d"]:
+        experts, _, width, d = gate_up.shape
         chosen = gates.expert_index.shape[-1]
         expert_index = gates.expert_index.reshape(-1, chosen)
         alignment = pallas_kernels.preferred_row_alignment(expert_index.size, experts)
@@ -41,9 +47,9 @@ class Experts(nnx.Module):
             "row_alignment": alignment,
             "precision": self.precision,
         }
-        hidden = grouped_linear(rows, self.gate_up[...].reshape(experts, 2 * width, d), **apply)
+        hidden = keep(grouped_linear(rows, gate_up.reshape(experts, 2 * width, d), **apply))
         hidden = swiglu(hidden.reshape(-1, 2, width))
-        out = grouped_linear(hidden, self.down[...], **apply)
+        out = keep(grouped_linear(hidden, down, **apply))
         return pallas_kernels.combine(out, gates.gate.reshape(-1, chosen), permutation)
 
     def of_layer(
@@ -57,10 +63,7 @@ class Experts(nnx.Module):
         layers, experts, _, width, d = self.gate_up.shape
         chosen = gates.expert_index.reshape(-1)
         if chosen.size > experts:
-            one = Experts.__new__(Experts)
-            one.precision = self.precision
-            one.gate_up, one.down = (nnx.Param(stack[layer]) for stack in (self.gate_up[...], self.down[...]))
-            return one(u, gates)
+            return self._sorted_by_expert(u, gates, self.gate_up[...][layer], self.down[...][layer])
         dtype = self.precision.dtype
         place = layer * experts + chosen
         gate_up = self.gate_up[...].reshape(layers * experts, 2 * width, d)[place].astype(dtype)

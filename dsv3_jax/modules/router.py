@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 import pallas_kernels
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.linear import normal
+from dsv3_jax.modules.rematerialisation import keep
 
 
 class RouterBias(nnx.Variable):
@@ -44,7 +45,7 @@ class Router(nnx.Module):
             precision=lax.Precision.HIGHEST,
         )
         return pallas_kernels.gate(
-            logits,
+            keep(logits),
             self.bias[...] if config.has_router_bias else None,
             num_experts_per_tok=config.num_experts_per_tok,
             n_group=config.n_group,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from typing import Literal
 
 import jax
@@ -13,6 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.device import Implementation, choose_implementation
 from pallas_kernels.routing import reference
 from pallas_kernels.routing.reference import GateParameters
+
+_MOST_EXPERTS = 512
 
 
 @jax.tree_util.register_dataclass
@@ -67,16 +70,16 @@ def gate(
     """
     experts = logits.shape[-1]
     _check(logits, bias, token_mask, num_experts_per_tok, n_group, topk_group, scoring_func, group_score)
-    choose_implementation(implementation)
     parameters = GateParameters(
         num_experts_per_tok, n_group, topk_group, scoring_func, group_score, norm_topk_prob, routed_scaling_factor
     )
+    name = choose_implementation(implementation, _available(experts, n_group))
     sequences = logits.shape[:-2]
     flat = logits.reshape(-1, *logits.shape[-2:])
     mask = None if token_mask is None else token_mask.reshape(flat.shape[:-1])
     if bias is not None:
         bias = jax.lax.stop_gradient(bias)
-    outputs: tuple[jax.Array, ...] = _gate(flat, bias, mask, parameters)  # pyright: ignore[reportAssignmentType]
+    outputs: tuple[jax.Array, ...] = _gate(flat, bias, mask, parameters, name)  # pyright: ignore[reportAssignmentType]
     weights, affinity_mean, index, load, fraction = outputs
     return Gates(
         expert_index=index.reshape(*logits.shape[:-1], num_experts_per_tok),
@@ -87,35 +90,26 @@ def gate(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _gate(logits, bias, mask, parameters: GateParameters) -> tuple[jax.Array, ...]:
-    outputs, _ = _gate_forward(logits, bias, mask, parameters)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _gate(logits, bias, mask, parameters: GateParameters, implementation: str) -> tuple[jax.Array, ...]:
+    outputs, _ = _gate_forward(logits, bias, mask, parameters, implementation)
     return outputs
 
 
-def _gate_forward(logits, bias, mask, parameters: GateParameters):
-    experts, chosen = logits.shape[-1], parameters.num_experts_per_tok
-    scores = reference.affinities(logits, parameters.scoring_func)
-    index = reference.select(scores, bias, parameters)
-    weights = reference.gates_of(jnp.take_along_axis(scores, index, axis=-1), parameters)
-
+def _gate_forward(logits, bias, mask, parameters: GateParameters, implementation: str):
+    kernel = reference.gate
+    if implementation != "reference":
+        kernel = importlib.import_module(f"pallas_kernels.routing.{implementation}_gate").gate
+    index, weights, counts, unrestricted, share_sums = kernel(logits, bias, mask, parameters)
     tokens = _tokens(logits, mask)
-    total = jnp.sum(scores, axis=-1, keepdims=True)
-    shares = scores / total if mask is None else scores / total * mask[..., None]
-    affinity_mean = jnp.sum(shares, axis=-2) / tokens
-
-    counts = reference.count_assignments(index, experts, mask)
-    if bias is None and parameters.n_group == 1:
-        unbiased = counts
-    else:
-        unbiased = reference.count_assignments(jax.lax.top_k(scores, chosen)[1], experts, mask)
-    fraction = unbiased * (experts / chosen) / tokens
-    return (weights, affinity_mean, index, jnp.sum(counts, axis=0), fraction), (scores, index, mask)
+    fraction = unrestricted * (logits.shape[-1] / parameters.num_experts_per_tok) / tokens
+    return (weights, share_sums / tokens, index, jnp.sum(counts, axis=0), fraction), (logits, index, mask)
 
 
-def _gate_backward(parameters: GateParameters, residuals, cotangents):
+def _gate_backward(parameters: GateParameters, implementation: str, residuals, cotangents):
     """Gradient to the logits, written out so that nothing is scattered: K comparisons an expert instead."""
-    scores, index, mask = residuals
+    logits, index, mask = residuals
+    scores = reference.affinities(logits, parameters.scoring_func)
     weights_bar, mean_bar, *_ = cotangents
     experts = scores.shape[-1]
 
@@ -141,6 +135,13 @@ def _gate_backward(parameters: GateParameters, residuals, cotangents):
 
 
 _gate.defvjp(_gate_forward, _gate_backward)
+
+
+def _available(experts: int, n_group: int) -> tuple[Implementation, ...]:
+    """Kernels hold a token's affinities at once, in whole groups of eight."""
+    if experts <= _MOST_EXPERTS and (experts // n_group) % 8 == 0:
+        return ("reference", "hopper")
+    return ("reference",)
 
 
 def _tokens(logits, mask):

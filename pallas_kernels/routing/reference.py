@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 GROUP_SCORES = ("top2_sum", "max")
 SCORING_FUNCTIONS = ("sigmoid", "softmax")
-_EPSILON = 1e-20  # keeps a token whose chosen affinities all underflow from dividing by zero
+EPSILON = 1e-20  # keeps a token whose chosen affinities all underflow from dividing by zero
 
 
 class GateParameters(NamedTuple):
@@ -24,6 +24,36 @@ class GateParameters(NamedTuple):
     group_score: Literal["top2_sum", "max"]
     norm_topk_prob: bool
     routed_scaling_factor: float
+
+
+class GateOutputs(NamedTuple):
+    """What every implementation of the gate computes in its one pass."""
+
+    expert_index: Int[Array, "S T K"]
+    gate: Float[Array, "S T K"]
+    counts: Int[Array, "S E"]  # assignments of counted tokens
+    unrestricted_counts: Int[Array, "S E"]  # had the bare affinities decided, with neither bias nor groups
+    share_sums: Float[Array, "S E"]  # of the counted tokens' normalised affinities
+
+
+def gate(
+    logits: Float[Array, "S T E"],
+    bias: Float[Array, " E"] | None,
+    mask: Bool[Array, "S T"] | None,
+    parameters: GateParameters,
+) -> GateOutputs:
+    scores = affinities(logits, parameters.scoring_func)
+    index = select(scores, bias, parameters)
+    weights = gates_of(jnp.take_along_axis(scores, index, axis=-1), parameters)
+    shares = scores / jnp.sum(scores, axis=-1, keepdims=True)
+    if mask is not None:
+        shares = shares * mask[..., None]
+    experts = logits.shape[-1]
+    counts = unrestricted = count_assignments(index, experts, mask)
+    if bias is not None or parameters.n_group > 1:
+        top = lax.top_k(scores, parameters.num_experts_per_tok)[1]
+        unrestricted = count_assignments(top, experts, mask)
+    return GateOutputs(index, weights, counts, unrestricted, jnp.sum(shares, axis=-2))
 
 
 def affinities(logits: Float[Array, "*batch E"], scoring_func: str) -> Float[Array, "*batch E"]:
@@ -52,7 +82,7 @@ def select(
 def gates_of(chosen: Float[Array, "*batch K"], parameters: GateParameters) -> Float[Array, "*batch K"]:
     """Gates from the affinities of the chosen experts."""
     if parameters.norm_topk_prob:
-        chosen = chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + _EPSILON)
+        chosen = chosen / (jnp.sum(chosen, axis=-1, keepdims=True) + EPSILON)
     return chosen * parameters.routed_scaling_factor
 
 

@@ -147,6 +147,7 @@ def test_unknown_rematerialisation_is_named():
 
 def test_report_policy_keeps_less_than_everything(tokens):
     """The named values really are recomputed: fewer bytes are saved for the backward pass."""
+
     def saved(remat):
         model = DeepSeekV3(ModelConfig.preset("tiny"), rngs=nnx.Rngs(3), remat=remat)
         graph, params, rest = nnx.split(model, nnx.Param, ...)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import pallas_kernels as pk
 from pallas_kernels.blockwise_matmul import hopper, reference, tpu
 from pallas_kernels.blockwise_matmul.tuning import Tiling, candidates, choose_tiling
-from pallas_kernels.hopper_launch import interpreted_hopper
+from pallas_kernels.hopper_launch import hopper_target, interpreted_hopper
 
 
 def operands(m, n, k, b_tile="128x128", seed=0):
@@ -140,6 +140,22 @@ def test_every_problem_gets_a_tiling_that_fits(m, n, k, out_bytes):
     tiling = choose_tiling(m, n, k, out_bytes, 132)
     assert tiling.fits(out_bytes)
     assert tiling in candidates(out_bytes)
+
+
+def test_on_hopper_the_kernel_is_chosen_and_sizes_that_fit_are_not_copied():
+    """2112 and 1536 are no multiples of a tile, but of 32: TMA handles what is left over. 333 is padded."""
+
+    def program(m, n, k, b_tile):
+        operand = jax.eval_shape(lambda x: pk.quantize(x, tile="1x128"), jax.ShapeDtypeStruct((m, k), jnp.float32))
+        other = jax.eval_shape(lambda x: pk.quantize(x, tile=b_tile), jax.ShapeDtypeStruct((n, k), jnp.float32))
+        with hopper_target():
+            return str(jax.make_jaxpr(lambda a, b: pk.blockwise_matmul(a, b))(operand, other))
+
+    for sizes in ((4096, 2112, 7168), (4096, 7168, 2112), (512, 1536, 576)):
+        text = program(*sizes, "128x128")
+        assert "blockwise_matmul" in text
+        assert " pad[" not in text, sizes
+    assert " pad[" in program(4096, 333, 7168, "128x128")
 
 
 def test_impossible_tilings_are_named():

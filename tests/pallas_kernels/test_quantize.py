@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import pallas_kernels as pk
 from pallas_kernels.hopper_launch import interpreted_hopper
-from pallas_kernels.quantize import hopper, reference, tpu
+from pallas_kernels.quantize import _over_matrices, hopper, reference, tpu
 
 TILES = {"1x128": (1, 128), "128x128": (128, 128), "128x1": (128, 1)}
 
@@ -129,6 +129,15 @@ def test_experts_are_separate_matrices():
         alone = pk.quantize(w[expert], tile="128x128")
         np.testing.assert_array_equal(np.asarray(q.values[expert], "f4"), np.asarray(alone.values, "f4"))
         np.testing.assert_array_equal(q.scales[expert], alone.scales)
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_kernels_see_experts_one_below_the_other(tile):
+    """Kernels take one matrix: ragged experts are filled up so that no tile holds rows of two."""
+    w = jnp.asarray(matrix(5, 3 * 130, 150)).reshape(3, 130, 150)
+    assert_same(
+        _over_matrices(lambda x: reference.quantize(x, tile, False), w, tile), reference.quantize(w, tile, False)
+    )
 
 
 def test_a_quantized_is_a_pytree_with_a_static_tile():

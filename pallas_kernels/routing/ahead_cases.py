@@ -1,0 +1,35 @@
+"""What is compiled ahead of this operation: V3's own router and width, and the routers of its relatives."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.compile_ahead import Case
+from pallas_kernels.routing.reference import GateParameters
+
+_TOKENS = 4096
+
+
+def hopper() -> list[Case]:
+    from pallas_kernels.routing import hopper_gate
+
+    return [
+        Case(name, functools.partial(hopper_gate.gate, parameters=parameters), _router(experts, biased))
+        for name, experts, biased, parameters in _ROUTERS
+    ]
+
+
+# Name, experts, bias, parameters.
+_ROUTERS = (
+    ("gate of V3", 256, True, GateParameters(8, 8, 4, "sigmoid", "top2_sum", True, 2.5)),
+    ("gate of V2-Lite", 64, False, GateParameters(6, 1, 1, "softmax", "max", False, 1.0)),
+    ("gate of Kimi-K2", 384, True, GateParameters(8, 1, 1, "sigmoid", "top2_sum", True, 2.827)),
+)
+
+
+def _router(experts: int, biased: bool):
+    logits = jax.ShapeDtypeStruct((1, _TOKENS, experts), jnp.float32)
+    return logits, jax.ShapeDtypeStruct((experts,), jnp.float32) if biased else None, None
