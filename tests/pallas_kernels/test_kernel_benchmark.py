@@ -1,4 +1,4 @@
-"""The benchmark's checks find wrong results; its tuning entries survive a round trip; the numerics script sums right."""
+"""The benchmark's checks find wrong results; its tuning entries survive a round trip; the numerics script sums."""
 
 import importlib
 import pathlib
