@@ -36,9 +36,11 @@ def main(argv: list[str]) -> int:
     # Slow imports come after the arguments are known to be right.
     import jax
 
+    from dsv3_jax.cli.compilation_cache import keep_compiled_programs
     from dsv3_jax.inference import complete, stream
     from dsv3_jax.training.checkpoints import load_checkpoint
 
+    keep_compiled_programs()
     model, tokenizer, _ = load_checkpoint(arguments.run)
     # In training an end-of-text token precedes every document, so an empty prompt begins one.
     prompts = [tokenizer.encode(text) or [tokenizer.eos_id] for text in arguments.prompt]

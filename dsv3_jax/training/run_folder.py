@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,7 @@ class RunFolder:
         self.sample = path / "sample.txt"
         self.summary = path / "summary.json"
         self.cache = path / "cache"
+        self.lock = path / "lock"
 
     @property
     def holds_run(self) -> bool:
@@ -92,7 +94,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT)
+            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}; choose another --out") from error
         try:
@@ -106,6 +108,17 @@ class RunFolder:
             yield
         finally:
             os.close(descriptor)
+
+    @contextmanager
+    def emptied_if_no_run_starts(self) -> Iterator[None]:
+        """A new folder is taken away again when what is done in the block is refused."""
+        ours = not self.holds_run and {entry.name for entry in self.path.iterdir()} <= {self.lock.name}
+        try:
+            yield
+        except UserError:
+            if ours and not self.holds_run:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -60,7 +60,8 @@ def train(config: RunConfig, out: Path, *, initial_model: Callable[[], DeepSeekV
     with folder.locked(), Interruption() as interruption:
         if folder.holds_run:
             folder.check_same_run(config)
-        run = _Run(config, folder, interruption, initial_model or (lambda: make_model(config)))
+        with folder.emptied_if_no_run_starts():
+            run = _Run(config, folder, interruption, initial_model or (lambda: make_model(config)))
         try:
             return run.train()
         finally:
@@ -78,8 +79,6 @@ class _Run:
         self.writers: list[Writer] = []
         found = last_whole_checkpoint(folder, print)
         self.data = self._prepare_data()
-        if not folder.holds_run:
-            folder.write_config(config)
         self.rows = self.data.train_iterator()
         if found is None:
             self.skeleton, self.state = new_state(initial(), config)
@@ -87,6 +86,8 @@ class _Run:
         else:
             self.skeleton, self.state, self.progress = restore(found, config, lambda: make_model(config))
             self.rows.set_state(self.progress.data)
+        if not folder.holds_run:  # last, so that a start which is refused leaves no run
+            folder.write_config(config)
         self.terminal = Terminal(config.training.steps, self.progress.step, config.training.log_every)
         kept = self.progress.step or -1  # a run that starts over writes its first evaluation again
         self.writers = [
@@ -131,6 +132,7 @@ class _Run:
         """Waits for what is being written."""
         for writer in self.writers:
             writer.close()
+        self.rows.close()
         self.checkpoints.close()
 
     def _prepare_data(self) -> Data:

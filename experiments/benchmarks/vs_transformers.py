@@ -35,7 +35,7 @@ class Worker:
         cores = sorted(os.sched_getaffinity(0))[:threads]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
         self.process = subprocess.Popen(
-            [python, str(HERE / script)],
+            [python, "-P", str(HERE / script)],  # -P: a sibling called kernels.py is not the package of that name
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

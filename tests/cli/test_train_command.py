@@ -102,8 +102,7 @@ def test_a_corpus_that_cannot_be_used_is_one_line(
     assert error.count("\n") == 1
     assert str(corpus) in error
     assert named in error
-    assert not (out / "config.json").exists()
-    assert not (out / "checkpoints").exists()
+    assert not out.exists()
 
 
 def test_a_missing_corpus_and_tokenizer_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path):
@@ -125,7 +124,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_one_line(capsys: pytest.Captu
     assert error.count("\n") == 1
     assert "266" in error
     assert "260" in error
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_output_folder_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
