@@ -27,6 +27,8 @@ _ROUTERS = (
     ("gate of V3", 256, True, GateParameters(8, 8, 4, "sigmoid", "top2_sum", True, 2.5)),
     ("gate of V2-Lite", 64, False, GateParameters(6, 1, 1, "softmax", "max", False, 1.0)),
     ("gate of Kimi-K2", 384, True, GateParameters(8, 1, 1, "sigmoid", "top2_sum", True, 2.827)),
+    ("gate, 8 groups of 8", 64, True, GateParameters(4, 8, 4, "softmax", "max", True, 1.0)),
+    ("gate, 2 groups of 16", 32, False, GateParameters(4, 2, 1, "sigmoid", "top2_sum", True, 1.0)),
 )
 
 

@@ -15,7 +15,8 @@ from pallas_kernels.device import Implementation, choose_implementation
 from pallas_kernels.routing import reference
 from pallas_kernels.routing.reference import GateParameters
 
-_MOST_EXPERTS = 512
+_MOST_EXPERTS = 384  # whose candidates a warpgroup's registers hold
+_MOST_GROUPS = 16  # each is compared with each
 
 
 @jax.tree_util.register_dataclass
@@ -139,7 +140,7 @@ _gate.defvjp(_gate_forward, _gate_backward)
 
 def _available(experts: int, n_group: int) -> tuple[Implementation, ...]:
     """Kernels hold a token's affinities at once, in whole groups of eight."""
-    if experts <= _MOST_EXPERTS and (experts // n_group) % 8 == 0:
+    if experts <= _MOST_EXPERTS and n_group <= _MOST_GROUPS and (experts // n_group) % 8 == 0:
         return ("reference", "hopper")
     return ("reference",)
 

@@ -1,9 +1,11 @@
 """The gate on Hopper, in Mosaic GPU: one pass from logits to experts, gates and statistics.
 
-A warpgroup takes 64 tokens: two rows of registers a thread, so that each token's maxima and sums are over four
-neighbouring threads. The affinities rest in shared memory, the candidates in registers; each of the K choices is a
-maximum, the lowest index that reaches it, and a blank in its place. Nothing is sorted. The counts and sums over a
-tile's tokens are written a tile; adding the tiles up is left to XLA, in a fixed order.
+A warpgroup takes 16 tokens, a warp four of them, eight lanes a token: a token's candidates lie in the registers of
+eight neighbours (32 each with 256 experts), so that a maximum over the experts costs three shuffles. Each of the K
+choices is the largest candidate, the lowest index that reaches it, and minus infinity in its place; nothing is sorted.
+Several such blocks share a multiprocessor and hide each other's shuffles and copies. The counts and sums over a tile's
+tokens are written a tile; adding the tiles up, in a fixed order, and normalising the K gates are left to XLA, which has
+to turn them from [K, tokens] anyway.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.hopper_launch import multiprocessors
-from pallas_kernels.routing.reference import EPSILON, GateOutputs, GateParameters
+from pallas_kernels.routing.reference import GateOutputs, GateParameters, gates_of
 
-TILE = 64  # tokens
-_LAYOUT = plgpu.Layout.WGMMA
-_ROWS, _COLUMNS = _LAYOUT.reduce(1), _LAYOUT.reduce(0)
+TILE = 16  # tokens
+_LANES = 8  # that share a token
+_BLOCKS = 4  # on one multiprocessor
+_OUT_OF_REACH = float(np.finfo(np.float32).min)  # below every candidate, above the chosen ones' minus infinity
 
 Interpret = plgpu.InterpretGPUParams | None
 
@@ -37,7 +41,7 @@ def gate(
     *,
     interpret: Interpret = None,
 ) -> GateOutputs:
-    """As `reference.gate`. Sequences are padded to a multiple of 64 tokens."""
+    """As `reference.gate`. Sequences are padded to a multiple of 16 tokens; groups are multiples of 8 experts."""
     sequences, tokens, experts = logits.shape
     chosen = parameters.num_experts_per_tok
     counted = jnp.ones((sequences, tokens), jnp.float32) if mask is None else mask.astype(jnp.float32)
@@ -46,95 +50,98 @@ def gate(
         logits, counted = jnp.pad(logits, ((0, 0), (0, excess), (0, 0))), jnp.pad(counted, ((0, 0), (0, excess)))
     rows = sequences * (tokens + excess)
     tiles = rows // TILE
-    biased = bias is not None
     width = _piece(experts, parameters.n_group)
     scratch: dict[str, Any] = {
-        "logits_smem": plgpu.SMEM((experts // width, TILE, width), jnp.float32),
+        "affinity_smem": plgpu.SMEM((experts // width, TILE, width), jnp.float32),
         "index_smem": plgpu.SMEM((chosen, TILE), jnp.int32),
-        "gate_smem": plgpu.SMEM((chosen, TILE), jnp.float32),
+        "chosen_smem": plgpu.SMEM((chosen, TILE), jnp.float32),
         "sums_smem": plgpu.SMEM((3, experts), jnp.float32),
         "arrived": plgpu.Barrier(num_arrivals=experts // width),
     }
     kernel = plgpu.kernel(
-        functools.partial(_kernel, parameters=parameters, biased=biased, width=width, experts=experts),
+        functools.partial(_kernel, parameters=parameters),
         out_type=[
             jax.ShapeDtypeStruct((chosen, rows), jnp.int32),
             jax.ShapeDtypeStruct((chosen, rows), jnp.float32),
             jax.ShapeDtypeStruct((tiles, 3, experts), jnp.float32),
         ],
         scratch_types=scratch,
-        grid=(min(tiles, 2 * multiprocessors()),),
+        grid=(min(tiles, _BLOCKS * multiprocessors()),),
         grid_names=("blocks",),
         kernel_name="gate",
         interpret=interpret,
     )
-    operands = [logits.reshape(rows, experts), counted.reshape(rows)] + ([bias.astype(jnp.float32)] if biased else [])
-    index, weights, sums = kernel(*operands)
+    operands = [logits.reshape(rows, experts), counted.reshape(rows)]
+    index, affinities, sums = kernel(*operands, *([] if bias is None else [bias.astype(jnp.float32)]))
 
     def by_token(x: Array) -> Array:
         return x.T.reshape(sequences, -1, chosen)[:, :tokens]
 
     counts, unbiased, shares = jnp.moveaxis(jnp.sum(sums.reshape(sequences, -1, 3, experts), axis=1), 1, 0)
-    return GateOutputs(by_token(index), by_token(weights), counts.astype(jnp.int32), unbiased.astype(jnp.int32), shares)
+    weights = gates_of(by_token(affinities), parameters)
+    return GateOutputs(by_token(index), weights, counts.astype(jnp.int32), unbiased.astype(jnp.int32), shares)
 
 
 def _piece(experts: int, n_group: int) -> int:
     """Columns worked on together: a group, or a part of the only group."""
-    return experts // n_group if n_group > 1 else math.gcd(experts, 64)
+    return experts // n_group if n_group > 1 else math.gcd(experts, 4 * _LANES)
+
+
+def _layout(width: int) -> Any:
+    """16 tokens by `width` experts: 4 tokens a warp, 8 lanes a token, up to 4 neighbouring experts a lane."""
+    vector = math.gcd(width // _LANES, 4)
+    columns = _LANES * vector
+    tiling = plgpu.Tiling(((TILE, columns), (TILE // 4, columns), (vector,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def _kernel(
-    logits, counted, *refs, parameters: GateParameters, biased: bool, width: int, experts: int,
-    logits_smem, index_smem, gate_smem, sums_smem, arrived,
+    logits, counted, *refs, parameters: GateParameters, affinity_smem, index_smem, chosen_smem, sums_smem, arrived
 ):  # fmt: skip
-    bias = refs[0] if biased else None
-    index_out, gate_out, sums_out = refs[-3:]
-    pieces = range(experts // width)
-    chosen = parameters.num_experts_per_tok
+    *bias, index_out, chosen_out, sums_out = refs
+    count, _, width = affinity_smem.shape
+    pieces, experts, chosen = range(count), count * width, parameters.num_experts_per_tok
+    layout = _layout(width)
 
     def numbers(piece: int):
         """Index of each column's expert, as float32: exact, and of the layout and type of what it is chosen by."""
-        column = plgpu.broadcasted_iota(jnp.int32, (TILE, width), 1, layout=_LAYOUT)
+        column = plgpu.broadcasted_iota(jnp.int32, (TILE, width), 1, layout=layout)
         return (column + piece * width).astype(jnp.float32)
 
-    def affinities(piece: int):
-        return plgpu.load(logits_smem.at[piece], layout=_LAYOUT)
+    def affinities():
+        return [plgpu.load(affinity_smem.at[p], layout=layout) for p in pieces]
 
     def best(candidates):
-        """The largest value of each token and the lowest expert that has it."""
-        largest = functools.reduce(jnp.maximum, [jnp.max(c, axis=1) for c in candidates])
-        first = [
-            jnp.max(jnp.where(c == _across(largest, c), float(experts) - numbers(p), -1.0), axis=1)
-            for p, c in zip(pieces, candidates, strict=True)
-        ]
-        return largest, float(experts) - functools.reduce(jnp.maximum, first)
+        """The lowest expert that has each token's largest candidate, and its affinity."""
+        largest, expert, affinity = candidates[0], numbers(0), affinities()[0]
+        for p in pieces[1:]:
+            better = candidates[p] > largest
+            largest = jnp.where(better, candidates[p], largest)
+            expert = jnp.where(better, numbers(p), expert)
+            affinity = jnp.where(better, affinities()[p], affinity)
+        reached = largest == _across(jnp.max(largest, axis=1), largest)
+        first = jnp.min(jnp.where(reached, expert, float(experts - 1)), axis=1)
+        return first, jnp.sum(jnp.where(expert == _across(first, expert), affinity, 0.0), axis=1)
 
-    def choose(candidates):
-        """The top K experts of each token, best first."""
-        order = []
-        for _ in range(chosen):
-            _, expert = best(candidates)
-            order.append(expert)
-            candidates = [
-                jnp.where(numbers(p) == _across(expert, c), -jnp.inf, c)
-                for p, c in zip(pieces, candidates, strict=True)
-            ]
-        return order
+    def without(candidates, expert):
+        return tuple(
+            jnp.where(numbers(p) == _across(expert, c), -jnp.inf, c) for p, c in zip(pieces, candidates, strict=True)
+        )
+
+    def group_score(piece: int, candidates):
+        largest = jnp.max(candidates, axis=1)
+        if parameters.group_score == "max":
+            return largest
+        reached = candidates == _across(largest, candidates)
+        first = jnp.min(jnp.where(reached, numbers(piece), float(experts)), axis=1)
+        others = jnp.where(numbers(piece) == _across(first, candidates), -jnp.inf, candidates)
+        return largest + jnp.max(others, axis=1)
 
     def within_best_groups(candidates):
-        """Minus infinity where a token's group is not among its best."""
+        """The candidates of each token's best groups; those of the others are out of reach."""
         if parameters.n_group == 1:
             return candidates
-        scores = []
-        for p, c in zip(pieces, candidates, strict=True):
-            largest = jnp.max(c, axis=1)
-            if parameters.group_score == "top2_sum" and width > 1:
-                first = float(experts) - jnp.max(
-                    jnp.where(c == _across(largest, c), float(experts) - numbers(p), -1.0), axis=1
-                )
-                second = jnp.max(jnp.where(numbers(p) == _across(first, c), -jnp.inf, c), axis=1)
-                largest = largest + second
-            scores.append(largest)
+        scores = [group_score(p, c) for p, c in zip(pieces, candidates, strict=True)]
         allowed = []
         for p, c in zip(pieces, candidates, strict=True):
             ahead = [
@@ -142,85 +149,79 @@ def _kernel(
                 for q in pieces
                 if q != p
             ]
-            kept = functools.reduce(jnp.add, ahead) < float(parameters.topk_group)
-            allowed.append(jnp.where(_across(jnp.where(kept, 1.0, 0.0), c) > 0.5, c, -jnp.inf))
-        return allowed
+            in_reach = _across(functools.reduce(jnp.add, ahead), c) < float(parameters.topk_group)
+            allowed.append(jnp.where(in_reach, c, _OUT_OF_REACH))
+        return tuple(allowed)
 
-    @plgpu.nd_loop((index_out.shape[1] // TILE,), collective_axes="blocks")
+    def choose(candidates, nothing):
+        """Each token's experts and their affinities to shared memory, best first. Returns the other candidates."""
+
+        def one(k, candidates):
+            expert, affinity = best(candidates)
+            index_smem[k] = expert.astype(jnp.int32)
+            chosen_smem[k] = affinity + nothing
+            return without(candidates, expert)
+
+        return lax.fori_loop(0, chosen, one, candidates)
+
+    @plgpu.nd_loop((sums_out.shape[0],), collective_axes="blocks")
     def _(loop):
         (tile,) = loop.index
         tokens = pl.ds(tile * TILE, TILE)
         for p in pieces:
-            plgpu.copy_gmem_to_smem(logits.at[tokens, pl.ds(p * width, width)], logits_smem.at[p], arrived)
+            plgpu.copy_gmem_to_smem(logits.at[tokens, pl.ds(p * width, width)], affinity_smem.at[p], arrived)
         plgpu.barrier_wait(arrived)
-        _score_in_place(logits_smem, pieces, parameters.scoring_func)
-        scores = [affinities(p) for p in pieces]
-        total = functools.reduce(jnp.add, [jnp.sum(s, axis=1) for s in scores])
-
-        candidates = scores
-        if bias is not None:
-            biases = [plgpu.load(bias.at[pl.ds(p * width, width)], layout=_COLUMNS, optimized=False) for p in pieces]
-            candidates = [s + _down(b, s) for s, b in zip(scores, biases, strict=True)]
-        order = choose(within_best_groups(candidates))
-
-        weights = []
-        for expert in order:
-            hits = [jnp.where(numbers(p) == _across(expert, scores[0]), affinities(p), 0.0) for p in pieces]
-            weights.append(functools.reduce(jnp.add, [jnp.sum(h, axis=1) for h in hits]))
-        if parameters.norm_topk_prob:
-            normaliser = functools.reduce(jnp.add, weights) + EPSILON
-            weights = [w / normaliser for w in weights]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for k in range(chosen):
-            index_smem[k] = order[k].astype(jnp.int32)
-            gate_smem[k] = weights[k] * parameters.routed_scaling_factor
+        _score_in_place(affinity_smem, pieces, layout, parameters.scoring_func)
 
-        counts = plgpu.load(counted.at[tokens], layout=_ROWS, optimized=False)
-        unrestricted = order if bias is None and parameters.n_group == 1 else choose([affinities(p) for p in pieces])
-        for p in pieces:
+        candidates = tuple(affinities())
+        if bias:
+            biases = [
+                plgpu.load(bias[0].at[pl.ds(p * width, width)], layout=layout.reduce(0), optimized=False)
+                for p in pieces
+            ]
+            candidates = tuple(s + _down(b, s) for s, b in zip(candidates, biases, strict=True))
+        candidates = tuple(jnp.maximum(c, _OUT_OF_REACH) for c in candidates)
+        # Comparisons overlook a NaN; in the sum of the affinities it shows, and through 0 * NaN in the gates.
+        total = functools.reduce(jnp.add, [jnp.sum(s, axis=1) for s in affinities()])
+        restricted = choose(within_best_groups(candidates), 0.0 * total)
+        unrestricted = restricted
+        if bias or parameters.n_group > 1:
+            unrestricted = lax.fori_loop(0, chosen, lambda _, c: without(c, best(c)[0]), tuple(affinities()))
+
+        counts = plgpu.load(counted.at[tokens], layout=layout.reduce(1), optimized=False)
+        for p, affinity in zip(pieces, affinities(), strict=True):
             columns = pl.ds(p * width, width)
-            share = affinities(p)
-            share = share * _across(counts / total, share)
-            sums_smem[0, columns] = jnp.sum(_hits(order, numbers(p), counts), axis=0)
-            sums_smem[1, columns] = jnp.sum(_hits(unrestricted, numbers(p), counts), axis=0)
-            sums_smem[2, columns] = jnp.sum(share, axis=0)
+            weight = _across(counts, affinity)
+            sums_smem[0, columns] = jnp.sum(jnp.where(restricted[p] == -jnp.inf, weight, 0.0), axis=0)
+            sums_smem[1, columns] = jnp.sum(jnp.where(unrestricted[p] == -jnp.inf, weight, 0.0), axis=0)
+            sums_smem[2, columns] = jnp.sum(affinity * _across(counts / total, affinity), axis=0)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(index_smem, index_out.at[:, tokens])
-        plgpu.copy_smem_to_gmem(gate_smem, gate_out.at[:, tokens])
+        plgpu.copy_smem_to_gmem(chosen_smem, chosen_out.at[:, tokens])
         plgpu.copy_smem_to_gmem(sums_smem, sums_out.at[tile])
 
     plgpu.wait_smem_to_gmem(0)
 
 
-def _score_in_place(logits_smem, pieces, scoring_func: str) -> None:
+def _score_in_place(affinity_smem, pieces, layout, scoring_func: str) -> None:
     """Affinities where the logits were."""
-
-    def load(p):
-        return plgpu.load(logits_smem.at[p], layout=_LAYOUT)
-
+    logits = [plgpu.load(affinity_smem.at[p], layout=layout) for p in pieces]
     if scoring_func == "sigmoid":
-        for p in pieces:
-            logits_smem[p] = 1.0 / (1.0 + jnp.exp(-load(p)))
+        scores = [1.0 / (1.0 + jnp.exp(-x)) for x in logits]
     else:
-        largest = functools.reduce(jnp.maximum, [jnp.max(load(p), axis=1) for p in pieces])
-        powers = [jnp.exp(load(p) - _across(largest, load(p))) for p in pieces]
+        largest = functools.reduce(jnp.maximum, [jnp.max(x, axis=1) for x in logits])
+        powers = [jnp.exp(x - _across(largest, x)) for x in logits]
         total = functools.reduce(jnp.add, [jnp.sum(power, axis=1) for power in powers])
-        for p, power in zip(pieces, powers, strict=True):
-            logits_smem[p] = power / _across(total, power)
+        scores = [power / _across(total, power) for power in powers]
+    for p, score in zip(pieces, scores, strict=True):
+        affinity_smem[p] = score
     plgpu.commit_smem()
 
 
-def _hits(order, numbers, counts):
-    """How often each expert is among a token's chosen ones, for tokens that count."""
-    total = jnp.zeros_like(numbers)
-    for expert in order:
-        total = total + jnp.where(numbers == _across(expert, numbers), 1.0, 0.0)
-    return total * _across(counts, numbers)
-
-
-def _across(rows: Float[Array, " 64"], like: Array) -> Float[Array, "64 width"]:
+def _across(rows: Float[Array, " 16"], like: Array) -> Float[Array, "16 width"]:
     return lax.broadcast_in_dim(rows, like.shape, (0,))
 
 
-def _down(columns: Float[Array, " width"], like: Array) -> Float[Array, "64 width"]:
+def _down(columns: Float[Array, " width"], like: Array) -> Float[Array, "16 width"]:
     return lax.broadcast_in_dim(columns, like.shape, (1,))

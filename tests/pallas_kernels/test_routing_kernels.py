@@ -1,0 +1,80 @@
+"""The routing kernels in the interpreters, Hopper's with race detection, against the reference."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.experimental.pallas.tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels as pk
+from pallas_kernels.hopper_launch import interpreted_hopper
+from pallas_kernels.routing import hopper_gate, reference
+from pallas_kernels.routing.reference import GateParameters
+
+# Name: sequences, tokens, experts, has a bias, has a mask, parameters. Tokens fill no tile of 16.
+ROUTERS = {
+    "V3's groups, masked": (2, 18, 64, True, True, GateParameters(4, 8, 4, "sigmoid", "top2_sum", True, 2.5)),
+    "one group, softmax": (1, 20, 48, False, False, GateParameters(6, 1, 1, "softmax", "max", False, 1.0)),
+    "groups by their best, a mask": (1, 17, 32, True, True, GateParameters(2, 2, 1, "softmax", "max", True, 16.0)),
+}
+
+
+def router_inputs(name: str, ties: bool = False):
+    sequences, tokens, experts, biased, masked, parameters = ROUTERS[name]
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(sequences, tokens, experts))
+    bias = rng.normal(size=experts) - 1  # negative: experts out of reach must not win with a zero
+    if ties:
+        logits, bias = np.round(logits), np.zeros_like(bias)
+    mask = jnp.asarray(rng.random((sequences, tokens)) < 0.7) if masked else None
+    return jnp.asarray(logits, jnp.float32), jnp.asarray(bias, jnp.float32) if biased else None, mask, parameters
+
+
+def check_gate(got, wanted) -> None:
+    np.testing.assert_array_equal(got.expert_index, wanted.expert_index)
+    np.testing.assert_allclose(got.gate, wanted.gate, rtol=1e-5)
+    np.testing.assert_array_equal(got.counts, wanted.counts)
+    np.testing.assert_array_equal(got.unrestricted_counts, wanted.unrestricted_counts)
+    np.testing.assert_allclose(got.share_sums, wanted.share_sums, rtol=1e-5)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_gate_on_hopper(router):
+    inputs = router_inputs(router)
+    with interpreted_hopper() as interpret:
+        check_gate(hopper_gate.gate(*inputs, interpret=interpret), reference.gate(*inputs))
+
+
+def test_ties_go_to_the_lowest_index_on_hopper():
+    inputs = router_inputs("V3's groups, masked", ties=True)
+    with interpreted_hopper() as interpret:
+        check_gate(hopper_gate.gate(*inputs, interpret=interpret), reference.gate(*inputs))
+
+
+def test_nan_logits_choose_existing_experts_on_hopper():
+    logits, bias, mask, parameters = router_inputs("V3's groups, masked")
+    with interpreted_hopper() as interpret:
+        got = hopper_gate.gate(logits.at[0, 3].set(jnp.nan), bias, mask, parameters, interpret=interpret)
+    assert (got.expert_index >= 0).all() and (got.expert_index < logits.shape[-1]).all()
+    assert jnp.isnan(got.gate[0, 3]).all() and jnp.isfinite(got.gate[0, 4]).all()
+
+
+def test_gradient_through_the_hopper_gate(monkeypatch):
+    """The public function, which chooses by the target, against itself on this machine."""
+    logits, bias, mask, p = router_inputs("groups by their best, a mask")
+    weights = jax.random.normal(jax.random.key(1), (*logits.shape[:2], p.num_experts_per_tok))
+    options = p._asdict() | {"token_mask": mask}
+
+    def loss(logits, **implementation):
+        gates = pk.gate(logits, bias, **options, **implementation)
+        return jnp.sum(gates.gate * weights) + jnp.sum(jnp.square(gates.affinity_mean))
+
+    wanted = jax.grad(loss)(logits)
+    with interpreted_hopper() as interpret:
+        monkeypatch.setattr(hopper_gate, "gate", functools.partial(hopper_gate.gate, interpret=interpret))
+        got = jax.grad(functools.partial(loss, implementation="hopper"))(logits)
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
