@@ -16,10 +16,13 @@ _TOKENS = 4096
 def hopper() -> list[Case]:
     from pallas_kernels.routing import hopper_gate
 
-    return [
-        Case(name, functools.partial(hopper_gate.gate, parameters=parameters), _router(experts, biased))
-        for name, experts, biased, parameters in _ROUTERS
-    ]
+    return _gates(hopper_gate)
+
+
+def tpu() -> list[Case]:
+    from pallas_kernels.routing import tpu_gate
+
+    return _gates(tpu_gate)
 
 
 # Name, experts, bias, parameters.
@@ -30,6 +33,13 @@ _ROUTERS = (
     ("gate, 8 groups of 8", 64, True, GateParameters(4, 8, 4, "softmax", "max", True, 1.0)),
     ("gate, 2 groups of 16", 32, False, GateParameters(4, 2, 1, "sigmoid", "top2_sum", True, 1.0)),
 )
+
+
+def _gates(kernels) -> list[Case]:
+    return [
+        Case(name, functools.partial(kernels.gate, parameters=parameters), _router(experts, biased))
+        for name, experts, biased, parameters in _ROUTERS
+    ]
 
 
 def _router(experts: int, biased: bool):

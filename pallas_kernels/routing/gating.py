@@ -141,7 +141,7 @@ _gate.defvjp(_gate_forward, _gate_backward)
 def _available(experts: int, n_group: int) -> tuple[Implementation, ...]:
     """Kernels hold a token's affinities at once, in whole groups of eight."""
     if experts <= _MOST_EXPERTS and n_group <= _MOST_GROUPS and (experts // n_group) % 8 == 0:
-        return ("reference", "hopper")
+        return ("reference", "hopper", "tpu")
     return ("reference",)
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels.hopper_launch import interpreted_hopper
-from pallas_kernels.routing import hopper_gate, reference
+from pallas_kernels.routing import hopper_gate, reference, tpu_gate
 from pallas_kernels.routing.reference import GateParameters
 
 # Name: sequences, tokens, experts, has a bias, has a mask, parameters. Tokens fill no tile of 16.
@@ -49,16 +49,28 @@ def test_gate_on_hopper(router):
         check_gate(hopper_gate.gate(*inputs, interpret=interpret), reference.gate(*inputs))
 
 
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("ties", [False, True])
+def test_gate_on_tpu(router, ties):
+    inputs = router_inputs(router, ties)
+    check_gate(tpu_gate.gate(*inputs, interpret=pltpu.InterpretParams()), reference.gate(*inputs))
+
+
 def test_ties_go_to_the_lowest_index_on_hopper():
     inputs = router_inputs("V3's groups, masked", ties=True)
     with interpreted_hopper() as interpret:
         check_gate(hopper_gate.gate(*inputs, interpret=interpret), reference.gate(*inputs))
 
 
-def test_nan_logits_choose_existing_experts_on_hopper():
+@pytest.mark.parametrize("device", ["hopper", "tpu"])
+def test_nan_logits_choose_existing_experts(device):
     logits, bias, mask, parameters = router_inputs("V3's groups, masked")
-    with interpreted_hopper() as interpret:
-        got = hopper_gate.gate(logits.at[0, 3].set(jnp.nan), bias, mask, parameters, interpret=interpret)
+    inputs = logits.at[0, 3, 20:].set(jnp.nan), bias, mask, parameters
+    if device == "tpu":
+        got = tpu_gate.gate(*inputs, interpret=pltpu.InterpretParams())
+    else:
+        with interpreted_hopper() as interpret:
+            got = hopper_gate.gate(*inputs, interpret=interpret)
     assert (got.expert_index >= 0).all() and (got.expert_index < logits.shape[-1]).all()
     assert jnp.isnan(got.gate[0, 3]).all() and jnp.isfinite(got.gate[0, 4]).all()
 
