@@ -32,7 +32,8 @@ class TrainOptions:
       out: folder of the run; required.
       preset: what all defaults come from (a run that goes on keeps its own).
       steps: optimizer steps; short for --training.steps. 0 keeps the preset's.
-      precision: float32, bfloat16 or auto (bfloat16 where the device is fast at it).
+      precision: float32, bfloat16, fp8 (section 3.3; fields may be changed: "fp8,promotion=false") or auto (bfloat16
+        where the device is fast at it).
       init_from: folder of a run, or of a checkpoint in the published layout, whose weights a new run starts from, and
         whose architecture it has.
     """

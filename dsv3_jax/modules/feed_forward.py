@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dsv3_jax.modules.linear import Linear
-from dsv3_jax.modules.rematerialisation import keep
-from dsv3_jax.precision import Precision
-
-
-def swiglu(gate_up: Float[Array, "*batch 2 width"]) -> Float[Array, "*batch width"]:
-    """silu(gate) * up."""
-    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+from dsv3_jax.precision import Precision, swiglu_linear
 
 
 class FeedForward(nnx.Module):
@@ -35,4 +28,4 @@ class FeedForward(nnx.Module):
         self.down = Linear(hidden_size, width, **make)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        return self.down(swiglu(keep(self.gate_up(x))))
+        return swiglu_linear(self.gate_up(x), self.down.weight[...], self.down.precision)

@@ -18,9 +18,9 @@ from dsv3_jax.modules.attention_core import causal_attention
 from dsv3_jax.modules.latent_cache import LatentCache
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.norm import RMSNorm
-from dsv3_jax.modules.rematerialisation import keep
 from dsv3_jax.modules.rope import Rotation, rotate, softmax_scale
 from dsv3_jax.precision import Precision
+from dsv3_jax.precision.keeping import keep
 
 
 class LatentAttention(nnx.Module):
@@ -40,7 +40,7 @@ class LatentAttention(nnx.Module):
         self.kv_a = Linear(config.kv_lora_rank + config.qk_rope_head_dim, d, **make)
         self.kv_a_norm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps, dtype=dtype)
         self.kv_b = Linear((heads, config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank, **make)
-        self.o = Linear(d, (heads, config.v_head_dim), **make)
+        self.o = Linear(d, (heads, config.v_head_dim), after_attention=True, **make)
 
     def __call__(
         self, x: Float[Array, "B T d"], rotation: Rotation, segment_ids: Int[Array, "B T"] | None = None
@@ -61,7 +61,7 @@ class LatentAttention(nnx.Module):
             scale=softmax_scale(self.config),
             segment_ids=segment_ids,
         )
-        return keep(self.o(keep(attended))), latent, key_rope
+        return keep(self.o(attended)), latent, key_rope
 
     def decode(
         self,

@@ -16,7 +16,7 @@ class Linear(nnx.Module):
     """y = W x under a precision recipe.
 
     The output (input) axes may be several, such as [heads, head width]; the product is over all input axes, and
-    the weight keeps both lists in order: [*out, *in].
+    the weight keeps both lists in order: [*out, *in]. `after_attention`: see `dsv3_jax.precision.linear`.
     """
 
     def __init__(
@@ -28,7 +28,9 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         precision: Precision,
         rngs: nnx.Rngs,
+        after_attention: bool = False,
     ):
+        self.after_attention = after_attention
         self.out_shape = (out_shape,) if isinstance(out_shape, int) else out_shape
         self.in_shape = (in_shape,) if isinstance(in_shape, int) else in_shape
         self.precision = precision
@@ -39,7 +41,7 @@ class Linear(nnx.Module):
         batch = x.shape[: x.ndim - len(self.in_shape)]
         flat_in = math.prod(self.in_shape)
         matrix = self.weight[...].reshape(-1, flat_in)
-        y = linear(x.reshape(*batch, flat_in), matrix, self.precision)
+        y = linear(x.reshape(*batch, flat_in), matrix, self.precision, after_attention=self.after_attention)
         return y.reshape(*batch, *self.out_shape)
 
 

@@ -12,12 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.modules.feed_forward import FeedForward, swiglu
+from dsv3_jax.modules.feed_forward import FeedForward
 from dsv3_jax.modules.linear import normal
-from dsv3_jax.modules.rematerialisation import keep
 from dsv3_jax.modules.router import Router
 from dsv3_jax.modules.routing_statistics import Routing, balance_terms
-from dsv3_jax.precision import Precision, grouped_linear
+from dsv3_jax.precision import Precision, grouped_linear, grouped_swiglu_linear, swiglu
+from dsv3_jax.precision.keeping import keep
 
 
 class Experts(nnx.Module):
@@ -47,9 +47,8 @@ class Experts(nnx.Module):
             "row_alignment": alignment,
             "precision": self.precision,
         }
-        hidden = keep(grouped_linear(rows, gate_up.reshape(experts, 2 * width, d), **apply))
-        hidden = swiglu(hidden.reshape(-1, 2, width))
-        out = keep(grouped_linear(hidden, down, **apply))
+        hidden = grouped_linear(rows, gate_up.reshape(experts, 2 * width, d), **apply)
+        out = keep(grouped_swiglu_linear(hidden, down, **apply))
         return pallas_kernels.combine(out, gates.gate.reshape(-1, chosen), permutation)
 
     def of_layer(

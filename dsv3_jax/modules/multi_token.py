@@ -31,7 +31,10 @@ class MultiTokenModule(nnx.Module):
         make: dict[str, Any] = {"dtype": dtype, "precision": precision, "rngs": rngs}
         self.embedding_norm = RMSNorm(d, epsilon, dtype=dtype)
         self.hidden_norm = RMSNorm(d, epsilon, dtype=dtype)
-        self.projection = Linear(d, 2 * d, scale=config.initializer_range, **make)
+        plain: dict[str, Any] = make | {
+            "precision": precision.without_fp8
+        }  # as published: the one linear map that is not FP8
+        self.projection = Linear(d, 2 * d, scale=config.initializer_range, **plain)
         self.block = Block(config, moe=True, **make)
         self.output_norm = RMSNorm(d, epsilon, dtype=dtype)
 

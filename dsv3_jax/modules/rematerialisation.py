@@ -7,17 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 
 from dsv3_jax.errors import ConfigError
-
-_KEPT = "kept"
+from dsv3_jax.precision.keeping import KEPT
 
 # None: keep everything. The report's policy names what it keeps: a policy that names what it drops keeps the unnamed
 # value that each name was given to, and drops nothing.
 _POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
-    "report": jax.checkpoint_policies.save_only_these_names(_KEPT),
+    "report": jax.checkpoint_policies.save_only_these_names(KEPT),
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -26,11 +24,6 @@ REMATERIALISATIONS = tuple(_POLICIES)
 """none: everything is kept.  report: RMSNorm and SwiGLU outputs, MLA up-projections and the attention core are
 recomputed; the latents, attention's output, expert products and the router's logits are kept.
 products: only results of weight products are kept.  full: only each block's input is kept."""
-
-
-def keep(x: jax.Array) -> jax.Array:
-    """`x` unchanged, kept for the backward pass by the report's policy."""
-    return checkpoint_name(x, _KEPT)
 
 
 def rematerialise(function: Callable[..., Any], policy: str) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 import pallas_kernels
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.linear import normal
-from dsv3_jax.modules.rematerialisation import keep
+from dsv3_jax.precision.keeping import keep
 
 
 class RouterBias(nnx.Variable):

@@ -1,6 +1,19 @@
 """Section 3.3 of the report: what is computed in which format."""
 
-from dsv3_jax.precision.linear import grouped_linear, linear
+from dsv3_jax.precision.fp8_recipe import Fp8Recipe
+from dsv3_jax.precision.linear import grouped_linear, grouped_swiglu_linear, linear, swiglu_linear
 from dsv3_jax.precision.recipe import PRECISIONS, Precision
+from dsv3_jax.precision.saved import saved_bytes
+from dsv3_jax.precision.swiglu import swiglu
 
-__all__ = ["PRECISIONS", "Precision", "grouped_linear", "linear"]
+__all__ = [
+    "PRECISIONS",
+    "Fp8Recipe",
+    "Precision",
+    "grouped_linear",
+    "grouped_swiglu_linear",
+    "linear",
+    "saved_bytes",
+    "swiglu",
+    "swiglu_linear",
+]

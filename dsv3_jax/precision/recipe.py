@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.precision.fp8_recipe import Fp8Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,34 +23,79 @@ class Precision:
     Attributes:
       name: what people call it.
       compute_dtype: dtype of activations and of the operands of matrix products, as a name jax.numpy knows.
+      fp8: how linear maps are computed in FP8 (section 3.3); None where they are not. Embedding, output head, router,
+        norms, the attention core and the projection of MTP modules never are.
+      moment_dtype: of AdamW's moments (section 3.3.3), unless the training configuration names another.
     """
 
     name: str
     compute_dtype: str
+    fp8: Fp8Recipe | None = None
+    moment_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.compute_dtype not in ("float32", "bfloat16", "float64"):
             raise ConfigError(
                 f"precision.compute_dtype must be float32, bfloat16 or float64, not {self.compute_dtype!r}"
             )
+        if self.fp8 is not None and self.compute_dtype == "float64":
+            raise ConfigError("precision.compute_dtype must be bfloat16 or float32 beside FP8 products, not float64")
+        if self.moment_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"precision.moment_dtype must be float32 or bfloat16, not {self.moment_dtype!r}")
 
     @property
     def dtype(self) -> jnp.dtype:
         """`compute_dtype` as a dtype object."""
         return jnp.dtype(self.compute_dtype)
 
+    @property
+    def without_fp8(self) -> Precision:
+        """The same for a map that the report leaves in its original precision."""
+        return self if self.fp8 is None else dataclasses.replace(self, fp8=None)
+
     @classmethod
     def preset(cls, name: str) -> Precision:
-        """The recipe called `name`; `auto` is bfloat16 where the default device is fast at it, float32 on a CPU."""
+        """The recipe called `name`; `auto` is bfloat16 where the default device is fast at it, float32 on a CPU.
+
+        Fields may be changed behind the name, those of the FP8 recipe included: "fp8,promotion=false,tile=32".
+
+        Raises:
+          ConfigError: no such recipe or field, or a value it cannot have.
+        """
+        name, *changes = name.split(",")
         if name == "auto":
             name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         if name not in PRECISIONS:
             near = difflib.get_close_matches(name, PRECISIONS, n=1) or [", ".join(["auto", *PRECISIONS])]
             raise ConfigError(f"precision '{name}' does not exist; choose {near[0]}")
-        return PRECISIONS[name]
+        return PRECISIONS[name]._changed(changes) if changes else PRECISIONS[name]
+
+    def _changed(self, changes: list[str]) -> Precision:
+        own: dict[str, object] = {}
+        of_fp8: dict[str, object] = {}
+        fp8_fields = {field.name for field in dataclasses.fields(Fp8Recipe)} if self.fp8 else set()
+        for change in changes:
+            field, _, text = change.partition("=")
+            if field in fp8_fields:
+                of_fp8[field] = _value(text)
+            elif field in ("compute_dtype", "moment_dtype"):
+                own[field] = text
+            else:
+                known = ["compute_dtype", "moment_dtype", *sorted(fp8_fields)]
+                near = difflib.get_close_matches(field, known, n=1) or [", ".join(known)]
+                raise ConfigError(f"precision '{self.name}' has no field '{field}' to change; choose {near[0]}")
+        fp8 = self.fp8 and dataclasses.replace(self.fp8, **of_fp8)
+        return dataclasses.replace(self, name=",".join([self.name, *changes]), fp8=fp8, **own)
+
+
+def _value(text: str) -> bool | int | str:
+    if text in ("true", "false"):
+        return text == "true"
+    return int(text) if text.isdigit() else text
 
 
 PRECISIONS: dict[str, Precision] = {
     "float32": Precision(name="float32", compute_dtype="float32"),
     "bfloat16": Precision(name="bfloat16", compute_dtype="bfloat16"),
+    "fp8": Precision(name="fp8", compute_dtype="bfloat16", fp8=Fp8Recipe(), moment_dtype="bfloat16"),
 }

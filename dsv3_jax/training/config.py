@@ -9,6 +9,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.modules.rematerialisation import REMATERIALISATIONS
+from dsv3_jax.precision import Precision
 from dsv3_jax.training.schedules import Schedule, tokens_of_run
 
 Balance = Literal["sequence", "batch", "none"]
@@ -27,7 +28,8 @@ class TrainingConfig:
       balance: the auxiliary balance loss: within each sequence (the report's), over the batch, or none.
       beta1, beta2, epsilon, weight_decay: AdamW; norm gains are not decayed. (The report gives no epsilon.)
       gradient_clip: largest global norm of the gradient.
-      moment_dtype: of AdamW's moments ("float32" or, as in the report's section 3.3.2, "bfloat16").
+      moment_dtype: of both of AdamW's moments: "float32", "bfloat16" (report section 3.3.3), or "recipe": the one that
+        the precision recipe names, bfloat16 beside FP8 products and float32 otherwise.
       ema_decay: of the running average of the weights; 0 for none. (The report gives no value.)
       rematerialisation: name of a policy of `dsv3_jax.modules.rematerialisation`.
       loss_chunk: tokens whose logits are held at a time.
@@ -48,7 +50,7 @@ class TrainingConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
-    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    moment_dtype: Literal["recipe", "float32", "bfloat16"] = "recipe"
     ema_decay: float = 0.99
     rematerialisation: str = "none"
     loss_chunk: int = 8192
@@ -71,8 +73,8 @@ class TrainingConfig:
             )
         if self.balance not in get_args(Balance):
             raise ConfigError(f"training.balance must be one of {', '.join(get_args(Balance))}, not {self.balance!r}")
-        if self.moment_dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"training.moment_dtype must be float32 or bfloat16, not {self.moment_dtype!r}")
+        if self.moment_dtype not in ("recipe", "float32", "bfloat16"):
+            raise ConfigError(f"training.moment_dtype must be recipe, float32 or bfloat16, not {self.moment_dtype!r}")
         if self.rematerialisation not in REMATERIALISATIONS:
             raise ConfigError(
                 f"training.rematerialisation must be one of {', '.join(REMATERIALISATIONS)}, "
@@ -128,6 +130,12 @@ class RunConfig:
         return tokens_of_run(
             training.schedule, training.steps, training.batch_size, self.data.sequence_length, multiple
         )
+
+    @property
+    def moment_dtype(self) -> str:
+        """Of AdamW's moments: the training configuration's, or that of the precision recipe."""
+        chosen = self.training.moment_dtype
+        return Precision.preset(self.precision).moment_dtype if chosen == "recipe" else chosen
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

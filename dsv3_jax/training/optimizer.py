@@ -14,15 +14,32 @@ Tree = Any
 """A pytree of arrays."""
 
 
-def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled weight decay: everything of AdamW but the learning rate, which the step multiplies in."""
+def make_optimizer(config: TrainingConfig, moment_dtype: str) -> optax.GradientTransformation:
+    """Clip, Adam, decoupled weight decay: everything of AdamW but the learning rate, which the step multiplies in.
+
+    Args:
+      moment_dtype: what both moments are stored in; they are updated and used in float32.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.gradient_clip),
-        optax.scale_by_adam(
-            b1=config.beta1, b2=config.beta2, eps=config.epsilon, mu_dtype=jnp.dtype(config.moment_dtype)
-        ),
+        _adam(config, jnp.dtype(moment_dtype)),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
     )
+
+
+def _adam(config: TrainingConfig, moment_dtype: jnp.dtype) -> optax.GradientTransformation:
+    """Adam whose moments are both rounded to `moment_dtype` after each update; optax itself rounds the first alone."""
+    adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+
+    def stored(state: Any) -> Any:
+        mu, nu = (jax.tree.map(lambda leaf: leaf.astype(moment_dtype), tree) for tree in (state.mu, state.nu))
+        return state._replace(mu=mu, nu=nu)
+
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        updates, state = adam.update(updates, state, params)
+        return updates, stored(state)
+
+    return optax.GradientTransformation(lambda params: stored(adam.init(params)), update)
 
 
 def decay_mask(params: Tree) -> Tree:

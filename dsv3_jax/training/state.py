@@ -71,7 +71,7 @@ def new_state(model: DeepSeekV3, config: RunConfig) -> tuple[Skeleton, TrainStat
     training = config.training
     state = TrainState(
         params=params,
-        optimizer=make_optimizer(training).init(params),
+        optimizer=make_optimizer(training, config.moment_dtype).init(params),
         average=jax.tree.map(jnp.copy, params) if training.ema_decay else None,
         router_biases=biases,
         key=jax.random.key(training.seed),

@@ -58,7 +58,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig) -> TrainStep:
     finite nothing is applied: parameters, optimizer, average and router biases stay as they were.
     """
     training = config.training
-    optimizer = make_optimizer(training)
+    optimizer = make_optimizer(training, config.moment_dtype)
     isolate = config.data.isolate_documents
 
     def loss_of(

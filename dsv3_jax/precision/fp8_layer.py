@@ -1,0 +1,157 @@
+"""A linear map in FP8, for one matrix or one matrix an expert, and what it keeps (report section 3.3, figure 6).
+
+    forward          Y  = X Wᵀ    X 1x128 along its width, W 128x128
+    input gradient   dX = dY W    dY 1x128 along its width, W 128x128
+    weight gradient  dW = dYᵀ X   dY and X 128x1, along the tokens
+
+Kept for the backward pass (section 3.3.3): W in FP8; X in the FP8 tiles of the forward product, re-tiled when the
+weight gradient needs it; behind attention X in 12 bits; behind SwiGLU not X but the input of SwiGLU, in FP8. This is
+the whole recipe in one place: every `if` below is a field of `Fp8Recipe`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels as pk
+from dsv3_jax.precision.e5m6 import PackedE5M6, pack, unpack
+from dsv3_jax.precision.fp8_recipe import Fp8Recipe, Role
+from dsv3_jax.precision.keeping import keep
+from dsv3_jax.precision.products import ROWS, columns_by_columns, rows_by_weights
+from dsv3_jax.precision.swiglu import swiglu
+from dsv3_jax.precision.tiles import Tiles, dequantise, quantise
+
+
+def fp8_product(
+    x: Float[Array, "M in"],
+    weight: Float[Array, "..."],
+    group_sizes: Int[Array, " E"] | None,
+    recipe: Fp8Recipe,
+    role: Role,
+) -> Float[Array, "M out"]:
+    """x Wᵀ (of swiglu(x) where the role says so, x being [M, 2 * in]) in the dtype of x, under the recipe.
+
+    Args:
+      weight: [out, in], or [E, out, in] with groups.
+      group_sizes: rows of each expert, multiples of 128; None for one matrix.
+    """
+    return _product(x, weight, group_sizes, recipe, role)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _product(x: Array, weight: Array, group_sizes: Array | None, recipe: Fp8Recipe, role: Role) -> Any:
+    return _forward(x, weight, group_sizes, recipe, role)[0]
+
+
+def _forward(x: Array, weight: Array, group_sizes: Array | None, recipe: Fp8Recipe, role: Role) -> tuple[Array, Any]:
+    operand = _activated(x) if role.swiglu else x
+    tiles = _input_tiles(operand, recipe, role)
+    weight_tiles = quantise(weight, _square(recipe), "e4m3", power_of_two=False)
+    if recipe.forward == "none":
+        out = _plain_product(operand, weight, group_sizes)
+    else:
+        out = rows_by_weights(tiles, weight_tiles, group_sizes, promotion=recipe.promotion, out_dtype=x.dtype)
+    # Whatever the input gradient needs of W; an empty array carries W's dtype, as residuals must be arrays.
+    kept_weight = weight if recipe.input_gradient == "none" else weight_tiles
+    return out, (_cached(x, tiles, recipe, role), kept_weight, group_sizes, jnp.empty(0, weight.dtype))
+
+
+def _backward(recipe: Fp8Recipe, role: Role, residuals: Any, out_bar: Array) -> tuple[Array, Array, None]:
+    cache, weight, group_sizes, weight_like = residuals
+    before = _restored(cache, out_bar.dtype)
+    operand, pull = jax.vjp(_activated, before) if role.swiglu else (before, None)
+    weight_bar = _weight_gradient(operand, cache, out_bar, group_sizes, recipe, role)
+    x_bar = _input_gradient(weight, out_bar, group_sizes, recipe, role)
+    if pull is not None:
+        (x_bar,) = pull(x_bar)
+    return x_bar, weight_bar.astype(weight_like.dtype), None
+
+
+_product.defvjp(_forward, _backward)
+
+
+def _input_gradient(
+    weight: Array | Tiles, out_bar: Array, group_sizes: Array | None, recipe: Fp8Recipe, role: Role
+) -> Float[Array, "M in"]:
+    if isinstance(weight, jax.Array):
+        return _plain_product(out_bar, weight.mT, group_sizes)
+    tile = _square(recipe) if recipe.block_wise_gradients else _along_row(recipe)
+    power_of_two = recipe.power_of_two_scales or (role.gradient_dispatched and recipe.dispatch)
+    gradient = quantise(out_bar, tile, recipe.input_gradient, power_of_two=power_of_two)
+    return rows_by_weights(gradient, weight.mT, group_sizes, promotion=recipe.promotion, out_dtype=out_bar.dtype)
+
+
+def _weight_gradient(
+    operand: Array, cache: Any, out_bar: Array, group_sizes: Array | None, recipe: Fp8Recipe, role: Role
+) -> Float[Array, "..."]:
+    if recipe.weight_gradient == "none":
+        if group_sizes is None:
+            return jnp.einsum("mn,mk->nk", out_bar, operand, preferred_element_type=jnp.float32)
+        return pk.grouped_weight_gradient(out_bar, operand, group_sizes, row_alignment=ROWS)
+    tile = _along_column(recipe)
+    scales = {"power_of_two": _rounded_scales(recipe, role)}
+    if isinstance(cache, pk.Quantized) and tile == (ROWS, 1) and not role.swiglu:
+        columns = pk.requantize_transposed(cache, power_of_two_scales=scales["power_of_two"]).mT
+    else:
+        columns = quantise(operand, tile, "e4m3", **scales)
+    gradient = quantise(out_bar, tile, recipe.weight_gradient, power_of_two=recipe.power_of_two_scales)
+    return columns_by_columns(gradient, columns, group_sizes, promotion=recipe.promotion)
+
+
+def _input_tiles(x: Float[Array, "M in"], recipe: Fp8Recipe, role: Role) -> Tiles:
+    return quantise(x, _along_row(recipe), "e4m3", power_of_two=_rounded_scales(recipe, role))
+
+
+def _rounded_scales(recipe: Fp8Recipe, role: Role) -> bool:
+    """Whether the input's scales are powers of two: where it changes tiles in 12 bits, or travels (3.3.3, 3.4.2)."""
+    behind_attention = role.after_attention and recipe.after_attention == "e5m6"
+    return recipe.power_of_two_scales or behind_attention or (role.dispatched and recipe.dispatch)
+
+
+def _cached(x: Array, tiles: Tiles, recipe: Fp8Recipe, role: Role) -> Any:
+    """What the backward pass will know of x."""
+    if role.swiglu:
+        if not recipe.cache_swiglu_input:
+            return _kept(x)
+        return _kept(quantise(x, _along_row(recipe), "e4m3", power_of_two=False))
+    if role.after_attention:
+        return _kept({"e5m6": lambda: pack(x), "e4m3": lambda: tiles, "none": lambda: x}[recipe.after_attention]())
+    return tiles if recipe.cache_activations else x
+
+
+def _kept(cache: Any) -> Any:
+    return jax.tree.map(keep, cache)
+
+
+def _restored(cache: Any, dtype: jnp.dtype) -> Float[Array, "M in"]:
+    if isinstance(cache, PackedE5M6):
+        return unpack(cache).astype(dtype)
+    return cache if isinstance(cache, jax.Array) else dequantise(cache).astype(dtype)
+
+
+def _activated(x: Float[Array, "M 2*width"]) -> Float[Array, "M width"]:
+    return swiglu(x.reshape(x.shape[0], 2, -1))
+
+
+def _plain_product(x: Array, weight: Array, group_sizes: Array | None) -> Float[Array, "M out"]:
+    weight = weight.astype(x.dtype)
+    if group_sizes is None:
+        return jnp.einsum("mk,nk->mn", x, weight)
+    return pk.grouped_matmul(x, weight, group_sizes, row_alignment=ROWS)
+
+
+def _along_row(recipe: Fp8Recipe) -> tuple[int, int]:
+    return (1, recipe.tile) if recipe.tile else (0, 0)
+
+
+def _along_column(recipe: Fp8Recipe) -> tuple[int, int]:
+    return (recipe.tile, 1) if recipe.tile else (0, 0)
+
+
+def _square(recipe: Fp8Recipe) -> tuple[int, int]:
+    return (recipe.tile, recipe.tile)

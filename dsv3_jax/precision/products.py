@@ -1,0 +1,117 @@
+"""The three products of a linear map over FP8 tiles, for one matrix and for one matrix an expert (figure 6).
+
+Two tiled operands that fit go to the products of `pallas_kernels`. All others are multiplied as the float32 numbers
+they stand for; without promotion, with a tensor core's accumulator emulated.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels as pk
+from dsv3_jax.precision.tiles import Tiles, dequantise
+
+ROWS = 128  # what groups are multiples of, so that no tile along the rows belongs to two experts
+_STEP = 32  # products that the tensor core adds at a time
+_BITS = 14  # that its accumulator keeps (section 3.3.2)
+
+
+def rows_by_weights(
+    rows: Tiles, weights: Tiles, group_sizes: Int[Array, " E"] | None, *, promotion: bool, out_dtype: jnp.dtype
+) -> Float[Array, "M out"]:
+    """rows[r] · Wᵀ, W that of the row's group: weights [out, in], or [E, out, in] with groups."""
+    if promotion and _for_kernel(rows, weights, "128x128"):
+        if group_sizes is None:
+            return pk.blockwise_matmul(rows, weights, out_dtype=out_dtype)  # pyright: ignore
+        return pk.grouped_matmul(rows, weights, group_sizes, row_alignment=ROWS, out_dtype=out_dtype)  # pyright: ignore
+    x, w = dequantise(rows), dequantise(weights)
+    if promotion:
+        product = _plain_rows_by_weights(x, w, group_sizes)
+    elif group_sizes is None:
+        product = _short_sums(x[None], w[None])[0]
+    else:
+        blocks = x.reshape(-1, ROWS, x.shape[1])
+        product = _short_sums(blocks, w[_group_of_blocks(group_sizes, len(blocks))]).reshape(len(x), -1)
+        product = jnp.where((jnp.arange(len(x)) < jnp.sum(group_sizes))[:, None], product, 0)
+    return product.astype(out_dtype)
+
+
+def columns_by_columns(
+    left: Tiles, right: Tiles, group_sizes: Int[Array, " E"] | None, *, promotion: bool
+) -> Float[Array, "..."]:
+    """leftᵀ right over the rows, float32: [out, in], or [E, out, in] with groups. Tiles run along the rows."""
+    left, right = left.mT, right.mT
+    if promotion and _for_kernel(left, right, "1x128"):
+        if group_sizes is None:
+            return pk.blockwise_matmul(left, right, out_dtype=jnp.float32)  # pyright: ignore
+        return pk.grouped_weight_gradient(left, right, group_sizes, row_alignment=ROWS)  # pyright: ignore
+    a, b = dequantise(left), dequantise(right)
+    if group_sizes is None:
+        return _contract_last(a, b) if promotion else _short_sums(a[None], b[None])[0]
+    if promotion:
+        return pk.grouped_weight_gradient(a.mT, b.mT, group_sizes, row_alignment=ROWS)
+    return _short_sums_by_group(a.mT, b.mT, group_sizes)
+
+
+def _for_kernel(left: Tiles, right: Tiles, right_tile: str) -> bool:
+    both = isinstance(left, pk.Quantized) and isinstance(right, pk.Quantized)
+    return both and left.tile == "1x128" and right.tile == right_tile  # pyright: ignore
+
+
+def _plain_rows_by_weights(x: Array, w: Array, group_sizes: Int[Array, " E"] | None) -> Float[Array, "M out"]:
+    if group_sizes is None:
+        return _contract_last(x, w)
+    return pk.grouped_matmul(x, w, group_sizes, row_alignment=ROWS)
+
+
+def _contract_last(a: Float[Array, "M K"], b: Float[Array, "N K"]) -> Float[Array, "M N"]:
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+
+def _group_of_blocks(group_sizes: Int[Array, " E"], blocks: int) -> Int[Array, " blocks"]:
+    ends = jnp.cumsum(group_sizes) // ROWS
+    return jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), group_sizes.shape[0] - 1)
+
+
+def _short_sums(a: Float[Array, "G M K"], b: Float[Array, "G N K"]) -> Float[Array, "G M N"]:
+    """a · bᵀ with the whole sum in a short accumulator."""
+    k = a.shape[-1]
+
+    def steps(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, -k % _STEP)))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], -1, _STEP), 2, 0)
+
+    def add(total: Array, operands: tuple[Array, Array]) -> tuple[Array, None]:
+        return _shortened(total, jnp.einsum("gmk,gnk->gmn", *operands, precision="highest")), None
+
+    start = jnp.zeros((a.shape[0], a.shape[1], b.shape[1]), jnp.float32)
+    return lax.scan(add, start, (steps(a), steps(b)))[0]
+
+
+def _short_sums_by_group(
+    a: Float[Array, "M N"], b: Float[Array, "M K"], group_sizes: Int[Array, " E"]
+) -> Float[Array, "E N K"]:
+    """aᵀ b over each group's rows, the same way."""
+    a = jnp.where((jnp.arange(a.shape[0]) < jnp.sum(group_sizes))[:, None], a, 0)
+    groups = jnp.repeat(_group_of_blocks(group_sizes, a.shape[0] // ROWS), ROWS // _STEP)
+
+    def add(total: Array, operands: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        left, right, group = operands
+        return total.at[group].set(_shortened(total[group], _contract_last(left.T, right.T))), None
+
+    start = jnp.zeros((group_sizes.shape[0], a.shape[1], b.shape[1]), jnp.float32)
+    steps = (a.reshape(-1, _STEP, a.shape[1]), b.reshape(-1, _STEP, b.shape[1]), groups)
+    return lax.scan(add, start, steps)[0]
+
+
+def _shortened(total: Array, products: Array) -> Array:
+    """total + products as an accumulator of 14 bits adds them: both cut below the 14th bit of the larger.
+
+    The tensor core cuts each of the 32 products alike; here their exact sum is cut (`experiments/fp8_numerics.py`
+    emulates every term).
+    """
+    _, exponent = jnp.frexp(jnp.maximum(jnp.abs(total), jnp.abs(products)))
+    unit = jnp.ldexp(jnp.float32(1), exponent - _BITS)
+    return (jnp.trunc(total / unit) + jnp.trunc(products / unit)) * unit

@@ -1,0 +1,33 @@
+"""What a function keeps for its backward pass, counted without running it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def saved_bytes(function: Callable[..., Any], *arguments: Any) -> dict[str, int]:
+    """Bytes that differentiating `function` keeps, by dtype, read from its jaxpr.
+
+    The values that `jax.vjp` hands from the forward to the backward pass, each counted once; the arguments themselves
+    (parameters, tokens), which exist anyway, are not counted. XLA may keep less, by recomputing what is cheap.
+
+    Args:
+      arguments: arrays or their shapes; `function` is differentiated in the first.
+    """
+    first, *others = arguments
+
+    def residuals(first: Any, *others: Any) -> list[Any]:
+        _, pull = jax.vjp(lambda first: function(first, *others), first)
+        return jax.tree.leaves(pull)
+
+    jaxpr = jax.make_jaxpr(residuals)(first, *others).jaxpr
+    given = {id(variable) for variable in (*jaxpr.invars, *jaxpr.constvars)}
+    kept: dict[int, Any] = {id(variable): variable.aval for variable in jaxpr.outvars if id(variable) not in given}
+    total: Counter[str] = Counter()
+    for aval in kept.values():
+        total[str(aval.dtype)] += aval.size * aval.dtype.itemsize
+    return dict(total)

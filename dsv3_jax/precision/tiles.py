@@ -1,0 +1,88 @@
+"""Matrices in FP8 with a scale a tile: the tiles of `pallas_kernels` where they fit, any others emulated (3.3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+import pallas_kernels as pk
+
+_KERNEL_TILES: dict[tuple[int, int], str] = {(1, 128): "1x128", (128, 128): "128x128", (128, 1): "128x1"}
+_DTYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
+_SMALLEST_MAGNITUDE = 1e-4  # of a tile, as in pallas_kernels: a tile of zeros has a finite scale
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("tile",))
+@dataclasses.dataclass(frozen=True)
+class EmulatedTiles:
+    """A matrix (or a stack of them) in a format or tile that no kernel has. A pytree.
+
+    Attributes:
+      values: an FP8 dtype, [..., M, K].
+      scales: float32, one a tile, [..., ceil(M / tile rows), ceil(K / tile columns)].
+      tile: rows and columns that share a scale.
+    """
+
+    values: Float[Array, "... M K"]
+    scales: Float[Array, "... m k"]
+    tile: tuple[int, int]
+
+    @property
+    def mT(self) -> EmulatedTiles:
+        """The transposed matrix."""
+        return EmulatedTiles(self.values.mT, self.scales.mT, (self.tile[1], self.tile[0]))
+
+
+type Tiles = pk.Quantized | EmulatedTiles
+
+
+def quantise(x: Float[Array, "... M K"], tile: tuple[int, int], number_format: str, *, power_of_two: bool) -> Tiles:
+    """`x` in FP8.
+
+    Args:
+      tile: rows and columns that share a scale; (0, 0) for one scale a matrix.
+      number_format: "e4m3" or "e5m2".
+      power_of_two: round scales up to powers of two.
+    """
+    if number_format == "e4m3" and tile in _KERNEL_TILES:
+        return pk.quantize(x, tile=_KERNEL_TILES[tile], power_of_two_scales=power_of_two)  # pyright: ignore
+    tile = tile if tile != (0, 0) else cast(tuple[int, int], x.shape[-2:])
+    dtype = _DTYPES[number_format]
+    largest = float(jnp.finfo(dtype).max)
+    x = x.astype(jnp.float32)
+    scales = magnitude_scales(x, tile, largest, power_of_two=power_of_two)
+    values = jnp.clip(x * (1 / _spread(scales, tile, x.shape)), -largest, largest)
+    return EmulatedTiles(values.astype(dtype), scales, tile)
+
+
+def dequantise(q: Tiles) -> Float[Array, "... M K"]:
+    """The numbers that `q` stands for, in float32."""
+    if isinstance(q, pk.Quantized):
+        return pk.dequantize(q)
+    return q.values.astype(jnp.float32) * _spread(q.scales, q.tile, q.values.shape)
+
+
+def magnitude_scales(
+    x: Float[Array, "... M K"], tile: tuple[int, int], largest: float, *, power_of_two: bool
+) -> Float[Array, "... m k"]:
+    """The multiplier that brings each tile's largest magnitude to `largest`; NaN where that is not finite."""
+    *batch, m, k = x.shape
+    rows, columns = tile
+    padded = jnp.pad(jnp.abs(x), [(0, 0)] * len(batch) + [(0, -m % rows), (0, -k % columns)])
+    amax = jnp.max(padded.reshape(*batch, -(-m // rows), rows, -(-k // columns), columns), axis=(-3, -1))
+    scales = jnp.maximum(amax, _SMALLEST_MAGNITUDE) / largest
+    if power_of_two:
+        mantissa, exponent = jnp.frexp(scales)
+        scales = jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5))
+    whole = jnp.all(jnp.isfinite(padded).reshape(*batch, -(-m // rows), rows, -(-k // columns), columns), axis=(-3, -1))
+    return jnp.where(whole, scales, jnp.nan)
+
+
+def _spread(scales: Float[Array, "... m k"], tile: tuple[int, int], shape: tuple[int, ...]) -> Float[Array, "... M K"]:
+    rows = jnp.repeat(scales, tile[0], axis=-2)[..., : shape[-2], :]
+    return jnp.repeat(rows, tile[1], axis=-1)[..., : shape[-1]]
