@@ -14,15 +14,15 @@ _TOKENS = 4096
 
 
 def hopper() -> list[Case]:
-    from pallas_kernels.routing import hopper_gate
+    from pallas_kernels.routing import hopper_gate, hopper_rows
 
-    return _gates(hopper_gate)
+    return [*_gates(hopper_gate), *_moves(hopper_rows)]
 
 
 def tpu() -> list[Case]:
-    from pallas_kernels.routing import tpu_gate
+    from pallas_kernels.routing import tpu_gate, tpu_rows
 
-    return _gates(tpu_gate)
+    return [*_gates(tpu_gate), *_moves(tpu_rows)]
 
 
 # Name, experts, bias, parameters.
@@ -30,9 +30,32 @@ _ROUTERS = (
     ("gate of V3", 256, True, GateParameters(8, 8, 4, "sigmoid", "top2_sum", True, 2.5)),
     ("gate of V2-Lite", 64, False, GateParameters(6, 1, 1, "softmax", "max", False, 1.0)),
     ("gate of Kimi-K2", 384, True, GateParameters(8, 1, 1, "sigmoid", "top2_sum", True, 2.827)),
-    ("gate, 8 groups of 8", 64, True, GateParameters(4, 8, 4, "softmax", "max", True, 1.0)),
+    ("gate, 2 groups of 8", 16, True, GateParameters(4, 2, 1, "softmax", "max", True, 1.0)),
     ("gate, 2 groups of 16", 32, False, GateParameters(4, 2, 1, "sigmoid", "top2_sum", True, 1.0)),
 )
+
+
+# Name, tokens, slots a token, width, rows, dtype.
+_MOVES = (
+    ("V3, groups padded to 128", _TOKENS, 8, 7168, _TOKENS * 8 + 256 * 128, jnp.bfloat16),
+    ("V3, not padded", _TOKENS, 8, 7168, _TOKENS * 8, jnp.bfloat16),
+    ("V2-Lite, float32", _TOKENS, 6, 2048, _TOKENS * 6, jnp.float32),
+    ("10 tokens of 768", 10, 2, 768, 24, jnp.bfloat16),
+)
+
+
+def _moves(kernels) -> list[Case]:
+    cases = []
+    for name, tokens, chosen, width, count, dtype in _MOVES:
+        x, rows = jax.ShapeDtypeStruct((tokens, width), dtype), jax.ShapeDtypeStruct((count, width), dtype)
+        gate = jax.ShapeDtypeStruct((tokens, chosen), jnp.float32)
+        row_of_slot, slot_of_row = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (tokens * chosen, count))
+        cases += [
+            Case(f"permute, {name}", kernels.permute, (x, row_of_slot, slot_of_row)),
+            Case(f"combine, {name}", kernels.combine, (rows, gate, row_of_slot)),
+            Case(f"gradient of combine, {name}", kernels.combine_gradient, (rows, gate, x, row_of_slot, slot_of_row)),
+        ]
+    return cases
 
 
 def _gates(kernels) -> list[Case]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -53,9 +54,9 @@ def permute(
         raise TypeError(f"expert_index must hold integers, not {expert_index.dtype}")
     if row_alignment < 1 or num_experts < 1:
         raise ValueError(f"row_alignment and num_experts must be positive, not {row_alignment} and {num_experts}")
-    choose_implementation(implementation)
+    name = choose_implementation(implementation, _available(x))
     permutation = Permutation(*reference.expert_order(expert_index, num_experts, row_alignment))
-    return _permute(x, permutation, expert_index.shape[1]), permutation
+    return _permute(x, permutation, expert_index.shape[1], name), permutation
 
 
 def combine(
@@ -69,49 +70,58 @@ def combine(
     slots = permutation.row_of_slot.shape[0]
     if gate.ndim != 2 or gate.size != slots:
         raise ValueError(f"gate must be [tokens, slots] with {slots} elements, not of shape {gate.shape}")
-    if rows.shape[0] != permutation.slot_of_row.shape[0]:
-        raise ValueError(f"rows must have {permutation.slot_of_row.shape[0]} rows, not shape {rows.shape}")
-    choose_implementation(implementation)
-    return _combine(rows, gate, permutation)
+    if rows.ndim != 2 or rows.shape[0] != permutation.slot_of_row.shape[0]:
+        raise ValueError(f"rows must be [{permutation.slot_of_row.shape[0]}, width], not of shape {rows.shape}")
+    return _combine(rows, gate, permutation, choose_implementation(implementation, _available(rows)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _permute(x, permutation: Permutation, chosen: int):
-    return reference.gather_rows(x, permutation.slot_of_row // chosen)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _permute(x, permutation: Permutation, chosen: int, implementation: str):
+    return _kernels(implementation).permute(x, permutation.row_of_slot, permutation.slot_of_row)
 
 
-def _permute_forward(x, permutation, chosen):
-    return _permute(x, permutation, chosen), permutation
+def _permute_forward(x, permutation, chosen, implementation):
+    return _permute(x, permutation, chosen, implementation), permutation
 
 
-def _permute_backward(chosen, permutation, rows_bar):
-    per_slot = rows_bar[permutation.row_of_slot].reshape(-1, chosen, rows_bar.shape[-1])
-    wide = jnp.promote_types(rows_bar.dtype, jnp.float32)
-    return jnp.sum(per_slot.astype(wide), axis=1).astype(rows_bar.dtype), None
+def _permute_backward(chosen, implementation, permutation, rows_bar):
+    """A token's gradient is the sum of its rows': the way back with every gate 1."""
+    ones = jnp.ones((permutation.row_of_slot.shape[0] // chosen, chosen), jnp.float32)
+    return _kernels(implementation).combine(rows_bar, ones, permutation.row_of_slot), None
 
 
 _permute.defvjp(_permute_forward, _permute_backward)
 
 
-@jax.custom_vjp
-def _combine(rows, gate, permutation: Permutation):
-    return reference.weighted_sum(rows, gate, permutation.row_of_slot).astype(rows.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _combine(rows, gate, permutation: Permutation, implementation: str):
+    return _kernels(implementation).combine(rows, gate, permutation.row_of_slot)
 
 
-def _combine_forward(rows, gate, permutation):
-    return _combine(rows, gate, permutation), (rows, gate, permutation)
+def _combine_forward(rows, gate, permutation, implementation):
+    return _combine(rows, gate, permutation, implementation), (rows, gate, permutation)
 
 
-def _combine_backward(residuals, out_bar):
+def _combine_backward(implementation, residuals, out_bar):
     rows, gate, permutation = residuals
-    tokens, chosen = gate.shape
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
-    gate_of_row = gate.reshape(-1).at[permutation.slot_of_row].get(mode="fill", fill_value=0)
-    spread = reference.gather_rows(out_bar, permutation.slot_of_row // chosen)
-    rows_bar = (spread.astype(wide) * gate_of_row[:, None].astype(wide)).astype(rows.dtype)
-    per_row = jnp.sum(rows.astype(wide) * spread.astype(wide), axis=-1)
-    gate_bar = per_row[permutation.row_of_slot].reshape(tokens, chosen).astype(gate.dtype)
-    return rows_bar, gate_bar, None
+    rows_bar, gate_bar = _kernels(implementation).combine_gradient(
+        rows, gate, out_bar, permutation.row_of_slot, permutation.slot_of_row
+    )
+    return rows_bar, gate_bar.astype(gate.dtype), None
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _available(x) -> tuple[Implementation, ...]:
+    """Kernels move rows in pieces of 128 elements, on a TPU of 128 words."""
+    if x.dtype not in (jnp.bfloat16, jnp.float32) or x.shape[1] % 128:
+        return ("reference",)
+    return ("reference", "hopper", "tpu") if x.shape[1] * x.dtype.itemsize % 512 == 0 else ("reference", "hopper")
+
+
+def _kernels(implementation: str):
+    """The module that moves rows; those of accelerators are loaded where they run."""
+    if implementation == "reference":
+        return reference
+    return importlib.import_module(f"pallas_kernels.routing.{implementation}_rows")

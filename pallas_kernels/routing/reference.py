@@ -131,16 +131,38 @@ def row_bound(slots: int, experts: int, row_alignment: int) -> int:
     return -(-most // row_alignment) * row_alignment
 
 
-def gather_rows(x: Float[Array, "T d"], token_of_row: Int[Array, " M"]) -> Float[Array, "M d"]:
-    """Rows of x; zeros where the index is past its end."""
-    return x.at[token_of_row].get(mode="fill", fill_value=0)
+def permute(
+    x: Float[Array, "T d"], row_of_slot: Int[Array, " TK"], slot_of_row: Int[Array, " M"]
+) -> Float[Array, "M d"]:
+    """Each token's row at the K places its slots have; zeros at rows without a slot."""
+    return _rows_of_tokens(x, row_of_slot.shape[0] // x.shape[0], slot_of_row)
 
 
-def weighted_sum(
+def combine(
     rows: Float[Array, "M d"], gate: Float[Array, "T K"], row_of_slot: Int[Array, " TK"]
 ) -> Float[Array, "T d"]:
-    """sum_k gate[t, k] * rows[row of (t, k)], in float32."""
+    """sum_k gate[t, k] * rows[row of (t, k)], added up in float32."""
     tokens, chosen = gate.shape
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     gathered = rows[row_of_slot].reshape(tokens, chosen, -1).astype(wide)
-    return jnp.sum(gathered * gate[..., None].astype(wide), axis=1)
+    return jnp.sum(gathered * gate[..., None].astype(wide), axis=1).astype(rows.dtype)
+
+
+def combine_gradient(
+    rows: Float[Array, "M d"],
+    gate: Float[Array, "T K"],
+    out_bar: Float[Array, "T d"],
+    row_of_slot: Int[Array, " TK"],
+    slot_of_row: Int[Array, " M"],
+) -> tuple[Float[Array, "M d"], Float[Array, "T K"]]:
+    """Of `combine`, to its rows and to its gates: gathers where the transposed program would scatter."""
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    gate_of_row = gate.reshape(-1).at[slot_of_row].get(mode="fill", fill_value=0)
+    spread = _rows_of_tokens(out_bar, gate.shape[1], slot_of_row).astype(wide)
+    rows_bar = (spread * gate_of_row[:, None].astype(wide)).astype(rows.dtype)
+    per_row = jnp.sum(rows.astype(wide) * spread, axis=-1)
+    return rows_bar, per_row[row_of_slot].reshape(gate.shape).astype(gate.dtype)
+
+
+def _rows_of_tokens(x: Float[Array, "T d"], chosen: int, slot_of_row: Int[Array, " M"]) -> Float[Array, "M d"]:
+    return x.at[slot_of_row // chosen].get(mode="fill", fill_value=0)

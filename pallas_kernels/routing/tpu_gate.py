@@ -102,7 +102,7 @@ def _kernel(logits_ref, counted_ref, *refs, parameters: GateParameters):
     unrestricted = restricted
     if bias_ref or parameters.n_group > 1:
         unrestricted = scores
-        for _ in range(parameters.num_experts_per_tok):
+        for _k in range(parameters.num_experts_per_tok):
             unrestricted = without(unrestricted, best(unrestricted))
 
     @pl.when(pl.program_id(1) == 0)

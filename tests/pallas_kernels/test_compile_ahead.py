@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels import compile_ahead
 
 WHEELS = pathlib.Path(__file__).parents[2] / ".venv" / "aot"
-OPERATIONS = ("blockwise_matmul", "quantize")
+OPERATIONS = ("blockwise_matmul", "grouped_matmul", "quantize", "routing")
 
 
 def compiled(target: str) -> dict[str, list[dict]]:
@@ -35,13 +35,14 @@ def compiled(target: str) -> dict[str, list[dict]]:
 def test_hopper_kernels_compile_without_spills():
     cases = [case for operation in compiled("hopper").values() for case in operation]
     kernels = [(case["case"], kernel) for case in cases for kernel in case["kernels"]]
-    assert len({kernel["kernel"] for _, kernel in kernels}) == 6
+    assert len({kernel["kernel"] for _, kernel in kernels}) == 14
     for name, kernel in kernels:
         assert kernel["spill_store_bytes"] == kernel["spill_load_bytes"] == kernel["stack_bytes"] == 0, (name, kernel)
         assert not kernel["set_max_registers_ignored"], name
         assert kernel["shared_memory_bytes"] <= 232_448, name
+        assert not kernel["serialized_wgmma"], name
+        assert bool(kernel["tensor_core"]) == ("matmul" in kernel["kernel"]), name
         if kernel["kernel"] == "blockwise_matmul":
-            assert not kernel["serialized_wgmma"], name
             (instruction,) = kernel["tensor_core"]
             assert instruction.endswith("k32.f32.e4m3.e4m3"), name
             width = int(instruction.split("n")[-1].split("k32")[0])

@@ -211,5 +211,5 @@ def test_wrong_arguments_of_permute_and_combine_are_named():
     rows, permutation = pk.permute(x, index, 5)
     with pytest.raises(ValueError, match="gate must be"):
         pk.combine(rows, jnp.zeros((4, 3)), permutation)
-    with pytest.raises(ValueError, match="rows must have"):
+    with pytest.raises(ValueError, match="rows must be"):
         pk.combine(rows[:-1], jnp.zeros((4, 2)), permutation)
