@@ -30,6 +30,8 @@ from dsv3_jax.precision import PRECISIONS, Precision
 
 _Carry = tuple[Float[Array, "B T d"], LatentCache]
 
+_MOST_UNROLLED_LAYERS = 8  # every unrolled layer is compiled anew
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +192,17 @@ class DeepSeekV3(nnx.Module):
         def layer(h: Float[Array, "B T d"], state: nnx.State) -> tuple[Float[Array, "B T d"], Routing | None]:
             return nnx.merge(graph, state)(h, inputs)
 
-        return lax.scan(rematerialise(layer, self.remat), h, stacked)
+        return lax.scan(rematerialise(layer, self.remat), h, stacked, unroll=self._unroll(stacked))
+
+    def _unroll(self, stacked: nnx.State) -> int:
+        """How many layers lie side by side in the compiled program.
+
+        A loop copies what it keeps for the backward pass into stacked buffers, which it first fills with zeros: a
+        seventh of a small model's step. Few layers are therefore laid out whole. With rematerialisation they stay a
+        loop, which is what keeps a recomputation from being merged with the first computation.
+        """
+        layers = jax.tree.leaves(stacked)[0].shape[0]
+        return layers if self.remat == "none" and layers <= _MOST_UNROLLED_LAYERS else 1
 
     def _multi_token(
         self,

@@ -66,8 +66,11 @@ def rows_by_rows(
     total = jnp.zeros((groups, lhs.shape[1], rhs.shape[1]), dtype)
     if layout.share:
         own = layout.share_is_filled[:, None, None]
-        shares = [jnp.where(own, x[layout.share_blocks], 0).reshape(groups, -1, x.shape[-1]) for x in (left, right)]
-        total = lax.dot_general(*shares, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
+
+        def shares(x: Float[Array, "blocks block w"]) -> Float[Array, "G S w"]:
+            return jnp.where(own, x[layout.share_blocks], 0).reshape(groups, -1, x.shape[-1])
+
+        total = lax.dot_general(shares(left), shares(right), (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
 
     def add_block(i, total):
         at = layout.excess_block(i)
@@ -100,6 +103,7 @@ class _Layout(NamedTuple):
       place_in_shares: where among all shares.
       excess: how many blocks hold rows beyond their group's share.
       excess_ends: that count, summed up to and with each group.
+      ends: blocks of all groups, summed likewise.
     """
 
     share: int
