@@ -69,7 +69,10 @@ def _names(value: object, prefix: str = "") -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    """What a boxed message says, without the box."""
-    words = re.sub(r"[│╭╮╰╯─┌┐└┘|]+", " ", text).split()
-    sentence = " ".join(words).removeprefix("Parsing error").strip()
-    return re.split(r"(?: For full helptext| Full helptext|see .* --help)", sentence)[0].strip() or "bad arguments"
+    """What a boxed message says, without the box, its title and the explanation of the option below it."""
+    words = re.sub(r"[│╭╮╰╯─┌┐└┘|]+|-{5,}", " ", text).split()
+    sentence = re.sub(r"^(Parsing error|Value error|Invalid choice|Missing argument)\s*", "", " ".join(words))
+    sentence = re.sub(r"^Error parsing (?=--)", "", sentence)  # before a field; before a section its own check speaks
+    sentence = re.sub(r"^Error parsing \S+: ", "", sentence)
+    ending = r"(?: Argument helptext| For full helptext| Full helptext|see .* --help)"
+    return re.split(ending, sentence)[0].strip().rstrip(".") or "bad arguments"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ def _defaults(argv: list[str]) -> TrainOptions:
 
 
 def _value(argv: list[str], option: str) -> str | None:
-    for word, following in zip(argv, [*argv[1:], None], strict=True):
+    for word, following in itertools.zip_longest(argv, argv[1:]):
         if word == option:
             return following
         if word.startswith(f"{option}="):

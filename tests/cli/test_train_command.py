@@ -37,6 +37,8 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     lines = captured.err.splitlines()
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("dsv3: ")
+    assert "---" not in lines[0]
+    assert "helptext" not in lines[0]
     return lines[0]
 
 
@@ -45,7 +47,9 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     [
         (["tain"], ["'tain'", "train"]),
         (["train", "--preset", "nnao", "--out", "x"], ["'nnao'", "nano"]),
+        (["train"], ["--out"]),
         (["train", "--preset", "nano"], ["--out"]),
+        (["train", "--out"], ["--out"]),
         (["train", "--preset", "tiny", "--out", "x", "--stesp", "3"], ["--stesp", "--steps"]),
         (["train", "--preset", "tiny", "--out", "x", "--steps", "many"], ["steps", "many"]),
         (["train", "--preset", "tiny", "--out", "x", "--steps", "-1"], ["steps", "-1"]),
