@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,17 @@ VARIANTS = {
 }
 BATCH, LENGTH = 2, 24
 
+# Whole programs: operation by operation the same tests take several times as long.
+prefill, decode = nnx.jit(DeepSeekV3.prefill), nnx.jit(DeepSeekV3.decode)
+draft = nnx.jit(DeepSeekV3.draft, static_argnames="depth")
+forward = nnx.jit(lambda model, tokens, **given: model(tokens, **given))
+features = nnx.jit(
+    lambda model, tokens, isolate_segments=True, **given: model.features(
+        tokens, isolate_segments=isolate_segments, **given
+    ),
+    static_argnames="isolate_segments",
+)
+
 
 def make(**changes):
     model = nnx.jit(lambda: DeepSeekV3(ModelConfig.preset("tiny", **changes), rngs=nnx.Rngs(3)))()
@@ -50,37 +63,37 @@ def model():
 def test_absorbed_decoding_agrees_with_the_expanded_pass(variant, tokens):
     """Prefill of a part, then several tokens at once, then one by one, rows at places of their own."""
     model = make(**VARIANTS[variant])
-    expected = jax.jit(lambda m, t: m.features(t).hidden)(model, tokens)
+    expected = features(model, tokens).hidden
     cache = model.init_cache(BATCH, LENGTH)
-    hidden, cache = model.prefill(tokens[:, :9], cache)
+    hidden, cache = prefill(model, tokens[:, :9], cache)
     np.testing.assert_allclose(hidden, expected[:, :9], atol=2e-5)
     positions = jnp.broadcast_to(jnp.arange(9, 14), (BATCH, 5))
-    hidden, cache = model.decode(tokens[:, 9:14], cache, positions)
+    hidden, cache = decode(model, tokens[:, 9:14], cache, positions)
     np.testing.assert_allclose(hidden, expected[:, 9:14], atol=2e-5)
     # The second row goes one token back: its entry is written again and what lies behind it is not seen.
     positions = jnp.array([[14], [13]])
-    hidden, cache = model.decode(tokens[jnp.arange(BATCH)[:, None], positions], cache, positions)
+    hidden, cache = decode(model, tokens[jnp.arange(BATCH)[:, None], positions], cache, positions)
     np.testing.assert_allclose(hidden, expected[jnp.arange(BATCH)[:, None], positions], atol=2e-5)
 
 
 def test_mtp_drafts_agree_with_the_training_chain(tokens):
     model = make(**VARIANTS["yarn-two-mtp"])
-    features = model.features(tokens)
+    chain = features(model, tokens)
     cache = model.init_cache(BATCH, LENGTH, mtp=True)
-    previous = features.hidden
-    for depth, expected in enumerate(features.mtp_hidden, start=1):
+    previous = chain.hidden
+    for depth, expected in enumerate(chain.mtp_hidden, start=1):
         count = LENGTH - depth
         positions = jnp.broadcast_to(jnp.arange(count), (BATCH, count))
-        hidden, cache = model.draft(previous[:, :count], tokens[:, depth:], cache, positions, depth=depth)
+        hidden, cache = draft(model, previous[:, :count], tokens[:, depth:], cache, positions, depth=depth)
         np.testing.assert_allclose(hidden, expected, atol=2e-5)
         previous = hidden
 
 
 def test_mtp_logits_have_the_promised_shapes_and_see_one_more_token_each(tokens):
     model = make(num_nextn_predict_layers=2)
-    out = model(tokens)
+    out = forward(model, tokens)
     assert [logits.shape[1] for logits in out.mtp_logits] == [LENGTH - 1, LENGTH - 2]
-    changed = model(tokens.at[:, 10].add(1))
+    changed = forward(model, tokens.at[:, 10].add(1))
     for depth, logits in enumerate((out.logits, *out.mtp_logits)):
         same = np.isclose(logits, (changed.logits, *changed.mtp_logits)[depth], atol=1e-6).all(axis=(0, 2))
         assert same[: 10 - depth].all()
@@ -88,12 +101,12 @@ def test_mtp_logits_have_the_promised_shapes_and_see_one_more_token_each(tokens)
 
 
 def test_output_types(model, tokens):
-    out = model(tokens)
+    out = forward(model, tokens)
     assert out.logits.dtype == jnp.float32
     assert out.routing.load.shape == (3, 8)
     assert out.routing.load.dtype == jnp.int32
     half = DeepSeekV3(model.config, rngs=nnx.Rngs(3), precision=Precision.preset("bfloat16"), param_dtype=jnp.bfloat16)
-    assert half(tokens).logits.dtype == jnp.float32
+    assert forward(half, tokens).logits.dtype == jnp.float32
     assert half.moe_blocks.feed_forward.router.bias.dtype == jnp.float32
     assert half.moe_blocks.feed_forward.router.weight.dtype == jnp.bfloat16
 
@@ -101,25 +114,26 @@ def test_output_types(model, tokens):
 def test_bfloat16_stays_near_float32(model, tokens):
     half = DeepSeekV3(model.config, rngs=nnx.Rngs(3), precision=Precision.preset("bfloat16"))
     full = DeepSeekV3(model.config, rngs=nnx.Rngs(3))
-    difference = np.asarray(half(tokens).logits - full(tokens).logits)
-    assert np.std(difference) < 0.05 * np.std(np.asarray(full(tokens).logits))
+    difference = np.asarray(forward(half, tokens).logits - forward(full, tokens).logits)
+    assert np.std(difference) < 0.05 * np.std(np.asarray(forward(full, tokens).logits))
 
 
 def test_segments_are_as_if_alone(model, tokens):
     """With isolation, a document in a packed row gives what it gives by itself at the same positions."""
     segment_ids = jnp.where(jnp.arange(LENGTH) < 10, 1, 2) * jnp.ones((BATCH, 1), jnp.int32)
     positions = jnp.broadcast_to(jnp.concatenate([jnp.arange(10), jnp.arange(LENGTH - 10)]), (BATCH, LENGTH))
-    packed = model.features(tokens, positions=positions, segment_ids=segment_ids).hidden
-    np.testing.assert_allclose(packed[:, 10:], model.features(tokens[:, 10:]).hidden, atol=2e-5)
-    open_border = model.features(tokens, segment_ids=segment_ids, isolate_segments=False).hidden
-    np.testing.assert_allclose(open_border, model.features(tokens).hidden, atol=2e-5)
+    packed = features(model, tokens, positions=positions, segment_ids=segment_ids).hidden
+    np.testing.assert_allclose(packed[:, 10:], features(model, tokens[:, 10:]).hidden, atol=2e-5)
+    open_border = features(model, tokens, segment_ids=segment_ids, isolate_segments=False).hidden
+    np.testing.assert_allclose(open_border, features(model, tokens).hidden, atol=2e-5)
 
 
 def test_padding_is_not_counted(model, tokens):
     """Loads and balance of a row padded at its end are those of the row without the padding."""
     config = model.config
     segment_ids = (jnp.arange(LENGTH) < 16).astype(jnp.int32) * jnp.ones((BATCH, 1), jnp.int32)
-    padded, alone = model(tokens, segment_ids=segment_ids).routing, model(tokens[:, :16]).routing
+    padded = forward(model, tokens, segment_ids=segment_ids).routing
+    alone = forward(model, tokens[:, :16]).routing
     main = config.num_moe_layers
     np.testing.assert_array_equal(padded.load[:main], alone.load[:main])
     np.testing.assert_allclose(padded.sequence_balance[:main], alone.sequence_balance[:main], rtol=1e-5)
@@ -128,14 +142,24 @@ def test_padding_is_not_counted(model, tokens):
     assert int(alone.load[main].sum()) == BATCH * 15 * config.num_experts_per_tok
 
 
-@pytest.mark.parametrize("policy", [name for name in REMATERIALISATIONS if name != "none"])
-def test_rematerialisation_changes_no_gradient(model, tokens, policy):
+@pytest.fixture(scope="module")
+def gradient(model, tokens):
+    """The gradient of one model under a policy."""
+    params = nnx.state(model, nnx.Param)
+
+    @functools.cache
     def gradient(remat):
-        other = DeepSeekV3(model.config, rngs=nnx.Rngs(3), remat=remat)
-        graph, params, rest = nnx.split(other, nnx.Param, ...)
+        other = nnx.eval_shape(lambda: DeepSeekV3(model.config, rngs=nnx.Rngs(3), remat=remat))
+        graph, _, rest = nnx.split(other, nnx.Param, ...)
+        rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
         loss = lambda params: jnp.mean(nnx.merge(graph, params, rest)(tokens).logits ** 2)  # noqa: E731
         return jax.jit(jax.grad(loss))(params)
 
+    return gradient
+
+
+@pytest.mark.parametrize("policy", [name for name in REMATERIALISATIONS if name != "none"])
+def test_rematerialisation_changes_no_gradient(gradient, policy):
     for plain, recomputed in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient(policy)), strict=True):
         np.testing.assert_allclose(plain, recomputed, atol=1e-7, rtol=1e-4)
 
@@ -149,10 +173,13 @@ def test_report_policy_keeps_less_than_everything(tokens):
     """The named values really are recomputed: fewer bytes are saved for the backward pass."""
 
     def saved(remat):
-        model = DeepSeekV3(ModelConfig.preset("tiny"), rngs=nnx.Rngs(3), remat=remat)
+        model = nnx.eval_shape(lambda: DeepSeekV3(ModelConfig.preset("tiny"), rngs=nnx.Rngs(3), remat=remat))
         graph, params, rest = nnx.split(model, nnx.Param, ...)
-        _, backward = jax.vjp(lambda params: nnx.merge(graph, params, rest)(tokens).logits.sum(), params)
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(backward))
+
+        def backward(params, rest):
+            return jax.vjp(lambda params: nnx.merge(graph, params, rest)(tokens).logits.sum(), params)[1]
+
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(backward, params, rest)))
 
     assert saved("full") < saved("report") < saved("none")
 
@@ -200,5 +227,6 @@ def test_attention_core_against_float64(chunk, segmented):
     expected = np.einsum("bhqs,bshv->bqhv", weights / weights.sum(-1, keepdims=True), v)
     arrays = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
     ids = None if segments is None else jnp.asarray(segments)
-    ours = causal_attention(*arrays, scale=0.3, segment_ids=ids, query_chunk=chunk)
+    attend = jax.jit(functools.partial(causal_attention, scale=0.3, query_chunk=chunk))
+    ours = attend(*arrays, segment_ids=ids)
     np.testing.assert_allclose(ours, expected, atol=2e-6)
