@@ -9,6 +9,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
+from dsv3_jax import model
+
 _ROOT = Path(__file__).resolve().parent.parent
 jax.config.update("jax_compilation_cache_dir", str(_ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+# Compiling is most of the suite's time. `test_model.py` compares the loop over the layers with layers laid out whole.
+model._MOST_UNROLLED_LAYERS = 1

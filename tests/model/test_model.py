@@ -145,13 +145,12 @@ def test_padding_is_not_counted(model, tokens):
 @pytest.fixture(scope="module")
 def gradient(model, tokens):
     """The gradient of one model under a policy."""
-    params = nnx.state(model, nnx.Param)
+    _, params, rest = nnx.split(model, nnx.Param, ...)
 
     @functools.cache
     def gradient(remat):
         other = nnx.eval_shape(lambda: DeepSeekV3(model.config, rngs=nnx.Rngs(3), remat=remat))
-        graph, _, rest = nnx.split(other, nnx.Param, ...)
-        rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
+        graph = nnx.graphdef(other)
         loss = lambda params: jnp.mean(nnx.merge(graph, params, rest)(tokens).logits ** 2)  # noqa: E731
         return jax.jit(jax.grad(loss))(params)
 
@@ -162,6 +161,23 @@ def gradient(model, tokens):
 def test_rematerialisation_changes_no_gradient(gradient, policy):
     for plain, recomputed in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient(policy)), strict=True):
         np.testing.assert_allclose(plain, recomputed, atol=1e-7, rtol=1e-4)
+
+
+def test_layers_laid_out_whole_equal_the_loop(model, gradient, tokens, monkeypatch):
+    """`conftest.py` has the tests compile the loop; small models train without it."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params):
+        return jnp.mean(nnx.merge(graph, params, rest)(tokens).logits ** 2)
+
+    looped = str(jax.make_jaxpr(loss)(params))
+    monkeypatch.setattr("dsv3_jax.model._MOST_UNROLLED_LAYERS", 8)
+    assert "unroll=2" in str(jax.make_jaxpr(lambda params: loss(params))(params))
+    assert "unroll=2" not in looped
+    for ours, theirs in zip(
+        jax.tree.leaves(jax.jit(jax.grad(loss))(params)), jax.tree.leaves(gradient("none")), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-7, rtol=1e-4)
 
 
 def test_unknown_rematerialisation_is_named():
