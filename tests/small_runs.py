@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
-from dsv3_jax.training.checkpoints import make_model
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.schedules import Schedule
 from dsv3_jax.training.state import Skeleton, TrainState, new_state
@@ -96,7 +96,7 @@ class Start:
 def small_start() -> Start:
     """The small run's initial state (with biases and loads worth testing) and its compiled step."""
     config = small_run()
-    skeleton, state = new_state(make_model(config), config)
+    skeleton, state = new_state(small_model(config.model, config.training.seed), config)
     biases = 0.01 * jax.random.normal(jax.random.key(5), state.router_biases.shape)
     state = dataclasses.replace(state, router_biases=biases)
     return Start(config, skeleton, state, make_train_step(skeleton, config))

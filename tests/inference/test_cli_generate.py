@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import pytest
-from flax import nnx
+from small_models import small_model
 
 from dsv3_jax.cli import generate as command
 from dsv3_jax.cli.main import main
@@ -26,7 +26,7 @@ def run() -> tuple[DeepSeekV3, Tokenizer]:
     """A random model over bytes."""
     tokenizer = bytes_alone()
     config = ModelConfig.preset("tiny", vocab_size=tokenizer.vocab_size, initializer_range=0.2)
-    return nnx.jit(lambda rngs: DeepSeekV3(config, rngs=rngs))(nnx.Rngs(1)), tokenizer
+    return small_model(config, 1), tokenizer
 
 
 @pytest.fixture

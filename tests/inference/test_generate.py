@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden_data import build_model, load_golden
+from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
@@ -25,7 +26,7 @@ SAMPLERS = {"argvalues": [GREEDY, DRAWN], "ids": ["greedy", "drawn"]}
 def model() -> DeepSeekV3:
     # Weights large enough that the likeliest token leads by far more than rounding.
     config = ModelConfig.preset("tiny", vocab_size=256, initializer_range=0.2)
-    return nnx.jit(lambda rngs: DeepSeekV3(config, rngs=rngs))(nnx.Rngs(0))
+    return small_model(config, 0)
 
 
 @pytest.mark.parametrize("name", V3_CHECKPOINTS)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from golden_data import build_model, load_golden
+from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
@@ -22,7 +23,7 @@ NEW = 40
 def model() -> DeepSeekV3:
     """Four words only, so that the untrained MTP module is often right and often wrong."""
     config = ModelConfig.preset("tiny", vocab_size=4, initializer_range=0.2)
-    return nnx.jit(lambda rngs: DeepSeekV3(config, rngs=rngs))(nnx.Rngs(2))
+    return small_model(config, 3)
 
 
 def count_drafts(model: DeepSeekV3, prompt: list[int], text: list[int]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_models import small_model
 
 from dsv3_jax.config import ModelConfig, RopeScaling
 from dsv3_jax.errors import ConfigError
@@ -42,7 +43,7 @@ features = nnx.jit(
 
 
 def make(**changes):
-    model = nnx.jit(lambda: DeepSeekV3(ModelConfig.preset("tiny", **changes), rngs=nnx.Rngs(3)))()
+    model = small_model(ModelConfig.preset("tiny", **changes), 3)
     if model.config.has_router_bias and (model.config.num_moe_layers or model.mtp):
         biases = router_biases(model)
         set_router_biases(model, 0.1 * jax.random.normal(jax.random.key(0), biases.shape))
@@ -105,15 +106,15 @@ def test_output_types(model, tokens):
     assert out.logits.dtype == jnp.float32
     assert out.routing.load.shape == (3, 8)
     assert out.routing.load.dtype == jnp.int32
-    half = DeepSeekV3(model.config, rngs=nnx.Rngs(3), precision=Precision.preset("bfloat16"), param_dtype=jnp.bfloat16)
+    half = small_model(model.config, 3, precision=Precision.preset("bfloat16"), param_dtype=jnp.bfloat16)
     assert forward(half, tokens).logits.dtype == jnp.float32
     assert half.moe_blocks.feed_forward.router.bias.dtype == jnp.float32
     assert half.moe_blocks.feed_forward.router.weight.dtype == jnp.bfloat16
 
 
 def test_bfloat16_stays_near_float32(model, tokens):
-    half = DeepSeekV3(model.config, rngs=nnx.Rngs(3), precision=Precision.preset("bfloat16"))
-    full = DeepSeekV3(model.config, rngs=nnx.Rngs(3))
+    half = small_model(model.config, 3, precision=Precision.preset("bfloat16"))
+    full = small_model(model.config, 3)
     difference = np.asarray(forward(half, tokens).logits - forward(full, tokens).logits)
     assert np.std(difference) < 0.05 * np.std(np.asarray(forward(full, tokens).logits))
 

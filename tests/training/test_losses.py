@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import DeepSeekV3
@@ -27,7 +28,7 @@ def model() -> DeepSeekV3:
     config = ModelConfig.preset(
         "tiny", vocab_size=VOCABULARY, num_hidden_layers=2, num_nextn_predict_layers=2, initializer_range=0.2
     )
-    return DeepSeekV3(config, rngs=nnx.Rngs(1))
+    return small_model(config, 1)
 
 
 @functools.cache
