@@ -42,7 +42,7 @@ lint: setup-dev
 	$(BIN)/pyright
 
 test: setup-dev setup-aot lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -q
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q
 
 clean:
 	rm -rf $(VENV) .jax_cache build *.egg-info

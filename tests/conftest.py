@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 from dsv3_jax import model
 
@@ -17,3 +18,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # Compiling is most of the suite's time. `test_model.py` compares the loop over the layers with layers laid out whole.
 model._MOST_UNROLLED_LAYERS = 1
+
+# Files are dealt to the workers whole (their fixtures are made once), in this order, so that no long one comes last.
+_LONGEST = ("test_compile_ahead", "test_notebooks", "test_resume")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _LONGEST.index(item.path.stem) if item.path.stem in _LONGEST else len(_LONGEST))
