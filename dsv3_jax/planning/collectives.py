@@ -1,0 +1,139 @@
+"""The collectives of a compiled program, read from its HLO text: how often each runs, over whom, what it sends."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections import Counter, defaultdict
+
+_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f8e4m3fn": 1, "f8e5m2": 1}
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\([^\n]*\) -> [^\n]*)?\{", re.M)
+_INSTRUCTION = re.compile(
+    rf"= (?P<shape>\(?[^=\n]*?\)?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\((?P<rest>[^\n]*)"
+)
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """All runs of like collectives in one execution of the program.
+
+    Attributes:
+      kind: all-gather, all-reduce, reduce-scatter, all-to-all, ragged-all-to-all or collective-permute.
+      group: devices that take part in each.
+      runs: how often one runs, loops included.
+      sent: bytes a device sends in all runs.
+      largest: bytes of the largest one's result.
+    """
+
+    kind: str
+    group: int
+    runs: int
+    sent: float
+    largest: float
+
+
+def read_collectives(hlo: str) -> list[Collective]:
+    """Collectives of a module in HLO text form, most bytes first.
+
+    A loop whose number of passes the compiler does not know counts once.
+    """
+    bodies = _computations(hlo)
+    runs = _executions(bodies, hlo)
+    found: dict[tuple[str, int], list[tuple[int, float, float]]] = defaultdict(list)
+    for name, body in bodies.items():
+        for match in _INSTRUCTION.finditer(body):
+            if not runs[name]:
+                continue
+            kind, rest = match["kind"], match["rest"]
+            group = _group_size(rest)
+            result = _result_bytes(match["shape"], kind, started=match["start"] is not None, group=group)
+            found[kind, group].append((runs[name], _sent(kind, result, group), result))
+    collectives = [
+        Collective(
+            kind=kind,
+            group=group,
+            runs=sum(count for count, _, _ in items),
+            sent=sum(count * sent for count, sent, _ in items),
+            largest=max(result for _, _, result in items),
+        )
+        for (kind, group), items in found.items()
+        if group > 1
+    ]
+    return sorted(collectives, key=lambda item: -item.sent)
+
+
+def _computations(hlo: str) -> dict[str, str]:
+    """Name and text of every computation."""
+    bodies = {}
+    starts = list(_COMPUTATION.finditer(hlo))
+    for start, following in zip(starts, [*starts[1:], None], strict=True):
+        bodies[start[1]] = hlo[start.end() : following.start() if following else len(hlo)]
+    return bodies
+
+
+def _executions(bodies: dict[str, str], hlo: str) -> Counter[str]:
+    """How often each computation runs in one execution of the program."""
+    calls: dict[str, Counter[str]] = {name: Counter() for name in bodies}
+    for name, body in bodies.items():
+        for line in body.splitlines():
+            times = 1
+            if " while(" in line:
+                known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                times = int(known[1]) if known else 1
+            for called in _CALLED.finditer(line):
+                for callee in re.findall(r"[\w.\-]+", called[1]):
+                    if callee in calls:
+                        calls[name][callee] += times
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", hlo, re.M)
+    runs: Counter[str] = Counter()
+    if entry:
+        _visit(entry[1], 1, calls, runs)
+    return runs
+
+
+def _visit(name: str, times: int, calls: dict[str, Counter[str]], runs: Counter[str]) -> None:
+    runs[name] += times
+    for callee, count in calls[name].items():
+        _visit(callee, times * count, calls, runs)
+
+
+def _group_size(rest: str) -> int:
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
+    if iota:
+        return int(iota[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+    if listed:
+        return listed[1].count(",") + 1
+    return 2 if "source_target_pairs" in rest else 1
+
+
+def _result_bytes(shape: str, kind: str, *, started: bool, group: int) -> float:
+    """Bytes of the result; a started collective's shape is (operands, results, ...)."""
+    arrays = [_array_bytes(*match) for match in _ARRAY.findall(shape)]
+    if not arrays:
+        return 0.0
+    if not started or kind == "all-reduce":
+        return sum(arrays)
+    if kind == "collective-permute":
+        return arrays[1] if len(arrays) > 1 else arrays[0]
+    return sum(arrays[len(arrays) // 2 :])
+
+
+def _array_bytes(dtype: str, dimensions: str) -> float:
+    width = _BYTES.get(dtype)
+    if width is None:
+        digits = re.search(r"\d+", dtype)
+        width = int(digits[0]) / 8 if digits else 0
+    return width * math.prod(int(size) for size in dimensions.split(",") if size)
+
+
+def _sent(kind: str, result: float, group: int) -> float:
+    """Bytes a device sends: of its result, by the usual ring or direct algorithm."""
+    others = (group - 1) / group
+    factors = {"all-gather": others, "all-reduce": 2 * others, "reduce-scatter": group - 1, "collective-permute": 1.0}
+    return result * factors.get(kind, others)

@@ -1,0 +1,86 @@
+"""A plan as a picture: what fills a device, and where a step's time goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+from dsv3_jax.planning.plan import Plan
+from dsv3_jax.planning.published import like_the_report
+from dsv3_jax.planning.report_table import memory_parts
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+_MEMORY_COLOURS = {
+    "master weights": "#1f4e8c",
+    "working weights": "#2f6db3",
+    "gathered layers": "#9cc3e6",
+    "gradients": "#d9822b",
+    "Adam's moments": "#6fa8dc",
+    "running average": "#4b86b4",
+    "activations kept": "#7a5195",
+    "one layer recomputed": "#b07cc6",
+    "loss": "#cfa9dd",
+    "reserved": "#bbbbbb",
+}
+_TIMES = {
+    "fp8_products": ("FP8 products", "#1f4e8c"),
+    "products": ("other products", "#2f6db3"),
+    "attention": ("attention core", "#9cc3e6"),
+    "memory": ("all that is no product", "#7a5195"),
+    "optimizer": ("optimizer", "#b07cc6"),
+    "exposed": ("communication not hidden", "#d9822b"),
+    "bubble": ("pipeline bubble", "#bbbbbb"),
+}
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """Writes a PNG."""
+    config = plan.config
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), width_ratios=[1, 1], layout="constrained")
+    axes = ", ".join(f"{axis}={value}" for axis, value in vars(config.mesh).items() if value > 1) or "one device"
+    billions = config.model.num_parameters(mtp=True) / 1e9
+    figure.suptitle(f"{billions:.3g}B parameters on {config.target.name}: {axes}")
+    _draw_memory(left, plan)
+    _draw_time(right, plan)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_memory(axes: Axes, plan: Plan) -> None:
+    unit, capacity = 2**30, plan.config.target.accelerator.memory
+    bottom = 0.0
+    for name, value in memory_parts(plan).items():
+        label = f"{name}, {value / unit:.2f}"
+        axes.bar(0, value / unit, bottom=bottom, color=_MEMORY_COLOURS[name], width=0.6, label=label)
+        bottom += value / unit
+    axes.axhline(capacity / unit, color="#b03030", linestyle="--", linewidth=1.2)
+    axes.text(-0.48, capacity / unit, f"device: {capacity / unit:.0f}", color="#b03030", va="bottom", fontsize=9)
+    axes.set(xlim=(-0.5, 1.75), ylim=(0, 1.12 * max(bottom, capacity / unit)), ylabel="GiB of a device")
+    axes.set_title("fits" if plan.fits else f"does not fit: {-plan.spare / unit:.1f} GiB too much")
+    axes.set_xticks([])
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False, loc="center right", fontsize=9, title="GiB")
+
+
+def _draw_time(axes: Axes, plan: Plan) -> None:
+    rows = {"at the peaks": plan.bound, "best kernels": plan.expected}
+    for row, time in enumerate(rows.values()):
+        start = 0.0
+        for field, (label, colour) in _TIMES.items():
+            value = getattr(time, field)
+            if getattr(plan.bound, field) or getattr(plan.expected, field):
+                axes.barh(row, value, left=start, color=colour, height=0.5, label=label if row == 0 else None)
+            start += value
+    like_report = like_the_report(plan)
+    axes.barh(2, like_report, color="#dddddd", height=0.5)
+    axes.set_yticks([0, 1, 2], [*rows, "as the report's\nrun was"])
+    totals = [plan.bound.total, plan.expected.total, like_report]
+    for row, seconds in enumerate(totals):
+        axes.text(seconds, row, f" {seconds:.3g} s, MFU {100 * plan.mfu(seconds):.0f}%", va="center", fontsize=9)
+    axes.set(xlim=(0, 1.35 * max(totals)), ylim=(-0.5, 4.0), xlabel="seconds a step")
+    axes.set_title(f"{plan.config.tokens_a_step:,} tokens a step")
+    axes.legend(frameon=False, loc="upper right", fontsize=9, ncols=2)

@@ -1,0 +1,143 @@
+"""Bytes a device sends in a step, by mesh axis (report sections 3.2.1 to 3.2.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+
+from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.planning.layers import LayerKind
+from dsv3_jax.planning.precision_bytes import width_of
+from dsv3_jax.planning.state_memory import groups_of
+
+_AXES = ("stage", "data", "fsdp", "expert", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What one axis carries.
+
+    Attributes:
+      axis: of the mesh.
+      what: which collectives, for what.
+      sent: bytes a device sends in a step.
+      seconds: at the bandwidth of the links the axis runs over.
+      between_nodes: whether those leave the node.
+    """
+
+    axis: str
+    what: str
+    sent: float
+    seconds: float
+    between_nodes: bool
+
+
+def leaves_node(config: PlanConfig, axis: str) -> bool:
+    """Whether neighbours on this axis may be in different nodes: the last axes lie closest together."""
+    span = 1
+    for name in reversed(_AXES):
+        span *= getattr(config.mesh, name)
+        if name == axis:
+            return span > config.target.accelerator.node
+    raise ValueError(f"no axis {axis}")
+
+
+def traffic(config: PlanConfig, layers: Counter[LayerKind], *, copies: int = 1) -> list[Traffic]:
+    """Of a rank that holds these layers, `copies` ranks of the stage axis holding the same."""
+    found = [
+        *_experts(config, layers, copies),
+        *_shards(config, layers),
+        *_replicas(config, layers, copies),
+        *_tensor(config, layers, copies),
+        *_stages(config),
+    ]
+    return [item for item in found if item.sent]
+
+
+def _flow(config: PlanConfig, axis: str, what: str, sent: float, *, in_node: float = 0.0) -> Traffic:
+    """`sent` bytes over the axis's links; `in_node` more, which go over the fast links at the same time."""
+    accelerator, outside = config.target.accelerator, leaves_node(config, axis)
+    seconds = sent / (accelerator.outer_link if outside else accelerator.inner_link)
+    return Traffic(axis, what, sent + in_node, max(seconds, in_node / accelerator.inner_link), outside)
+
+
+def _experts(config: PlanConfig, layers: Counter[LayerKind], copies: int) -> list[Traffic]:
+    """All-to-all of tokens to their experts and back, forward and backward.
+
+    Between nodes a token crosses once to each of at most `topk_group` nodes, and goes on inside to its experts
+    (section 3.2.2); where nodes are not the groups of the router, at most once for each of its experts.
+    """
+    size, model, formats = config.mesh.expert, config.model, config.formats
+    moe_layers = (layers["moe"] + layers["mtp"]) / copies
+    if size == 1 or not moe_layers:
+        return []
+    nodes = max(size * config.mesh.tensor // config.target.accelerator.node, 1)
+    a_pass = {
+        "dispatch": formats.dispatch * (3 if _recomputes_dispatch(config) else 2),  # and the gradients' way
+        "combine": 2 * formats.combine,
+    }
+    width = model.hidden_size * sum(a_pass.values()) / config.mesh.tensor
+    tokens = config.tokens_a_pass * config.passes * moe_layers
+    chosen = model.num_experts_per_tok
+    if nodes == 1:
+        return [_flow(config, "expert", "tokens to experts and back", tokens * width * chosen * (1 - 1 / size))]
+    reached = min(chosen, model.topk_group if nodes <= model.n_group else chosen, nodes)
+    outside = tokens * width * reached * (1 - 1 / nodes)
+    return [_flow(config, "expert", "tokens to experts and back", outside, in_node=tokens * width * chosen)]
+
+
+def _recomputes_dispatch(config: PlanConfig) -> bool:
+    """Without a cache of what was sent, the experts' input is sent anew for the backward pass."""
+    return config.rematerialisation != "none"
+
+
+def _shards(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:
+    """FSDP: weights are gathered for the forward and for the backward pass, gradients summed into shards."""
+    size, formats = config.mesh.fsdp, config.formats
+    if size == 1:
+        return []
+    share, weights, gradients = 1 - 1 / size, 0.0, 0.0
+    for group, count in groups_of(config, layers):
+        if "fsdp" in group.axes:
+            whole = count * group.on_a_device(config.mesh) * size
+            weights += 2 * whole * (formats.weight if group.fp8 else formats.compute)
+            gradients += whole * width_of(config.gradient_dtype)
+    return [
+        _flow(config, "fsdp", "weights gathered", config.passes * share * weights),
+        _flow(config, "fsdp", "gradients summed", config.passes * share * gradients),
+    ]
+
+
+def _replicas(config: PlanConfig, layers: Counter[LayerKind], copies: int) -> list[Traffic]:
+    """Once a step: gradients summed over replicas, and the new weights back (the two halves of an all-reduce)."""
+    formats = config.formats
+    sent: dict[str, float] = defaultdict(float)
+    for group, count in groups_of(config, layers):
+        replicas = copies * group.replicas(config.mesh)
+        back = (formats.weight if group.fp8 else formats.compute) if config.zero else width_of(config.gradient_dtype)
+        one_way = count * group.on_a_device(config.mesh) * (1 - 1 / replicas)
+        # The slowest links on the way decide; that is the outermost axis it is replicated over.
+        outermost = next(
+            (axis for axis in _AXES[1:] if axis not in group.axes and getattr(config.mesh, axis) > 1), None
+        )
+        axis = "stage" if copies > 1 else outermost or "data"
+        sent[axis] += one_way * (width_of(config.gradient_dtype) + back)
+    return [_flow(config, axis, "replicas' gradients and weights", size) for axis, size in sent.items()]
+
+
+def _tensor(config: PlanConfig, layers: Counter[LayerKind], copies: int) -> list[Traffic]:
+    """Sums behind attention and feed-forward, forward and backward: four all-reduces a layer."""
+    size = config.mesh.tensor
+    blocks = (layers["dense"] + layers["moe"] + layers["mtp"]) / copies
+    tokens = config.tokens_a_pass * config.passes
+    sent = tokens * blocks * 4 * 2 * (1 - 1 / size) * config.model.hidden_size * config.formats.compute
+    return [_flow(config, "tensor", "sums of partial results", sent)]
+
+
+def _stages(config: PlanConfig) -> list[Traffic]:
+    """Hidden states on to the next stage and gradients back."""
+    if config.mesh.stage == 1:
+        return []
+    tokens = config.tokens_a_pass * config.passes
+    sent = 2 * tokens * config.model.hidden_size * config.formats.compute / config.mesh.tensor
+    return [_flow(config, "stage", "hidden states and gradients", sent)]

@@ -1,0 +1,133 @@
+"""The mesh: how devices are laid out along the axes of parallelism (report section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+AXES = ("stage", "data", "fsdp", "expert", "tensor")
+"""Outermost first: neighbours on the last axis lie closest together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the axes; -1 (once at most) is what is left of the devices.
+
+    Attributes:
+      stage: pipeline stages.
+      data: replicas of the parameters, each with its part of the batch (ZeRO-1 divides optimizer state over them).
+      fsdp: parts of every parameter, each with its part of the batch.
+      expert: parts of the routed experts, each with its part of the batch.
+      tensor: parts of heads and feed-forward widths, for the same tokens.
+    """
+
+    stage: int = 1
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis, size in self.sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+                raise ConfigError(f"mesh.{axis} must be a positive whole number, or -1 for the rest, not {size!r}")
+        rest = [axis for axis, size in self.sizes.items() if size == -1]
+        if len(rest) > 1:
+            raise ConfigError(f"mesh: only one axis can be -1 (the rest of the devices), not {' and '.join(rest)}")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of every axis, outermost first."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def batch_ranks(self) -> int:
+        """Parts the batch is cut into: the expert axis carries batch too."""
+        return self.data * self.fsdp * self.expert
+
+    @classmethod
+    def parse(cls, text: str) -> MeshConfig:
+        """`stage=16,expert=64,data=-1`; axes left out are 1.
+
+        Raises:
+          ConfigError: a part that is not AXIS=SIZE, or no such axis.
+        """
+        sizes: dict[str, int] = {}
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            axis, _, size = (word.strip() for word in part.partition("="))
+            if axis not in AXES:
+                near = difflib.get_close_matches(axis, AXES, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join(AXES)}"
+                raise ConfigError(f"mesh '{text}': there is no axis '{axis}'; {hint}")
+            if axis in sizes:
+                raise ConfigError(f"mesh '{text}': axis {axis} is there twice")
+            try:
+                sizes[axis] = int(size)
+            except ValueError:
+                raise ConfigError(f"mesh '{text}': {axis} needs a whole number, such as {axis}=2") from None
+        return cls(**sizes)
+
+    def resolve(self, device_count: int) -> MeshConfig:
+        """The same with -1 replaced, for so many devices.
+
+        Raises:
+          ConfigError: the axes do not multiply to the devices.
+        """
+        rest = [axis for axis, size in self.sizes.items() if size == -1]
+        known = math.prod(size for size in self.sizes.values() if size != -1)
+        written = " x ".join(f"{axis}={size}" for axis, size in self.sizes.items() if size != 1) or "one device"
+        if device_count % known or (not rest and known != device_count):
+            raise ConfigError(
+                f"mesh {written} takes {'a multiple of ' if rest else ''}{known} devices, but there are {device_count}"
+            )
+        return dataclasses.replace(self, **dict.fromkeys(rest, device_count // known))
+
+    def check(self, model: ModelConfig, global_batch: int) -> None:
+        """That the mesh divides the model and the batch.
+
+        Raises:
+          ConfigError: naming the axis, what it does not divide, and the nearest sizes that do.
+        """
+        _check_divides("expert", self.expert, "n_routed_experts", model.n_routed_experts)
+        _check_divides("tensor", self.tensor, "num_attention_heads", model.num_attention_heads)
+        if self.stage > model.num_hidden_layers:
+            raise ConfigError(
+                f"mesh.stage ({self.stage}) must not exceed the {model.num_hidden_layers} layers of the model"
+            )
+        if global_batch % self.batch_ranks:
+            below = global_batch // self.batch_ranks * self.batch_ranks
+            near = " or ".join(str(size) for size in (below, below + self.batch_ranks) if size)
+            raise ConfigError(
+                f"the batch of {global_batch} sequences must be a multiple of data x fsdp x expert "
+                f"({self.data} x {self.fsdp} x {self.expert} = {self.batch_ranks}), such as {near}"
+            )
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over `devices` (all of this program's unless given), every axis there, those of size 1 too."""
+    import jax
+    from jax.sharding import AxisType
+
+    devices = list(jax.devices() if devices is None else devices)
+    config = config.resolve(len(devices))
+    shape = tuple(config.sizes.values())
+    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _check_divides(axis: str, size: int, what: str, total: int) -> None:
+    if total % size:
+        divisors = [divisor for divisor in range(1, total + 1) if total % divisor == 0]
+        near = sorted(sorted(divisors, key=lambda divisor: abs(divisor - size))[:2])
+        raise ConfigError(
+            f"mesh.{axis} ({size}) must divide {what} ({total}); the nearest sizes that do: "
+            f"{' and '.join(map(str, near))}"
+        )

@@ -1,0 +1,66 @@
+"""`dsv3 plan`: tables, JSON, picture, errors of one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax.cli.main import main
+
+REPORT = ["--target", "h800:2048", "--mesh", "stage=16,data=2,expert=64", "--precision", "fp8", "--batch-size", "15360"]
+
+
+def test_the_reports_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *REPORT, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "Fits" in printed
+    assert "2,664,000 GPU hours" in printed
+    assert (tmp_path / "plan.txt").read_text() == printed
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    values = json.loads((tmp_path / "plan.json").read_text())
+    assert values["fits"]
+    assert values["run_time"]["at_the_reports_pace"]["device_hours"] == pytest.approx(2.664e6)
+
+
+def test_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *REPORT, "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["bytes_a_device"]
+    names = ("masters", "working_weights", "gathered_weights", "gradients", "moments", "average", "reserved")
+    total = sum(memory[name] for name in names) + sum(memory["activations_kept"].values())
+    assert total + max(memory["activations_recomputed"], memory["loss"]) == pytest.approx(memory["total"])
+
+
+def test_what_does_not_fit_is_told_with_knobs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--target", "h800:256", "--mesh", "fsdp=4,expert=64"]) == 0
+    printed = capsys.readouterr().out
+    assert "Does not fit" in printed
+    assert "--rematerialisation full" in printed
+
+
+def test_search_ranks_what_fits_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--preset", "ablation-16b", "--target", "h100:16", "--search", "40", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    fits = [plan["fits"] for plan in found]
+    assert fits == sorted(fits, reverse=True)
+    pace = [plan["run_time"]["at_the_reports_pace"]["tokens_per_second_per_device"] for plan in found if plan["fits"]]
+    assert pace == sorted(pace, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--target h20:8", "h200"),
+        ("--target h200:8 --mesh expert=3,fsdp=-1", "expert=3"),
+        ("--target h200:8 --mesh experts=8", "expert"),
+        ("--preset v3", "preset 'v3'"),
+        ("--search 3 --mesh fsdp=8", "--mesh"),
+        ("--precission fp8", "--precision"),
+    ],
+)
+def test_mistakes_are_one_line(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *line.split()]) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
