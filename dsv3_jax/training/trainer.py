@@ -18,6 +18,7 @@ from dsv3_jax.counts import count_flops
 from dsv3_jax.data import Data, prepare_data
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.precision import Precision
 from dsv3_jax.training.checkpoints import Checkpoints, Progress, last_whole_checkpoint, make_model, restore
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.evaluation import Evaluation, evaluate
@@ -154,7 +155,7 @@ class _Run:
         self.terminal.say(
             f"{self.config.preset}: {model.num_parameters(mtp=True):,} parameters, "
             f"{model.num_active_parameters():,} active a token; {total:,} tokens in {self.config.training.steps} steps "
-            f"on {jax.devices()[0].device_kind}, {self.config.precision} precision"
+            f"on {jax.devices()[0].device_kind}, {Precision.preset(self.config.precision).name} precision"
         )
         if self.progress.step:
             self.terminal.say(f"going on from step {self.progress.step}")

@@ -25,6 +25,7 @@ from typing import Any
 from dsv3_jax.config import ModelConfig
 
 HERE = Path(__file__).resolve().parent
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for both sides, as `make train` has it
 OURS, EAGER, COMPILED = "this project", "transformers", "transformers + torch.compile"
 
 
@@ -33,7 +34,7 @@ class Worker:
 
     def __init__(self, python: str, script: str, threads: int):
         cores = sorted(os.sched_getaffinity(0))[:threads]
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
+        environment = os.environ | HUGE_PAGES | {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
         self.process = subprocess.Popen(
             [python, "-P", str(HERE / script)],  # -P: a sibling called kernels.py is not the package of that name
             stdin=subprocess.PIPE,
