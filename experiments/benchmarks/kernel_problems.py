@@ -1,8 +1,12 @@
-"""What kernels.py measures: for each operation its inputs, its contenders, an independent check and its size."""
+"""What kernels.py measures: for each operation its inputs, its contenders, an independent check and its size.
+
+Here the dense products and quantisation; grouped_problems.py and routing_problems.py have the rest.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +16,7 @@ import numpy as np
 from jax import lax
 
 import pallas_kernels as pk
+from pallas_kernels.blockwise_matmul import hopper, tuning
 from pallas_kernels.quantize.quantized import Tile
 
 OURS = "this project"
@@ -27,18 +32,37 @@ class Contender:
 
 
 @dataclasses.dataclass(frozen=True)
+class Search:
+    """What `--tune` tries: cuts of a Hopper kernel.
+
+    Attributes:
+      module: whose `TUNED` keeps the fastest.
+      key: under which it does.
+      cuts: to be tried.
+      inputs: which of the problem's inputs the kernel takes.
+      function: (cut, *inputs) to the kernel's result.
+    """
+
+    module: types.ModuleType
+    key: tuple[Any, ...]
+    cuts: tuple[Any, ...]
+    inputs: tuple[str, ...]
+    function: Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Problem:
     """One row of the table.
 
     Attributes:
-      family: dense, weight gradient, grouped, masked, quantise or routing.
+      family: one of kernels.FAMILIES.
       make: random key to named inputs.
       contenders: by name; OURS is checked and compared with the others.
       error: (inputs, result of OURS) to the relative error against float64, or to the share of wrong results.
       tolerance: of that error.
       flops: 0 where bytes are what counts.
       bytes: least traffic with global memory.
-      tuning: what `--tune` needs to know: ("blockwise", M, N, K, bytes of an output), or None.
+      search: what `--tune` tries, or None.
     """
 
     family: str
@@ -49,7 +73,7 @@ class Problem:
     tolerance: float
     flops: float = 0.0
     bytes: float = 0.0
-    tuning: tuple[Any, ...] | None = None
+    search: Search | None = None
 
 
 def float64(q: pk.Quantized, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
@@ -87,7 +111,7 @@ def dense(m: int, n: int, k: int) -> Problem:
         "XLA FP8": Contender(_xla_fp8, ("a", "b")),
     }
     size = 2.0 * m * n * k, m * k + n * k + 2.0 * m * n
-    return Problem("dense", f"{m} x {n} x {k}", make, contenders, error, 4e-3, *size, ("blockwise", m, n, k, 2))
+    return Problem("dense", f"{m} x {n} x {k}", make, contenders, error, 4e-3, *size, _search(m, n, k, False))
 
 
 def weight_gradient(m: int, n: int, k: int) -> Problem:
@@ -112,9 +136,23 @@ def weight_gradient(m: int, n: int, k: int) -> Problem:
 
     contenders = {OURS: Contender(add, ("a", "b", "total")), "XLA bf16": Contender(add_bf16, ("y", "x", "total"))}
     size = 2.0 * m * n * k, m * k + n * m + 8.0 * n * k
-    return Problem(
-        "weight gradient", f"{n} x {k} x {m}", make, contenders, error, 1e-3, *size, ("blockwise", n, k, m, 4)
+    name = f"{n} x {k} x {m}"
+    return Problem("weight gradient", name, make, contenders, error, 1e-3, *size, _search(n, k, m, True))
+
+
+def _search(m: int, n: int, k: int, accumulate: bool) -> Search:
+    """Every cut of the blockwise product, each in three orders of its tiles."""
+    dtype = jnp.float32 if accumulate else jnp.bfloat16
+    cuts = tuple(
+        dataclasses.replace(cut, raster_width=width)
+        for cut in tuning.candidates(jnp.dtype(dtype).itemsize)
+        for width in (4, 8, 16)
     )
+
+    def function(cut, a, b, total=None):
+        return hopper.matmul(a, b, total, dtype, tiling=cut)
+
+    return Search(tuning, (m, n, k), cuts, ("a", "b", "total") if accumulate else ("a", "b"), function)
 
 
 def _xla_fp8(a: pk.Quantized, b: pk.Quantized) -> jax.Array:
@@ -141,20 +179,20 @@ def quantise(m: int, k: int) -> Iterator[Problem]:
         return relative(float64(out, chosen := some(k)), np.asarray(inputs["x"][:, chosen], "f8").T)
 
     tiles, blocks = 4.0 * m * k / 128, 4.0 * m * k / 128**2
-    for name, function, plain, argument, error, size in (
+    for name, function, by_definition, argument, error, size in (
         ("1x128", *_one_format("1x128"), "x", error_along_rows, 3.0 * m * k + tiles),
         ("128x128", *_one_format("128x128"), "x", error_along_rows, 3.0 * m * k + blocks),
-        ("both orientations", pk.quantize_both, _plain(pk.quantize_both), "x", error_of_both, 4.0 * m * k + 2 * tiles),
+        ("both orientations", pk.quantize_both, plain(pk.quantize_both), "x", error_of_both, 4.0 * m * k + 2 * tiles),
         (
             "re-tiled, transposed",
             pk.requantize_transposed,
-            _plain(pk.requantize_transposed),
+            plain(pk.requantize_transposed),
             "q",
             error_again,
             2.0 * m * k + 2 * tiles,
         ),
     ):
-        contenders = {OURS: Contender(function, (argument,)), "plain XLA": Contender(plain, (argument,))}
+        contenders = {OURS: Contender(function, (argument,)), "plain XLA": Contender(by_definition, (argument,))}
         yield Problem("quantise", f"{name}, {m} x {k}", make, contenders, error, 0.06, bytes=size)
 
 
@@ -164,126 +202,9 @@ def _one_format(tile: Tile) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def function(x, implementation=None):
         return pk.quantize(x, tile=tile, implementation=implementation)
 
-    return function, _plain(function)
+    return function, plain(function)
 
 
-def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+def plain(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` through the definition in jax.numpy, compiled by XLA."""
     return lambda *inputs: function(*inputs, implementation="reference")
-
-
-def group_sizes(rows: int, groups: int, skewed: bool) -> np.ndarray:
-    """Multiples of 128 that add up to `rows`: even, or falling off as 1/rank with some groups empty."""
-    weights = 1 / np.arange(1, groups + 1) if skewed else np.ones(groups)
-    tiles = np.floor(weights / weights.sum() * (rows // 128)).astype(int)
-    tiles[0] += rows // 128 - tiles.sum()
-    return (tiles * 128).astype("i4")
-
-
-def grouped(rows: int, groups: int, n: int, k: int, skewed: bool) -> Problem:
-    """Rows contiguous by expert."""
-    sizes = group_sizes(rows, groups, skewed)
-
-    def make(key):
-        keys = jax.random.split(key)
-        x, w = (
-            jax.random.normal(keys[0], (rows, k), jnp.bfloat16),
-            jax.random.normal(keys[1], (groups, n, k), jnp.bfloat16),
-        )
-        quantized = {"a": pk.quantize(x, tile="1x128"), "b": pk.quantize(w, tile="128x128")}
-        return {"x": x, "w": w, "wt": jnp.swapaxes(w, 1, 2), **quantized, "sizes": jnp.asarray(sizes)}
-
-    def error(inputs, out):
-        chosen, experts = some(rows), np.repeat(np.arange(groups), sizes)
-        a = float64(inputs["a"], chosen)
-        wanted = np.zeros((len(chosen), n))
-        for expert in np.unique(experts[chosen]):
-            mine = experts[chosen] == expert
-            b = inputs["b"]
-            wanted[mine] = a[mine] @ float64(pk.Quantized(b.values[expert], b.scales[expert], b.tile)).T
-        return relative(np.asarray(out)[chosen], wanted)
-
-    def ours(a, b, sizes):
-        return pk.grouped_matmul(a, b, sizes, row_alignment=128)
-
-    contenders = {
-        OURS: Contender(ours, ("a", "b", "sizes")),
-        "this project, bf16": Contender(
-            lambda x, w, sizes: pk.grouped_matmul(x, w, sizes, row_alignment=128), ("x", "w", "sizes")
-        ),
-        "lax.ragged_dot bf16": Contender(lax.ragged_dot, ("x", "wt", "sizes")),
-    }
-    if tokamax := _tokamax():
-        contenders["tokamax bf16"] = Contender(tokamax.ragged_dot, ("x", "wt", "sizes"))
-    name = f"{groups} groups, {'skewed' if skewed else 'even'}, {rows} x {n} x {k}"
-    used = int((sizes > 0).sum())
-    size = 2.0 * rows * n * k, rows * k + 1.0 * used * n * k + 2.0 * rows * n
-    return Problem("grouped", name, make, contenders, error, 4e-3, *size)
-
-
-def _tokamax() -> Any:
-    try:
-        import tokamax  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return None
-    return tokamax
-
-
-def routing(tokens: int, width: int, experts: int = 256, chosen: int = 8) -> Iterator[Problem]:
-    """V3's gate, and the way to expert order and back."""
-    settings = {"num_experts_per_tok": chosen, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5}
-
-    def choose(implementation):
-        return lambda logits, bias: pk.gate(logits[None], bias, **settings, implementation=implementation)
-
-    def make(key):
-        keys = jax.random.split(key, 4)
-        logits, bias = jax.random.normal(keys[0], (tokens, experts)), 0.1 * jax.random.normal(keys[1], (experts,))
-        index = jax.lax.top_k(logits, chosen)[1]
-        x = jax.random.normal(keys[2], (tokens, width), jnp.bfloat16)
-        rows, permutation = pk.permute(x, index, experts)
-        weights = jax.random.uniform(keys[3], (tokens, chosen))
-        return {
-            "logits": logits, "bias": bias, "index": index, "x": x, "rows": rows, "gate": weights, "order": permutation,
-        }  # fmt: skip
-
-    def gate_error(inputs, out):
-        picked = some(tokens)
-        scores = 1 / (1 + np.exp(-np.asarray(inputs["logits"], "f8")[picked]))
-        biased = (scores + np.asarray(inputs["bias"], "f8")).reshape(len(picked), 8, -1)
-        group = np.sort(biased, -1)[..., -2:].sum(-1)
-        cut = np.sort(group, -1)[:, -4][:, None, None]
-        kept = np.where(group[..., None] >= cut, biased, -np.inf).reshape(len(picked), -1)
-        index = np.argsort(-kept, 1, kind="stable")[:, :chosen]
-        weights = np.take_along_axis(scores, index, 1)
-        weights = 2.5 * weights / weights.sum(1, keepdims=True)
-        return relative(np.sort(np.asarray(out.gate)[0, picked], 1), np.sort(weights, 1))
-
-    def permute_error(inputs, out):
-        rows, permutation = out
-        x, index = np.asarray(inputs["x"], "f4"), np.asarray(inputs["index"]).reshape(-1)
-        order = np.argsort(index, kind="stable")
-        place = np.asarray(permutation.row_of_slot)
-        sample = order[some(len(order))]
-        return relative(np.asarray(rows, "f4")[place[sample]], x[sample // chosen])
-
-    def combine_error(inputs, out):
-        picked = some(tokens)
-        place = np.asarray(inputs["order"].row_of_slot).reshape(tokens, chosen)[picked]
-        rows, weights = np.asarray(inputs["rows"], "f8"), np.asarray(inputs["gate"], "f8")[picked]
-        return relative(np.asarray(out)[picked], (rows[place] * weights[..., None]).sum(1))
-
-    def permute(x, index, implementation=None):
-        return pk.permute(x, index, experts, implementation=implementation)
-
-    def combine(rows, weights, order, implementation=None):
-        return pk.combine(rows, weights, order, implementation=implementation)
-
-    moved = 2.0 * tokens * width * (1 + chosen)
-    for name, ours, plain, inputs, error, tolerance, size in (
-        ("gate", choose(None), choose("reference"), ("logits", "bias"), gate_error, 1e-5, 4.0 * tokens * experts),
-        ("permute", permute, _plain(permute), ("x", "index"), permute_error, 1e-7, moved),
-        ("combine", combine, _plain(combine), ("rows", "gate", "order"), combine_error, 4e-3, moved),
-    ):
-        contenders = {OURS: Contender(ours, inputs), "plain XLA": Contender(plain, inputs)}
-        yield Problem("routing", f"{name}, {tokens} x {width}", make, contenders, error, tolerance, bytes=size)

@@ -13,24 +13,28 @@ and writes it, with everything else, into kernels.md and kernels.json under --ou
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import pathlib
 import re
 import sys
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from device_timing import median_milliseconds, number_of_sets
-from kernel_problems import OURS, Problem, dense, grouped, quantise, routing, weight_gradient
+from grouped_problems import grouped, grouped_weight_gradient, masked
+from kernel_problems import OURS, Problem, Search, dense, quantise, weight_gradient
+from routing_problems import routing
 
-from pallas_kernels.blockwise_matmul import tuning
+from pallas_kernels.device import target_platform
 
 FP8_PEAK_TFLOPS = 1979.0
 # (K, N) of V3's layers: joint down-projection, q up, kv up, attention out, expert gate and up, expert down.
 LAYERS = ((7168, 2112), (1536, 24576), (512, 32768), (16384, 7168), (7168, 4096), (2048, 7168))
-FAMILIES = ("dense", "weight gradient", "quantise", "grouped", "routing")
+FAMILIES = ("dense", "weight gradient", "quantise", "grouped", "grouped weight gradient", "masked", "routing")
 
 
 def problems(families: list[str], sanity: bool) -> Iterator[Problem]:
@@ -43,11 +47,15 @@ def problems(families: list[str], sanity: bool) -> Iterator[Problem]:
     if "quantise" in families:
         for m, k in ((200, 256),) if sanity else ((4096, 7168), (8192, 2048), (4096, 18432)):
             yield from quantise(m, k)
+    experts = layers[:1] if sanity else ((4096, 7168), (7168, 2048))
+    loads = [(groups, skewed) for groups in ((4,) if sanity else (8, 32, 256)) for skewed in (False, True)]
+    rows = 1024 if sanity else 32768
     if "grouped" in families:
-        rows = 1024 if sanity else 32768
-        for n, k in layers[:1] if sanity else ((4096, 7168), (7168, 2048)):
-            for groups in (4,) if sanity else (8, 32, 256):
-                yield from (grouped(rows, groups, n, k, skewed) for skewed in (False, True))
+        yield from (grouped(rows, groups, n, k, skewed) for n, k in experts for groups, skewed in loads)
+    if "grouped weight gradient" in families:
+        yield from (grouped_weight_gradient(rows, groups, n, k, skewed) for n, k in experts for groups, skewed in loads)
+    if "masked" in families:
+        yield from (masked(4 if sanity else 32, 128, n, k) for n, k in experts)
     if "routing" in families:
         yield from routing(128 if sanity else 8192, 64 if sanity else 7168)
 
@@ -92,30 +100,22 @@ def run(problem: Problem, machine: dict[str, float], repeats: int, seed: int) ->
     return row
 
 
-def tune(problem: Problem, repeats: int) -> tuning.Tiling:
-    """Times every tiling of a blockwise product and returns the fastest."""
-    from pallas_kernels.blockwise_matmul import hopper
-
-    assert problem.tuning is not None
-    *_, out_bytes = problem.tuning
+def tune(problem: Problem, search: Search, repeats: int) -> Any:
+    """Times every cut of a kernel and returns the fastest."""
     inputs = problem.make(jax.random.key(0))
-    operands = inputs["a"], inputs["b"], inputs.get("total")
-    dtype = {2: jnp.bfloat16, 4: jnp.float32}[out_bytes]
+    operands = tuple(inputs[name] for name in search.inputs)
     times = {}
-    for base in tuning.candidates(out_bytes):
-        for width in (4, 8, 16):
-            tiling = tuning.Tiling(base.tile_m, base.tile_n, base.stages, base.cluster, width)
-            function = jax.jit(lambda a, b, c, tiling=tiling: hopper.matmul(a, b, c, dtype, tiling=tiling))
-            times[tiling] = median_milliseconds(function, [operands] * 2, repeats)
+    for cut in search.cuts:
+        function = jax.jit(functools.partial(search.function, cut))
+        times[cut] = median_milliseconds(function, [operands] * 2, repeats)
     return min(times, key=times.__getitem__)
 
 
-def write_tuning(found: dict[tuple[int, int, int], tuning.Tiling]) -> None:
-    """Puts measured entries into blockwise_matmul/tuning.py, beside those that are there."""
-    path = pathlib.Path(tuning.__file__)
-    entries = "".join(f"    {key}: {value},\n" for key, value in sorted({**tuning.TUNED, **found}.items()))
-    declaration = "TUNED: dict[tuple[int, int, int], Tiling] = {"
-    new, count = re.subn(re.escape(declaration) + r"[^}]*\}", declaration + "\n" + entries + "}", path.read_text())
+def write_tuning(module: types.ModuleType, found: dict[tuple[Any, ...], Any]) -> None:
+    """Puts measured entries into the source of `module`, beside those that are in its TUNED."""
+    path = pathlib.Path(str(module.__file__))
+    entries = "".join(f"    {key}: {value},\n" for key, value in sorted({**module.TUNED, **found}.items()))
+    new, count = re.subn(r"(?m)^(TUNED: .* = )\{[^}]*\}", rf"\g<1>{{\n{entries}}}", path.read_text())
     if count != 1:
         sys.exit(f"{path} has no single declaration of TUNED to replace")
     path.write_text(new)
@@ -150,22 +150,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--sanity", action="store_true", help="tiny shapes")
-    parser.add_argument("--tune", action="store_true", help="search the tilings first (Hopper) and write tuning.py")
+    parser.add_argument(
+        "--tune", action="store_true", help="search the tilings first (Hopper) and keep the best in the source"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, help="folder for kernels.md and kernels.json")
     options = parser.parse_args()
     device = jax.devices()[0].device_kind
+    if options.tune and target_platform() != "hopper":
+        parser.error(f"--tune searches the cuts of the Hopper kernels, and this machine has a {device}")
     machine = measure_machine(options.sanity, options.repeats)
     rows, found = [], {}
     for problem in problems(options.only, options.sanity):
-        if options.tune and problem.tuning is not None:
-            _, *sizes, _ = problem.tuning
-            found[tuple(sizes)] = tuning.TUNED[tuple(sizes)] = tune(problem, options.repeats)
+        if options.tune and (search := problem.search) is not None:
+            best = search.module.TUNED[search.key] = tune(problem, search, options.repeats)
+            found.setdefault(search.module, {})[search.key] = best
         rows.append(run(problem, machine, options.repeats, options.seed))
         print(table(rows[-1:], machine, device).splitlines()[-1], flush=True)
-    if found:
-        write_tuning(found)
+    for module, entries in found.items():
+        write_tuning(module, entries)
     text = table(rows, machine, device)
     print("\n" + text)
     if options.out:

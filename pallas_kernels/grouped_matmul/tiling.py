@@ -55,13 +55,15 @@ def candidates(fp8: bool, out_bytes: int) -> tuple[Tiling, ...]:
     return tuple(cuts)
 
 
-# Measured entries, (form, out columns, contraction, groups) to the fastest cut, go here.
+# Measured entries, (form and format, out columns, contraction, groups) to the fastest cut, are written here by
+# `experiments/benchmarks/kernels.py --tune`.
 TUNED: dict[tuple[str, int, int, int], Tiling] = {}
 
 
 def choose_tiling(form: str, columns: int, contraction: int, groups: int, fp8: bool, out_bytes: int) -> Tiling:
     """A tuned entry, or the widest cut that the columns fill."""
-    if found := TUNED.get((form, columns, contraction, groups)):
-        return found
+    tuned = TUNED.get((f"{form} {'fp8' if fp8 else 'bf16'}", columns, contraction, groups))
+    if tuned and tuned.fits(fp8, out_bytes):
+        return tuned
     cuts = candidates(fp8, out_bytes)
     return next((cut for cut in cuts if cut.tile_n * cut.cluster <= columns), cuts[-1])
