@@ -43,6 +43,42 @@ def read_domain(path: Path, domain: str) -> list[str]:
     return [row["text"] for row in rows if row["domain"] == domain]
 
 
+KEYS = "abcdefghijklmnop"
+NEEDLE = "Z"  # a key that appears nowhere else
+
+
+def write_retrieval(path: Path, documents: int, items: int) -> Path:
+    """Writes texts of `items` assignments ("f=3;") and questions ("f?3;", the key's last value), four bytes each."""
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    path.write_text("".join(json.dumps({"text": _retrieval(draw, items)}) + "\n" for _ in range(documents)))
+    return path
+
+
+def haystack(draw: random.Random, items: int, depth: float) -> str:
+    """`items` items, the needle's assignment at `depth` (0: first) and its question last; the answer ends the text."""
+    at = round(depth * (items - 2))
+    digit = draw.randint(0, 9)
+    text = _retrieval(draw, items - 2)
+    return f"{text[: 4 * at]}{NEEDLE}={digit};{text[4 * at :]}{NEEDLE}?{digit}"
+
+
+def _retrieval(draw: random.Random, items: int) -> str:
+    values: dict[str, int] = {}
+    parts = []
+    for _ in range(items):
+        if values and draw.random() < 0.5:
+            key = draw.choice(list(values))
+            parts.append(f"{key}?{values[key]};")
+        else:
+            key = draw.choice(KEYS + NEEDLE)
+            values[key] = draw.randint(0, 9)
+            parts.append(f"{key}={values[key]};")
+    return "".join(parts)
+
+
 def _sources() -> list[str]:
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return [file.read_text(encoding="utf-8", errors="ignore") for file in files]
