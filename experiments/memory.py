@@ -197,8 +197,8 @@ def _verdict(name: str, tables: dict[str, Any]) -> str:
     return (
         f"At {name} MLA caches {cache['MLA']} bytes a token and layer, {cache['MHA'] / cache['MLA']:.1f} times less "
         f"than MHA and {cache['GQA'] / cache['MLA']:.1f} times less than GQA with {GROUPS} groups "
-        f"(MQA: {cache['MQA']}), {'as measured' if agree else 'which the arrays do not confirm'}; in training its attention "
-        f"keeps {kept['MLA'] / kept['MHA']:.2f} times MHA's bytes; FP8 keeps "
+        f"(MQA: {cache['MQA']}), {'as measured' if agree else 'which the arrays do not confirm'}; in training "
+        f"its attention keeps {kept['MLA'] / kept['MHA']:.2f} times MHA's bytes; FP8 keeps "
         f"{steps['fp8']['none'] / steps['bfloat16']['none']:.2f} times bfloat16's activations without "
         f"rematerialisation and {steps['fp8']['report'] / steps['bfloat16']['report']:.2f} times with the report's."
     )
