@@ -6,6 +6,8 @@ the number of experts nor their balance loses a token.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -25,6 +27,7 @@ class Experts(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs):
         self.precision = precision
+        self.exchange: Any = None  # what carries tokens to experts on other devices; here all are
         experts, d, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         scale = config.initializer_range
         self.gate_up = nnx.Param(normal(rngs, (experts, 2, width, d), scale, dtype))
@@ -32,24 +35,38 @@ class Experts(nnx.Module):
 
     def __call__(self, u: Float[Array, "N d"], gates: pallas_kernels.Gates) -> Float[Array, "N d"]:
         """sum_i g_i E_i(u) for every token; `gates` has leading axes that flatten to the N tokens."""
+        if self.exchange is not None:
+            return self.exchange(u, gates, self.gate_up[...], self.down[...], self._products)
         return self._sorted_by_expert(u, gates, self.gate_up[...], self.down[...])
 
     def _sorted_by_expert(
         self, u: Float[Array, "N d"], gates: pallas_kernels.Gates, gate_up: Float[Array, "E 2 I d"], down: Array
     ) -> Float[Array, "N d"]:
-        experts, _, width, d = gate_up.shape
+        experts = gate_up.shape[0]
         chosen = gates.expert_index.shape[-1]
         expert_index = gates.expert_index.reshape(-1, chosen)
         alignment = pallas_kernels.preferred_row_alignment(expert_index.size, experts)
         rows, permutation = pallas_kernels.permute(u, expert_index, experts, row_alignment=alignment)
-        apply = {
-            "group_sizes": permutation.group_sizes,
-            "row_alignment": alignment,
+        out = self._products(rows, gate_up, down, permutation.group_sizes, alignment)
+        return pallas_kernels.combine(out, gates.gate.reshape(-1, chosen), permutation)
+
+    def _products(
+        self,
+        rows: Float[Array, "M d"],
+        gate_up: Float[Array, "E 2 I d"],
+        down: Float[Array, "E d I"],
+        group_sizes: Int[Array, " E"],
+        row_alignment: int,
+    ) -> Float[Array, "M d"]:
+        """E_i of rows sorted by expert."""
+        experts, _, width, d = gate_up.shape
+        apply: dict[str, Any] = {
+            "group_sizes": group_sizes,
+            "row_alignment": row_alignment,
             "precision": self.precision,
         }
         hidden = grouped_linear(rows, gate_up.reshape(experts, 2 * width, d), **apply)
-        out = keep(grouped_swiglu_linear(hidden, down, **apply))
-        return pallas_kernels.combine(out, gates.gate.reshape(-1, chosen), permutation)
+        return keep(grouped_swiglu_linear(hidden, down, **apply))
 
     def of_layer(
         self, u: Float[Array, "N d"], gates: pallas_kernels.Gates, layer: Int[Array, ""]

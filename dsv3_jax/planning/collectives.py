@@ -106,6 +106,11 @@ def _group_size(rest: str) -> int:
     iota = re.search(r"replica_groups=\[\d+,(\d+)\]", rest)
     if iota:
         return int(iota[1])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", rest)
+    if named:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])  # 'axis', or 'axis':(before)size of a part of it
+        return math.prod(int(part) if part else sizes[name] for name, part in parts)
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     if listed:
         return listed[1].count(",") + 1

@@ -1,0 +1,68 @@
+"""Compiles a plan's training step for its cluster, in a process of its own, and says what the compiler made of it.
+
+    python -m dsv3_jax.planning.compile_ahead < request.json
+
+prints one JSON object. Needs the wheels of the extra `aot` on PYTHONPATH (`make setup-aot`) and JAX_PLATFORMS=cpu.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+from dsv3_jax.errors import UserError
+from dsv3_jax.planning import topology
+from dsv3_jax.planning.collectives import read_collectives
+from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.planning.request import from_json
+
+
+def compile_step(config: PlanConfig) -> dict[str, Any]:
+    """Lowers and compiles the step; seconds, the compiler's bytes a device, collectives."""
+    from dsv3_jax.planning.abstract_step import traced_step
+
+    start = time.perf_counter()
+    platform = {"gpu": "cuda", "tpu": "tpu", "cpu": "cpu"}[config.target.accelerator.platform]
+    lowered = traced_step(config, topology.devices_of(config.target)).lower(lowering_platforms=(platform,))
+    middle = time.perf_counter()
+    compiled = lowered.compile(compiler_options=_OPTIONS.get(platform))
+    end = time.perf_counter()
+    memory = compiled.memory_analysis()
+    peak = getattr(memory, "peak_memory_in_bytes", 0)
+    together = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    together += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "lower_seconds": round(middle - start, 1),
+        "compile_seconds": round(end - middle, 1),
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "peak_bytes": peak or together,
+        "collectives": [vars(item) for item in read_collectives(compiled.as_text())],
+    }
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {}
+
+
+def main() -> int:
+    config = from_json(json.load(sys.stdin))
+    try:
+        if reason := topology.why_unavailable(config.target):
+            raise UserError(reason)
+        topology.prepare(config.target)
+        result = compile_step(config)
+    except UserError as error:
+        result = {"error": " ".join(str(error).split())}
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Meshes, where parameters lie on them, and experts on several devices equal to one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import ConfigError
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.planning.layers import parameter_groups, stage_layers
+from dsv3_jax.sharding.mesh import AXES, MeshConfig
+from dsv3_jax.sharding.rules import ZERO, AxisRules, parameter_specs
+
+V3 = ModelConfig.preset("v3-671b")
+
+
+def test_parse_and_resolve() -> None:
+    mesh = MeshConfig.parse("stage=16, expert=64,data=-1")
+    assert mesh == MeshConfig(stage=16, data=-1, expert=64)
+    assert mesh.resolve(2048) == MeshConfig(stage=16, data=2, expert=64)
+
+
+@pytest.mark.parametrize("text", ["expert=x", "experts=2", "expert=0", "fsdp=-1,data=-1", "fsdp=2,fsdp=4", "stage"])
+def test_what_is_no_mesh(text: str) -> None:
+    with pytest.raises(ConfigError, match="mesh"):
+        MeshConfig.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "batch", "message"),
+    [
+        (MeshConfig(expert=7), 7, r"mesh.expert \(7\) .* 4 and 8"),
+        (MeshConfig(tensor=3), 8, r"mesh.tensor \(3\) .* 2 and 4"),
+        (MeshConfig(stage=62), 8, "mesh.stage"),
+        (MeshConfig(data=4, expert=2), 12, "such as 8 or 16"),
+    ],
+)
+def test_what_does_not_divide(mesh: MeshConfig, batch: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        mesh.check(V3, batch)
+
+
+def elements_a_device(rules: AxisRules, sizes: dict[str, int]) -> int:
+    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    params = nnx.state(nnx.eval_shape(lambda: DeepSeekV3(V3, rngs=nnx.Rngs(0))), nnx.Param)
+    specs = parameter_specs(params, mesh, rules)  # pyright: ignore[reportArgumentType]
+    found = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    total = 0
+    for leaf, spec in zip(jax.tree.leaves(params), found, strict=True):
+        axes = [axis for part in spec if part for axis in ((part,) if isinstance(part, str) else part)]
+        total += leaf.size // math.prod(sizes[axis] for axis in axes)
+    return total
+
+
+def test_every_large_parameter_is_divided_as_planned() -> None:
+    """The 671B model by the real rules, beside the planner's groups, whose figures are all linear in this."""
+    sizes = dict(zip(AXES, (1, 1, 32, 16, 4), strict=True))
+    planned = sum(
+        count * group.on_a_device(MeshConfig(**sizes))
+        for kind, count in stage_layers(V3, 1)[0].items()
+        for group in parameter_groups(V3, kind)
+    )
+    assert elements_a_device(AxisRules(), sizes) == pytest.approx(planned, rel=1e-4)
+    everywhere = V3.num_parameters(mtp=True) / math.prod(sizes.values())
+    assert everywhere <= elements_a_device(ZERO, sizes) < 1.02 * everywhere
+
+
+def test_experts_on_eight_devices_equal_one() -> None:
+    """Output, load and every gradient: up to the order of float32 sums, which the load must not feel at all."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    script = Path(__file__).with_name("simulated_experts.py")
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        env=os.environ | flags | {"PYTHONPATH": root},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    assert len(results) == 2
+    for mesh, found in results.items():
+        assert found["load"], mesh
+        assert found["uneven"] > 1.5
+        assert found["output"] < 1e-5, mesh
+        assert found["gradient"] < 1e-5, mesh
