@@ -115,12 +115,15 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh over `devices` (all of this program's unless given), every axis there, those of size 1 too."""
     import jax
-    from jax.sharding import AxisType
+    from jax.experimental import mesh_utils
+    from jax.sharding import AxisType, Mesh
 
     devices = list(jax.devices() if devices is None else devices)
     config = config.resolve(len(devices))
     shape = tuple(config.sizes.values())
-    return jax.make_mesh(shape, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    # On a torus an axis of the mesh may take a part of a physical one.
+    places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(places, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _check_divides(axis: str, size: int, what: str, total: int) -> None:
