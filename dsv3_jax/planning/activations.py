@@ -15,7 +15,9 @@ from dsv3_jax.planning.layers import LayerKind
 _WIDE = 4  # bytes of float32
 _QUERY_CHUNK = 512  # queries whose logits the attention core holds at a time
 _LOGIT_COPIES = 3  # logits, weights and their gradient
-_LOSS_CHUNK = 8192  # tokens whose vocabulary logits the loss holds at a time
+_LOGITS_IN_LOSS = 3  # float32 copies of the vocabulary's logits
+EXCHANGE_ROOM = 2
+"""Rows of the buffers between experts on different devices, over those of an even load."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,8 @@ def _mixture(config: PlanConfig, policy: str) -> dict[str, float]:
         kept |= _feed_forward(shared, config, policy)
     if policy == "products":
         return kept  # products of one matrix an expert are not among what this policy keeps
+    if config.spreads_experts:
+        return kept
     rows = model.num_experts_per_tok
     routed = _feed_forward(rows * model.moe_intermediate_size / tensor, config, policy)
     for name, size in routed.items():
@@ -121,9 +125,19 @@ def activation_memory(config: PlanConfig, layers: Counter[LayerKind]) -> Activat
         kept=dict(kept),
         kept_a_layer={kind: size for kind, size in kept_a_layer.items() if size},
         micro_batches=in_flight,
-        recomputed=max(working) + logits,
-        loss=has_head * 2 * min(tokens, _LOSS_CHUNK) * vocabulary * _WIDE,
+        recomputed=max(working) + logits + _exchange_buffers(config),
+        loss=has_head * _LOGITS_IN_LOSS * tokens * vocabulary * _WIDE,
     )
+
+
+def _exchange_buffers(config: PlanConfig) -> float:
+    """Room for a piece's worst case: rows as they arrive, sorted, multiplied, and the gradients of each."""
+    if not config.spreads_experts:
+        return 0.0
+    model = config.model
+    rows = EXCHANGE_ROOM * config.tokens_a_pass * model.num_experts_per_tok
+    a_row = 2 * model.hidden_size + 3 * model.moe_intermediate_size / config.mesh.tensor
+    return 2 * rows * a_row * config.formats.compute
 
 
 def micro_batches_in_flight(config: PlanConfig) -> float:

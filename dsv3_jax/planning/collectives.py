@@ -40,8 +40,10 @@ class Collective:
 def read_collectives(hlo: str) -> list[Collective]:
     """Collectives of a module in HLO text form, most bytes first.
 
-    A loop whose number of passes the compiler does not know counts once.
+    A loop whose number of passes the compiler does not know counts once. A ragged all-to-all is counted as if it filled
+    its result, whose room may be for more rows than ever come.
     """
+    hlo = re.sub(r"/\*index=\d+\*/", "", hlo)  # counters in long tuples
     bodies = _computations(hlo)
     runs = _executions(bodies, hlo)
     found: dict[tuple[str, int], list[tuple[int, float, float]]] = defaultdict(list)
@@ -81,10 +83,7 @@ def _executions(bodies: dict[str, str], hlo: str) -> Counter[str]:
     calls: dict[str, Counter[str]] = {name: Counter() for name in bodies}
     for name, body in bodies.items():
         for line in body.splitlines():
-            times = 1
-            if " while(" in line:
-                known = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                times = int(known[1]) if known else 1
+            times = _passes(line, bodies) if " while(" in line else 1
             for called in _CALLED.finditer(line):
                 for callee in re.findall(r"[\w.\-]+", called[1]):
                     if callee in calls:
@@ -94,6 +93,17 @@ def _executions(bodies: dict[str, str], hlo: str) -> Counter[str]:
     if entry:
         _visit(entry[1], 1, calls, runs)
     return runs
+
+
+def _passes(loop: str, bodies: dict[str, str]) -> int:
+    """Of a loop: as the compiler notes it, or as its condition compares the counter with the one constant there."""
+    known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop)
+    body = bodies.get(condition[1], "") if condition else ""
+    constants = re.findall(r"s32\[\]\S* constant\((\d+)\)", body)
+    return int(constants[0]) if len(constants) == 1 and "direction=LT" in body else 1
 
 
 def _visit(name: str, times: int, calls: dict[str, Counter[str]], runs: Counter[str]) -> None:
@@ -122,6 +132,8 @@ def _result_bytes(shape: str, kind: str, *, started: bool, group: int) -> float:
     arrays = [_array_bytes(*match) for match in _ARRAY.findall(shape)]
     if not arrays:
         return 0.0
+    if started and kind == "ragged-all-to-all":
+        return arrays[-1]
     if not started or kind == "all-reduce":
         return sum(arrays)
     if kind == "collective-permute":

@@ -101,6 +101,21 @@ class PlanConfig:
         return 1 if stages == 1 else 4 * stages
 
     @property
+    def is_training_step(self) -> bool:
+        """Whether this is the training step of this project, which --compile compiles.
+
+        With stages a plan is of the report's layout: masters divided over replicas beside a working copy, FP8
+        caches of what experts were sent. The step replicates masters over data and expert ranks, of which only the
+        moments are divided, and computes experts anew in the backward pass.
+        """
+        return self.mesh.stage == 1
+
+    @property
+    def spreads_experts(self) -> bool:
+        """Whether the step's experts take their tokens from other devices, in pieces that keep nothing."""
+        return self.is_training_step and self.target.devices > 1
+
+    @property
     def formats(self) -> Formats:
         return formats_of(self.precision)
 

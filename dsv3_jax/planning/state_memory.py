@@ -61,9 +61,9 @@ def state_memory(config: PlanConfig, layers: Counter[LayerKind], *, copies: int 
         held = count * group.on_a_device(mesh)
         replicas = copies * group.replicas(mesh) if config.zero else 1
         totals["parameters"] += held
-        totals["masters"] += held / replicas * master_width
+        totals["masters"] += held / (1 if config.is_training_step else replicas) * master_width
         totals["moments"] += held / replicas * 2 * config.moment_width
-        if replicas > 1:
+        if replicas > 1 and not config.is_training_step:
             totals["working"] += held * (formats.weight if group.fp8 else formats.compute)
     average = totals["masters"] if config.average != "none" else 0.0
     return StateMemory(
@@ -78,15 +78,25 @@ def state_memory(config: PlanConfig, layers: Counter[LayerKind], *, copies: int 
     )
 
 
+def gathered_width(config: PlanConfig, group: ParameterGroup) -> float:
+    """Bytes of a weight on its way between the shards of FSDP.
+
+    The step gathers experts as masters, so that their gradients are summed in float32 over a step's pieces.
+    """
+    if config.is_training_step:
+        return width_of(config.master_dtype) if group.name == "routed_experts" else config.formats.compute
+    return config.formats.weight if group.fp8 else config.formats.compute
+
+
 def _gathered(config: PlanConfig, layers: Counter[LayerKind]) -> float:
     if config.mesh.fsdp == 1:
         return 0.0
-    formats, gradient = config.formats, width_of(config.gradient_dtype)
+    gradient = width_of(config.gradient_dtype)
 
     def whole(kind: LayerKind) -> float:
         groups = parameter_groups(config.model, kind)
         sizes = [(group.on_a_device(config.mesh) * config.mesh.fsdp, group) for group in groups if group.axes]
-        weights = sum(size * (formats.weight if group.fp8 else formats.compute) for size, group in sizes)
+        weights = sum(size * gathered_width(config, group) for size, group in sizes)
         return _GATHERED_LAYERS * weights + gradient * sum(size for size, _ in sizes)
 
     return max(whole(kind) for kind in layers)

@@ -76,6 +76,8 @@ def operations(config: PlanConfig) -> Operations:
         attention += mtp * attention / layers
         head += mtp * (head + 4.0 * model.hidden_size**2)
     recomputed = {"none": 0.0, "report": _up_projections(config), "products": _routed(terms), "full": linear}[policy]
+    if config.spreads_experts and policy in ("none", "report"):
+        recomputed += _routed(terms)
     a_device = config.tokens_a_step / config.target.devices
     linear_all = a_device * (_FORWARD_AND_BACKWARD * linear + recomputed)
     plain = a_device * _FORWARD_AND_BACKWARD * (head + router)

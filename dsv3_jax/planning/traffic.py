@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.layers import LayerKind
 from dsv3_jax.planning.precision_bytes import width_of
-from dsv3_jax.planning.state_memory import groups_of
+from dsv3_jax.planning.state_memory import gathered_width, groups_of
 
 _AXES = ("stage", "data", "fsdp", "expert", "tensor")
 
@@ -93,14 +93,14 @@ def _recomputes_dispatch(config: PlanConfig) -> bool:
 
 def _shards(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:
     """FSDP: weights are gathered for the forward and for the backward pass, gradients summed into shards."""
-    size, formats = config.mesh.fsdp, config.formats
+    size = config.mesh.fsdp
     if size == 1:
         return []
     share, weights, gradients = 1 - 1 / size, 0.0, 0.0
     for group, count in groups_of(config, layers):
         if "fsdp" in group.axes:
             whole = count * group.on_a_device(config.mesh) * size
-            weights += 2 * whole * (formats.weight if group.fp8 else formats.compute)
+            weights += 2 * whole * gathered_width(config, group)
             gradients += whole * width_of(config.gradient_dtype)
     return [
         _flow(config, "fsdp", "weights gathered", config.passes * share * weights),
