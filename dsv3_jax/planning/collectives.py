@@ -40,13 +40,14 @@ class Collective:
 def read_collectives(hlo: str) -> list[Collective]:
     """Collectives of a module in HLO text form, most bytes first.
 
-    A loop whose number of passes the compiler does not know counts once. A ragged all-to-all is counted as if it filled
-    its result, whose room may be for more rows than ever come.
+    A loop whose number of passes the compiler does not know counts once. How many rows of a ragged all-to-all travel is
+    known only when it runs: each is counted as the smallest result among its like, which is where rows return to and
+    has a place for each, while buffers of arriving rows have room for more than ever come.
     """
     hlo = re.sub(r"/\*index=\d+\*/", "", hlo)  # counters in long tuples
     bodies = _computations(hlo)
     runs = _executions(bodies, hlo)
-    found: dict[tuple[str, int], list[tuple[int, float, float]]] = defaultdict(list)
+    found: dict[tuple[str, int], list[tuple[int, float]]] = defaultdict(list)
     for name, body in bodies.items():
         for match in _INSTRUCTION.finditer(body):
             if not runs[name]:
@@ -54,19 +55,27 @@ def read_collectives(hlo: str) -> list[Collective]:
             kind, rest = match["kind"], match["rest"]
             group = _group_size(rest)
             result = _result_bytes(match["shape"], kind, started=match["start"] is not None, group=group)
-            found[kind, group].append((runs[name], _sent(kind, result, group), result))
+            found[kind, group].append((runs[name], result))
     collectives = [
         Collective(
             kind=kind,
             group=group,
-            runs=sum(count for count, _, _ in items),
-            sent=sum(count * sent for count, sent, _ in items),
-            largest=max(result for _, _, result in items),
+            runs=sum(count for count, _ in items),
+            sent=sum(count * _sent(kind, result, group) for count, result in _known(kind, items)),
+            largest=max(result for _, result in items),
         )
         for (kind, group), items in found.items()
         if group > 1
     ]
     return sorted(collectives, key=lambda item: -item.sent)
+
+
+def _known(kind: str, items: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Runs and result bytes; of ragged all-to-alls what is known to travel."""
+    if kind != "ragged-all-to-all":
+        return items
+    smallest = min(result for _, result in items)
+    return [(count, smallest) for count, _ in items]
 
 
 def _computations(hlo: str) -> dict[str, str]:

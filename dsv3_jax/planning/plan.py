@@ -88,7 +88,7 @@ def make_plan(config: PlanConfig) -> Plan:
     state, activations = memories[worst]
     flows = traffic(config, layers, copies=copies)
     times = [step_time(config, layers, state, flows, peaks=peaks, copies=copies) for peaks in (True, False)]
-    once = operations(dataclasses.replace(config, rematerialisation="none")).total
+    once = operations(config, once=True).total
     return Plan(
         config=config,
         rank=worst,

@@ -61,8 +61,8 @@ class Operations:
         return self.fp8_products + self.products + self.attention
 
 
-def operations(config: PlanConfig) -> Operations:
-    """Of the whole step, divided evenly over the devices."""
+def operations(config: PlanConfig, *, once: bool = False) -> Operations:
+    """Of the whole step, divided evenly over the devices; with `once`, without what is recomputed."""
     model, policy = config.model, config.rematerialisation
     counts = count_flops(model, config.sequence_length)
     terms = dict(counts.terms)
@@ -79,9 +79,11 @@ def operations(config: PlanConfig) -> Operations:
     if config.spreads_experts and policy in ("none", "report"):
         recomputed += _routed(terms)
     a_device = config.tokens_a_step / config.target.devices
+    if once:
+        recomputed = 0.0
     linear_all = a_device * (_FORWARD_AND_BACKWARD * linear + recomputed)
     plain = a_device * _FORWARD_AND_BACKWARD * (head + router)
-    core = a_device * attention * (_FORWARD_AND_BACKWARD + 1)  # its logits are never kept
+    core = a_device * attention * (_FORWARD_AND_BACKWARD + (0 if once else 1))  # its logits are never kept
     if config.formats.is_fp8:
         return Operations(fp8_products=linear_all, products=plain, attention=core)
     return Operations(fp8_products=0.0, products=linear_all + plain, attention=core)

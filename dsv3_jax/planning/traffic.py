@@ -64,31 +64,29 @@ def _flow(config: PlanConfig, axis: str, what: str, sent: float, *, in_node: flo
 def _experts(config: PlanConfig, layers: Counter[LayerKind], copies: int) -> list[Traffic]:
     """All-to-all of tokens to their experts and back, forward and backward.
 
-    Between nodes a token crosses once to each of at most `topk_group` nodes, and goes on inside to its experts
-    (section 3.2.2); where nodes are not the groups of the router, at most once for each of its experts.
+    In the report's layout a token crosses once to each of at most `topk_group` nodes, and goes on inside to its experts
+    (section 3.2.2), in FP8 on the way there. The training step of this project sends a copy for every expert, in the
+    dtype of the computation, and all of it anew in the backward pass.
     """
     size, model, formats = config.mesh.expert, config.model, config.formats
     moe_layers = (layers["moe"] + layers["mtp"]) / copies
     if size == 1 or not moe_layers:
         return []
     nodes = max(size * config.mesh.tensor // config.target.accelerator.node, 1)
-    a_pass = {
-        "dispatch": formats.dispatch * (3 if _recomputes_dispatch(config) else 2),  # and the gradients' way
-        "combine": 2 * formats.combine,
-    }
-    width = model.hidden_size * sum(a_pass.values()) / config.mesh.tensor
+    if config.is_training_step:
+        width = model.hidden_size * 6 * formats.compute  # forward, anew, and gradients: each there and back
+        reached = model.num_experts_per_tok  # a copy for every expert
+    else:
+        passes = 3 if config.rematerialisation == "full" else 2  # forward and gradients; without a cache once more
+        width = model.hidden_size * (passes * formats.dispatch + 2 * formats.combine) / config.mesh.tensor
+        reached = min(model.num_experts_per_tok, model.topk_group if nodes <= model.n_group else nodes)
     tokens = config.tokens_a_pass * config.passes * moe_layers
     chosen = model.num_experts_per_tok
     if nodes == 1:
         return [_flow(config, "expert", "tokens to experts and back", tokens * width * chosen * (1 - 1 / size))]
-    reached = min(chosen, model.topk_group if nodes <= model.n_group else chosen, nodes)
-    outside = tokens * width * reached * (1 - 1 / nodes)
-    return [_flow(config, "expert", "tokens to experts and back", outside, in_node=tokens * width * chosen)]
-
-
-def _recomputes_dispatch(config: PlanConfig) -> bool:
-    """Without a cache of what was sent, the experts' input is sent anew for the backward pass."""
-    return config.rematerialisation != "none"
+    outside = tokens * width * min(reached, chosen) * (1 - 1 / nodes)
+    inside = tokens * width * chosen * ((1 / nodes - 1 / size) if config.is_training_step else 1)
+    return [_flow(config, "expert", "tokens to experts and back", outside, in_node=inside)]
 
 
 def _shards(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:
