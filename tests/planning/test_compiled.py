@@ -35,7 +35,7 @@ HLO = """HloModule step, entry_computation_layout={()->f32[]}
 
 %inner (p: (s32[], f32[8])) -> (s32[], f32[8]) {
   %gathered = bf16[4,128]{1,0} all-gather(%x), replica_groups=[4,2]<=[8], dimensions={0}
-  %sent = (bf16[2,64], bf16[16,64], /*index=2*/s64[2], s64[2]) ragged-all-to-all(%a), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %sent = (bf16[2,64], bf16[16,64], /*index=2*/s64[2]) ragged-all-to-all(%a), replica_groups={{0,1,2,3},{4,5,6,7}}
   %back = bf16[2,64]{1,0} ragged-all-to-all(%b), replica_groups={{0,1,2,3},{4,5,6,7}}
 }
 
