@@ -6,6 +6,8 @@ Affinities are computed in float32 whatever the recipe: a bias step of 0.001 is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -29,6 +31,7 @@ class Router(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
+        self.gate: Callable[..., pallas_kernels.Gates] = pallas_kernels.gate  # or what spreads it over devices
         shape = (config.n_routed_experts, config.hidden_size)
         self.weight = nnx.Param(normal(rngs, shape, config.initializer_range, dtype))
         if config.has_router_bias:
@@ -44,7 +47,7 @@ class Router(nnx.Module):
             (((2,), (1,)), ((), ())),
             precision=lax.Precision.HIGHEST,
         )
-        return pallas_kernels.gate(
+        return self.gate(
             keep(logits),
             self.bias[...] if config.has_router_bias else None,
             num_experts_per_tok=config.num_experts_per_tok,

@@ -16,7 +16,7 @@ from dsv3_jax.planning.collectives import Collective
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.request import to_json
 
-_TIMEOUT = 900  # seconds; the 671B step for 2,048 devices takes a few minutes at worst
+_TIMEOUT = 1800  # seconds; the 671B step for 2,048 devices takes one to five minutes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,15 +56,14 @@ def compile_plan(config: PlanConfig) -> CompiledPlan:
     """
     if not config.is_training_step:
         raise UserError("--compile takes meshes without stages: the training step that it compiles has no pipeline")
-    done = subprocess.run(
-        [sys.executable, "-m", "dsv3_jax.planning.compile_ahead"],
-        input=json.dumps(to_json(config)),
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT,
-        env=_environment(),
-        check=False,
-    )
+    command = [sys.executable, "-m", "dsv3_jax.planning.compile_ahead"]
+    request = json.dumps(to_json(config))
+    try:
+        done = subprocess.run(
+            command, input=request, capture_output=True, text=True, timeout=_TIMEOUT, env=_environment(), check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"the compiler was stopped after {_TIMEOUT / 60:.0f} minutes; is the machine busy?") from None
     line = done.stdout.strip().splitlines()[-1:] or [""]
     try:
         result = json.loads(line[0])

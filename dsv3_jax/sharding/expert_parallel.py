@@ -37,7 +37,43 @@ def distribute_experts(model: DeepSeekV3, mesh: Mesh) -> None:
     blocks = [model.moe_blocks] if model.config.num_moe_layers else []
     for block in [*blocks, *(module.block for module in model.mtp)]:
         if isinstance(block.feed_forward, MixtureOfExperts):
+            block.feed_forward.router.gate = GateOnRanks(mesh)
             block.feed_forward.experts.exchange = ExpertExchange(mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class GateOnRanks:
+    """`pallas_kernels.gate` for every rank's own sequences; loads are summed over all."""
+
+    mesh: Mesh
+
+    def __call__(
+        self,
+        logits: Float[Array, "B T E"],
+        bias: Float[Array, " E"] | None,
+        *,
+        token_mask: Bool[Array, "B T"] | None = None,
+        **settings: Any,
+    ) -> pallas_kernels.Gates:
+        batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
+
+        def on_a_rank(logits: Array, bias: Array | None, token_mask: Array | None) -> pallas_kernels.Gates:
+            gates = pallas_kernels.gate(logits, bias, token_mask=token_mask, **settings)
+            return dataclasses.replace(gates, load=lax.psum(gates.load, BATCH_AXES))
+
+        return jax.shard_map(
+            on_a_rank,
+            mesh=self.mesh,
+            in_specs=(batch, whole, batch),
+            out_specs=pallas_kernels.Gates(
+                expert_index=batch,  # pyright: ignore[reportArgumentType]
+                gate=batch,  # pyright: ignore[reportArgumentType]
+                load=whole,  # pyright: ignore[reportArgumentType]
+                affinity_mean=batch,  # pyright: ignore[reportArgumentType]
+                selection_fraction=batch,  # pyright: ignore[reportArgumentType]
+            ),
+            check_vma=False,
+        )(logits, bias, token_mask)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.moe import MixtureOfExperts
 from dsv3_jax.precision import Precision
-from dsv3_jax.sharding.expert_parallel import ExpertExchange
+from dsv3_jax.sharding.expert_parallel import ExpertExchange, GateOnRanks
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 from dsv3_jax.sharding.rules import BATCH_AXES, shardings
 
@@ -29,6 +29,7 @@ def compute(mesh: Any, u: Any) -> tuple[Any, Any, Any]:
     )
     layer.router.bias[...] = jnp.arange(CONFIG.n_routed_experts) * 0.05  # an uneven load
     if mesh is not None:
+        layer.router.gate = GateOnRanks(mesh)
         layer.experts.exchange = ExpertExchange(mesh)
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
     params = jax.tree.map(lambda leaf: 10 * leaf, params)
