@@ -64,7 +64,7 @@ def grouped(rows: int, groups: int, n: int, k: int, skewed: bool) -> Problem:
     used = int((sizes > 0).sum())
     size = 2.0 * rows * n * k, rows * k + 1.0 * used * n * k + 2.0 * rows * n
     search = Search(
-        tiling, ("rows fp8", n, k, groups), tiling.candidates(True, 2), ("a", "b", "sizes"),
+        tiling, ("rows fp8", n, k, groups), tiling.candidates("rows", True, 2), ("a", "b", "sizes"),
         lambda cut, a, b, sizes: hopper.rows_by_weights(a, b, sizes, jnp.bfloat16, tiling=cut),
     )  # fmt: skip
     return Problem("grouped", name, make, contenders, error, 4e-3, *size, search)
@@ -98,7 +98,7 @@ def grouped_weight_gradient(rows: int, groups: int, n: int, k: int, skewed: bool
     name = f"{groups} groups, {'skewed' if skewed else 'even'}, {n} x {k} over {rows}"
     size = 2.0 * rows * n * k, rows * (n + k) + 4.0 * groups * n * k
     search = Search(
-        tiling, ("depth fp8", k, rows, groups), tiling.candidates(True, 4), ("a", "b", "sizes"),
+        tiling, ("depth fp8", k, rows, groups), tiling.candidates("depth", True, 4), ("a", "b", "sizes"),
         lambda cut, a, b, sizes: hopper.rows_by_rows(a, b, sizes, tiling=cut),
     )  # fmt: skip
     return Problem("grouped weight gradient", name, make, contenders, error, 1e-3, *size, search)

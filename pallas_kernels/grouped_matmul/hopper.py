@@ -18,7 +18,7 @@ accumulator, where two steps' products are in flight.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -28,7 +28,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul.tiling import PART, STAGE_BYTES, TILE_M, WARPGROUPS, Tiling, choose_tiling
+from pallas_kernels.grouped_matmul.tiling import PART, STAGE_BYTES, TILE_M, WARPGROUPS, Groups, Tiling, choose_tiling
 from pallas_kernels.hopper_launch import multiprocessors, pad_to, swizzled
 from pallas_kernels.quantize.quantized import Quantized
 
@@ -54,7 +54,7 @@ class Form(NamedTuple):
       masked: rows past the count of a tile are to be zeroed.
     """
 
-    groups: Literal["rows", "depth"]
+    groups: Groups
     fp8: bool
     row_major: bool = False
     masked: bool = False

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
+from pallas_kernels.blockwise_matmul.tuning import EPILOGUE_CYCLES, L2_BYTES_PER_CYCLE
 from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES
 
 TILE_M = 128  # rows of a block's tile, 64 a consumer warpgroup
 STAGE_BYTES = 128  # of the contraction in one stage: 128 values in FP8, 64 in bfloat16
 PART = 64  # columns of the tile that leave together
 WARPGROUPS = 2  # that multiply
+
+Groups = Literal["rows", "depth"]  # along what the groups lie
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Tiling:
     cluster: int = 1
 
     def __post_init__(self) -> None:
-        if self.tile_n not in (64, 128, 256) or self.cluster not in (1, 2) or self.stages < 2:
-            raise ValueError(f"{self} needs a tile_n of 64, 128 or 256, a cluster of 1 or 2 and 2 stages or more")
+        if self.tile_n not in (64, 128, 192, 256) or self.cluster not in (1, 2) or self.stages < 2:
+            raise ValueError(f"{self} needs a tile_n of 64, 128, 192 or 256, a cluster of 1 or 2 and 2 stages or more")
 
     def shared_memory_bytes(self, fp8: bool, out_bytes: int) -> int:
         stage = (TILE_M + self.tile_n) * STAGE_BYTES + (4 * self.tile_n if fp8 else 0)
@@ -40,13 +44,14 @@ class Tiling:
 
     @property
     def slots(self) -> int:
-        """Buffers a warpgroup has for parts of the tile on their way out."""
-        return min(2, self.tile_n // PART)
+        """Buffers a warpgroup has for parts of the tile on their way out; the parts are a multiple of them."""
+        parts = self.tile_n // PART
+        return 2 if parts % 2 == 0 else parts
 
 
-def candidates(fp8: bool, out_bytes: int) -> tuple[Tiling, ...]:
-    """The tuning space, the default first. FP8 keeps two sets of sums in registers and so half the columns."""
-    widths = (128, 64) if fp8 else (256, 128)
+def candidates(groups_along: Groups, fp8: bool, out_bytes: int) -> tuple[Tiling, ...]:
+    """The tuning space. FP8 keeps two sets of sums in registers; along the depth the columns' scales lie there too."""
+    widths = (256, 128) if not fp8 else (192, 128, 64) if groups_along == "rows" else (128, 64)
     cuts = []
     for cluster in (2, 1):
         for tile_n in widths:
@@ -60,10 +65,36 @@ def candidates(fp8: bool, out_bytes: int) -> tuple[Tiling, ...]:
 TUNED: dict[tuple[str, int, int, int], Tiling] = {}
 
 
-def choose_tiling(form: str, columns: int, contraction: int, groups: int, fp8: bool, out_bytes: int) -> Tiling:
-    """A tuned entry, or the widest cut that the columns fill."""
-    tuned = TUNED.get((f"{form} {'fp8' if fp8 else 'bf16'}", columns, contraction, groups))
+def choose_tiling(
+    groups_along: Groups, columns: int, contraction: int, groups: int, fp8: bool, out_bytes: int
+) -> Tiling:
+    """A tuned entry, or the cut that takes 128 rows through all columns first by counting cycles."""
+    tuned = TUNED.get((f"{groups_along} {'fp8' if fp8 else 'bf16'}", columns, contraction, groups))
     if tuned and tuned.fits(fp8, out_bytes):
         return tuned
-    cuts = candidates(fp8, out_bytes)
-    return next((cut for cut in cuts if cut.tile_n * cut.cluster <= columns), cuts[-1])
+    depth = contraction if groups_along == "rows" else -(-contraction // groups)
+
+    def cycles(tiling: Tiling) -> float:
+        tiles = -(-columns // (tiling.tile_n * tiling.cluster)) * tiling.cluster
+        steps = -(-depth // (STAGE_BYTES if fp8 else STAGE_BYTES // 2))
+        return tiles * (steps * max(step_cycles(tiling, groups_along, fp8).values()) + EPILOGUE_CYCLES)
+
+    return min(candidates(groups_along, fp8, out_bytes), key=cycles)
+
+
+def step_cycles(tiling: Tiling, groups_along: Groups, fp8: bool) -> dict[str, float]:
+    """How long one stage's work keeps each resource busy, as in `blockwise_matmul.tuning.estimated_cycles`.
+
+    A stage is 128 bytes of the contraction: FP8 and bfloat16 take the tensor cores the same time for it. Products of
+    bfloat16 are not promoted, and two of a warpgroup's are in flight at once; along the depth each of FP8's sums has
+    a scale of its own.
+    """
+    products = TILE_M * tiling.tile_n * STAGE_BYTES / 4096
+    busy = {
+        "tensor cores": products,
+        "L2": STAGE_BYTES * (TILE_M / tiling.cluster + tiling.tile_n) / L2_BYTES_PER_CYCLE,
+    }
+    if fp8:
+        promotion = tiling.tile_n * (1 if groups_along == "rows" else 2)
+        busy["one warpgroup"] = products / WARPGROUPS + promotion + 140
+    return busy

@@ -27,7 +27,7 @@ from pallas_kernels.routing.reference import GateOutputs, GateParameters, gates_
 
 TILE = 16  # tokens
 _LANES = 8  # that share a token
-_BLOCKS = 4  # on one multiprocessor
+_BLOCKS = 3  # on one multiprocessor: as many as have room in its registers with 256 experts
 _OUT_OF_REACH = float(np.finfo(np.float32).min)  # below every candidate, above the chosen ones' minus infinity
 
 Interpret = plgpu.InterpretGPUParams | None

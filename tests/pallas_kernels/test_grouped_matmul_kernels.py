@@ -12,7 +12,7 @@ import pytest
 
 import pallas_kernels as pk
 from pallas_kernels.grouped_matmul import hopper, tpu
-from pallas_kernels.grouped_matmul.tiling import Tiling
+from pallas_kernels.grouped_matmul.tiling import Tiling, candidates, choose_tiling
 from pallas_kernels.hopper_launch import interpreted_hopper
 
 ROWS, OUT, IN = 512, 144, 208  # ragged in every tile but the rows
@@ -21,7 +21,7 @@ SIZES = {
     "one group with everything": [0, 512, 0],
     "nothing": [0, 0, 0],
 }
-TILINGS = (Tiling(128, 3, 2), Tiling(64, 2, 1))
+TILINGS = (Tiling(128, 3, 2), Tiling(64, 2, 1), Tiling(192, 2, 2))
 
 
 @functools.cache
@@ -73,7 +73,11 @@ def check(got, wanted) -> None:
 
 @pytest.mark.parametrize(
     ("form", "fp8", "tiling"),
-    [*((*form, TILINGS[0]) for form in FORMS), ("rows", True, TILINGS[1]), ("depth", False, TILINGS[1])],
+    [
+        *((*form, TILINGS[0]) for form in FORMS),
+        *(("rows", True, tiling) for tiling in TILINGS[1:]),
+        ("depth", False, TILINGS[1]),
+    ],
 )
 def test_hopper(form, fp8, tiling):
     call, wanted = by_form(form, fp8, SIZES["an empty group, ragged counts, rows to spare"])
@@ -98,6 +102,47 @@ def test_tpu(form, fp8):
         check(call(tpu, interpret=pltpu.InterpretParams()), wanted)
 
 
+ANY_SIZES = {"ragged, an empty group, rows to spare": [33, 0, 129], "one group with everything": [0, 200, 0]}
+
+
+@pytest.mark.parametrize("sizes", ANY_SIZES.values(), ids=ANY_SIZES)
+@pytest.mark.parametrize(("device", "kernels"), [("hopper", hopper), ("tpu", tpu)])
+def test_sizes_that_are_no_multiple_of_the_tile(device, kernels, sizes, on_device):
+    """The public functions lay the rows out for the kernels and back: product, both gradients, the FP8 product."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    lhs, rhs, out_bar = (
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(keys, ((200, 64), (3, 72, 64), (200, 72)), strict=True)
+    )
+    quantized = pk.quantize(lhs, tile="1x128"), pk.quantize(rhs, tile="128x128")
+    group_sizes = jnp.asarray(sizes, jnp.int32)
+
+    def all_products(implementation):
+        def product(lhs, rhs):
+            return pk.grouped_matmul(lhs, rhs, group_sizes, out_dtype=jnp.float32, implementation=implementation)
+
+        out, pull = jax.vjp(product, lhs, rhs)
+        return product(*quantized), out, *pull(out_bar.astype(jnp.float32))
+
+    with on_device(device, kernels, "rows_by_weights", "rows_by_rows"):
+        got = jax.block_until_ready(all_products(device))
+    one_step = 2.0**-7  # gradients are rounded to bfloat16 once
+    for a, b, rtol in zip(got, all_products("reference"), (0, 0, one_step, one_step), strict=True):
+        np.testing.assert_allclose(a.astype("f4"), b.astype("f4"), rtol=rtol, atol=1e-4)
+
+
 def test_an_unfit_tiling_is_refused():
-    with pytest.raises(ValueError, match="tile_n of 64, 128 or 256"):
+    with pytest.raises(ValueError, match="tile_n of 64, 128, 192 or 256"):
         Tiling(96, 3)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("groups_along", ["rows", "depth"])
+def test_every_problem_gets_a_tiling_that_fits(groups_along, fp8):
+    out_bytes = 2 if groups_along == "rows" else 4
+    cuts = candidates(groups_along, fp8, out_bytes)
+    assert all(cut.fits(fp8, out_bytes) for cut in cuts)
+    for columns, contraction in ((1, 1), (130, 7168), (4096, 7168), (7168, 2048), (2048, 32768)):
+        assert choose_tiling(groups_along, columns, contraction, 8, fp8, out_bytes) in cuts
+    # Half a cluster's columns would be wasted on a narrow product.
+    assert choose_tiling(groups_along, 64, 7168, 8, fp8, out_bytes).cluster == 1

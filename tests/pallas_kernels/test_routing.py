@@ -31,19 +31,21 @@ def route_by_hand(logits, bias, chosen, groups, kept, softmax=False, group_max=F
     return experts, gates * factor
 
 
-@st.composite
-def routers(draw):
-    groups = draw(st.sampled_from([1, 2, 4]))
-    experts = groups * draw(st.sampled_from([2, 3, 8]))
-    kept = draw(st.integers(1, groups))
-    chosen = draw(st.integers(1, min(kept * experts // groups, 6)))
-    return experts, groups, kept, chosen, draw(st.booleans()), draw(st.booleans()), draw(st.integers(0, 1000))
+# Experts, groups, groups in reach, chosen, softmax, groups by their best. Few, since each is compiled.
+ROUTERS = [
+    (8, 1, 1, 3, False, False),
+    (32, 4, 2, 6, False, False),
+    (8, 4, 3, 1, True, True),
+    (6, 2, 1, 3, True, False),
+    (6, 2, 2, 6, False, True),
+]
 
 
-@settings(max_examples=25, deadline=None)
-@given(routers())
-def test_gate_against_loops(router):
-    experts, groups, kept, chosen, softmax, group_max, seed = router
+@pytest.mark.parametrize("router", ROUTERS)
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_gate_against_loops(router, seed):
+    experts, groups, kept, chosen, softmax, group_max = router
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(2, 5, experts)).astype(np.float32)
     bias = (rng.normal(size=experts) - 1.0).astype(np.float32)  # negative: masked groups must not win with a zero
@@ -127,14 +129,11 @@ def test_gate_gradient_is_that_of_the_formula(scoring, normalise):
     np.testing.assert_array_equal(to_bias, 0.0)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    tokens=st.integers(1, 12),
-    chosen=st.integers(1, 4),
-    experts=st.integers(1, 9),
-    alignment=st.sampled_from([1, 2, 4, 8]),
-    seed=st.integers(0, 99),
+@pytest.mark.parametrize(
+    ("tokens", "chosen", "experts", "alignment"), [(1, 1, 1, 1), (12, 3, 9, 1), (7, 4, 5, 4), (2, 2, 6, 8)]
 )
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 99))
 def test_permutation_sorts_every_assignment(tokens, chosen, experts, alignment, seed):
     rng = np.random.default_rng(seed)
     index = rng.integers(0, experts, size=(tokens, chosen)).astype(np.int32)

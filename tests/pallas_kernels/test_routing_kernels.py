@@ -15,10 +15,11 @@ from pallas_kernels.hopper_launch import interpreted_hopper
 from pallas_kernels.routing import hopper_gate, hopper_rows, reference, tpu_gate, tpu_rows
 from pallas_kernels.routing.reference import GateParameters
 
-# Name: sequences, tokens, experts, has a bias, has a mask, parameters. Tokens fill no tile of 16.
+# Name: sequences, tokens, experts, has a bias, has a mask, parameters. Tokens fill no tile of 16; the first router has
+# more tiles than one multiprocessor has blocks.
 ROUTERS = {
-    "V3's groups, masked": (2, 18, 64, True, True, GateParameters(4, 8, 4, "sigmoid", "top2_sum", True, 2.5)),
-    "one group, softmax": (1, 20, 48, False, False, GateParameters(6, 1, 1, "softmax", "max", False, 1.0)),
+    "V3's groups, masked": (2, 18, 32, True, True, GateParameters(4, 4, 2, "sigmoid", "top2_sum", True, 2.5)),
+    "one group, softmax": (1, 7, 48, False, False, GateParameters(6, 1, 1, "softmax", "max", False, 1.0)),
     "groups by their best, a mask": (1, 17, 32, True, True, GateParameters(2, 2, 1, "softmax", "max", True, 16.0)),
 }
 
@@ -42,29 +43,23 @@ def check_gate(got, wanted) -> None:
     np.testing.assert_allclose(got.share_sums, wanted.share_sums, rtol=1e-5)
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-def test_gate_on_hopper(router):
-    inputs = router_inputs(router)
-    with interpreted_hopper() as interpret:
+@pytest.mark.parametrize(("router", "ties"), [*((name, False) for name in ROUTERS), ("V3's groups, masked", True)])
+def test_gate_on_hopper(router, ties):
+    """Ties go to the lowest index, of experts as of groups."""
+    inputs = router_inputs(router, ties)
+    with interpreted_hopper(num_cores=1) as interpret:
         check_gate(hopper_gate.gate(*inputs, interpret=interpret), reference.gate(*inputs))
 
 
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("router", "ties"), [*((name, False) for name in ROUTERS), ("V3's groups, masked", True)])
 def test_gate_on_tpu(router, ties):
     inputs = router_inputs(router, ties)
     check_gate(tpu_gate.gate(*inputs, interpret=pltpu.InterpretParams()), reference.gate(*inputs))
 
 
-def test_ties_go_to_the_lowest_index_on_hopper():
-    inputs = router_inputs("V3's groups, masked", ties=True)
-    with interpreted_hopper() as interpret:
-        check_gate(hopper_gate.gate(*inputs, interpret=interpret), reference.gate(*inputs))
-
-
 @pytest.mark.parametrize("device", ["hopper", "tpu"])
 def test_nan_logits_choose_existing_experts(device):
-    logits, bias, mask, parameters = router_inputs("V3's groups, masked")
+    logits, bias, mask, parameters = router_inputs("groups by their best, a mask")
     inputs = logits.at[0, 3, 20:].set(jnp.nan), bias, mask, parameters
     if device == "tpu":
         got = tpu_gate.gate(*inputs, interpret=pltpu.InterpretParams())
@@ -76,8 +71,12 @@ def test_nan_logits_choose_existing_experts(device):
     np.testing.assert_array_equal(jnp.isnan(got.gate[0, :, 0]), jnp.arange(logits.shape[1]) == 3)
 
 
-def test_gradient_through_the_hopper_gate(monkeypatch):
-    """The public function, which chooses by the target, against itself on this machine."""
+DEVICES = {"hopper": (hopper_gate, hopper_rows), "tpu": (tpu_gate, tpu_rows)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradient_through_the_gate_of_a_device(device, on_device):
+    """The public function on the device's kernel against itself on this machine."""
     logits, bias, mask, p = router_inputs("groups by their best, a mask")
     weights = jax.random.normal(jax.random.key(1), (*logits.shape[:2], p.num_experts_per_tok))
     options = p._asdict() | {"token_mask": mask}
@@ -87,16 +86,36 @@ def test_gradient_through_the_hopper_gate(monkeypatch):
         return jnp.sum(gates.gate * weights) + jnp.sum(jnp.square(gates.affinity_mean))
 
     wanted = jax.grad(loss)(logits)
-    with interpreted_hopper() as interpret:
-        monkeypatch.setattr(hopper_gate, "gate", functools.partial(hopper_gate.gate, interpret=interpret))
-        got = jax.grad(functools.partial(loss, implementation="hopper"))(logits)
+    with on_device(device, DEVICES[device][0], "gate"):
+        got = jax.block_until_ready(jax.grad(functools.partial(loss, implementation=device))(logits))
     np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_through_permute_and_combine_of_a_device(device, on_device):
+    """The public functions on the device's kernels against the formula without an order of rows."""
+    rng = np.random.default_rng(3)
+    index = jnp.asarray([[0, 2], [2, 1], [2, 0]], jnp.int32)
+    x, out_bar = (jnp.asarray(rng.normal(size=(3, 128)), jnp.float32) for _ in range(2))
+    gate = jnp.asarray(rng.random((3, 2)), jnp.float32)
+
+    def through_rows(x, gate):
+        rows, permutation = pk.permute(x, index, 4, row_alignment=4, implementation=device)
+        return jnp.sum(pk.combine(rows * rows, gate, permutation, implementation=device) * out_bar)
+
+    def formula(x, gate):
+        return jnp.sum(gate.sum(1, keepdims=True) * x * x * out_bar)
+
+    with on_device(device, DEVICES[device][1], "permute", "combine", "combine_gradient"):
+        got = jax.block_until_ready(jax.grad(through_rows, argnums=(0, 1))(x, gate))
+    for a, b in zip(got, jax.grad(formula, argnums=(0, 1))(x, gate), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 # Tokens, slots a token, experts, width, row alignment: more than one chunk a row; odd widths; rows to spare.
 MOVES = {
-    "V3's slots, padded groups": (5, 8, 16, 2048, 4, jnp.bfloat16),
-    "no padding, float32": (18, 3, 4, 384, 1, jnp.float32),
+    "V3's slots, padded groups": (3, 8, 16, 2048, 4, jnp.bfloat16),
+    "no padding, float32": (9, 3, 4, 384, 1, jnp.float32),
     "one token": (1, 2, 3, 256, 8, jnp.bfloat16),
 }
 
