@@ -2,9 +2,10 @@
 
     python experiments/kernel_estimates.py
 
-The model of the FP8 product is `estimated_cycles` of pallas_kernels/blockwise_matmul/tuning.py; besides, no product can
-beat HBM, nor the clock that the chip keeps under a power limit. Quantisation is set against the copy bandwidth and
-the issue slots that its arithmetic takes. Writes kernel_estimates.md into experiments/results/ (or --out);
+The model of the FP8 product is `estimated_cycles` of pallas_kernels/blockwise_matmul/tuning.py, that of the grouped
+ones `step_cycles` of pallas_kernels/grouped_matmul/tiling.py; besides, no product can beat HBM, nor the clock that the
+chip keeps under a power limit. Quantisation and routing are set against the copy bandwidth and the issue slots that
+their arithmetic takes. Writes kernel_estimates.md into experiments/results/ (or --out);
 experiments/benchmarks/kernels.py measures the same.
 """
 
@@ -13,7 +14,8 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from pallas_kernels.blockwise_matmul.tuning import choose_tiling, estimated_cycles
+from pallas_kernels.blockwise_matmul.tuning import EPILOGUE_CYCLES, choose_tiling, estimated_cycles
+from pallas_kernels.grouped_matmul import tiling as grouped_tiling
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 MULTIPROCESSORS = 132
@@ -30,6 +32,22 @@ QUANTISE = {
     "both orientations, bfloat16": (4.06, 21),
     "re-tiled, transposed": (2.06, 16),
 }
+
+EXPERTS = ((4096, 7168), (7168, 2048))  # (N, K) of an expert's gate and up, and of its down projection
+GROUPED_ROWS = 32768
+TOKENS, WIDTH, CHOSEN, ALL_EXPERTS = 8192, 7168, 8, 256
+# Issue slots of an element that crosses memory: combine converts a row's element (1/2: two a slot) and multiplies and
+# adds it (1), its gradient also scales and rounds one (3/2); permute leaves all to TMA. Loads of 16 bytes add 1/8.
+MOVES = {
+    # elements read and written a token, issue slots a token
+    "permute": (1 + CHOSEN, 0.0),
+    "combine": (1 + CHOSEN, WIDTH * (CHOSEN * 1.625 + 1)),
+    "gradient of combine": (1 + 2 * CHOSEN, WIDTH * (CHOSEN * 3.25 + 1)),
+}
+# A choice compares every candidate and selects value, index and affinity (4), looks for the lowest index (2), sums the
+# affinity out (2) and puts minus infinity in the place (2); there are two rounds of 8, as the statistics are of the
+# choice without bias and groups. Scores take about 12, the groups' 10, the tile's sums 12.
+GATE_SLOTS = ALL_EXPERTS * (2 * CHOSEN * 10 + 34)
 
 
 def product(m: int, n: int, k: int) -> str:
@@ -57,6 +75,63 @@ def quantise(name: str) -> str:
     return f"| {name} | {moved} | {slots} | {memory:.3f} | {arithmetic:.3f} | {share:.0%} |"
 
 
+def grouped(groups: int, n: int, k: int, depth: bool) -> str:
+    """One row: with groups along the rows [rows, n], or along the depth [groups, n, k] in float32."""
+    columns, contraction = (k, GROUPED_ROWS) if depth else (n, k)
+    along = "depth" if depth else "rows"
+    out_bytes = 4 if depth else 2
+    tiling = grouped_tiling.choose_tiling(along, columns, contraction, groups, True, out_bytes)
+    step = grouped_tiling.step_cycles(tiling, along, True)
+    bound = max(step, key=step.__getitem__)
+    row_tiles = groups * -(-n // 128) if depth else GROUPED_ROWS // 128
+    steps = -(-(GROUPED_ROWS // groups if depth else k) // 128)
+    tiles = row_tiles * -(-columns // (tiling.tile_n * tiling.cluster))
+    rounds = -(-tiles // (MULTIPROCESSORS // tiling.cluster))
+    flops = 2.0 * GROUPED_ROWS * n * k
+    moved = GROUPED_ROWS * (n + k) + 4.0 * groups * n * k if depth else GROUPED_ROWS * (k + 2.0 * n) + groups * n * k
+    microseconds = {
+        bound: rounds * (steps * step[bound] + EPILOGUE_CYCLES) / CLOCK_GHZ * 1e-3,
+        "HBM": moved / COPY_TB_PER_S * 1e-6,
+        "power": flops / (SUSTAINED * PEAK_TFLOPS) * 1e-6,
+    }
+    limit = max(microseconds, key=microseconds.__getitem__)
+    tflops = flops / microseconds[limit] * 1e-6
+    form = "weight gradient" if depth else "rows"
+    cut = f"128 x {tiling.tile_n}, cluster {tiling.cluster}, {tiling.stages} stages"
+    against = "" if depth else f"{tflops / _dense_tflops(GROUPED_ROWS, n, k):.0%}"
+    return (
+        f"| {form} | {groups} | {n} | {k} | {cut} | {limit} | {microseconds[limit]:,.0f} | {tflops:,.0f} | "
+        f"{tflops / PEAK_TFLOPS:.0%} | {against} |"
+    )
+
+
+def _dense_tflops(m: int, n: int, k: int) -> float:
+    tiling = choose_tiling(m, n, k, 2, MULTIPROCESSORS)
+    cycles = sum(estimated_cycles(tiling, m, n, k, MULTIPROCESSORS).values())
+    return min(2.0 * m * n * k / cycles * CLOCK_GHZ * 1e-3, SUSTAINED * PEAK_TFLOPS)
+
+
+def routed(name: str, moved: float, slots: float) -> str:
+    """One row from bytes and issue slots of all tokens together."""
+    microseconds = {
+        "HBM": moved / COPY_TB_PER_S * 1e-6,
+        "issue": slots / 128 / MULTIPROCESSORS / CLOCK_GHZ * 1e-3,
+    }
+    limit = max(microseconds, key=microseconds.__getitem__)
+    share = microseconds["HBM"] / microseconds[limit]
+    times = " | ".join(f"{microseconds[key]:.1f}" for key in ("HBM", "issue"))
+    return f"| {name} | {moved / 1e6:,.0f} | {times} | {limit} | {share:.0%} |"
+
+
+def routing() -> list[str]:
+    moves = [
+        routed(f"{name}, {TOKENS} x {WIDTH}", 2.0 * TOKENS * WIDTH * elements, TOKENS * slots)
+        for name, (elements, slots) in MOVES.items()
+    ]
+    gate_bytes = 4.0 * TOKENS * ALL_EXPERTS + 8.0 * TOKENS * CHOSEN
+    return [*moves, routed(f"gate, {TOKENS} x {ALL_EXPERTS}", gate_bytes, TOKENS * GATE_SLOTS)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
@@ -78,6 +153,27 @@ def main() -> None:
         "| kernel | bytes | issue slots | by memory | by issue | of the copy bandwidth at best |",
         "| --- | --- | --- | --- | --- | --- |",
         *(quantise(name) for name in QUANTISE),
+        "",
+        f"## Grouped FP8 products ({GROUPED_ROWS:,} rows in all)",
+        "",
+        "Groups along the rows cost the same however the rows are spread, as a tile never holds two groups. Weight",
+        "gradients are written in float32: with many groups that is all they do. The estimate for them is of even",
+        "groups; one long group leaves its last tiles to few multiprocessors.",
+        "",
+        "| form | groups | N | K | tile | bound by | microseconds | TFLOP/s | of peak | of dense, same rows |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *(grouped(g, n, k, depth) for depth in (False, True) for n, k in EXPERTS for g in (8, 32, 256)),
+        "",
+        "The dense product shares the weights' tile between two blocks, 192 of its 320 rows and columns; a group's",
+        "product can only share the rows' 128, since the neighbour along the rows may belong to another group.",
+        "",
+        "## Routing",
+        "",
+        "| kernel | megabytes | microseconds by HBM | by issue | bound by | of the copy bandwidth at best |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *routing(),
+        "",
+        "The gate reads and writes little and compares much: eight choices among 256 candidates, twice.",
         "",
     ]
     options.out.mkdir(parents=True, exist_ok=True)
