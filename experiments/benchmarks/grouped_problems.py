@@ -94,6 +94,7 @@ def grouped_weight_gradient(rows: int, groups: int, n: int, k: int, skewed: bool
     contenders = {
         OURS: Contender(ours, ("a", "b", "sizes")),
         "this project, bf16": Contender(ours, ("y", "x", "sizes")),
+        "lax.ragged_dot_general bf16": Contender(_ragged_depth, ("y", "x", "sizes")),
     }
     name = f"{groups} groups, {'skewed' if skewed else 'even'}, {n} x {k} over {rows}"
     size = 2.0 * rows * n * k, rows * (n + k) + 4.0 * groups * n * k
@@ -102,6 +103,13 @@ def grouped_weight_gradient(rows: int, groups: int, n: int, k: int, skewed: bool
         lambda cut, a, b, sizes: hopper.rows_by_rows(a, b, sizes, tiling=cut),
     )  # fmt: skip
     return Problem("grouped weight gradient", name, make, contenders, error, 1e-3, *size, search)
+
+
+def _ragged_depth(y, x, sizes):
+    """XLA's product with groups along the contraction."""
+    contracted = (((0,), (0,)), ((), ()))
+    dimensions = lax.RaggedDotDimensionNumbers(contracted, lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
+    return lax.ragged_dot_general(y, x, sizes, dimensions, preferred_element_type=jnp.float32)
 
 
 def masked(groups: int, room: int, n: int, k: int) -> Problem:
