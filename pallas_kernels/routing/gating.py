@@ -60,21 +60,22 @@ def gate(
     bias has none. Ties go to the lowest index.
 
     Args:
-      logits: float32.
+      logits: float32; other floating types have no kernel and are worked on as they are.
       bias: added for the selection only; None for none.
       n_group, topk_group: experts form contiguous groups, of which a token may reach `topk_group`.
       group_score: sum of a group's two best biased affinities, or its best.
       token_mask: False at tokens the statistics leave out.
 
     Raises:
-      ValueError: shapes or numbers that contradict each other, named.
+      ValueError, TypeError: shapes or numbers that contradict each other, dtypes, an implementation that cannot run
+        here; named.
     """
-    experts = logits.shape[-1]
     _check(logits, bias, token_mask, num_experts_per_tok, n_group, topk_group, scoring_func, group_score)
+    experts = logits.shape[-1]
     parameters = GateParameters(
         num_experts_per_tok, n_group, topk_group, scoring_func, group_score, norm_topk_prob, routed_scaling_factor
     )
-    name = choose_implementation(implementation, _available(experts, n_group))
+    name = choose_implementation(implementation, _available(logits, n_group))
     sequences = logits.shape[:-2]
     flat = logits.reshape(-1, *logits.shape[-2:])
     mask = None if token_mask is None else token_mask.reshape(flat.shape[:-1])
@@ -138,9 +139,15 @@ def _gate_backward(parameters: GateParameters, implementation: str, residuals, c
 _gate.defvjp(_gate_forward, _gate_backward)
 
 
-def _available(experts: int, n_group: int) -> tuple[Implementation, ...]:
-    """Kernels hold a token's affinities at once, in whole groups of eight."""
-    if experts <= _MOST_EXPERTS and n_group <= _MOST_GROUPS and (experts // n_group) % 8 == 0:
+def _available(logits, n_group: int) -> tuple[Implementation, ...]:
+    """Kernels hold a token's affinities at once, in whole groups of eight, in float32."""
+    experts = logits.shape[-1]
+    if (
+        logits.dtype == jnp.float32
+        and experts <= _MOST_EXPERTS
+        and n_group <= _MOST_GROUPS
+        and (experts // n_group) % 8 == 0
+    ):
         return ("reference", "hopper", "tpu")
     return ("reference",)
 
@@ -155,6 +162,10 @@ def _tokens(logits, mask):
 def _check(logits, bias, token_mask, chosen, n_group, topk_group, scoring_func, group_score) -> None:
     if logits.ndim < 2:
         raise ValueError(f"logits must be [..., tokens, experts], not of shape {logits.shape}")
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"logits must be floating-point numbers, not {logits.dtype}")
+    if token_mask is not None and token_mask.dtype != jnp.bool_:
+        raise TypeError(f"token_mask must be bool, not {token_mask.dtype}")
     experts = logits.shape[-1]
     if bias is not None and bias.shape != (experts,):
         raise ValueError(f"bias must have shape ({experts},) as logits has {experts} experts, not {bias.shape}")
