@@ -142,14 +142,8 @@ _gate.defvjp(_gate_forward, _gate_backward)
 def _available(logits, n_group: int) -> tuple[Implementation, ...]:
     """Kernels hold a token's affinities at once, in whole groups of eight, in float32."""
     experts = logits.shape[-1]
-    if (
-        logits.dtype == jnp.float32
-        and experts <= _MOST_EXPERTS
-        and n_group <= _MOST_GROUPS
-        and (experts // n_group) % 8 == 0
-    ):
-        return ("reference", "hopper", "tpu")
-    return ("reference",)
+    fits = experts <= _MOST_EXPERTS and n_group <= _MOST_GROUPS and (experts // n_group) % 8 == 0
+    return ("reference", "hopper", "tpu") if fits and logits.dtype == jnp.float32 else ("reference",)
 
 
 def _tokens(logits, mask):
@@ -164,8 +158,6 @@ def _check(logits, bias, token_mask, chosen, n_group, topk_group, scoring_func, 
         raise ValueError(f"logits must be [..., tokens, experts], not of shape {logits.shape}")
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"logits must be floating-point numbers, not {logits.dtype}")
-    if token_mask is not None and token_mask.dtype != jnp.bool_:
-        raise TypeError(f"token_mask must be bool, not {token_mask.dtype}")
     experts = logits.shape[-1]
     if bias is not None and bias.shape != (experts,):
         raise ValueError(f"bias must have shape ({experts},) as logits has {experts} experts, not {bias.shape}")

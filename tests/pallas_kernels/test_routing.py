@@ -202,8 +202,6 @@ def test_wrong_arguments_of_gate_are_named(change, named):
 def test_wrong_dtypes_of_gate_are_named():
     with pytest.raises(TypeError, match="logits must be floating-point"):
         pk.gate(jnp.zeros((2, 4, 8), jnp.int32), None, num_experts_per_tok=2)
-    with pytest.raises(TypeError, match="token_mask must be bool"):
-        pk.gate(jnp.zeros((2, 4, 8)), None, num_experts_per_tok=2, token_mask=jnp.ones((2, 4)))
     with pytest.raises(ValueError, match="implementation 'hopper'"):
         pk.gate(jnp.zeros((2, 4, 8), jnp.bfloat16), None, num_experts_per_tok=2, implementation="hopper")
 
