@@ -22,9 +22,25 @@ def dequantise(
     values: Float[np.ndarray, "out in"], scales: Float32[np.ndarray, "out_blocks in_blocks"]
 ) -> Float32[np.ndarray, "out in"]:
     """values * scales in float32; the first row and column begin a block, the last blocks may be ragged."""
-    wide = _VALUE_OF_BYTE[values.view(np.uint8)]
-    _scale_blocks(wide, scales)
+    wide = np.empty(values.shape, np.float32)
+    dequantise_into(values, scales, wide)
     return wide
+
+
+def dequantise_into(
+    values: Float[np.ndarray, "out in"],
+    scales: Float32[np.ndarray, "out_blocks in_blocks"],
+    target: Float[np.ndarray, "out in"],
+) -> None:
+    """The same, rounded once to the dtype of `target`. One row of blocks at a time, which stays in a core's cache."""
+    codes = values.view(np.uint8)
+    scratch = np.empty((BLOCK, values.shape[1]), np.float32)
+    for first, factors in zip(range(0, len(values), BLOCK), scales, strict=True):
+        rows = codes[first : first + BLOCK]
+        wide = scratch[: len(rows)]
+        np.take(_VALUE_OF_BYTE, rows, out=wide, mode="clip")  # every byte is in range; "clip" takes without a copy
+        wide *= np.repeat(factors, BLOCK)[: values.shape[1]]
+        target[first : first + BLOCK] = wide
 
 
 def quantise(

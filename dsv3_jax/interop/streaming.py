@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.interop.fp8_weights import dequantise
+from dsv3_jax.interop.fp8_weights import dequantise, dequantise_into
 from dsv3_jax.interop.nan_search import has_nan
 from dsv3_jax.interop.safetensors_reader import DTYPES, TensorEntry
 from dsv3_jax.interop.tensor_names import BLOCK, Slot
@@ -66,6 +66,12 @@ class StoredTensor:
             heads = self._plain_rows(0, self.slot.shape[0])
             return _halves_to_pairs(heads, self.slot.rotary_head, self.rotary_width)[first:last]
         return self._plain_rows(first, last)
+
+    def dequantise_rows_into(self, first: int, last: int, target: np.ndarray) -> None:
+        """Rows of an FP8 tensor, `first` being a multiple of 128, into `target` of any float dtype."""
+        assert self.scale is not None
+        scales = self.scale.read_rows(first // BLOCK, -(-last // BLOCK)).astype(np.float32)
+        dequantise_into(self.entry.read_rows(first, last), scales, target)
 
     def _plain_rows(self, first: int, last: int) -> np.ndarray:
         if self.scale is None:
@@ -111,11 +117,13 @@ class HostDestination:
         target = self._buffer[tuple(slice(*axis) for axis in place)]
         target = target.reshape([last - first for first, last in part], copy=False)
         unit = tensor.slot.shape[0] // tensor.slot.tail[0]
-        whole = all(axis == (0, size) for axis, size in zip(part[1:], tensor.slot.tail[1:], strict=True)) and not (
-            tensor.scale or tensor.rotary_width
-        )
-        if whole and target.flags.c_contiguous and DTYPES[tensor.entry.dtype] == target.dtype:
-            tensor.entry.read_rows_into(part[0][0] * unit, part[0][1] * unit, target)
+        first, last = part[0][0] * unit, part[0][1] * unit
+        whole_rows = all(axis == (0, size) for axis, size in zip(part[1:], tensor.slot.tail[1:], strict=True))
+        direct = whole_rows and target.flags.c_contiguous and not tensor.rotary_width
+        if direct and tensor.scale is None and DTYPES[tensor.entry.dtype] == target.dtype:
+            tensor.entry.read_rows_into(first, last, target)
+        elif direct and tensor.scale is not None and first % BLOCK == 0:
+            tensor.dequantise_rows_into(first, last, target.reshape(last - first, -1))
         else:
             target[...] = read_part(tensor, part)
         return Piece(target)
