@@ -32,15 +32,21 @@ def dequantise_into(
     scales: Float32[np.ndarray, "out_blocks in_blocks"],
     target: Float[np.ndarray, "out in"],
 ) -> None:
-    """The same, rounded once to the dtype of `target`. One row of blocks at a time, which stays in a core's cache."""
+    """The same, rounded once to the dtype of `target`, whose rows are contiguous.
+
+    A block has one scale and a byte 256 values, so each row of blocks is read off a table of all their products: a
+    third less work than widening, scaling and rounding every weight.
+    """
+    columns = values.shape[1]
     codes = values.view(np.uint8)
-    scratch = np.empty((BLOCK, values.shape[1]), np.float32)
+    table_of = np.repeat(np.arange(scales.shape[1], dtype=np.uint32) * 256, BLOCK)[:columns]
+    places = np.empty((BLOCK, columns), np.uint32)
     for first, factors in zip(range(0, len(values), BLOCK), scales, strict=True):
+        tables = (_VALUE_OF_BYTE * factors[:, None]).astype(target.dtype).reshape(-1)
         rows = codes[first : first + BLOCK]
-        wide = scratch[: len(rows)]
-        np.take(_VALUE_OF_BYTE, rows, out=wide, mode="clip")  # every byte is in range; "clip" takes without a copy
-        wide *= np.repeat(factors, BLOCK)[: values.shape[1]]
-        target[first : first + BLOCK] = wide
+        np.add(rows, table_of, out=places[: len(rows)])
+        # Every place is in the table; "clip" takes without a copy.
+        np.take(tables, places[: len(rows)], out=target[first : first + BLOCK], mode="clip")
 
 
 def quantise(
