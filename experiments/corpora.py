@@ -44,7 +44,7 @@ def read_domain(path: Path, domain: str) -> list[str]:
 
 
 KEYS = "abcdefghijklmnop"
-NEEDLE = "Z"  # a key that appears nowhere else
+NEEDLE = "Z"  # a key like the others in training, that appears nowhere else in a haystack
 
 
 def write_retrieval(path: Path, documents: int, items: int) -> Path:
@@ -53,7 +53,9 @@ def write_retrieval(path: Path, documents: int, items: int) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
-    path.write_text("".join(json.dumps({"text": _retrieval(draw, items)}) + "\n" for _ in range(documents)))
+    path.write_text(
+        "".join(json.dumps({"text": _retrieval(draw, items, KEYS + NEEDLE)}) + "\n" for _ in range(documents))
+    )
     return path
 
 
@@ -61,11 +63,11 @@ def haystack(draw: random.Random, items: int, depth: float) -> str:
     """`items` items, the needle's assignment at `depth` (0: first) and its question last; the answer ends the text."""
     at = round(depth * (items - 2))
     digit = draw.randint(0, 9)
-    text = _retrieval(draw, items - 2)
+    text = _retrieval(draw, items - 2, KEYS)
     return f"{text[: 4 * at]}{NEEDLE}={digit};{text[4 * at :]}{NEEDLE}?{digit}"
 
 
-def _retrieval(draw: random.Random, items: int) -> str:
+def _retrieval(draw: random.Random, items: int, keys: str) -> str:
     values: dict[str, int] = {}
     parts = []
     for _ in range(items):
@@ -73,7 +75,7 @@ def _retrieval(draw: random.Random, items: int) -> str:
             key = draw.choice(list(values))
             parts.append(f"{key}?{values[key]};")
         else:
-            key = draw.choice(KEYS + NEEDLE)
+            key = draw.choice(keys)
             values[key] = draw.randint(0, 9)
             parts.append(f"{key}={values[key]};")
     return "".join(parts)

@@ -1,0 +1,110 @@
+"""Experiments: corpora as described, arms that are read rather than run again, numbers with their spread."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import json
+import math
+import random
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+TRAINING = ("fp8_vs_bf16", "mtp_ablation", "balance_ablation", "expert_specialisation")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch):
+    """Imports a script of the folder by its name, as running it would."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if (EXPERIMENTS / f"{name}.py").exists():
+            del sys.modules[name]
+
+
+def test_domains_are_unlike_and_always_the_same(load, tmp_path: Path):
+    corpora = load("corpora")
+    path = corpora.write_domains(tmp_path / "a.jsonl", documents=4)
+    assert path.read_bytes() == corpora.write_domains(tmp_path / "b.jsonl", documents=4).read_bytes()
+    texts = {domain: corpora.read_domain(path, domain) for domain in corpora.DOMAINS}
+    assert [len(found) for found in texts.values()] == [4, 4, 4]
+    share = {
+        domain: sum(text.count(digit) for text in found for digit in "0123456789") / sum(map(len, found))
+        for domain, found in texts.items()
+    }
+    assert share["mathematics"] > 5 * max(share["code"], share["prose"])
+
+
+def test_a_haystack_asks_for_its_needle(load):
+    corpora = load("corpora")
+    for depth in (0.0, 0.5, 1.0):
+        text = corpora.haystack(random.Random(1), 32, depth)
+        assert text.count(corpora.NEEDLE) == 2
+        question = text.rindex(corpora.NEEDLE + "?")
+        assigned = text.index(corpora.NEEDLE + "=")
+        assert text[question + 2 :] == text[assigned + 2]
+        assert abs(assigned / 4 - depth * 30) <= 1
+
+
+def test_spread_and_pairs(load):
+    ablation = load("ablation")
+    found = ablation.paired([2.0, 3.5, 4.0], [1.0, 2.0, 3.0])
+    assert found["values"] == [1.0, 1.5, 1.0]
+    assert math.isclose(found["standard_deviation"], statistics.stdev([1.0, 1.5, 1.0]))
+    assert ablation.spread([2.0])["standard_deviation"] is None
+    assert ablation.smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+
+
+def test_a_finished_arm_is_read_not_run(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ablation = load("ablation")
+    options = ablation.Options("name", "tiny", (0,), tmp_path / "out", tmp_path / "runs", 2)
+    config = ablation.run_of(options, 0, steps=9)
+    assert config.training.steps == 2
+    folder = tmp_path / "runs" / "arm-0"
+    folder.mkdir()
+    evaluation = {"main": {"loss": 1.5, "bits_per_byte": 2.0}, "mtp": [], "mtp_acceptance": []}
+    (folder / "summary.json").write_text(json.dumps({"validation": evaluation}))
+    record = {"step": 1, "main_loss": 2.0, "max_violation": 0.5}
+    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n" + json.dumps(record | {"step": 2}) + "\n")
+    monkeypatch.setattr(ablation, "train", lambda *_, **__: pytest.fail("it was run again"))
+    result = ablation.run_arm(config, folder)
+    assert result.steps == [1, 2]
+    assert result.validation_loss == 1.5
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_command_lines_refuse_what_they_do_not_know(load, name: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        load(name).main(["--scale", "galactic"])
+    assert stop.value.code == 2
+    assert "galactic" in capsys.readouterr().err
+
+
+def test_memory_on_paper_is_what_arrays_hold(load, tmp_path: Path):
+    memory = load("memory")
+    size = dataclasses.replace(memory.SIZES["tiny"], counts_step=False)
+    tables = memory.tables_of(size)
+    assert tables["cache on paper"] == tables["cache measured"]
+    assert tables["cache on paper"]["MLA"] == 2 * (size.model.kv_lora_rank + size.model.qk_rope_head_dim)
+    v3 = memory.cache_on_paper(memory.SIZES["v3"].model, {"MHA": 128})
+    assert v3 == {"MLA": 2 * 576, "MHA": 2 * 128 * 320}
+    bfloat16, fp8 = (memory.step_saved(memory.SIZES["tiny"], name, "report") for name in ("bfloat16", "fp8"))
+    assert fp8 < bfloat16
+
+
+@pytest.mark.parametrize("path", sorted((EXPERIMENTS / "results").glob("*/*.json")), ids=lambda path: path.stem)
+def test_committed_results_say_where_they_come_from(path: Path):
+    found = json.loads(path.read_text())
+    if "experiment" not in found:
+        pytest.skip("the results of a run or a plan have their own form")
+    assert {"verdict", "scale", "seeds", "device", "versions"} <= found.keys()
+    script = EXPERIMENTS / f"{found['experiment']}.py"
+    assert script.exists()
+    assert "main" in {node.name for node in ast.parse(script.read_text()).body if isinstance(node, ast.FunctionDef)}
