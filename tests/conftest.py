@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling is most of the suite's time, and LLVM's optimisations are two fifths of that. Processes that tests start
+# inherit this, so that runs can be compared bit for bit; those that compile for other hardware must not.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax
 import pytest
@@ -16,7 +19,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 jax.config.update("jax_compilation_cache_dir", str(_ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
-# Compiling is most of the suite's time. `test_model.py` compares the loop over the layers with layers laid out whole.
+# For the same reason. `test_model.py` compares the loop over the layers with layers laid out whole.
 model._MOST_UNROLLED_LAYERS = 1
 
 # Files are dealt to the workers whole (their fixtures are made once), in this order, so that no long one comes last.

@@ -16,6 +16,7 @@ from dsv3_jax.planning.collectives import Collective
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.request import to_json
 
+_CHANGE_COMPILATION = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # variables that a plan must not feel
 _TIMEOUT = 1800  # seconds; the 671B step for 2,048 devices takes one to five minutes
 
 
@@ -83,5 +84,5 @@ def _environment() -> dict[str, str]:
     places = [Path(sys.prefix) / "aot", root / ".venv" / "aot"]
     path = [*[str(place) for place in places if place.is_dir()][:1], str(root)]
     before = os.environ.get("PYTHONPATH")
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {name: value for name, value in os.environ.items() if name not in _CHANGE_COMPILATION}
     return environment | {"PYTHONPATH": os.pathsep.join(path + ([before] if before else [])), "JAX_PLATFORMS": "cpu"}
