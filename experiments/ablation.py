@@ -25,6 +25,7 @@ from corpora import write_domains
 from dsv3_jax.cli.compilation_cache import keep_compiled_programs
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
+from dsv3_jax.errors import UserError
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 from dsv3_jax.training.metrics import read_metrics
@@ -192,7 +193,11 @@ def run_arm(config: RunConfig, folder: Path, **start: Any) -> ArmResult:
     run = RunFolder(folder)
     if not run.summary.exists():
         began = time.perf_counter()
-        exit_code = train(config, folder, **start).exit_code
+        try:
+            exit_code = train(config, folder, **start).exit_code
+        except UserError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
         if exit_code == 3 and not run.summary.exists():
             print("    not finite: the arm diverged", flush=True)
         elif exit_code:
