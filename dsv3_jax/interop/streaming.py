@@ -29,6 +29,7 @@ from dsv3_jax.interop.tensor_names import BLOCK, Slot
 
 Region = tuple[tuple[int, int], ...]  # first and last + 1 along every axis
 _PIECE_BYTES = 128 * 2**20
+_FRESH_PAGES = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 READERS = min(16, os.cpu_count() or 1)
 
 
@@ -281,8 +282,9 @@ def _halves_to_pairs(matrix: np.ndarray, head: int, rotary: int) -> np.ndarray:
 def _empty_pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array in fresh pages of its own, aligned as JAX wants memory that it adopts.
 
-    numpy would ask for huge pages, which virtual machines can take ten times as long to provide as to fill.
+    numpy would ask for huge pages, which virtual machines can take ten times as long to provide as to fill. Pages
+    shared with other processes, which a mapping has unless told otherwise, are slower to come by.
     """
     size = math.prod(shape)
-    pages = mmap.mmap(-1, max(size * dtype.itemsize, 1))
+    pages = mmap.mmap(-1, max(size * dtype.itemsize, 1), flags=_FRESH_PAGES)
     return np.frombuffer(pages, dtype, size).reshape(shape)
