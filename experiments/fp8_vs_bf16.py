@@ -72,16 +72,13 @@ def main(argv: list[str] | None = None) -> None:
     fp8, blocks = numbers["fp8"], numbers["block-wise gradients"]
     difference = fp8["relative_loss_difference"]
     held = difference["mean"] < CLAIM
-    worse = blocks["validation_difference"]["mean"] - fp8["validation_difference"]["mean"]
-    noise = max(
-        blocks["validation_difference"]["standard_deviation"] or 0,
-        fp8["validation_difference"]["standard_deviation"] or 0,
-    )
+    change = paired(blocks["validation_loss"]["values"], fp8["validation_loss"]["values"])
+    worse, noise = change["mean"], change["standard_deviation"] or 0
     verdict = (
         f"The smoothed loss under FP8 lies {100 * difference['mean']:.3f}% from bf16's over the second half of the run "
         f"(largest {100 * fp8['largest_relative_loss_difference']['mean']:.3f}%): the claim of under 0.25% "
         f"{'holds' if held else 'does not hold'} at scale {options.scale}; block-wise gradients change the validation "
-        f"loss by {worse:+.4f} against FP8 with tiles (spread of the seeds {noise:.4f}), "
+        f"loss by {worse:+.4f} against FP8 with tiles (deviation over the seeds {noise:.4f}), "
         + ("which is worse." if worse > 2 * noise > 0 else "which cannot be told from noise at this size.")
     )
     for name, values in numbers.items():
