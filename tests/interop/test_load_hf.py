@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -246,3 +250,14 @@ class TestWrongContents:
         with pytest.warns(UserWarning, match="without MTP"):
             model = dsv3.load_hf(write_checkpoint(tmp_path, tensors, NAME))
         assert model.config.num_nextn_predict_layers == 0
+
+
+def test_over_eight_simulated_devices() -> None:
+    """Equal to one device's, and no device holds more than its eighth of a matrix."""
+    root = Path(__file__).parents[2]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    script = Path(__file__).with_name("simulated_mesh.py")
+    command = [sys.executable, str(script), str(GOLDEN / "v3_yarn_small")]
+    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == {"equal": True, "devices": 8, "largest_part": 0.125}
