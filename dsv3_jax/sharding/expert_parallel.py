@@ -41,6 +41,23 @@ def distribute_experts(model: DeepSeekV3, mesh: Mesh) -> None:
             block.feed_forward.experts.exchange = ExpertExchange(mesh)
 
 
+def on_every_rank(mesh: Mesh, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`jax.shard_map` over every axis of the mesh that no `shard_map` around it has taken already.
+
+    A pipeline takes the stage axis; what is inside it is then for the devices of one stage.
+    """
+    around = jax.sharding.get_abstract_mesh()
+    taken = set(around.manual_axes)
+    return jax.shard_map(
+        function,
+        mesh=around if taken else mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(mesh.axis_names) - taken,
+        check_vma=False,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class GateOnRanks:
     """`pallas_kernels.gate` for every rank's own sequences; loads are summed over all."""
@@ -61,9 +78,9 @@ class GateOnRanks:
             gates = pallas_kernels.gate(logits, bias, token_mask=token_mask, **settings)
             return dataclasses.replace(gates, load=lax.psum(gates.load, BATCH_AXES))
 
-        return jax.shard_map(
+        return on_every_rank(
+            self.mesh,
             on_a_rank,
-            mesh=self.mesh,
             in_specs=(batch, whole, batch),
             out_specs=pallas_kernels.Gates(
                 expert_index=batch,  # pyright: ignore[reportArgumentType]
@@ -72,7 +89,6 @@ class GateOnRanks:
                 affinity_mean=batch,  # pyright: ignore[reportArgumentType]
                 selection_fraction=batch,  # pyright: ignore[reportArgumentType]
             ),
-            check_vma=False,
         )(logits, bias, token_mask)
 
 
@@ -93,12 +109,11 @@ class ExpertExchange:
         """sum_i g_i E_i(u) for every token; tokens lie on the batch axes, experts on the expert axis."""
         chosen = gates.expert_index.shape[-1]
         batch = PartitionSpec(BATCH_AXES)
-        exchange = jax.shard_map(
+        exchange = on_every_rank(
+            self.mesh,
             functools.partial(self._on_a_rank, product),
-            mesh=self.mesh,
             in_specs=(batch, batch, batch, _GATE_UP, _DOWN),
             out_specs=batch,
-            check_vma=False,
         )
         return exchange(u, gates.expert_index.reshape(-1, chosen), gates.gate.reshape(-1, chosen), gate_up, down)
 
