@@ -160,18 +160,24 @@ class DeepSeekV3(nnx.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        inputs = BlockInputs(
+        inputs = self.block_inputs(positions, segment_ids, isolate_segments=isolate_segments)
+        embedded = self.embedding(tokens)
+        stream, routing = self._main_blocks(embedded, inputs)
+        hidden = self.final_norm(stream)
+        mtp_hidden, mtp_routing = self.multi_token(stream, hidden, embedded, inputs)
+        parts = [routing] if routing is not None else []
+        parts += mtp_routing
+        return Features(hidden, mtp_hidden, Routing.join(parts) if parts else None)
+
+    def block_inputs(
+        self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, *, isolate_segments: bool
+    ) -> BlockInputs:
+        """What every block is given beside the hidden state; arguments as in `features`."""
+        return BlockInputs(
             rotation=make_rotation(self.config, positions),
             segment_ids=segment_ids if isolate_segments else None,
             token_mask=None if segment_ids is None else segment_ids != 0,
         )
-        embedded = self.embedding(tokens)
-        stream, routing = self._main_blocks(embedded, inputs)
-        hidden = self.final_norm(stream)
-        mtp_hidden, mtp_routing = self._multi_token(stream, hidden, embedded, inputs)
-        parts = [routing] if routing is not None else []
-        parts += mtp_routing
-        return Features(hidden, mtp_hidden, Routing.join(parts) if parts else None)
 
     def _main_blocks(
         self, h: Float[Array, "B T d"], inputs: BlockInputs
@@ -179,14 +185,15 @@ class DeepSeekV3(nnx.Module):
         """All layers of the main model; the residual stream and the stacked routing statistics."""
         routing = None
         if self.config.num_dense_layers:
-            h, _ = self._scan_blocks(self.dense_blocks, h, inputs)
+            h, _ = self.scan_blocks(self.dense_blocks, h, inputs)
         if self.config.num_moe_layers:
-            h, routing = self._scan_blocks(self.moe_blocks, h, inputs)
+            h, routing = self.scan_blocks(self.moe_blocks, h, inputs)
         return h, routing
 
-    def _scan_blocks(
+    def scan_blocks(
         self, blocks: Block, h: Float[Array, "B T d"], inputs: BlockInputs
     ) -> tuple[Float[Array, "B T d"], Routing | None]:
+        """Stacked blocks, one after the other."""
         graph, stacked = nnx.split(blocks)
 
         def layer(h: Float[Array, "B T d"], state: nnx.State) -> tuple[Float[Array, "B T d"], Routing | None]:
@@ -204,7 +211,7 @@ class DeepSeekV3(nnx.Module):
         layers = jax.tree.leaves(stacked)[0].shape[0]
         return layers if self.remat == "none" and layers <= _MOST_UNROLLED_LAYERS else 1
 
-    def _multi_token(
+    def multi_token(
         self,
         stream: Float[Array, "B T d"],
         hidden: Float[Array, "B T d"],

@@ -97,24 +97,50 @@ def objective(
     """
     inputs = tokens[:, :-1]
     features = model.features(inputs, segment_ids=segment_ids[:, :-1], isolate_segments=isolate_segments)
-    main = cross_entropies(model, features.hidden, tokens[:, 1:], chunk)
-    counted = target_weights(segment_ids, 1, isolate_segments=isolate_segments)
-    main_loss = jnp.sum(main * counted) / real_tokens
-
-    mtp_losses = []
-    for k, hidden in enumerate(features.mtp_hidden, start=1):
-        losses = cross_entropies(model, hidden, tokens[:, k + 1 :], chunk)
-        counted = target_weights(segment_ids, k + 1, isolate_segments=isolate_segments)
-        mtp_losses.append(jnp.sum(losses * counted) / real_tokens)
-    mtp = jnp.stack(mtp_losses) if mtp_losses else jnp.zeros((0,))
-
-    # The statistics are means over the pass; its share of the batch makes sums over passes a mean again.
-    share = jnp.sum(segment_ids[:, 1:] != 0) / real_tokens
-    balance_term = share * balance_of(features.routing, balance)
-    depth = max(len(mtp_losses), 1)
-    total = main_loss + weights.mtp / depth * jnp.sum(mtp) + weights.balance * balance_term
+    main, mtp = prediction_losses(
+        model,
+        (features.hidden, *features.mtp_hidden),
+        tokens,
+        segment_ids,
+        real_tokens=real_tokens,
+        isolate_segments=isolate_segments,
+        chunk=chunk,
+    )
+    balance_term = share_of(segment_ids, real_tokens) * balance_of(features.routing, balance)
     load = features.routing.load if features.routing is not None else jnp.zeros((0, 1), jnp.int32)
-    return LossTerms(total=total, main=main_loss, mtp=mtp, balance=balance_term, load=load)
+    total = weighted(main, mtp, balance_term, weights)
+    return LossTerms(total=total, main=main, mtp=mtp, balance=balance_term, load=load)
+
+
+def prediction_losses(
+    model: DeepSeekV3,
+    hidden: tuple[Float[Array, "B _ d"], ...],
+    tokens: Int[Array, "B T1"],
+    segment_ids: Int[Array, "B T1"],
+    *,
+    real_tokens: Float[Array, ""],
+    isolate_segments: bool,
+    chunk: int,
+) -> tuple[Float[Array, ""], Float[Array, " D"]]:
+    """Cross-entropy of the main head and of every MTP depth, from the hidden states of each, the main head's first."""
+    losses = []
+    for k, states in enumerate(hidden, start=1):
+        each = cross_entropies(model, states, tokens[:, k:], chunk)
+        counted = target_weights(segment_ids, k, isolate_segments=isolate_segments)
+        losses.append(jnp.sum(each * counted) / real_tokens)
+    return losses[0], jnp.stack(losses[1:]) if losses[1:] else jnp.zeros((0,))
+
+
+def share_of(segment_ids: Int[Array, "B T1"], real_tokens: Float[Array, ""]) -> Float[Array, ""]:
+    """A pass's share of the batch: balance statistics are means over a pass, and their sums over passes means again."""
+    return jnp.sum(segment_ids[:, 1:] != 0) / real_tokens
+
+
+def weighted(
+    main: Float[Array, ""], mtp: Float[Array, " D"], balance: Float[Array, ""], weights: LossWeights
+) -> Float[Array, ""]:
+    """The total: the main loss, lambda times the mean over the MTP depths, alpha times the balance term."""
+    return main + weights.mtp / max(mtp.shape[0], 1) * jnp.sum(mtp) + weights.balance * balance
 
 
 def balance_of(routing: Routing | None, balance: Balance) -> Float[Array, ""]:
