@@ -12,6 +12,8 @@ from dsv3_jax.cli.options import parse
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import UserError
+from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.sharding.processes import Processes, join
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 from dsv3_jax.training.run_folder import RunFolder
@@ -22,6 +24,8 @@ Examples:
   dsv3 train --preset nano --out runs/nano
   dsv3 train --preset nano --out runs/mine --steps 1000 --data.corpus ~/my-project
   dsv3 train --preset mini --out runs/wide --model.n-routed-experts 64 --training.batch-size 32
+  dsv3 train --preset 1b --out runs/1b --mesh.expert 4 --mesh.fsdp 2
+  dsv3 train --preset 1b --out /shared/1b --processes.coordinator node0:1234 --processes.count 2 --processes.index 0
 """
 
 
@@ -47,6 +51,8 @@ class TrainOptions:
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    mesh: MeshConfig
+    processes: Processes
 
 
 def main(argv: list[str]) -> int:
@@ -54,6 +60,7 @@ def main(argv: list[str]) -> int:
     options = parse(TrainOptions, argv, prog="dsv3 train", description=_DESCRIPTION, default=_defaults(argv))
     if not options.out:
         raise UserError("--out FOLDER is missing: the run needs a folder, such as --out runs/nano")
+    join(options.processes)
     from dsv3_jax.precision import Precision
 
     Precision.preset(options.precision)
@@ -68,12 +75,14 @@ def main(argv: list[str]) -> int:
         data=options.data,
         training=training,
         precision=options.precision,
+        mesh=options.mesh,
     )
     from dsv3_jax.cli.compilation_cache import keep_compiled_programs
     from dsv3_jax.training.trainer import train
 
     keep_compiled_programs()
-    return train(config, Path(options.out), initial_model=_initial_model(options.init_from, config)).exit_code
+    initial_model = _initial_model(options.init_from, config)
+    return train(config, Path(options.out), initial_model=initial_model, timeout=options.processes.timeout).exit_code
 
 
 def _defaults(argv: list[str]) -> TrainOptions:
@@ -94,6 +103,8 @@ def _defaults(argv: list[str]) -> TrainOptions:
         model=_architecture(source) if source else run.model,
         data=run.data,
         training=run.training,
+        mesh=run.mesh,
+        processes=Processes(),
     )
 
 

@@ -42,12 +42,20 @@ class MeshConfig:
                 raise ConfigError(f"mesh.{axis} must be a positive whole number, or -1 for the rest, not {size!r}")
         rest = [axis for axis, size in self.sizes.items() if size == -1]
         if len(rest) > 1:
-            raise ConfigError(f"mesh: only one axis can be -1 (the rest of the devices), not {' and '.join(rest)}")
+            raise ConfigError(
+                f"mesh: only one axis can be -1 (the rest of the devices), not {' and '.join(rest)}; "
+                "give one of them a size"
+            )
 
     @property
     def sizes(self) -> dict[str, int]:
         """Size of every axis, outermost first."""
         return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def written(self) -> str:
+        """The axes that are not 1, as people write them."""
+        return " x ".join(f"{axis}={size}" for axis, size in self.sizes.items() if size != 1) or "one device"
 
     @property
     def batch_ranks(self) -> int:
@@ -84,11 +92,9 @@ class MeshConfig:
         """
         rest = [axis for axis, size in self.sizes.items() if size == -1]
         known = math.prod(size for size in self.sizes.values() if size != -1)
-        written = " x ".join(f"{axis}={size}" for axis, size in self.sizes.items() if size != 1) or "one device"
         if device_count % known or (not rest and known != device_count):
-            raise ConfigError(
-                f"mesh {written} takes {'a multiple of ' if rest else ''}{known} devices, but there are {device_count}"
-            )
+            needed = f"a multiple of {known}" if rest else str(known)
+            raise ConfigError(f"mesh {self.written} takes {needed} devices, but there are {device_count}")
         return dataclasses.replace(self, **dict.fromkeys(rest, device_count // known))
 
     def check(self, model: ModelConfig, global_batch: int) -> None:

@@ -3,7 +3,9 @@
 checkpoints/<step>/ holds the arrays (orbax: parameters, optimizer, average, router biases, key, counters), run.json
 (tokens seen, state of the data iterator), config.json, tokenizer/ and manifest.json with a SHA-256 of every file. It
 is written beside itself under a hidden name and renamed when whole, so whatever carries a step's name is complete.
-Saving is asynchronous: the arrays are copied out, and training goes on while a thread writes.
+Saving is asynchronous: the arrays are copied out, and training goes on while a thread writes. Of several processes,
+which share the folder, each writes the arrays it has, and the first does the rest. Arrays come back laid out as the run
+that restores them asks, whatever mesh saved them.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from dsv3_jax.data import Tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import Precision
+from dsv3_jax.sharding.processes import is_first, share
 from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.layout import Layout
 from dsv3_jax.training.manifest import find_damage, write_manifest
 from dsv3_jax.training.run_folder import RunFolder
 from dsv3_jax.training.state import Skeleton, TrainState, new_state
@@ -69,14 +73,11 @@ class Checkpoints:
         Raises:
           UserError: this or the previous save failed (a full disk, say).
         """
-        self.wait()
+        self.wait()  # also for the other processes' sake: the first one has ended its save when they come to theirs
         final = self._folder.checkpoints / f"{progress.step:08d}"
         temporary = self._folder.checkpoints / f".writing-{progress.step:08d}"
         try:
-            self._folder.checkpoints.mkdir(exist_ok=True)
-            for leftover in self._folder.checkpoints.glob(".writing-*"):
-                shutil.rmtree(leftover)
-            temporary.mkdir()
+            share(lambda: self._make_room(temporary))
             self._arrays.save((temporary / "arrays").absolute(), _to_arrays(state))
         except (OSError, ValueError) as error:
             raise _save_error(self._folder, error) from error
@@ -84,6 +85,12 @@ class Checkpoints:
             target=self._finish, args=(temporary, final, progress, config), name="checkpoint-writer"
         )
         self._writer.start()
+
+    def _make_room(self, temporary: Path) -> None:
+        self._folder.checkpoints.mkdir(exist_ok=True)
+        for leftover in self._folder.checkpoints.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        temporary.mkdir()
 
     def wait(self) -> None:
         """Waits for the save under way, if any, and raises what it failed with."""
@@ -104,6 +111,8 @@ class Checkpoints:
     def _finish(self, temporary: Path, final: Path, progress: Progress, config: RunConfig) -> None:
         try:
             self._arrays.wait_until_finished()
+            if not is_first():
+                return
             (temporary / "run.json").write_text(json.dumps(dataclasses.asdict(progress)))
             (temporary / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
             shutil.copytree(self._folder.tokenizer, temporary / "tokenizer")
@@ -143,12 +152,21 @@ def last_whole_checkpoint(folder: RunFolder, report: Callable[[str], None]) -> P
 
 
 def restore(
-    path: Path, config: RunConfig, make_model: Callable[[], DeepSeekV3]
+    path: Path, config: RunConfig, make_model: Callable[[], DeepSeekV3], layout: Layout | None = None
 ) -> tuple[Skeleton, TrainState, Progress]:
-    """The state saved in a checkpoint, for a run of the same configuration."""
+    """The state saved in a checkpoint, for a run of the same configuration.
+
+    Args:
+      layout: where it shall lie; one device unless given.
+    """
     skeleton, abstract = abstract_state(config, make_model)
+    places = _to_arrays((layout or Layout()).of_state(abstract))
+    wanted = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
+        for name, leaf in _to_arrays(abstract).items()
+    }
     with ocp.StandardCheckpointer() as arrays:
-        restored = arrays.restore((path / "arrays").absolute(), _to_arrays(abstract))
+        restored = arrays.restore((path / "arrays").absolute(), wanted)
     progress = Progress(**json.loads((path / "run.json").read_text()))
     return skeleton, _from_arrays(abstract, restored), progress
 
@@ -195,7 +213,7 @@ def make_model(config: RunConfig) -> DeepSeekV3:
 
 
 def _to_arrays(state: TrainState) -> dict[str, Any]:
-    """The state as a flat dictionary of plain arrays by path, which is what the array store is given."""
+    """The state (or its shapes or shardings) as a flat dictionary by path, which is what the array store is given."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {_name(path): _plain(leaf) for path, leaf in flat}
 
@@ -214,7 +232,7 @@ def _name(path: tuple) -> str:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _plain(leaf: Any) -> Any:

@@ -10,6 +10,7 @@ from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.modules.rematerialisation import REMATERIALISATIONS
 from dsv3_jax.precision import Precision
+from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.training.schedules import Schedule, tokens_of_run
 
 Balance = Literal["sequence", "batch", "none"]
@@ -32,7 +33,8 @@ class TrainingConfig:
         the precision recipe names, bfloat16 beside FP8 products and float32 otherwise.
       ema_decay: of the running average of the weights; 0 for none. (The report gives no value.)
       rematerialisation: name of a policy of `dsv3_jax.modules.rematerialisation`.
-      loss_chunk: tokens whose logits are held at a time.
+      loss_chunk: tokens whose logits a device holds at a time.
+      zero: on a mesh, optimizer state is divided over the replicas of its parameters (ZeRO-1).
       log_every, evaluate_every, checkpoint_every: steps; 0 for only at the ends.
       keep_checkpoints: how many are kept.
       max_nonfinite_steps: stop after so many steps in a row with a loss or gradient that is not finite.
@@ -54,6 +56,7 @@ class TrainingConfig:
     ema_decay: float = 0.99
     rematerialisation: str = "none"
     loss_chunk: int = 8192
+    zero: bool = True
     log_every: int = 10
     evaluate_every: int = 0
     checkpoint_every: int = 100
@@ -97,13 +100,19 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run. Its JSON form lies beside the results and inside every checkpoint."""
+    """A whole run. Its JSON form lies beside the results and inside every checkpoint.
+
+    Attributes:
+      mesh: of the devices, which may be others when a run goes on; parameters and batch are divided over all of them
+        unless it says otherwise.
+    """
 
     preset: str
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
     precision: str = "auto"
+    mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(fsdp=-1))
 
     def __post_init__(self) -> None:
         length = self.data.sequence_length
@@ -122,11 +131,14 @@ class RunConfig:
                 f"data.vocab_size ({self.data.vocab_size}) must not exceed model.vocab_size ({self.model.vocab_size})"
             )
 
-    @property
-    def total_tokens(self) -> int:
-        """Tokens the run sees."""
+    def batch_multiple(self, batch_ranks: int = 1) -> int:
+        """What the sequences of a step are a multiple of while the batch grows, with so many parts of a batch."""
+        return self.training.rows_per_pass if self.training.micro_batch_size else batch_ranks
+
+    def total_tokens(self, batch_ranks: int = 1) -> int:
+        """Tokens the run sees, with so many parts of a batch."""
         training = self.training
-        multiple = training.rows_per_pass if training.micro_batch_size else 1
+        multiple = self.batch_multiple(batch_ranks)
         return tokens_of_run(
             training.schedule, training.steps, training.batch_size, self.data.sequence_length, multiple
         )
@@ -153,6 +165,7 @@ class RunConfig:
                 data=DataConfig(**values["data"]),
                 training=TrainingConfig(**training),
                 precision=values["precision"],
+                **({"mesh": MeshConfig(**values["mesh"])} if "mesh" in values else {}),
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the run's configuration cannot be read: {error}") from error

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from dsv3_jax.data import Data, prepare_data
 from dsv3_jax.training.checkpoints import load_checkpoint
+from dsv3_jax.training.layout import Layout
 from dsv3_jax.training.run_folder import RunFolder
 from dsv3_jax.training.state import split_model
 from dsv3_jax.training.step import EvaluationSums, make_evaluation_step
@@ -64,6 +64,7 @@ def evaluate(
     data: Data,
     batch_size: int,
     *,
+    layout: Layout | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Runs the whole validation set; None when `stop` said so on the way.
@@ -71,16 +72,18 @@ def evaluate(
     Args:
       step: of `make_evaluation_step`.
       batch_size: rows a pass; the last pass is filled up with padding.
+      layout: the one that `step` was made for.
     """
     tokens, segment_ids = data.validation_rows()
-    token_bytes = jnp.asarray(data.tokenizer.token_bytes, jnp.int32)
+    token_bytes = np.asarray(data.tokenizer.token_bytes, np.int32)
+    feeding = (layout or Layout()).feeding
     sums: list[EvaluationSums] = []
     for start in range(0, len(tokens), batch_size):
         if stop():
             return None
         rows = [array[start : start + batch_size] for array in (tokens, segment_ids)]
         missing = batch_size - len(rows[0])
-        padded = [np.pad(array, ((0, missing), (0, 0))) for array in rows]
+        padded = [feeding.put_from_whole(np.pad(array, ((0, missing), (0, 0)))) for array in rows]
         sums.append(jax.device_get(step(params, biases, *padded, token_bytes)))
     total = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *sums)
     results = [

@@ -57,25 +57,29 @@ def target_weights(
 def cross_entropies(
     model: DeepSeekV3, hidden: Float[Array, "B T d"], targets: Int[Array, "B T"], chunk: int
 ) -> Float[Array, "B T"]:
-    """-log P(target) of every position, in float32, holding the logits of about `chunk` tokens at a time."""
+    """-log P(target) of every position, in float32, holding the logits of about `chunk` tokens at a time.
 
-    def of(hidden: Float[Array, "N d"], targets: Int[Array, " N"]) -> Float[Array, " N"]:
+    The pieces are stretches of all the sequences, so that every device of a mesh, which has whole sequences, takes part
+    in each.
+    """
+
+    def of(hidden: Float[Array, "*N d"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
         logits = model.head(hidden)
         # A comparison a column instead of a gather: its gradient is a comparison too, not a scatter.
-        at_target = jnp.where(targets[:, None] == jnp.arange(logits.shape[-1]), logits, 0.0)
+        at_target = jnp.where(targets[..., None] == jnp.arange(logits.shape[-1]), logits, 0.0)
         return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(at_target, axis=-1)
 
-    flat_hidden, flat_targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    count = flat_targets.shape[0]
-    pieces = -(-count // chunk)
+    rows, length = targets.shape
+    pieces = min(-(-rows * length // chunk), length)
     if pieces == 1:
-        return of(flat_hidden, flat_targets).reshape(targets.shape)
-    size = -(-count // pieces)
-    padding = pieces * size - count
-    flat_hidden = jnp.pad(flat_hidden, ((0, padding), (0, 0))).reshape(pieces, size, -1)
-    flat_targets = jnp.pad(flat_targets, (0, padding)).reshape(pieces, size)
-    losses = lax.map(jax.checkpoint(lambda pair: of(*pair)), (flat_hidden, flat_targets))
-    return losses.reshape(-1)[:count].reshape(targets.shape)
+        return of(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)).reshape(targets.shape)
+    size = -(-length // pieces)
+    padding = -(-length // size) * size - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, -1, size, hidden.shape[-1])
+    targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(rows, -1, size)
+    by_piece = (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0))
+    losses = lax.map(jax.checkpoint(lambda pair: of(*pair)), by_piece)
+    return jnp.moveaxis(losses, 0, 1).reshape(rows, -1)[:, :length]
 
 
 def objective(

@@ -112,6 +112,19 @@ class Terminal:
         return f"{seconds // 60}:{seconds % 60:02d}"
 
 
+class Quiet:
+    """What processes other than the first say: nothing."""
+
+    def write(self, record: Record) -> None:
+        """Does nothing."""
+
+    def say(self, text: str) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def describe(record: Record) -> str:
     """One step in a few words."""
     # Not the total: it jumps where the schedule lowers the weight of MTP.

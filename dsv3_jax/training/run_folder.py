@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.sharding.mesh import AXES
 from dsv3_jax.training.config import RunConfig
 
-# What may differ when a run goes on: it changes what is watched and kept, not what is computed.
+# What may differ when a run goes on: it changes what is watched and kept, and where, not what is computed.
 _FREE = {
     "training.log_every",
     "training.evaluate_every",
@@ -24,7 +25,9 @@ _FREE = {
     "training.sample_tokens",
     "training.loss_chunk",
     "training.rematerialisation",
+    "training.zero",
     "data.worker_count",
+    *(f"mesh.{axis}" for axis in AXES),
 }
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.training.balance import dead_experts, max_violation, update_biases
 from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.layout import Layout
 from dsv3_jax.training.losses import LossTerms, LossWeights, cross_entropies, objective, target_weights
 from dsv3_jax.training.optimizer import make_optimizer, update_average
 from dsv3_jax.training.state import Skeleton, TrainState
@@ -51,12 +52,16 @@ class StepMetrics:
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
-def make_train_step(skeleton: Skeleton, config: RunConfig) -> TrainStep:
+def make_train_step(skeleton: Skeleton, config: RunConfig, layout: Layout | None = None) -> TrainStep:
     """The jitted step: (state, tokens [A, B, T+1], segment_ids [A, B, T+1], settings) -> (state, metrics).
 
     A passes of B sequences are accumulated in float32. The state is donated. Where the loss or the gradient is not
     finite nothing is applied: parameters, optimizer, average and router biases stay as they were.
+
+    Args:
+      layout: of state and batch; one device unless given.
     """
+    layout = layout or Layout()
     training = config.training
     optimizer = make_optimizer(training, config.moment_dtype)
     isolate = config.data.isolate_documents
@@ -77,7 +82,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig) -> TrainStep:
             real_tokens=real_tokens,
             balance=training.balance,
             isolate_segments=isolate,
-            chunk=training.loss_chunk,
+            chunk=training.loss_chunk * layout.batch_ranks,
         )
         return terms.total, terms
 
@@ -93,6 +98,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig) -> TrainStep:
             return compute(state.params, state.router_biases, tokens, segment_ids, weights, real_tokens)
 
         gradients, terms = accumulate(one_pass, tokens, segment_ids)
+        gradients = layout.constrain_gradients(gradients)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(terms.total) & jnp.isfinite(norm)
 
@@ -130,7 +136,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig) -> TrainStep:
             step=state.step + 1,
             nonfinite_steps=nonfinite,
         )
-        return new_state, metrics
+        return layout.constrain_state(new_state), layout.replicate(metrics)
 
     return train_step
 
@@ -171,10 +177,13 @@ class EvaluationSums:
     accepted: Float[Array, " D1"]
 
 
-def make_evaluation_step(skeleton: Skeleton, config: RunConfig) -> Callable[..., EvaluationSums]:
+def make_evaluation_step(
+    skeleton: Skeleton, config: RunConfig, layout: Layout | None = None
+) -> Callable[..., EvaluationSums]:
     """The jitted pass: (params, biases, tokens [B, T+1], segment_ids, bytes of each token id [V]) -> sums."""
+    layout = layout or Layout()
     isolate = config.data.isolate_documents
-    chunk = config.training.loss_chunk
+    chunk = config.training.loss_chunk * layout.batch_ranks
 
     @jax.jit
     def evaluate(
@@ -196,6 +205,6 @@ def make_evaluation_step(skeleton: Skeleton, config: RunConfig) -> Callable[...,
             agrees = choice == main_choice[:, k:]
             parts = (losses, jnp.ones_like(losses), token_bytes[targets], agrees)
             sums.append([jnp.sum(part * counted) for part in parts])
-        return EvaluationSums(*(jnp.stack(column) for column in zip(*sums, strict=True)))
+        return layout.replicate(EvaluationSums(*(jnp.stack(column) for column in zip(*sums, strict=True))))
 
     return evaluate

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
+import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,23 +15,31 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from dsv3_jax.counts import count_flops
 from dsv3_jax.data import Data, prepare_data
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import Precision
-from dsv3_jax.training.checkpoints import Checkpoints, Progress, last_whole_checkpoint, make_model, restore
+from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.sharding.processes import Vigil, anywhere, in_turn, is_first, share
+from dsv3_jax.training.checkpoints import (
+    Checkpoints,
+    Progress,
+    last_whole_checkpoint,
+    restore,
+)
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.evaluation import Evaluation, evaluate
 from dsv3_jax.training.hardware import peak_flops
 from dsv3_jax.training.interruption import Interruption
-from dsv3_jax.training.metrics import JsonLines, Record, TensorBoard, Terminal, Writer, read_metrics
+from dsv3_jax.training.layout import Layout
+from dsv3_jax.training.metrics import JsonLines, Quiet, Record, TensorBoard, Terminal, Writer, read_metrics
 from dsv3_jax.training.plots import plot_expert_load, plot_losses
 from dsv3_jax.training.run_folder import RunFolder, write_atomically
+from dsv3_jax.training.sample import sample_text, whole_model
 from dsv3_jax.training.schedules import Settings
-from dsv3_jax.training.state import Skeleton, TrainState, new_state
+from dsv3_jax.training.starting_state import distributed_model, starting_state
 from dsv3_jax.training.step import StepMetrics, StepSettings, make_evaluation_step, make_train_step
 
 _LOAD_WINDOW = 20  # steps whose expert loads the last picture sums
@@ -48,54 +59,84 @@ class Outcome:
     end: Evaluation | None = None
 
 
-def train(config: RunConfig, out: Path, *, initial_model: Callable[[], DeepSeekV3] | None = None) -> Outcome:
+def train(
+    config: RunConfig,
+    out: Path,
+    *,
+    initial_model: Callable[[], DeepSeekV3] | None = None,
+    timeout: float = 300.0,
+) -> Outcome:
     """Trains in folder `out`, going on where an earlier start of the same run stopped.
+
+    Several processes (`sharding.processes.join`) train together when each calls this with the same arguments; the
+    folder is one that all of them see.
 
     Args:
       initial_model: makes the model a new run starts from; fresh weights unless given.
+      timeout: seconds without a step after which a process counts the others as lost, and ends.
 
     Raises:
-      UserError: the folder holds another run, is in use or cannot be written; the data cannot be used.
+      UserError: the folder holds another run, is in use or cannot be written; the data cannot be used; the mesh does
+        not divide the devices, the model or the batch.
     """
     folder = RunFolder(out)
-    with folder.locked(), Interruption() as interruption:
+    layout = _layout(config)
+    with contextlib.ExitStack() as stack:
+        share(lambda: stack.enter_context(folder.locked()) and None)
+        interruption = stack.enter_context(Interruption())
         if folder.holds_run:
             folder.check_same_run(config)
-        with folder.emptied_if_no_run_starts():
-            run = _Run(config, folder, interruption, initial_model or (lambda: make_model(config)))
+        with folder.emptied_if_no_run_starts() if is_first() else contextlib.nullcontext():
+            run = _Run(config, folder, interruption, initial_model, layout)
         try:
-            return run.train()
+            with Vigil(timeout, run.standing) as run.vigil:
+                return run.train()
         finally:
             run.close()
+
+
+def _layout(config: RunConfig) -> Layout:
+    """The run's layout over the devices there are, once they are known to suit."""
+    sizes = config.mesh.resolve(jax.device_count())
+    sizes.check(config.model, config.training.rows_per_pass)
+    return Layout.of(sizes, zero=config.training.zero)
 
 
 class _Run:
     """One start of a run, from its folder's state to its end."""
 
+    vigil: Vigil
+
     def __init__(
-        self, config: RunConfig, folder: RunFolder, interruption: Interruption, initial: Callable[[], DeepSeekV3]
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        interruption: Interruption,
+        initial: Callable[[], DeepSeekV3] | None,
+        layout: Layout,
     ):
-        self.config, self.folder, self.interruption = config, folder, interruption
+        self.config, self.folder, self.interruption, self.layout = config, folder, interruption, layout
+        self.feeding = layout.feeding
         self.checkpoints = Checkpoints(folder, keep=config.training.keep_checkpoints)
         self.writers: list[Writer] = []
-        found = last_whole_checkpoint(folder, print)
-        self.data = self._prepare_data()
+        found = share(lambda: str(last_whole_checkpoint(folder, print) or ""))
+        holds_run = share(lambda: folder.holds_run)
+        self.data = in_turn(lambda: self._prepare_data(holds_run))
         self.rows = self.data.train_iterator()
-        if found is None:
-            self.skeleton, self.state = new_state(initial(), config)
+        if not found:
+            self.skeleton, self.state = starting_state(config, layout, initial)
             self.progress = Progress(step=0, tokens=0, data=self.rows.state())
         else:
-            self.skeleton, self.state, self.progress = restore(found, config, lambda: make_model(config))
+            make = functools.partial(distributed_model, config, layout)
+            self.skeleton, self.state, self.progress = restore(Path(found), config, make, layout)
             self.rows.set_state(self.progress.data)
-        if not folder.holds_run:  # last, so that a start which is refused leaves no run
+        if is_first() and not holds_run:  # last, so that a start which is refused leaves no run
             folder.write_config(config)
-        self.terminal = Terminal(config.training.steps, self.progress.step, config.training.log_every)
-        kept = self.progress.step or -1  # a run that starts over writes its first evaluation again
-        self.writers = [
-            JsonLines(folder.metrics, kept),
-            TensorBoard(folder.tensorboard, kept),
-            self.terminal,
-        ]
+        self.terminal: Terminal | Quiet = Quiet()
+        if is_first():
+            self.terminal = Terminal(config.training.steps, self.progress.step, config.training.log_every)
+            kept = self.progress.step or -1  # a run that starts over writes its first evaluation again
+            self.writers = [JsonLines(folder.metrics, kept), TensorBoard(folder.tensorboard, kept), self.terminal]
         self.saved_step = self.progress.step if found else -1
         self.loads: deque[np.ndarray] = deque(maxlen=_LOAD_WINDOW)
         self.flops = count_flops(config.model, config.data.sequence_length).training_with_mtp
@@ -103,13 +144,13 @@ class _Run:
 
     def train(self) -> Outcome:
         """From where the run stands to its end."""
-        total = self.config.total_tokens
+        total = self.config.total_tokens(self.layout.batch_ranks)
         self._greet(total)
-        step = make_train_step(self.skeleton, self.config)
-        self.evaluation_step = make_evaluation_step(self.skeleton, self.config)
+        step = make_train_step(self.skeleton, self.config, self.layout)
+        self.evaluation_step = make_evaluation_step(self.skeleton, self.config, self.layout)
         start = self._evaluate(first=True)
         while self.progress.step < self.config.training.steps:
-            if self.interruption.requested:
+            if self._stop_requested():
                 return self._interrupted()
             metrics = self._step(step, self.progress.tokens / total)
             if int(metrics.nonfinite_steps) >= self.config.training.max_nonfinite_steps:
@@ -119,7 +160,7 @@ class _Run:
                 self._save()
             if training.evaluate_every and number % training.evaluate_every == 0 and number < training.steps:
                 self._evaluate()
-        if self.interruption.requested:
+        if self._stop_requested():
             return self._interrupted()
         end = self._evaluate()
         if end is None:
@@ -136,10 +177,27 @@ class _Run:
         self.rows.close()
         self.checkpoints.close()
 
-    def _prepare_data(self) -> Data:
+    def standing(self) -> str:
+        """Where the run stands, for whoever must start it again."""
+        if self.saved_step < 0:
+            return "nothing was saved yet: the same command starts anew"
+        return f"the same command goes on from step {self.saved_step}"
+
+    def _stop_requested(self) -> bool:
+        """Whether this or another process was told to stop: all leave the loop after the same step."""
+        return anywhere(self.interruption.requested)
+
+    def _prepare_data(self, holds_run: bool) -> Data:
         # Without config.json a start died before it was a run, and its tokenizer may be of other options.
-        tokenizer = self.folder.tokenizer if self.folder.holds_run else None
-        data = prepare_data(self.config.data, self.folder.cache, tokenizer_folder=tokenizer, progress=print)
+        tokenizer = self.folder.tokenizer if holds_run or not is_first() else None
+        data = prepare_data(
+            self.config.data,
+            self.folder.cache,
+            tokenizer_folder=tokenizer,
+            shard_index=self.feeding.index,
+            shard_count=self.feeding.count,
+            progress=print if is_first() else None,
+        )
         size = data.tokenizer.vocab_size
         if size > self.config.model.vocab_size:
             raise UserError(
@@ -155,28 +213,37 @@ class _Run:
         self.terminal.say(
             f"{self.config.preset}: {model.num_parameters(mtp=True):,} parameters, "
             f"{model.num_active_parameters():,} active a token; {total:,} tokens in {self.config.training.steps} steps "
-            f"on {jax.devices()[0].device_kind}, {Precision.preset(self.config.precision).name} precision"
+            f"on {self._where()}, {Precision.preset(self.config.precision).name} precision"
         )
         if self.progress.step:
             self.terminal.say(f"going on from step {self.progress.step}")
 
+    def _where(self) -> str:
+        kind = jax.devices()[0].device_kind
+        if self.layout.mesh is None:
+            return kind
+        processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        return f"{jax.device_count()} x {kind}{processes} ({MeshConfig(**self.layout.mesh.shape).written})"
+
     def _step(self, step: Callable, progress: float) -> StepMetrics:
         began = time.perf_counter()
         training = self.config.training
-        multiple = training.rows_per_pass if training.micro_batch_size else 1
+        multiple = self.config.batch_multiple(self.layout.batch_ranks)
         settings = training.schedule.at(progress, training.batch_size, multiple)
         tokens, segment_ids = self._next_batch(settings.batch_size)
         self.state, metrics = step(self.state, tokens, segment_ids, _scalars(settings))
         metrics = jax.device_get(metrics)
+        self.vigil.moved()
         seen = settings.batch_size * self.config.data.sequence_length
         self.progress = Progress(self.progress.step + 1, self.progress.tokens + seen, self.rows.state())
         self._record(metrics, settings, seen / (time.perf_counter() - began))
         return metrics
 
-    def _next_batch(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = min(self.config.training.rows_per_pass, size)
-        batch = self.rows.next_rows(size)
-        tokens, segment_ids = (array.reshape(size // rows, rows, -1) for array in batch)
+    def _next_batch(self, size: int) -> tuple[jax.Array, jax.Array]:
+        """Tokens and segment ids [A, B, T+1] of the next `size` sequences, of which this process reads its part."""
+        passes = size // min(self.config.training.rows_per_pass, size)
+        batch = self.rows.next_rows(size // self.feeding.count)
+        tokens, segment_ids = (self.feeding.put(array.reshape(passes, -1, array.shape[-1])) for array in batch)
         return tokens, segment_ids
 
     def _record(self, metrics: StepMetrics, settings: Settings, tokens_per_second: float) -> None:
@@ -217,8 +284,10 @@ class _Run:
             self.state.router_biases,
             self.data,
             self.config.training.rows_per_pass,
-            stop=lambda: self.interruption.requested,
+            layout=self.layout,
+            stop=self._stop_requested,
         )
+        self.vigil.moved()
         if result is None:
             return None
         if first:
@@ -250,7 +319,8 @@ class _Run:
             f"stopped and saved at step {self.progress.step} of {self.config.training.steps}; "
             f"the same command goes on from there"
         )
-        return Outcome(self.interruption.exit_code)
+        # Where another process was told to stop, this one ends as if it had been told so too.
+        return Outcome(self.interruption.exit_code if self.interruption.requested else 128 + signal.SIGTERM)
 
     def _not_finite(self, count: int) -> Outcome:
         self.checkpoints.wait()
@@ -262,8 +332,11 @@ class _Run:
         return Outcome(3)
 
     def _finish(self, start: Evaluation | None, end: Evaluation) -> None:
+        model = whole_model(self.skeleton, self.state, self.config, self.layout)
+        if not is_first():
+            return
         records = read_metrics(self.folder.metrics)
-        title = f"{self.config.preset}, {self.config.total_tokens:,} tokens"
+        title = f"{self.config.preset}, {self.progress.tokens:,} tokens"
         plot_losses(records, self.folder.loss_plot, title)
         if self.loads and self.loads[0].shape[0]:
             load = np.sum(self.loads, axis=0)
@@ -275,34 +348,11 @@ class _Run:
             "validation_at_start": None if start is None else dataclasses.asdict(start),
         }
         write_atomically(self.folder.summary, json.dumps(summary, indent=1) + "\n")
-        if self.config.training.sample_tokens:
-            self._sample()
+        if model is not None and self.config.training.sample_tokens:
+            text = sample_text(model, self.data, self.config)
+            write_atomically(self.folder.sample, text)
+            self.terminal.say(f"what it writes:\n{text}")
         self.terminal.say(f"results in {self.folder.path}: loss.png, expert_load.png, metrics.jsonl, checkpoints/")
-
-    def _sample(self) -> None:
-        text = sample_text(self.skeleton, self.state, self.data, self.config)
-        write_atomically(self.folder.sample, text)
-        self.terminal.say(f"what it writes:\n{text}")
-
-
-def sample_text(skeleton: Skeleton, state: TrainState, data: Data, config: RunConfig) -> str:
-    """The start of a validation text, and what the model makes of it."""
-    from dsv3_jax.inference import Sampler, complete
-
-    params: nnx.State = state.params if state.average is None else state.average
-    model = skeleton.model(params, state.router_biases)
-    tokens, segment_ids = data.validation_rows()
-    prompt = tokens[0][segment_ids[0] == segment_ids[0][0]][:24].tolist()
-    room = config.model.max_position_embeddings - len(prompt)
-    new = complete(
-        model,
-        [prompt],
-        min(config.training.sample_tokens, room),
-        Sampler(temperature=0.7, top_p=0.95),
-        jax.random.key(config.training.seed),
-        stop_token=data.tokenizer.eos_id,
-    )
-    return f"{data.tokenizer.decode(prompt)}|{data.tokenizer.decode(new[0])}\n"
 
 
 def layer_names(config: RunConfig) -> list[str]:

@@ -1,0 +1,48 @@
+"""What a trained model writes: a sample at the end of a run."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from dsv3_jax.data import Data
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.training.checkpoints import abstract_state, make_model
+from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.layout import Layout
+from dsv3_jax.training.state import Skeleton, TrainState
+
+_MOST_GATHERED = 4e9  # parameters of a model that is brought together on one device for this
+
+
+def whole_model(skeleton: Skeleton, state: TrainState, config: RunConfig, layout: Layout) -> DeepSeekV3 | None:
+    """The model (its running average, where there is one) on one device, or None where it is too large for that.
+
+    All processes must ask together.
+    """
+    params: nnx.State = state.params if state.average is None else state.average
+    if layout.mesh is None:
+        return skeleton.model(params, state.router_biases)
+    if config.model.num_parameters(mtp=True) > _MOST_GATHERED:
+        return None
+    whole = layout.on_one_device((params, state.router_biases))
+    plain, _ = abstract_state(config, lambda: make_model(config))
+    return plain.model(*whole)
+
+
+def sample_text(model: DeepSeekV3, data: Data, config: RunConfig) -> str:
+    """The start of a validation text, and what the model makes of it."""
+    from dsv3_jax.inference import Sampler, complete
+
+    tokens, segment_ids = data.validation_rows()
+    prompt = tokens[0][segment_ids[0] == segment_ids[0][0]][:24].tolist()
+    room = config.model.max_position_embeddings - len(prompt)
+    new = complete(
+        model,
+        [prompt],
+        min(config.training.sample_tokens, room),
+        Sampler(temperature=0.7, top_p=0.95),
+        jax.random.key(config.training.seed),
+        stop_token=data.tokenizer.eos_id,
+    )
+    return f"{data.tokenizer.decode(prompt)}|{data.tokenizer.decode(new[0])}\n"
