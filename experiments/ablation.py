@@ -6,7 +6,6 @@ finished arm is read, not run again.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import platform
@@ -20,6 +19,7 @@ from typing import Any
 
 import jax
 import matplotlib
+from command_line import CommandLine, folder, whole_number
 from corpora import write_domains
 
 from dsv3_jax.cli.compilation_cache import keep_compiled_programs
@@ -64,17 +64,19 @@ class Options:
 
 def parse_options(name: str, description: str | None, argv: Sequence[str] | None = None, *, seeds: int = 2) -> Options:
     """The options that all experiments have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(description)
     parser.add_argument("--scale", choices=SCALES, default="tiny")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(seeds)))
-    parser.add_argument("--steps", type=int, default=0, help="of every arm; 0: the scale's own")
+    parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=list(range(seeds)))
+    parser.add_argument("--steps", type=whole_number(0), default=0, help="of every arm; 0: the scale's own")
     parser.add_argument(
-        "--out", type=Path, default=None, help="results; experiments/results/<name>[-<scale>] unless given"
+        "--out", type=folder, default=None, help="results; experiments/results/<name>[-<scale>] unless given"
     )
     parser.add_argument(
-        "--runs", type=Path, default=None, help="the arms' runs, kept; runs/<name>-<scale> unless given"
+        "--runs", type=folder, default=None, help="the arms' runs, kept; runs/<name>-<scale> unless given"
     )
     given = parser.parse_args(argv)
+    if len(set(given.seeds)) < len(given.seeds):
+        parser.error("argument --seeds: a seed is named twice; give each once")
     suffix = "" if given.scale == "tiny" else f"-{given.scale}"
     return Options(
         name=name,

@@ -12,13 +12,13 @@ Writes fp8_numerics.json and fp8_numerics.png into experiments/results/ (or --ou
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from command_line import CommandLine, folder, whole_number
 
 import pallas_kernels as pk
 
@@ -96,10 +96,10 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--outputs", type=int, default=1024, help="dot products a length")
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser = CommandLine(__doc__)
+    parser.add_argument("--lengths", type=whole_number(1), nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--outputs", type=whole_number(1), default=1024, help="dot products a length")
+    parser.add_argument("--out", type=folder, default=RESULTS)
     options = parser.parse_args()
     rows = [
         {"K": k, "distribution": distribution, **measure(k, distribution, options.outputs, seed=k)}

@@ -11,8 +11,9 @@ experiments/benchmarks/kernels.py measures the same.
 
 from __future__ import annotations
 
-import argparse
 import pathlib
+
+from command_line import CommandLine, folder
 
 from pallas_kernels.blockwise_matmul.tuning import EPILOGUE_CYCLES, choose_tiling, estimated_cycles
 from pallas_kernels.grouped_matmul import tiling as grouped_tiling
@@ -133,8 +134,8 @@ def routing() -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser = CommandLine(__doc__)
+    parser.add_argument("--out", type=folder, default=RESULTS)
     options = parser.parse_args()
     lines = [
         "# Where the kernels should land on an H200",

@@ -8,13 +8,14 @@ Writes kernel_resources.json and kernel_resources.md into experiments/results/ (
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pathlib
 import subprocess
 import sys
 from typing import Any
+
+from command_line import CommandLine, folder
 
 import pallas_kernels
 from pallas_kernels.compile_ahead import TARGETS
@@ -71,8 +72,8 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser = CommandLine(__doc__)
+    parser.add_argument("--out", type=folder, default=RESULTS)
     options = parser.parse_args()
     results = {target: compiled(target) for target in TARGETS}
     for operations_of_target in results.values():

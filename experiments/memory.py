@@ -11,7 +11,6 @@ Report sections 2.1.1 (the cache) and 3.3.3 (activations). Three tables, none ne
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from ablation import RESULTS, Options, new_figure, tiny_model, write_results
+from command_line import CommandLine, folder
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -54,9 +54,9 @@ SIZES = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandLine(__doc__)
     parser.add_argument("--scale", nargs="+", choices=list(SIZES), default=["tiny", "small", "v3"])
-    parser.add_argument("--out", type=Path, default=RESULTS / "memory")
+    parser.add_argument("--out", type=folder, default=RESULTS / "memory")
     given = parser.parse_args(argv)
     options = Options("memory", ",".join(given.scale), (0,), given.out, Path(), 0)
     tables = {name: tables_of(SIZES[name]) for name in given.scale}

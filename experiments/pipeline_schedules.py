@@ -7,13 +7,14 @@ Chunk times are F = 1, B = 2 (of which W = 1) and F&B = 3; every number is found
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from command_line import CommandLine, folder, whole_number
 
+from dsv3_jax.errors import UserError
 from dsv3_jax.sharding.pipeline_schedules import make_schedule
 from dsv3_jax.sharding.pipeline_simulation import (
     Durations,
@@ -31,17 +32,21 @@ NAMES = {"F": "forward", "B": "backward", "I": "backward for input", "W": "backw
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--micro-batches", type=int, default=20)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "pipeline_schedules")
+    parser = CommandLine(__doc__)
+    parser.add_argument("--ranks", type=whole_number(1), default=8)
+    parser.add_argument("--micro-batches", type=whole_number(1), default=20)
+    parser.add_argument("--output", type=folder, default=Path(__file__).parent / "results" / "pipeline_schedules")
     options = parser.parse_args(argv)
     durations = Durations()
+    try:
+        schedules = {name: make_schedule(name, options.ranks, options.micro_batches) for name in TITLES}
+    except UserError as error:
+        parser.error(str(error))
     options.output.mkdir(parents=True, exist_ok=True)
     figure, panels = plt.subplots(3, 1, figsize=(20, 11), sharex=True, layout="constrained")
     rows, text = {}, []
     for panel, (name, title) in zip(panels, TITLES.items(), strict=True):
-        timeline = simulate(make_schedule(name, options.ranks, options.micro_batches), durations)
+        timeline = simulate(schedules[name], durations)
         figures = schedule_figures(name, options.ranks, options.micro_batches, durations)
         rows[name] = dataclasses.asdict(figures) | {
             "published_bubble": published_bubble(name, options.ranks, durations)

@@ -10,7 +10,9 @@ import math
 import random
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,12 +81,40 @@ def test_a_finished_arm_is_read_not_run(load, tmp_path: Path, monkeypatch: pytes
     assert result.validation_loss == 1.5
 
 
-@pytest.mark.parametrize("name", TRAINING)
-def test_command_lines_refuse_what_they_do_not_know(load, name: str, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize("name", [*TRAINING, "memory"])
+def test_an_unknown_scale_is_one_line(load, name: str, capsys: pytest.CaptureFixture[str]):
+    refused(load(name).main, ["--scale", "galactic"], capsys, "--scale", "'galactic'", "choose from", "--help")
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        pytest.param(["--step", "3"], ["--step 3", "--help"], id="misspelt"),
+        pytest.param(["--steps", "-3"], ["--steps", "'-3'", "at least 0"], id="negative"),
+        pytest.param(["--steps", "many"], ["--steps", "'many'", "at least 0"], id="no-number"),
+        pytest.param(["--seeds", "1", "1"], ["--seeds", "give each once"], id="seed-twice"),
+        pytest.param(["--runs", f"{__file__}/below"], ["--runs", Path(__file__).name, "is a file"], id="file"),
+    ],
+)
+def test_a_wrong_option_is_one_line(load, argv: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]):
+    refused(lambda argv: load("ablation").parse_options("name", None, argv), argv, capsys, *parts)
+
+
+def test_an_impossible_schedule_is_one_line(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    argv = ["--ranks", "3", "--output", str(tmp_path / "out")]
+    refused(load("pipeline_schedules").main, argv, capsys, "3", "use 2 or 4")
+    assert not (tmp_path / "out").exists()
+
+
+def refused(main: Callable[[list[str]], Any], argv: list[str], capsys: pytest.CaptureFixture[str], *parts: str):
+    """It ends with exit code 2 and one line that names everything in `parts`."""
     with pytest.raises(SystemExit) as stop:
-        load(name).main(["--scale", "galactic"])
+        main(argv)
     assert stop.value.code == 2
-    assert "galactic" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert all(part in printed.err for part in parts), printed.err
 
 
 def test_memory_on_paper_is_what_arrays_hold(load, tmp_path: Path):
