@@ -1,0 +1,26 @@
+"""Runs a script of the tests in a process with eight simulated devices, and returns the JSON of its last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+_TESTS = Path(__file__).resolve().parent
+FLAGS = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's, with the project first on the path and the tests' own modules after it."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)])} | changes
+
+
+def run_simulated(script: Path, *arguments: str) -> Any:
+    """What `script` prints at its end."""
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(**FLAGS), check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])

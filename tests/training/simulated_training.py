@@ -1,0 +1,92 @@
+"""On eight simulated devices: one training step on every mesh named in the arguments, beside one device. Prints JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from small_models import small_model
+from small_runs import SETTINGS, random_batch, small_run
+
+from dsv3_jax import model as model_module
+from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.layout import Layout
+from dsv3_jax.training.starting_state import starting_state
+from dsv3_jax.training.step import make_train_step
+
+model_module._MOST_UNROLLED_LAYERS = 1
+RATE = float(SETTINGS.learning_rate)
+
+
+def run_of(kind: str) -> RunConfig:
+    """One MoE layer (small), or a dense one, an MoE one and an MTP module in two passes (whole)."""
+    if kind == "whole":
+        return small_run(batch_size=16, micro_batch_size=8)
+    run = small_run(batch_size=8, micro_batch_size=0, loss_chunk=32)
+    changes = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    return dataclasses.replace(run, model=run.model.replace(**changes))
+
+
+def step_on(config: RunConfig, layout: Layout) -> dict[str, np.ndarray]:
+    """Every leaf of the state after one step, and the metrics, by name."""
+    rows = config.training.rows_per_pass
+    batch = [np.asarray(x) for x in random_batch(0, config.training.batch_size // rows, rows, padded=True)]
+    skeleton, state = starting_state(config, layout, lambda: small_model(config.model, 0))
+    biases = 0.05 * np.arange(state.router_biases.size, dtype=np.float32).reshape(state.router_biases.shape)
+    state = dataclasses.replace(state, router_biases=jax.device_put(biases, state.router_biases.sharding))
+    state, metrics = make_train_step(skeleton, config, layout)(state, *map(layout.feeding.put, batch), SETTINGS)
+    leaves = jax.tree_util.tree_leaves_with_path((dataclasses.replace(state, key=0), metrics))
+    return {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
+
+
+def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Largest differences by what they are of; gradients are read from Adam's first moment."""
+
+    def relative(word: str) -> float:
+        names = [name for name in one if word in name]
+        assert names, word
+        return max(float(np.abs(one[name] - other[name]).max() / (np.abs(one[name]).max() or 1)) for name in names)
+
+    parameters = [name for name in one if ".params" in name]
+    updates = [float(np.sqrt(np.mean((one[name] - other[name]) ** 2))) / RATE for name in parameters]
+    load = next(value for name, value in one.items() if name.endswith(".load"))
+    return {
+        "loss": relative("[1].loss"),
+        "gradient": relative(".mu"),
+        "norm": relative(".gradient_norm"),
+        "update": max(updates),
+        "load": relative("[1].load"),
+        "biases": relative(".router_biases"),
+        "uneven": float(load.max() / load.mean()),
+    }
+
+
+def divided(layout: Layout, config: RunConfig) -> dict[str, float]:
+    """Which part of parameters and moments a device holds."""
+    _, state = starting_state(config, layout, lambda: small_model(config.model, 0))
+
+    def part(tree: Any) -> float:
+        leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 1]
+        return sum(leaf.addressable_shards[0].data.size for leaf in leaves) / sum(leaf.size for leaf in leaves)
+
+    return {"parameters": part(state.params), "moments": part(state.optimizer)}
+
+
+def main(kind: str, *meshes: str) -> None:
+    config = run_of(kind)
+    one = step_on(config, Layout())
+    results = {}
+    for text in meshes:
+        sizes = MeshConfig.parse(text)
+        layout = Layout.of(sizes, devices=jax.devices()[: np.prod(list(sizes.sizes.values()))])
+        results[text] = compare(one, step_on(config, layout)) | divided(layout, config)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
