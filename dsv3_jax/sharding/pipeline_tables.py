@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
+import jax
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
@@ -24,9 +26,12 @@ INPUT, WEIGHTS = 1, 2
 _NONE = -1
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lockstep:
     """What every rank does at every tick: int32 [ticks, ranks] each, -1 where there is nothing.
+
+    Numpy arrays; inside the compiled loop, one rank's scalars at one tick.
 
     Attributes:
       forward: micro-batch whose forward pass is computed.   forward_direction, forward_stage: its own.
@@ -41,22 +46,22 @@ class Lockstep:
         the ranks; arriving_gradient_up, _down: the same of gradients.
     """
 
-    forward: np.ndarray
-    forward_direction: np.ndarray
-    forward_stage: np.ndarray
-    forward_inbox: np.ndarray
-    forward_kept: np.ndarray
-    forward_out: np.ndarray
-    backward: np.ndarray
-    backward_micro_batch: np.ndarray
-    backward_direction: np.ndarray
-    backward_stage: np.ndarray
-    backward_kept: np.ndarray
-    backward_inbox: np.ndarray
-    arriving_activation_up: np.ndarray
-    arriving_activation_down: np.ndarray
-    arriving_gradient_up: np.ndarray
-    arriving_gradient_down: np.ndarray
+    forward: Any
+    forward_direction: Any
+    forward_stage: Any
+    forward_inbox: Any
+    forward_kept: Any
+    forward_out: Any
+    backward: Any
+    backward_micro_batch: Any
+    backward_direction: Any
+    backward_stage: Any
+    backward_kept: Any
+    backward_inbox: Any
+    arriving_activation_up: Any
+    arriving_activation_down: Any
+    arriving_gradient_up: Any
+    arriving_gradient_down: Any
 
 
 @dataclasses.dataclass(frozen=True)

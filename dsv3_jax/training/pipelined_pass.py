@@ -86,7 +86,9 @@ def make_pipelined_pass(
             check_vma=False,
         )(tables, arranged, (shared, rest), tokens, segment_ids, weights, real_tokens, jnp.asarray(layers))
         block_gradients, load = jax.tree.map(lambda leaf: leaf[out_of_place], (block_gradients, load))
-        gradients = nnx.State({**shared_gradients, "moe_blocks": block_gradients})
+        joined = nnx.State({**shared_gradients, "moe_blocks": block_gradients})
+        # The same leaves in the same order; nodes differ in kind where a state was put together from parts.
+        gradients = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(joined))
         terms = LossTerms(
             total=weighted(sums.main, sums.mtp, sums.balance, weights),
             main=sums.main,
@@ -166,9 +168,7 @@ def _run_rank(
 
     if directions == 2:
         arranged = jax.tree.map(with_opposite, arranged)
-    rank = _Rank(
-        config, graphs, arranged, others, tokens, segment_ids, weights, real_tokens, layer_counts, room, chunk
-    )
+    rank = _Rank(config, graphs, arranged, others, tokens, segment_ids, weights, real_tokens, layer_counts, room, chunk)
     model = rank.model(others[0])
     experts, depth = config.model.n_routed_experts, config.model.num_nextn_predict_layers
     shape = (tokens.shape[1], tokens.shape[2] - 1, config.model.hidden_size)
@@ -347,18 +347,14 @@ class _Rank:
         # The first stage hands its input's gradient to no one.
         only = (at.backward == INPUT) & (stage != 0)
         by_input = lax.fori_loop(0, jnp.where(only, count, 0), input_only, g)
-        g, block_gradients = lax.fori_loop(
-            0, jnp.where(by_weights, count, 0), both, (g, progress.block_gradients)
-        )
+        g, block_gradients = lax.fori_loop(0, jnp.where(by_weights, count, 0), both, (g, progress.block_gradients))
 
         def from_first(total: nnx.State) -> nnx.State:
             _, pull = jax.vjp(lambda shared: self.first(shared, tokens, inputs), shared)
             return jax.tree.map(jnp.add, total, pull(g)[0])
 
         total = lax.cond((stage == 0) & by_weights, from_first, lambda total: total, total)
-        progress = dataclasses.replace(
-            progress, block_gradients=block_gradients, shared_gradients=total, sums=sums
-        )
+        progress = dataclasses.replace(progress, block_gradients=block_gradients, shared_gradients=total, sums=sums)
         return jnp.where(only, by_input, g), progress
 
     def _layers(self, stage: Int[Array, ""]) -> Int[Array, ""]:
