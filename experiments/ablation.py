@@ -7,6 +7,7 @@ finished arm is read, not run again.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import platform
 import statistics
@@ -26,6 +27,7 @@ from dsv3_jax.cli.compilation_cache import keep_compiled_programs
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import UserError
+from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 from dsv3_jax.training.metrics import read_metrics
@@ -178,15 +180,26 @@ class ArmResult:
         return statistics.fmean(self.max_violation[len(self.max_violation) // 2 :])
 
 
-def run_arms(options: Options, arms: Mapping[str, Callable[[int], RunConfig]]) -> dict[str, list[ArmResult]]:
-    """Every arm with every seed, finished ones read from their folders."""
+def run_arms(
+    options: Options,
+    arms: Mapping[str, Callable[[int], RunConfig]],
+    starts: Mapping[str, Callable[[RunConfig], DeepSeekV3]] | None = None,
+) -> dict[str, list[ArmResult]]:
+    """Every arm with every seed, finished ones read from their folders.
+
+    Args:
+      starts: of the arms that do not start from the seed's own weights, what they start from.
+    """
     keep_compiled_programs()
     results: dict[str, list[ArmResult]] = {name: [] for name in arms}
     total = len(arms) * len(options.seeds)
     for number, (seed, name) in enumerate((seed, name) for seed in options.seeds for name in arms):
         folder = options.runs / f"{name.replace(' ', '_')}-{seed}"
         print(f"[{number + 1}/{total}] {options.name}: {name}, seed {seed}", flush=True)
-        results[name].append(run_arm(arms[name](seed), folder))
+        config = arms[name](seed)
+        start = starts.get(name) if starts else None
+        given = {"initial_model": functools.partial(start, config)} if start else {}
+        results[name].append(run_arm(config, folder, **given))
     return results
 
 
@@ -249,8 +262,13 @@ def new_figure(columns: int, width: float = 5.0, height: float = 3.6) -> tuple[A
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False)
+    figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained")
     return figure, axes[0]
+
+
+def legend_below(figure: Any, axis: Any) -> None:
+    """One legend for all panels, of what `axis` shows, below them: no curve lies under it."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
 def write_results(options: Options, figures: Mapping[str, Any], verdict: str, numbers: Mapping[str, Any]) -> None:
@@ -269,6 +287,5 @@ def write_results(options: Options, figures: Mapping[str, Any], verdict: str, nu
     }
     (options.out / f"{options.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     for name, figure in figures.items():
-        figure.tight_layout()
         figure.savefig(options.out / f"{name}.png", dpi=130)
     print(f"{verdict}\nresults in {options.out}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from ablation import (
     RunConfig,
+    legend_below,
     new_figure,
     paired,
     parse_options,
@@ -77,8 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         loss, busiest = numbers[name]["validation_loss"], numbers[name]["max_violation"]
         print(f"{name:22} validation {show(loss)}  MaxVio {show(busiest, 2)}")
-    violations.set(xlabel="step", ylabel="MaxVio", title="Load of the busiest expert over the mean, less one")
-    violations.legend(fontsize=7)
+    violations.set(xlabel="step", ylabel="MaxVio", title="Load of the busiest expert over the mean, less 1")
+    legend_below(figure, violations)
     trade.set(xlabel="MaxVio, second half", ylabel="validation loss, nats a token", title="Balance and loss")
 
     write_results(options, {"balance_ablation": figure}, _verdict(numbers, options.scale), {"arms": numbers})

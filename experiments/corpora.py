@@ -11,6 +11,7 @@ import inspect
 import json
 import random
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 DOMAINS = ("code", "prose", "mathematics")
@@ -43,42 +44,51 @@ def read_domain(path: Path, domain: str) -> list[str]:
     return [row["text"] for row in rows if row["domain"] == domain]
 
 
-KEYS = "abcdefghijklmnop"
-NEEDLE = "Z"  # a key like the others in training, that appears nowhere else in a haystack
+# One character each: a fact "key k has value v" is _FACTS[8 k + v], the question for k _QUESTIONS[k], v _ANSWERS[v].
+_FACTS = "".join(map(chr, range(33, 97)))
+_ANSWERS, _QUESTIONS, _HAY = "abcdefgh", "ijklmnop", "qrstuvwx"
+NEEDLE = 7  # the key that a haystack tells once
 
 
-def write_retrieval(path: Path, documents: int, items: int) -> Path:
-    """Writes texts of `items` assignments ("f=3;") and questions ("f?3;", the key's last value), four bytes each."""
+def write_retrieval(path: Path, documents: int, length: int) -> Path:
+    """Writes texts of facts, questions with their answers, and hay; with its end each has `length` tokens."""
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
-    path.write_text(
-        "".join(json.dumps({"text": _retrieval(draw, items, KEYS + NEEDLE)}) + "\n" for _ in range(documents))
-    )
+    texts = (_retrieval(draw, length - 1, range(8)) for _ in range(documents))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 
-def haystack(draw: random.Random, items: int, depth: float) -> str:
-    """`items` items, the needle's assignment at `depth` (0: first) and its question last; the answer ends the text."""
-    at = round(depth * (items - 2))
-    digit = draw.randint(0, 9)
-    text = _retrieval(draw, items - 2, KEYS)
-    return f"{text[: 4 * at]}{NEEDLE}={digit};{text[4 * at :]}{NEEDLE}?{digit}"
+def haystack(draw: random.Random, length: int, depth: float) -> str:
+    """`length` characters: such a text with one more fact at `depth` (0: first), whose question and answer end it."""
+    text = _retrieval(draw, length - 3, range(NEEDLE))
+    at = round(depth * len(text))
+    if at and text[at - 1] in _QUESTIONS:  # between a question and its answer
+        at -= 1
+    value = draw.randrange(8)
+    return f"{text[:at]}{_FACTS[8 * NEEDLE + value]}{text[at:]}{_QUESTIONS[NEEDLE]}{_ANSWERS[value]}"
 
 
-def _retrieval(draw: random.Random, items: int, keys: str) -> str:
-    values: dict[str, int] = {}
-    parts = []
-    for _ in range(items):
-        if values and draw.random() < 0.5:
-            key = draw.choice(list(values))
-            parts.append(f"{key}?{values[key]};")
+def _retrieval(draw: random.Random, length: int, keys: Sequence[int]) -> str:
+    """Every fact is told once, in the first half, and asked for from then on: gaps are as long as the text."""
+    chosen = draw.sample(keys, min(len(keys), max(3, length // 16)))
+    told_at = dict(zip(draw.sample(range(length // 2), len(chosen)), chosen, strict=True))
+    value: dict[int, int] = {}
+    text = ""
+    while len(text) < length:
+        due = [place for place in told_at if place <= len(text)]
+        if due:
+            key = told_at.pop(min(due))
+            value[key] = draw.randrange(8)
+            text += _FACTS[8 * key + value[key]]
+        elif value and len(text) < length - 1 and draw.random() < 0.4:
+            key = draw.choice(list(value))
+            text += _QUESTIONS[key] + _ANSWERS[value[key]]
         else:
-            key = draw.choice(keys)
-            values[key] = draw.randint(0, 9)
-            parts.append(f"{key}={values[key]};")
-    return "".join(parts)
+            text += draw.choice(_HAY)
+    return text
 
 
 def _sources() -> list[str]:

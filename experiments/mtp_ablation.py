@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -51,19 +52,14 @@ def main(argv: list[str] | None = None) -> None:
         measure: paired(numbers["with"][measure]["values"], numbers["without"][measure]["values"])
         for measure in ("validation_loss", "answers_right", "repetition_loss")
     }
-    figure, (curves, bars) = new_figure(2)
+    figure, (curves, *bars) = new_figure(3, width=4.2)
     for name, runs in results.items():
         curves.plot(runs[0].steps, smoothed(runs[0].loss), label=f"{name} MTP")
     curves.set(xlabel="step", ylabel="loss of the main head", title="Main head, training (smoothed)")
     curves.legend()
-    bars.bar(
-        list(differences),
-        [d["mean"] for d in differences.values()],
-        yerr=[d["standard_deviation"] or 0 for d in differences.values()],
-    )
-    bars.axhline(0, color="0.3", lw=0.8)
-    bars.tick_params(axis="x", labelsize=7)
-    bars.set_title("with MTP less without, seed by seed")
+    losses = {"validation": differences["validation_loss"], "repetition": differences["repetition_loss"]}
+    _draw_differences(bars[0], losses, 1.0, "loss, nats a byte")
+    _draw_differences(bars[1], {"answers": differences["answers_right"]}, 100.0, "right answers, points of 100")
 
     loss, answers = differences["validation_loss"], differences["answers_right"]
     noise = loss["standard_deviation"] or 0.0
@@ -78,6 +74,20 @@ def main(argv: list[str] | None = None) -> None:
     for name, values in numbers.items():
         print(f"{name:8}", {measure: show(value) for measure, value in values.items()})
     write_results(options, {"mtp_ablation": figure}, verdict, {"arms": numbers, "with_less_without": differences})
+
+
+def _draw_differences(axis: Any, differences: dict[str, dict], unit: float, label: str) -> None:
+    """Bars of means with their deviation, and a dot for every seed; one unit an axis."""
+    for place, difference in enumerate(differences.values()):
+        deviation = difference["standard_deviation"] or 0.0
+        axis.bar(place, unit * difference["mean"], yerr=unit * deviation, width=0.5, color="0.8", ecolor="0.4")
+        values = [unit * value for value in difference["values"]]
+        axis.plot([place] * len(values), values, "o", color="tab:orange", ms=4)
+    axis.axhline(0, color="0.3", lw=0.8)
+    axis.set_xticks(range(len(differences)), list(differences))
+    axis.set(ylabel=label, xlim=(-0.6, len(differences) - 0.4), title="with MTP less without, by seed")
+    if not any(value for difference in differences.values() for value in difference["values"]):
+        axis.set_ylim(-1, 1)
 
 
 def _numbers(runs: list[ArmResult]) -> dict:

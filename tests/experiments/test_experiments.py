@@ -44,15 +44,44 @@ def test_domains_are_unlike_and_always_the_same(load, tmp_path: Path):
     assert share["mathematics"] > 5 * max(share["code"], share["prose"])
 
 
-def test_a_haystack_asks_for_its_needle(load):
+def told(text: str) -> dict[int, list[int]]:
+    """Where each key's fact stands, read by the characters' codes: 33 + 8 key + value."""
+    found: dict[int, list[int]] = {}
+    for place, code in enumerate(text.encode()):
+        if 33 <= code < 97:
+            found.setdefault((code - 33) // 8, []).append(place)
+    return found
+
+
+def check_answers(text: str) -> int:
+    """Every question (105 + key) comes after its fact and is answered (97 + value) by it; how many there are."""
+    codes, facts = text.encode(), told(text)
+    questions = [place for place, code in enumerate(codes[:-1]) if 105 <= code < 113]
+    for place in questions:
+        (at,) = facts[codes[place] - 105]
+        assert at < place
+        assert codes[place + 1] - 97 == (codes[at] - 33) % 8
+    return len(questions)
+
+
+def test_a_text_of_facts_fills_a_row_and_answers_its_questions(load, tmp_path: Path):
+    path = load("corpora").write_retrieval(tmp_path / "facts.jsonl", documents=20, length=64)
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    assert {len(text) for text in texts} == {63}  # and the end of the text
+    assert all(check_answers(text) > 0 for text in texts)
+    assert set().union(*map(told, texts)) == set(range(8))
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
+def test_a_haystack_asks_for_its_needle(load, depth: float):
     corpora = load("corpora")
-    for depth in (0.0, 0.5, 1.0):
-        text = corpora.haystack(random.Random(1), 32, depth)
-        assert text.count(corpora.NEEDLE) == 2
-        question = text.rindex(corpora.NEEDLE + "?")
-        assigned = text.index(corpora.NEEDLE + "=")
-        assert text[question + 2 :] == text[assigned + 2]
-        assert abs(assigned / 4 - depth * 30) <= 1
+    for seed in range(20):
+        text = corpora.haystack(random.Random(seed), 128, depth)
+        assert len(text) == 128
+        assert check_answers(text) > 1
+        (at,) = told(text)[corpora.NEEDLE]
+        assert abs(at - depth * 125) <= 1.5  # rounded, and before a question rather than after it
+        assert text.index(chr(105 + corpora.NEEDLE)) == 126
 
 
 def test_spread_and_pairs(load):

@@ -1,0 +1,312 @@
+"""Context extension in two phases by YaRN, and a needle in a haystack before and after (report section 4.3, figure 8).
+
+    python experiments/long_context.py [--scale tiny|small|1b] [--seeds 0 1]
+
+Claim: two short phases of training under YaRN (s = 40, alpha = 1, beta = 32, sqrt(t) = 0.1 ln s + 1, the last learning
+rate of pre-training) take a model from 4K tokens to 32K and then to 128K, 8 and 4 times its context, and a fact put
+anywhere in a long text is found. Lengths and batches keep the report's ratios (a step has the same tokens in all
+three runs), and so do the settings of YaRN; alpha and beta are `beta_slow` and `beta_fast`. The temperature
+multiplies all logits, as in the published weights' own code, not those of the decoupled key alone.
+
+The text is made for the purpose (`corpora.py`): facts of one character, each told once in a document, questions about
+them with the answers, and hay. The needle is such a fact of a key that the rest of the haystack does not speak of.
+Beside the two phases: the pre-trained model as it is, the same under YaRN untrained, and both phases without YaRN.
+Without MTP and the balance losses, which play no part here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ablation import (
+    BYTES,
+    ArmResult,
+    Options,
+    RunConfig,
+    new_figure,
+    parse_options,
+    run_arm,
+    run_of,
+    spread,
+    tiny_model,
+    write_results,
+)
+from corpora import haystack, write_retrieval
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+import dsv3_jax as dsv3
+from dsv3_jax.cli.compilation_cache import keep_compiled_programs
+from dsv3_jax.config import ModelConfig, RopeScaling
+from dsv3_jax.data import DataConfig
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.training.checkpoints import make_model
+from dsv3_jax.training.schedules import Schedule
+
+FACTOR = 40.0  # s
+GRIDS = ("pre-trained", "YaRN, untrained", "YaRN, phase 1", "YaRN, phase 2", "phase 2 without YaRN")
+DEPTHS = (0.0, 0.17, 0.33, 0.5, 0.67, 0.83, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Three runs, one after another.
+
+    Attributes:
+      lengths, batches, steps: tokens of a sequence, sequences of a step and steps, of pre-training and the phases.
+      documents: how many each of the three runs has to read.
+      learning_rate: the peak of pre-training. Its end, which both phases keep, is the report's share of it.
+      trials: haystacks of one length and depth.
+    """
+
+    model: ModelConfig
+    lengths: tuple[int, int, int]
+    batches: tuple[int, int, int]
+    steps: tuple[int, int, int]
+    documents: tuple[int, int, int]
+    learning_rate: float
+    trials: int = 12
+
+    @property
+    def contexts(self) -> list[int]:
+        """Lengths of the haystacks: doubling, from half of pre-training's."""
+        return [
+            self.lengths[0] // 2 * 2**power for power in range(int(np.log2(self.lengths[2] // self.lengths[0])) + 2)
+        ]
+
+
+def plan_of(options: Options) -> Plan:
+    """Of a scale; 1/128, 1/32 and 1/8 of the report's lengths."""
+    if options.scale == "tiny":
+        model = tiny_model().replace(num_hidden_layers=2, n_routed_experts=8, qk_rope_head_dim=16, kv_lora_rank=32)
+        plan = Plan(model, (32, 256, 1024), (32, 4, 1), (600, 150, 150), (20_000, 800, 200), 3e-3)
+    elif options.scale == "small":
+        model = ModelConfig.preset("nano", vocab_size=BYTES)
+        plan = Plan(model, (128, 1024, 4096), (64, 8, 2), (8000, 1000, 1000), (200_000, 8000, 2000), 2e-3)
+    else:
+        model = ModelConfig.preset("1b", vocab_size=BYTES)
+        plan = Plan(model, (512, 4096, 16384), (128, 16, 4), (8000, 1000, 1000), (200_000, 16000, 4000), 6e-4)
+    model = plan.model.replace(num_nextn_predict_layers=0, max_position_embeddings=plan.lengths[0], rope_scaling=None)
+    steps = (options.steps,) * 3 if options.steps else plan.steps
+    return dataclasses.replace(plan, model=model, steps=steps)
+
+
+def extended(model: ModelConfig, original: int, yarn: bool) -> ModelConfig:
+    """The same model for FACTOR times the context; nothing but positions differs."""
+    scaling = RopeScaling(factor=FACTOR, original_max_position_embeddings=original) if yarn else None
+    return model.replace(max_position_embeddings=int(FACTOR) * original, rope_scaling=scaling)
+
+
+def run_of_phase(options: Options, plan: Plan, seed: int, phase: int, yarn: bool) -> RunConfig:
+    """Pre-training (phase 0) or one of the two phases; those keep the last learning rate of pre-training."""
+    length = plan.lengths[phase]
+    common: dict[str, Any] = {"ramp_until": 0.0, "ramp_from": 1.0, "balance_weight": 0.0}
+    last = Schedule().last_rate
+    schedule = Schedule(
+        learning_rate=plan.learning_rate, warmup_until=0.05, constant_until=0.6, bias_update_speed=0.005, **common
+    )
+    if phase:
+        schedule = Schedule(
+            learning_rate=plan.learning_rate * last,
+            warmup_until=0.0,
+            constant_until=1.0,
+            cosine_until=1.0,
+            final_until=1.0,
+            bias_update_speed=0.0,
+            **common,
+        )
+    run = run_of(options, seed, steps=plan.steps[phase])
+    corpus = write_retrieval(options.runs / f"facts-{length}.jsonl", plan.documents[phase], length)
+    return dataclasses.replace(
+        run,
+        model=extended(plan.model, plan.lengths[0], yarn) if phase else plan.model,
+        data=DataConfig(
+            corpus=str(corpus),
+            tokenizer="byte",
+            vocab_size=BYTES,
+            sequence_length=length,
+            fill_in_middle_rate=0.0,
+            validation_sequences=max(4, 4096 // length),
+            seed=seed,
+        ),
+        training=dataclasses.replace(
+            run.training,
+            steps=plan.steps[phase],
+            batch_size=plan.batches[phase],
+            schedule=schedule,
+            balance="none",
+            checkpoint_every=500,
+            log_every=500,
+        ),
+    )
+
+
+def weights_of(folder: Path, config: RunConfig) -> DeepSeekV3:
+    """The model a run has reached, its weights unchanged, as a model of `config`."""
+    found, _, _ = dsv3.load_checkpoint(folder)
+    model = make_model(config)
+    nnx.update(model, nnx.state(found))
+    return model
+
+
+def extend(options: Options, plan: Plan, seed: int) -> tuple[dict[str, ArmResult], dict[str, DeepSeekV3]]:
+    """All runs of a seed, each from the weights of the one before, and the models of the grids."""
+    runs: dict[str, ArmResult] = {}
+
+    def run(name: str, phase: int, yarn: bool, before: str | None) -> None:
+        config = run_of_phase(options, plan, seed, phase, yarn)
+        start = {} if before is None else {"initial_model": functools.partial(weights_of, runs[before].folder, config)}
+        print(f"{options.name}: {name}, seed {seed}, {plan.lengths[phase]} tokens", flush=True)
+        runs[name] = run_arm(config, options.runs / f"{name.replace(' ', '_').replace(',', '')}-{seed}", **start)
+
+    run("pre-training", 0, False, None)
+    for kind, yarn in (("YaRN", True), ("plain", False)):
+        run(f"{kind}, phase 1", 1, yarn, "pre-training")
+        run(f"{kind}, phase 2", 2, yarn, f"{kind}, phase 1")
+    plain, scaled = (run_of_phase(options, plan, seed, 2, yarn) for yarn in (False, True))
+    sources = {
+        "pre-trained": ("pre-training", plain),
+        "YaRN, untrained": ("pre-training", scaled),
+        "YaRN, phase 1": ("YaRN, phase 1", scaled),
+        "YaRN, phase 2": ("YaRN, phase 2", scaled),
+        "phase 2 without YaRN": ("plain, phase 2", plain),
+    }
+    return runs, {grid: weights_of(runs[name].folder, config) for grid, (name, config) in sources.items()}
+
+
+def found_needles(model: DeepSeekV3, plan: Plan) -> Float[np.ndarray, "depths contexts"]:
+    """Share of the needles whose value is the model's first choice, by depth and length of the haystack."""
+    graph, state = nnx.split(model)
+    shares = np.zeros((len(DEPTHS), len(plan.contexts)))
+    for column, context in enumerate(plan.contexts):
+        draw = random.Random(context)
+        texts = [haystack(draw, context, depth) for depth in DEPTHS for _ in range(plan.trials)]
+        width = next(length for length in plan.lengths if length >= context)  # few shapes, so few programs to compile
+        tokens = np.zeros((len(texts), width), np.int32)
+        for row, text in zip(tokens, texts, strict=True):
+            row[: len(text)] = np.frombuffer(text.encode(), np.uint8) + FIRST_BYTE
+        pass_rows = max(1, min(len(texts), 16384 // width))
+        right = np.concatenate(
+            [
+                np.asarray(_answers(graph, state, jnp.asarray(tokens[at : at + pass_rows]), context - 1))
+                for at in range(0, len(texts), pass_rows)
+            ]
+        )
+        shares[:, column] = right.reshape(len(DEPTHS), plan.trials).mean(axis=1)
+    return shares
+
+
+FIRST_BYTE = 3  # id of byte 0; the ids before are the beginning, the end and padding
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _answers(graph: Any, state: nnx.State, tokens: Int[Array, "B T"], place: Int[Array, ""]) -> Bool[Array, " B"]:
+    """Whether the token at `place` is what the model expects there; what comes after is not seen."""
+    model: DeepSeekV3 = nnx.merge(graph, state)
+    hidden = model.features(tokens).hidden
+    logits = model.head(jnp.take(hidden, place - 1, axis=1))
+    return jnp.argmax(logits, -1) == jnp.take(tokens, place, axis=1)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse_options("long_context", __doc__, argv)
+    keep_compiled_programs()
+    plan = plan_of(options)
+    shares: dict[str, list[np.ndarray]] = {grid: [] for grid in GRIDS}
+    losses: dict[str, list[float]] = {}
+    for seed in options.seeds:
+        runs, models = extend(options, plan, seed)
+        for name, run in runs.items():
+            losses.setdefault(name, []).append(run.validation_loss)
+        for grid, model in models.items():
+            shares[grid].append(found_needles(model, plan))
+    numbers = {grid: _by_reach(of_seeds, plan) for grid, of_seeds in shares.items()}
+    for grid, reaches in numbers.items():
+        print(f"{grid:22}", {reach: f"{100 * value['mean']:.0f}%" for reach, value in reaches.items()})
+    means = {grid: np.mean(of_seeds, axis=0) for grid, of_seeds in shares.items()}
+    write_results(
+        options,
+        {"long_context": draw(means, plan)},
+        _verdict(numbers, plan, options.scale),
+        {
+            "found": numbers,
+            "contexts": plan.contexts,
+            "depths": DEPTHS,
+            "found_by_depth_and_context": {grid: mean.round(4).tolist() for grid, mean in means.items()},
+            "validation_loss": {name: spread(values) for name, values in losses.items()},
+            "runs": {name: getattr(plan, name) for name in ("lengths", "batches", "steps")},
+        },
+    )
+
+
+def _reaches(plan: Plan) -> dict[str, Callable[[int], bool]]:
+    first, second, third = plan.lengths
+    return {
+        f"up to {first}": lambda context: context <= first,
+        f"up to {second}": lambda context: first < context <= second,
+        f"up to {third}": lambda context: second < context <= third,
+    }
+
+
+def _by_reach(of_seeds: list[np.ndarray], plan: Plan) -> dict[str, dict[str, Any]]:
+    """Share found over all depths: within the length of pre-training, then of phase 1, then of phase 2."""
+    numbers = {}
+    for name, holds in _reaches(plan).items():
+        columns = [column for column, context in enumerate(plan.contexts) if holds(context)]
+        numbers[name] = spread([float(shares[:, columns].mean()) for shares in of_seeds])
+    return numbers
+
+
+def _verdict(numbers: Mapping[str, Mapping[str, Mapping[str, Any]]], plan: Plan, scale: str) -> str:
+    short, _, far = _reaches(plan)
+
+    def found(grid: str, reach: str) -> str:
+        return f"{100 * numbers[grid][reach]['mean']:.0f}%"
+
+    before, after = numbers["pre-trained"], numbers["YaRN, phase 2"]
+    base, gained = before[short]["mean"], after[far]["mean"]
+    if base < 0.9:
+        held = "the task was not learned before the extension, so that nothing can be said"
+    elif before[far]["mean"] >= 0.9 * base:
+        held = "the model found them before any extension: the claim cannot be tried"
+    else:
+        held = "the claim holds" if gained >= 0.9 * base else "the claim does not hold"
+    control = numbers["phase 2 without YaRN"][far]["mean"]
+    noise = max(
+        after[far]["standard_deviation"] or 0.0, numbers["phase 2 without YaRN"][far]["standard_deviation"] or 0.0
+    )
+    better = "more" if gained - control > 2 * noise else "fewer" if control - gained > 2 * noise else "about as many"
+    return (
+        f"Needles found within {plan.lengths[0]} tokens, the length of pre-training: {found('pre-trained', short)}. In "
+        f"{plan.lengths[1] + 1} to {plan.lengths[2]} tokens: {found('pre-trained', far)} before the extension, "
+        f"{found('YaRN, untrained', far)} under YaRN untrained, {found('YaRN, phase 1', far)} after phase 1, "
+        f"{found('YaRN, phase 2', far)} after phase 2 ({found('YaRN, phase 2', short)} at the short length): {held} at "
+        f"scale {scale}. The same two phases without YaRN find {better}, {found('phase 2 without YaRN', far)}."
+    )
+
+
+def draw(means: Mapping[str, np.ndarray], plan: Plan):
+    """Figure 8, a panel a model: context across, depth down, from red (none found) to green (all)."""
+    figure, axes = new_figure(len(means), width=2.9, height=3.0)
+    for axis, (grid, mean) in zip(axes, means.items(), strict=True):
+        image = axis.imshow(mean, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
+        axis.set_xticks(range(len(plan.contexts)), [str(context) for context in plan.contexts], rotation=90)
+        axis.set_yticks(range(len(DEPTHS)), [f"{100 * depth:.0f}" for depth in DEPTHS])
+        axis.set(title=grid, xlabel="context, tokens")
+        for length in plan.lengths[:2]:
+            axis.axvline(plan.contexts.index(length) + 0.5, color="black", lw=1.0, ls=":")
+    axes[0].set_ylabel("depth of the needle, %")
+    figure.colorbar(image, ax=axes, label="needles found")
+    return figure
+
+
+if __name__ == "__main__":
+    main()
