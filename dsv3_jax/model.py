@@ -65,9 +65,12 @@ class Embedding(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
         self.precision = precision
+        self.lookup: Any = None  # what finds the rows of a table that lies on several devices
         self.weight = nnx.Param(normal(rngs, shape, config.initializer_range, dtype))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T d"]:
+        if self.lookup is not None:
+            return self.lookup(self.weight[...], tokens, self.precision.dtype)
         return self.weight[...][tokens].astype(self.precision.dtype)
 
 

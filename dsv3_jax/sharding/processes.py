@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ LOST = 4
 _LAUNCHERS = {"slurm": "slurm", "openmpi": "ompi", "kubernetes": "k8s", "tpu": "cloud_tpu"}
 _STARTING = 1800.0  # seconds that the first step, which is compiled, may take beyond the limit
 _LONGEST_MESSAGE = 1 << 16
+_FAILURES = ("UNKNOWN", "INTERNAL", "UNAVAILABLE", "ABORTED", "CANCELLED", "DEADLINE_EXCEEDED", "FAILED_PRECONDITION")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,28 +180,36 @@ class Vigil:
     def __init__(self, timeout: float, standing: Callable[[], str]):
         self._timeout, self._standing = timeout, standing
         self._deadline = time.monotonic() + timeout + _STARTING
+        self._stepping = False
         self._ended = threading.Event()
         if jax.process_count() > 1:
             threading.Thread(target=self._watch, name="vigil", daemon=True).start()
 
-    def moved(self) -> None:
-        """Says that a step has ended."""
-        self._deadline = time.monotonic() + self._timeout
+    def moved(self, *, by_a_step: bool = True) -> None:
+        """Says that a step, or something else, has ended. The limit is longer before the first step: it is compiled."""
+        self._stepping |= by_a_step
+        if self._stepping:
+            self._deadline = time.monotonic() + self._timeout
+
+    def end(self) -> None:
+        """Watches no longer: the others are needed no more."""
+        self._ended.set()
 
     def __enter__(self) -> Vigil:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._ended.set()
-        if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
-            self._end(f"a collective failed ({(str(error).splitlines() or ['no reason'])[0][:160]})")
+        self.end()
+        # What a collective fails with comes as one exception or another, but always with a status in front.
+        if jax.process_count() > 1 and re.match(rf"({'|'.join(_FAILURES)}): ", str(error)):
+            self._give_up(f"a collective failed ({(str(error).splitlines() or ['no reason'])[0][:160]})")
 
     def _watch(self) -> None:
         while not self._ended.wait(min(1.0, self._timeout / 4)):
             if time.monotonic() > self._deadline:
-                self._end(f"nothing has moved for {self._timeout:g} s")
+                self._give_up(f"nothing has moved for {self._timeout:g} s")
 
-    def _end(self, what: str) -> None:
+    def _give_up(self, what: str) -> None:
         print(
             f"dsv3: process {jax.process_index()} of {jax.process_count()}: {what}: another process has died or "
             f"hangs. Ended here; {self._standing()}",

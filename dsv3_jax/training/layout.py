@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from jaxtyping import Int
 
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.sharding.embedding_lookup import LookupOnRanks
 from dsv3_jax.sharding.expert_parallel import distribute_experts
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 from dsv3_jax.sharding.rules import BATCH_AXES, ZERO, batch_spec, shardings
@@ -39,13 +40,13 @@ class Layout:
     zero: bool = True
 
     @classmethod
-    def of(cls, sizes: MeshConfig, *, zero: bool = True) -> Layout:
-        """Over all devices of all processes.
+    def of(cls, sizes: MeshConfig, *, zero: bool = True, devices: Sequence[jax.Device] | None = None) -> Layout:
+        """Over `devices`, all of all processes unless given.
 
         Raises:
           ConfigError: the sizes do not multiply to the devices.
         """
-        devices = jax.devices()
+        devices = jax.devices() if devices is None else devices
         sizes = sizes.resolve(len(devices))
         return cls(None if len(devices) == 1 else make_mesh(sizes, devices), zero)
 
@@ -55,8 +56,9 @@ class Layout:
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
     def distribute(self, model: DeepSeekV3) -> DeepSeekV3:
-        """The model, whose layers now find each other's experts."""
+        """The model, whose parts now find what lies on other devices."""
         if self.mesh is not None:
+            model.embedding.lookup = LookupOnRanks(self.mesh)
             distribute_experts(model, self.mesh)
         return model
 

@@ -81,18 +81,17 @@ def train(
     """
     folder = RunFolder(out)
     layout = _layout(config)
-    with contextlib.ExitStack() as stack:
+    runs: list[_Run] = []
+    vigil = Vigil(timeout, lambda: runs[0].standing() if runs else "nothing was changed: the same command starts again")
+    with contextlib.ExitStack() as stack, vigil:
         share(lambda: stack.enter_context(folder.locked()) and None)
         interruption = stack.enter_context(Interruption())
         if folder.holds_run:
             folder.check_same_run(config)
         with folder.emptied_if_no_run_starts() if is_first() else contextlib.nullcontext():
-            run = _Run(config, folder, interruption, initial_model, layout)
-        try:
-            with Vigil(timeout, run.standing) as run.vigil:
-                return run.train()
-        finally:
-            run.close()
+            runs.append(_Run(config, folder, interruption, initial_model, layout, vigil))
+        stack.callback(runs[0].close)
+        return runs[0].train()
 
 
 def _layout(config: RunConfig) -> Layout:
@@ -105,8 +104,6 @@ def _layout(config: RunConfig) -> Layout:
 class _Run:
     """One start of a run, from its folder's state to its end."""
 
-    vigil: Vigil
-
     def __init__(
         self,
         config: RunConfig,
@@ -114,8 +111,10 @@ class _Run:
         interruption: Interruption,
         initial: Callable[[], DeepSeekV3] | None,
         layout: Layout,
+        vigil: Vigil,
     ):
-        self.config, self.folder, self.interruption, self.layout = config, folder, interruption, layout
+        self.config, self.folder, self.interruption = config, folder, interruption
+        self.layout, self.vigil = layout, vigil
         self.feeding = layout.feeding
         self.checkpoints = Checkpoints(folder, keep=config.training.keep_checkpoints)
         self.writers: list[Writer] = []
@@ -167,6 +166,7 @@ class _Run:
             return self._interrupted()
         self._save()
         self.checkpoints.wait()
+        self.vigil.end()
         self._finish(start, end)
         return Outcome(0, start, end)
 
@@ -287,7 +287,7 @@ class _Run:
             layout=self.layout,
             stop=self._stop_requested,
         )
-        self.vigil.moved()
+        self.vigil.moved(by_a_step=False)
         if result is None:
             return None
         if first:
