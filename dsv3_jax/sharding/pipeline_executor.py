@@ -19,10 +19,14 @@ from dsv3_jax.sharding.pipeline_tables import Lockstep, Places
 
 AXIS = "stage"
 
-Compute = Callable[[Lockstep, Float[Array, "B T d"], Any], tuple[Float[Array, "B T d"], Any]]
-"""(this rank's entry of the tables, what arrived for it, state) -> (what is handed on, state).
+Forward = Callable[[Lockstep, Float[Array, "B T d"], Any], tuple[Float[Array, "B T d"], Any]]
+"""(this rank's entry of the tables, the stage's input, state) -> (its output, state)."""
 
-It must compute nothing, and may hand on anything, where its entry says that there is nothing to do.
+Backward = Callable[[Lockstep, Float[Array, "B T d"], Any], tuple[Float[Array, "B T d"], Float[Array, "B T d"], Any]]
+"""(entry, gradient by the stage's output, state) -> (gradient by its input, gradient by its output, state).
+
+On the last stage the output itself comes in, and the gradient by it, with which the loss is done, takes its place: the
+second half of a split backward pass finds a gradient there on every stage.
 """
 
 
@@ -30,8 +34,8 @@ def run_lockstep(
     tables: Lockstep,
     places: Places,
     mine: Lockstep,
-    forward: Compute,
-    backward: Compute,
+    forward: Forward,
+    backward: Backward,
     state: Any,
     message: Float[Array, "B T d"],
 ) -> Any:
@@ -41,8 +45,7 @@ def run_lockstep(
       tables: of all ranks, as numpy arrays.
       places: how many places they name.
       mine: the tables cut over the stage axis: int32 [ticks, 1].
-      forward: computes a stage's output from its input.   backward: the gradient by the input from that by the
-        output, or, on the last stage, from the output itself.
+      forward, backward: what a stage computes; nothing, with any result, where its entry says that there is nothing.
       state: whatever both read and write; carried from tick to tick.
       message: of the shape, dtype and sharding of what is handed on.
 
@@ -58,7 +61,8 @@ def run_lockstep(
     def tick(carry: tuple[Array, Array, Any], at: Lockstep) -> tuple[tuple[Array, Array, Any], None]:
         activations, gradients, state = carry
         out, state = forward(at, _take(activations, at.forward_inbox), state)
-        gradient, state = backward(at, _take(gradients, at.backward_inbox), state)
+        gradient, by_output, state = backward(at, _take(gradients, at.backward_inbox), state)
+        gradients = _put(gradients, at.backward_inbox, by_output)
         gradients = _put(gradients, at.forward_out, out)
         for way, ring in (("up", up), ("down", down)):
             if used[f"arriving_activation_{way}"]:

@@ -79,7 +79,7 @@ def make_pipelined_pass(
             in_specs=(PartitionSpec(None, AXIS), stage_axis, *[everywhere] * 6),
             out_specs=(stage_axis, everywhere, stage_axis, everywhere),
             check_vma=False,
-        )(tables, arranged, (shared, rest), tokens, segment_ids, weights, real_tokens, jnp.asarray(layers))
+        )(tables, arranged, (shared, rest), tokens, segment_ids, weights, real_tokens, jnp.asarray(layers, jnp.int32))
         block_gradients, load = jax.tree.map(lambda leaf: leaf[out_of_place], (block_gradients, load))
         joined = nnx.State({**shared_gradients, "moe_blocks": block_gradients})
         # The same leaves in the same order; nodes differ in kind where a state was put together from parts.
@@ -156,13 +156,13 @@ def _run_rank(
     experts, depth = config.model.n_routed_experts, config.model.num_nextn_predict_layers
     shape = (tokens.shape[1], tokens.shape[2] - 1, config.model.hidden_size)
     message = on_batch_axes(jnp.zeros(shape, model.precision.dtype), 0)
-    zero = jnp.zeros(())
+    zero = jnp.zeros((), real_tokens.dtype)
     start = Progress(
         kept=on_batch_axes(jnp.zeros((places.kept, room, *shape), message.dtype), 2),
         block_gradients=laid_out(jax.tree.map(jnp.zeros_like, arranged[0]), mesh),
         shared_gradients=laid_out(jax.tree.map(jnp.zeros_like, others[0]), mesh),
         load=jnp.zeros((directions * room, experts), jnp.int32),
-        sums=Sums(zero, jnp.zeros((depth,)), zero, jnp.zeros((depth, experts), jnp.int32)),
+        sums=Sums(zero, jnp.zeros((depth,), zero.dtype), zero, jnp.zeros((depth, experts), jnp.int32)),
     )
     end = run_lockstep(tables, places, mine, rank.forward, rank.backward, start, message)
     block_gradients, load = end.block_gradients, end.load
