@@ -1,0 +1,325 @@
+"""Load of every rank before and after experts are placed with redundant copies (report section 3.4; EPLB).
+
+    python experiments/expert_placement.py [--scale tiny|small|1b] [--seeds 0 1]
+    python experiments/expert_placement.py --loads loads.npy|runs/mine [--ranks 8 --nodes 2 --redundant 8 --groups 4]
+
+A model balanced over its training batches is not balanced over the requests it serves: each domain has its experts. Two
+models are trained, one balanced by the bias as the report's, one left alone, and their loads recorded over held out
+text of each domain. Experts are placed by the first half of a recording and judged on the second, which the placement
+has not seen, on simulated ranks: in order without copies, hierarchical (a group's experts and copies stay in one node,
+so that node-limited routing holds) and global. A model with placed experts must give the logits of the model itself.
+
+  --loads      instead of training: a file of loads, [layers, experts] or [windows, layers, experts] in the order of
+               serving, or the folder of a run, whose held out text is served
+  --ranks      devices that hold experts    --nodes       that they stand in
+  --redundant  copies beyond one of each    --groups      routing groups; the model's, or one a node for a file
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from ablation import (
+    RESULTS,
+    ArmResult,
+    Options,
+    new_figure,
+    parse_options,
+    run_arms,
+    run_of,
+    show,
+    spread,
+    write_results,
+)
+from corpora import DOMAINS
+from flax import nnx
+from jaxtyping import Float, Int
+
+import dsv3_jax as dsv3
+from dsv3_jax.data import prepare_data
+from dsv3_jax.sharding.placed_experts import with_placed_experts
+from dsv3_jax.sharding.placement import Placement, place_experts
+from dsv3_jax.training.run_folder import RunFolder
+
+Recording = Float[np.ndarray, "windows layers E"]
+"""Tokens that each expert served, window after window."""
+
+ARMS = {
+    "balanced by the bias": {"balance": "none", "schedule": {"balance_weight": 0.0}},
+    "not balanced": {"balance": "none", "schedule": {"balance_weight": 0.0, "bias_update_speed": 0.0}},
+}
+WINDOWS = 8
+POLICIES = ("in order", "hierarchical", "global")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """What experts are placed on.
+
+    Attributes:
+      ranks: devices.   nodes: that they stand in.   groups: routing groups of the model.
+      redundant: experts held beyond one of each.
+    """
+
+    ranks: int = 8
+    nodes: int = 2
+    groups: int = 4
+    redundant: int = 8
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--loads", type=Path)
+    for name in ("ranks", "nodes", "redundant"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Ranks(), name))
+    parser.add_argument("--groups", type=int)
+    given, others = parser.parse_known_args(argv)
+    options = parse_options("expert_placement", __doc__, others)
+    chosen = Ranks(given.ranks, given.nodes, given.groups or given.nodes, given.redundant)
+    try:
+        if given.loads is None:
+            of_trained_models(options, chosen, given.groups)
+        else:
+            of_given_loads(options, chosen, given.groups, given.loads)
+    except dsv3.UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+def of_trained_models(options: Options, ranks: Ranks, groups: int | None) -> None:
+    """The experiment itself: loads of two trained models, by domain."""
+
+    def arm(name: str):
+        return lambda seed: run_of(options, seed, steps=200, **ARMS[name])
+
+    results = run_arms(options, {name: arm(name) for name in ARMS})
+    recordings: dict[str, list[Recording]] = {}
+    differences = []
+    for name, runs in results.items():
+        served = [served_texts(run) for run in runs]
+        ranks = dataclasses.replace(ranks, groups=groups or served[0].model.config.n_group)
+        for domain in DOMAINS:
+            found = recordings[f"{name}, {domain}"] = [each.record(domain) for each in served]
+            np.save(options.runs / f"loads-{name.replace(' ', '_')}-{domain}.npy", found[0])
+        placement = place("global", recordings[f"{name}, {DOMAINS[0]}"][0][: WINDOWS // 2].sum(axis=0), ranks)
+        differences.append(served[0].change_of_logits(DOMAINS[0], placement))
+
+    numbers = {
+        name: {
+            policy: {
+                when: spread([imbalances(recording, ranks, policy)[when] for recording in of_seeds])
+                for when in ("placed by", "served after")
+            }
+            for policy in POLICIES
+        }
+        for name, of_seeds in recordings.items()
+    }
+    for name, policies in numbers.items():
+        print(f"{name:34}", {policy: show(found["served after"], 2) for policy, found in policies.items()})
+    write_results(
+        options,
+        {"expert_placement": draw({name: found[0] for name, found in recordings.items()}, ranks)},
+        _verdict(numbers, ranks, max(differences)),
+        {
+            "ranks": dataclasses.asdict(ranks),
+            "busiest_rank_over_mean": numbers,
+            "largest_change_of_logits": max(differences),
+            "redundant_experts": sweep([found[0] for found in recordings.values()], ranks),
+        },
+    )
+
+
+def of_given_loads(options: Options, ranks: Ranks, groups: int | None, path: Path) -> None:
+    """The same table and figure for a recording or a run of one's own."""
+    out = options.runs if options.out.parent == RESULTS else options.out  # those results are of the models above
+    options = dataclasses.replace(options, out=out, seeds=())
+    difference = None
+    if path.is_dir():
+        served = open_run(path)
+        ranks = dataclasses.replace(ranks, groups=groups or served.model.config.n_group)
+        recording = served.record(None)
+        placement = place("global", recording[: WINDOWS // 2].sum(axis=0), ranks)
+        difference = served.change_of_logits(None, placement)
+    else:
+        recording = read_loads(path)
+    found = {policy: imbalances(recording, ranks, policy) for policy in POLICIES}
+    after = {policy: values["served after"] for policy, values in found.items()}
+    verdict = (
+        f"The busiest of {ranks.ranks} ranks carries {after['in order']:.2f} times the mean with the experts in order, "
+        f"{after['hierarchical']:.2f} with {ranks.redundant} redundant experts placed within nodes, "
+        f"{after['global']:.2f} placed anywhere"
+        + ("" if difference is None else f"; logits change by {difference:.1e}")
+    )
+    numbers = {"ranks": dataclasses.asdict(ranks), "busiest_rank_over_mean": found}
+    figures = {"expert_placement": draw({path.name: recording}, ranks)}
+    write_results(options, figures, f"{verdict}.", numbers | {"loads": path.name})
+
+
+def read_loads(path: Path) -> Recording:
+    """Loads from a .npy file; one window becomes two that are alike: placed by and judged on the same.
+
+    Raises:
+      UserError: no such file, or no loads in it.
+    """
+    try:
+        loads = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise dsv3.UserError(f"--loads {path}: {error}; give a .npy file of loads or the folder of a run") from error
+    if loads.ndim not in (2, 3) or loads.dtype.kind not in "iuf" or 0 in loads.shape:
+        raise dsv3.UserError(
+            f"--loads {path}: numbers [layers, experts] or [windows, layers, experts] are wanted, "
+            f"not {loads.dtype} {list(loads.shape)}"
+        )
+    loads = loads.astype(np.float64)
+    if loads.ndim == 2:
+        return np.stack([loads, loads])
+    return np.concatenate([loads, loads]) if len(loads) == 1 else loads
+
+
+def place(policy: str, load: Float[np.ndarray, "layers E"], ranks: Ranks) -> Placement:
+    """The placement of a policy; "in order" is how experts lie without one: expert i on rank i / (E / ranks)."""
+    layers, experts = load.shape
+    if policy == "in order":
+        if experts % ranks.ranks:
+            raise dsv3.UserError(f"--ranks {ranks.ranks} must divide the {experts} experts, which lie on them in order")
+        logical = np.tile(np.arange(experts), (layers, 1))
+        return Placement(ranks.ranks, logical, logical[:, :, None], np.ones_like(logical))
+    within = {"groups": ranks.groups, "nodes": ranks.nodes} if policy == "hierarchical" else {}
+    return place_experts(load, physical=experts + ranks.redundant, devices=ranks.ranks, **within)
+
+
+def imbalances(recording: Recording, ranks: Ranks, policy: str) -> dict[str, float]:
+    """The busiest rank's load over the mean, averaged over layers: of the loads placed by, and of those after them."""
+    half = len(recording) // 2
+    before, after = recording[:half].sum(axis=0), recording[half:].sum(axis=0)
+    placement = place(policy, before, ranks)
+    return {
+        "placed by": float(placement.imbalance(before).mean()),
+        "served after": float(placement.imbalance(after).mean()),
+    }
+
+
+def sweep(recordings: list[Recording], ranks: Ranks) -> dict[str, dict[int, float]]:
+    """Imbalance of the loads served after, averaged over recordings, by the number of redundant experts."""
+    counts = [multiple * ranks.ranks for multiple in range(5)]
+    found: dict[str, dict[int, float]] = {}
+    for policy in POLICIES[1:]:
+        found[policy] = {}
+        for count in counts:
+            changed = dataclasses.replace(ranks, redundant=count)
+            values = [imbalances(recording, changed, policy)["served after"] for recording in recordings]
+            found[policy][count] = float(np.mean(values))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedTexts:
+    """A trained model and the held out rows that it serves.
+
+    Attributes:
+      rows: int32 [rows, T] by domain; None is all of the run's held out text.
+    """
+
+    model: dsv3.DeepSeekV3
+    rows: dict[str | None, Int[np.ndarray, "rows T"]]
+
+    def record(self, domain: str | None) -> Recording:
+        """Loads of the text in windows of equal size."""
+        load_of = nnx.jit(lambda model, tokens: model(tokens).routing.load)
+        windows = self._windows(domain)
+        return np.stack([np.asarray(load_of(self.model, jnp.asarray(rows)), np.float64) for rows in windows])
+
+    def change_of_logits(self, domain: str | None, placement: Placement) -> float:
+        """The largest change of a logit when the experts are placed."""
+        logits_of = nnx.jit(lambda model, tokens: model(tokens).logits)
+        tokens = jnp.asarray(self._windows(domain)[0])
+        logits = [logits_of(model, tokens) for model in (self.model, with_placed_experts(self.model, placement))]
+        return float(jnp.abs(logits[1] - logits[0]).max())
+
+    def _windows(self, domain: str | None) -> Int[np.ndarray, "windows rows T"]:
+        rows = self.rows[domain]
+        count = len(rows) // WINDOWS
+        if not count:
+            raise dsv3.UserError(
+                f"{len(rows)} rows of held out text are fewer than the {WINDOWS} windows of a recording"
+            )
+        return rows[: count * WINDOWS].reshape(WINDOWS, count, -1)
+
+
+def open_run(folder: Path) -> ServedTexts:
+    """The model of a run's newest checkpoint and the run's own validation rows.
+
+    Raises:
+      UserError: the folder holds no run or no checkpoint, or its data is gone.
+    """
+    run = RunFolder(folder)
+    config = run.read_config()
+    data = prepare_data(config.data, run.cache, tokenizer_folder=run.tokenizer)
+    model, _, _ = dsv3.load_checkpoint(folder)
+    return ServedTexts(model, {None: data.validation_rows()[0][:, :-1]})
+
+
+def served_texts(result: ArmResult) -> ServedTexts:
+    """The model of an arm and its held out text by domain."""
+    run = RunFolder(result.folder)
+    config = run.read_config()
+    data = prepare_data(config.data, run.cache, tokenizer_folder=run.tokenizer)
+    model, tokenizer, _ = dsv3.load_checkpoint(result.folder)
+    rows: dict[str | None, Int[np.ndarray, "rows T"]] = {}
+    length = config.data.sequence_length
+    for domain in DOMAINS:
+        texts = [document.text for document in data.documents("validation") if document.domain == domain]
+        ids = np.asarray(tokenizer.encode("\n".join(texts)), np.int32)
+        rows[domain] = ids[: len(ids) // length * length].reshape(-1, length)
+    return ServedTexts(model, rows)
+
+
+def draw(recordings: dict[str, Recording], ranks: Ranks):
+    """Load of every rank over the mean in the layer that is worst in order, a panel a recording; last, the sweep."""
+    figure, axes = new_figure(len(recordings) + 1, width=3.6, height=3.2)
+    for axis, (name, recording) in zip(axes, recordings.items(), strict=False):
+        half = len(recording) // 2
+        before, after = recording[:half].sum(axis=0), recording[half:].sum(axis=0)
+        layer = int(place("in order", before, ranks).imbalance(after).argmax())
+        for shift, policy in enumerate(POLICIES):
+            load = place(policy, before, ranks).device_loads(after)[layer]
+            axis.bar(np.arange(ranks.ranks) + 0.27 * (shift - 1), load / load.mean(), width=0.27, label=policy)
+        axis.axhline(1, color="black", linewidth=0.6)
+        axis.set(xlabel="rank", title=name)
+        axis.title.set_fontsize(9)
+    axes[0].set_ylabel("load over the mean")
+    axes[0].legend(fontsize=7)
+    for policy, values in sweep(list(recordings.values()), ranks).items():
+        axes[-1].plot(list(values), list(values.values()), marker="o", label=policy)
+    axes[-1].set(xlabel="redundant experts", ylabel="busiest rank over the mean", title="mean of the recordings")
+    axes[-1].title.set_fontsize(9)
+    axes[-1].legend(fontsize=7)
+    return figure
+
+
+def _verdict(numbers: dict[str, Any], ranks: Ranks, difference: float) -> str:
+    def after(arm: str, policy: str) -> float:
+        return float(np.mean([numbers[f"{arm}, {domain}"][policy]["served after"]["mean"] for domain in DOMAINS]))
+
+    parts = [
+        f"{arm}: {after(arm, 'in order'):.2f} in order, {after(arm, 'hierarchical'):.2f} hierarchical, "
+        f"{after(arm, 'global'):.2f} global"
+        for arm in ARMS
+    ]
+    lower = all(after(arm, policy) < after(arm, "in order") for arm in ARMS for policy in POLICIES[1:])
+    return (
+        f"Serving one domain, the busiest of {ranks.ranks} ranks carries this many times the mean on text that its "
+        f"placement with {ranks.redundant} redundant experts has not seen; {'; '.join(parts)}: redundant experts "
+        f"{'even the ranks out' if lower else 'do not always even the ranks out'}; the logits of a model so placed "
+        f"change by at most {difference:.1e}."
+    )
+
+
+if __name__ == "__main__":
+    main()
