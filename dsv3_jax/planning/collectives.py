@@ -41,8 +41,8 @@ def read_collectives(hlo: str) -> list[Collective]:
     """Collectives of a module in HLO text form, most bytes first.
 
     A loop whose number of passes the compiler does not know counts once. How many rows of a ragged all-to-all travel is
-    known only when it runs: each is counted as the smallest result among its like, which is where rows return to and
-    has a place for each, while buffers of arriving rows have room for more than ever come.
+    known only when it runs: each counts as the smaller of the arrays that rows leave and arrive in, which on the first
+    hop holds as many as may be sent, while the other, and both on a second hop, have room for what never comes at once.
     """
     hlo = re.sub(r"/\*index=\d+\*/", "", hlo)  # counters in long tuples
     bodies = _computations(hlo)
@@ -55,27 +55,21 @@ def read_collectives(hlo: str) -> list[Collective]:
             kind, rest = match["kind"], match["rest"]
             group = _group_size(rest)
             result = _result_bytes(match["shape"], kind, started=match["start"] is not None, group=group)
+            if kind == "ragged-all-to-all":
+                result = _rows_bytes(match["shape"], rest, body)
             found[kind, group].append((runs[name], result))
     collectives = [
         Collective(
             kind=kind,
             group=group,
             runs=sum(count for count, _ in items),
-            sent=sum(count * _sent(kind, result, group) for count, result in _known(kind, items)),
+            sent=sum(count * _sent(kind, result, group) for count, result in items),
             largest=max(result for _, result in items),
         )
         for (kind, group), items in found.items()
         if group > 1
     ]
     return sorted(collectives, key=lambda item: -item.sent)
-
-
-def _known(kind: str, items: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Runs and result bytes; of ragged all-to-alls what is known to travel."""
-    if kind != "ragged-all-to-all":
-        return items
-    smallest = min(result for _, result in items)
-    return [(count, smallest) for count, _ in items]
 
 
 def _computations(hlo: str) -> dict[str, str]:
@@ -141,13 +135,23 @@ def _result_bytes(shape: str, kind: str, *, started: bool, group: int) -> float:
     arrays = [_array_bytes(*match) for match in _ARRAY.findall(shape)]
     if not arrays:
         return 0.0
-    if started and kind == "ragged-all-to-all":
-        return arrays[-1]
     if not started or kind == "all-reduce":
         return sum(arrays)
     if kind == "collective-permute":
         return arrays[1] if len(arrays) > 1 else arrays[0]
     return sum(arrays[len(arrays) // 2 :])
+
+
+def _rows_bytes(shape: str, rest: str, body: str) -> float:
+    """Of the smaller array of rows of a ragged all-to-all: in its shape, which may name operands, or its first operand.
+
+    Offsets and sizes have one dimension.
+    """
+    operand = re.match(r"%?([\w.\-]+)", rest)
+    if operand:
+        defined = re.search(rf"^\s*(?:ROOT )?%?{re.escape(operand[1])} = (\w+\[[\d,]*\])", body, re.M)
+        shape = f"{shape} {defined[1]}" if defined else shape
+    return min(_array_bytes(*array) for array in _ARRAY.findall(shape) if "," in array[1])
 
 
 def _array_bytes(dtype: str, dimensions: str) -> float:

@@ -9,8 +9,11 @@ from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.layers import LayerKind
 from dsv3_jax.planning.precision_bytes import width_of
 from dsv3_jax.planning.state_memory import gathered_width, groups_of
+from dsv3_jax.sharding.expert_layout import hops_between
 
 _AXES = ("stage", "data", "fsdp", "expert", "tensor")
+_TOKENS = "tokens to experts and back"
+_GATE = 4  # bytes of a gate, and of an expert's number beside it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,29 +67,47 @@ def _flow(config: PlanConfig, axis: str, what: str, sent: float, *, in_node: flo
 def _experts(config: PlanConfig, layers: Counter[LayerKind], copies: int) -> list[Traffic]:
     """All-to-all of tokens to their experts and back, forward and backward.
 
-    In the report's layout a token crosses once to each of at most `topk_group` nodes, and goes on inside to its experts
-    (section 3.2.2), in FP8 on the way there. The training step of this project sends a copy for every expert, in the
-    dtype of the computation, and all of it anew in the backward pass.
+    A token crosses once to each of at most `topk_group` nodes, and goes on inside to its experts (section 3.2.2), in
+    FP8 on the way there where the recipe says so.
     """
     size, model, formats = config.mesh.expert, config.model, config.formats
     moe_layers = (layers["moe"] + layers["mtp"]) / copies
     if size == 1 or not moe_layers:
         return []
-    nodes = max(size * config.mesh.tensor // config.target.accelerator.node, 1)
-    if config.is_training_step:
-        width = model.hidden_size * 6 * formats.compute  # forward, anew, and gradients: each there and back
-        reached = model.num_experts_per_tok  # a copy for every expert
-    else:
-        passes = 3 if config.rematerialisation == "full" else 2  # forward and gradients; without a cache once more
-        width = model.hidden_size * (passes * formats.dispatch + 2 * formats.combine) / config.mesh.tensor
-        reached = min(model.num_experts_per_tok, model.topk_group if nodes <= model.n_group else nodes)
     tokens = config.tokens_a_pass * config.passes * moe_layers
+    if config.is_training_step:
+        return [_hops(config, tokens)]
+    nodes = max(size * config.mesh.tensor // config.target.accelerator.node, 1)
+    passes = 3 if config.rematerialisation == "full" else 2  # forward and gradients; without a cache once more
+    width = model.hidden_size * (passes * formats.dispatch + 2 * formats.combine) / config.mesh.tensor
     chosen = model.num_experts_per_tok
+    reached = min(chosen, model.topk_group if nodes <= model.n_group else nodes)
     if nodes == 1:
-        return [_flow(config, "expert", "tokens to experts and back", tokens * width * chosen * (1 - 1 / size))]
-    outside = tokens * width * min(reached, chosen) * (1 - 1 / nodes)
-    inside = tokens * width * chosen * ((1 / nodes - 1 / size) if config.is_training_step else 1)
-    return [_flow(config, "expert", "tokens to experts and back", outside, in_node=inside)]
+        return [_flow(config, "expert", _TOKENS, tokens * width * chosen * (1 - 1 / size))]
+    outside = tokens * width * reached * (1 - 1 / nodes)
+    return [_flow(config, "expert", _TOKENS, outside, in_node=tokens * width * chosen)]
+
+
+def _hops(config: PlanConfig, tokens: float) -> Traffic:
+    """As `sharding.expert_parallel` has it: one row to every rank on each hop at most, and the sum of its results back.
+
+    Three times there (tokens, the same anew in the backward pass, and gradients of the results) and twice back. Every
+    expert's number and gate travel beside a token, and the gate's gradient back.
+    """
+    model, formats = config.model, config.formats
+    chosen = model.num_experts_per_tok
+    width = model.hidden_size * (3 * formats.dispatch + 2 * formats.combine) + chosen * (2 * 2 + 1) * _GATE
+    near = max(config.target.accelerator.node // config.mesh.tensor, 1)  # ranks of the axis in a node
+    outside = inside = 0.0
+    rows = 1
+    for hop in hops_between(config.mesh.expert, model.n_group, model.topk_group):
+        rows = min(rows * hop.copies(chosen), chosen)
+        together = min(hop.peers, max(near // hop.stride, 1))  # peers in one node
+        outside += tokens * width * rows * (1 - together / hop.peers)
+        inside += tokens * width * rows * (together - 1) / hop.peers
+    if not outside:
+        return _flow(config, "expert", _TOKENS, inside)
+    return _flow(config, "expert", _TOKENS, outside, in_node=inside)
 
 
 def _shards(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:

@@ -16,11 +16,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 import pallas_kernels
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.moe import MixtureOfExperts
+from dsv3_jax.precision.dispatch import travel_formats
+from dsv3_jax.precision.fp8_recipe import Fp8Recipe
+from dsv3_jax.sharding.expert_hops import Hop
+from dsv3_jax.sharding.expert_layout import hops_between
+from dsv3_jax.sharding.expert_rows import Product, over_hops
 from dsv3_jax.sharding.rules import BATCH_AXES
 
 _ROOM = 2  # rows of a piece's buffers, over those of all tokens under an even load
@@ -28,17 +33,30 @@ _ROOM = 2  # rows of a piece's buffers, over those of all tokens under an even l
 _GATE_UP = PartitionSpec("expert", None, "tensor", "fsdp")
 _DOWN = PartitionSpec("expert", "fsdp", "tensor")
 
-Product = Callable[[Array, Array, Array, Array, int], Array]
-"""(rows sorted by expert, gate_up, down, group sizes, row alignment) -> rows."""
 
+def distribute_experts(model: DeepSeekV3, mesh: Mesh, *, overlap: bool = False) -> None:
+    """Makes every MoE layer of the model exchange its tokens over the mesh's expert axis.
 
-def distribute_experts(model: DeepSeekV3, mesh: Mesh) -> None:
-    """Makes every MoE layer of the model exchange its tokens over the mesh's expert axis."""
+    Args:
+      overlap: see `ExpertExchange`.
+    """
     blocks = [model.moe_blocks] if model.config.num_moe_layers else []
     for block in [*blocks, *(module.block for module in model.mtp)]:
         if isinstance(block.feed_forward, MixtureOfExperts):
-            block.feed_forward.router.gate = GateOnRanks(mesh)
-            block.feed_forward.experts.exchange = ExpertExchange(mesh)
+            distribute_layer(block.feed_forward, mesh, overlap=overlap)
+
+
+def distribute_layer(layer: MixtureOfExperts, mesh: Mesh, *, overlap: bool = False) -> None:
+    """The same for one layer."""
+    config = layer.router.config
+    layer.router.gate = GateOnRanks(mesh)
+    layer.experts.exchange = ExpertExchange(
+        mesh,
+        groups=config.n_group,
+        reached_groups=config.topk_group,
+        recipe=layer.experts.precision.fp8,
+        overlap=overlap,
+    )
 
 
 def on_every_rank(mesh: Mesh, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -94,9 +112,25 @@ class GateOnRanks:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertExchange:
-    """What a layer's experts hand their tokens to."""
+    """What a layer's experts hand their tokens to.
+
+    A token travels once to every rank that has some of its experts. Where the groups of node-limited routing are each
+    spread over several ranks it first travels once to every group it reaches, to the rank that has the sender's place
+    there, and from that one to the ranks of its experts; what these return is summed on the way back.
+
+    Attributes:
+      mesh: the devices.
+      groups, reached_groups: of experts, and how many of them a token reaches at most: n_group and topk_group.
+      recipe: of FP8, whose field `dispatch` says whether tokens and gradients travel in it.
+      overlap: a rank's tokens go in two halves that do not wait for each other, so that one half can travel while the
+        other is multiplied.
+    """
 
     mesh: Mesh
+    groups: int = 1
+    reached_groups: int | None = None
+    recipe: Fp8Recipe | None = None
+    overlap: bool = False
 
     def __call__(
         self,
@@ -117,50 +151,56 @@ class ExpertExchange:
         )
         return exchange(u, gates.expert_index.reshape(-1, chosen), gates.gate.reshape(-1, chosen), gate_up, down)
 
+    @property
+    def for_any_placement(self) -> ExpertExchange:
+        """The same for experts that do not lie in the order of the router's groups."""
+        return dataclasses.replace(self, reached_groups=None)
+
+    @property
+    def hops(self) -> tuple[Hop, ...]:
+        """Over which ranks a token travels, one after the other."""
+        tokens, gradients = travel_formats(self.recipe)
+        return tuple(
+            Hop(**vars(hop), ragged=self._ragged, tokens=tokens, gradients=gradients)
+            for hop in hops_between(self.mesh.shape["expert"], self.groups, self.reached_groups)
+        )
+
+    @property
+    def _ragged(self) -> bool:
+        """Whether the backend sends as many rows to each rank as there are, instead of equally many to all."""
+        return self.mesh.devices.flat[0].platform != "cpu"
+
     def _on_a_rank(
         self, product: Product, u: Array, expert_index: Array, gate: Array, gate_up: Array, down: Array
     ) -> Float[Array, "n d"]:
         """Its own tokens, in pieces; weights are gathered once for all of them."""
         gate_up = lax.all_gather(gate_up, "fsdp", axis=3, tiled=True)
         down = lax.all_gather(down, "fsdp", axis=1, tiled=True)
-        pieces = self._pieces(u.shape[0], expert_index.shape[1], gate_up.shape[0])
+        halves = 2 if self.overlap and u.shape[0] % 2 == 0 else 1
+        pieces = self._pieces(u.shape[0] // halves, expert_index.shape[1], gate_up.shape[0])
 
         def one(u: Array, expert_index: Array, gate: Array, gate_up: Array, down: Array) -> Array:
-            out = self._piece(u, expert_index, gate, gate_up, down, product)
+            experts = functools.partial(product, gate_up=gate_up, down=down)
+            out = over_hops(self.hops, u, expert_index + 1, gate, gate_up.shape[0], experts)
             return lax.psum(out, "tensor") if self.mesh.shape["tensor"] > 1 else out
 
+        def a_piece(parts: tuple[Array, ...]) -> Array:
+            """Its halves one below the other, with nothing between them for one to wait for."""
+            out: list[Any] = [
+                _keeping_arguments(one, *(part[half] for part in parts), gate_up, down) for half in range(halves)
+            ]
+            return jnp.stack(out)
+
+        parts = tuple(x.reshape(pieces, halves, -1, *x.shape[1:]) for x in (u, expert_index, gate))
         if pieces == 1:
-            return _keeping_arguments(one, u, expert_index, gate, gate_up, down)
-        parts = (x.reshape(pieces, -1, *x.shape[1:]) for x in (u, expert_index, gate))
-        out = lax.map(lambda part: _keeping_arguments(one, *part, gate_up, down), tuple(parts))
-        return out.reshape(u.shape)
+            return a_piece(tuple(part[0] for part in parts)).reshape(u.shape)
+        return lax.map(a_piece, parts).reshape(u.shape)
 
     def _pieces(self, tokens: int, chosen: int, experts: int) -> int:
         """How many, so that the worst case of one takes no more than `_ROOM` times the even load of all."""
         worst = self.mesh.shape["expert"] * min(chosen, experts)
         wanted = -(-worst // (_ROOM * chosen))
         return next(pieces for pieces in range(min(wanted, tokens), tokens + 1) if tokens % pieces == 0)
-
-    def _piece(
-        self, u: Array, expert_index: Array, gate: Array, gate_up: Array, down: Array, product: Product
-    ) -> Float[Array, "n d"]:
-        ranks, experts = self.mesh.shape["expert"], gate_up.shape[0]
-        rows, permutation = pallas_kernels.permute(u, expert_index, ranks * experts, row_alignment=1)
-        slots = u.shape[0] * min(expert_index.shape[1], experts)
-        route = _Route.of(permutation.group_sizes, ranks, slots, self._ragged)
-        arrived = route.send(rows, self._ragged)
-
-        alignment = pallas_kernels.preferred_row_alignment(expert_index.size, experts)
-        order = _ExpertOrder.of(route, alignment)
-        sorted_rows = jnp.where(order.filled[:, None], arrived[order.source], 0)
-        out = product(sorted_rows, gate_up, down, order.group_sizes, alignment)
-        leaving = jnp.where(route.arrived[:, None], out[order.place], 0)
-        return pallas_kernels.combine(route.send_back(leaving, rows.shape[0], self._ragged), gate, permutation)
-
-    @property
-    def _ragged(self) -> bool:
-        """Whether the backend sends as many rows to each rank as there are, instead of equally many to all."""
-        return self.mesh.devices.flat[0].platform != "cpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -182,111 +222,3 @@ def _compute_anew(function: Callable[..., Array], arguments: tuple[Array, ...], 
 
 
 _keeping_arguments.defvjp(_keep_arguments, _compute_anew)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Route:
-    """Where a piece's rows go. Sizes are [sender, receiver]; the receive buffer has a place for the worst case.
-
-    Attributes:
-      rank: this one.   slots: most rows from one rank to another.
-      sizes: rows from every rank to every other.
-      segment_sizes, segment_starts: [sender, expert of this rank] in the receive buffer.
-      arrived: which rows of the receive buffer are filled.
-      segment: sender times experts plus expert of every row of the receive buffer.
-    """
-
-    rank: Int[Array, ""]
-    slots: int
-    sizes: Int[Array, "R R"]
-    segment_sizes: Int[Array, "R E"]
-    segment_starts: Int[Array, "R E"]
-    arrived: Bool[Array, " M"]
-    segment: Int[Array, " M"]
-
-    @classmethod
-    def of(cls, group_sizes: Int[Array, " RE"], ranks: int, slots: int, ragged: bool) -> _Route:
-        rank = lax.axis_index("expert")
-        counts = lax.all_gather(group_sizes, "expert").reshape(ranks, ranks, -1)
-        segment_sizes = counts[:, rank]
-        flat = segment_sizes.reshape(-1)
-        if ragged:
-            starts = (jnp.cumsum(flat) - flat).reshape(segment_sizes.shape)
-        else:
-            starts = jnp.cumsum(segment_sizes, axis=1) - segment_sizes + slots * jnp.arange(ranks)[:, None]
-        at = jnp.arange(ranks * slots)
-        # Empty segments share their start with the next, which is the one that rows there belong to.
-        segment = jnp.searchsorted(starts.reshape(-1), at, side="right") - 1
-        arrived = at < starts.reshape(-1)[segment] + flat[segment]
-        return cls(rank, slots, jnp.sum(counts, axis=2), segment_sizes, starts, arrived, segment)
-
-    def send(self, rows: Float[Array, "S d"], ragged: bool) -> Float[Array, "M d"]:
-        """Rows sorted by receiver, to the receivers."""
-        mine, ranks = self.sizes[self.rank], self.sizes.shape[0]
-        starts = jnp.cumsum(mine) - mine
-        if not ragged:
-            at = jnp.arange(self.slots)
-            source = jnp.minimum(starts[:, None] + at, rows.shape[0] - 1)
-            padded = jnp.where((at < mine[:, None])[..., None], rows[source], 0)
-            return lax.all_to_all(padded, "expert", 0, 0, tiled=True).reshape(ranks * self.slots, -1)
-        buffer = jnp.zeros((ranks * self.slots, rows.shape[1]), rows.dtype)
-        there = (jnp.cumsum(self.sizes, axis=0) - self.sizes)[self.rank]
-        return _ragged_all_to_all(rows, buffer, starts, mine, there, self.sizes[:, self.rank])
-
-    def send_back(self, rows: Float[Array, "M d"], count: int, ragged: bool) -> Float[Array, "S d"]:
-        """Rows in the order they arrived, to where they came from: `count` rows in the order they were sent."""
-        mine, ranks = self.sizes[self.rank], self.sizes.shape[0]
-        starts = jnp.cumsum(mine) - mine
-        if not ragged:
-            padded = lax.all_to_all(rows.reshape(ranks, self.slots, -1), "expert", 0, 0, tiled=True)
-            at = jnp.arange(count)
-            receiver = jnp.searchsorted(starts, at, side="right") - 1
-            receiver = jnp.clip(receiver, 0, ranks - 1)
-            return padded[receiver, jnp.minimum(at - starts[receiver], self.slots - 1)]
-        theirs = self.sizes[:, self.rank]
-        there = (jnp.cumsum(self.sizes, axis=1) - self.sizes)[:, self.rank]
-        buffer = jnp.zeros((count, rows.shape[1]), rows.dtype)
-        return _ragged_all_to_all(rows, buffer, jnp.cumsum(theirs) - theirs, theirs, there, mine)
-
-
-@dataclasses.dataclass(frozen=True)
-class _ExpertOrder:
-    """Rows of the receive buffer sorted by expert, each expert's padded to the alignment.
-
-    Attributes:
-      group_sizes: rows of every expert, padding included.
-      source: row of the receive buffer for every sorted place; filled: whether there is one.
-      place: sorted place of every row of the receive buffer.
-    """
-
-    group_sizes: Int[Array, " E"]
-    source: Int[Array, " P"]
-    filled: Bool[Array, " P"]
-    place: Int[Array, " M"]
-
-    @classmethod
-    def of(cls, route: _Route, alignment: int) -> _ExpertOrder:
-        sizes, starts = route.segment_sizes, route.segment_starts
-        ranks, experts = sizes.shape
-        rows = route.arrived.shape[0]
-        group_sizes = -(-jnp.sum(sizes, axis=0) // alignment) * alignment
-        ends = jnp.cumsum(group_sizes)
-        before = jnp.cumsum(sizes, axis=0) - sizes  # rows of the same expert from earlier senders
-
-        at = jnp.arange(-(-(rows + experts * (alignment - 1)) // alignment) * alignment)
-        expert = jnp.minimum(jnp.searchsorted(ends, at, side="right"), experts - 1)
-        within = at - (ends - group_sizes)[expert]
-        sender = jnp.sum((before + sizes)[:, expert] <= within, axis=0)
-        filled = (sender < ranks) & (at < ends[-1])
-        sender = jnp.minimum(sender, ranks - 1)
-        source = jnp.where(filled, starts[sender, expert] + within - before[sender, expert], 0)
-
-        own_sender, own_expert = route.segment // experts, route.segment % experts
-        start = (ends - group_sizes)[own_expert] + before[own_sender, own_expert]
-        place = jnp.where(route.arrived, start + jnp.arange(rows) - starts[own_sender, own_expert], 0)
-        return cls(group_sizes, source, filled, place)
-
-
-def _ragged_all_to_all(rows: Array, buffer: Array, starts: Array, sizes: Array, there: Array, arriving: Array) -> Any:
-    offsets = [x.astype(jnp.int32) for x in (starts, sizes, there, arriving)]
-    return lax.ragged_all_to_all(rows, buffer, *offsets, axis_name="expert")

@@ -27,7 +27,8 @@ class PlacedExperts(Experts):
 
     def __init__(self, experts: Experts, logical: Int[Array, "*L P"], copies: Array, counts: Array):
         self.precision = experts.precision
-        self.exchange = experts.exchange
+        # A placement need not keep the router's groups together: a token may go to more of them than the router says.
+        self.exchange = experts.exchange and experts.exchange.for_any_placement
         self.gate_up = nnx.Param(_gather(experts.gate_up[...], logical))
         self.down = nnx.Param(_gather(experts.down[...], logical))
         self.copies = ExpertCopies(copies)

@@ -37,6 +37,8 @@ HLO = """HloModule step, entry_computation_layout={()->f32[]}
   %gathered = bf16[4,128]{1,0} all-gather(%x), replica_groups=[4,2]<=[8], dimensions={0}
   %sent = (bf16[2,64], bf16[16,64], /*index=2*/s64[2]) ragged-all-to-all(%a), replica_groups={{0,1,2,3},{4,5,6,7}}
   %back = bf16[2,64]{1,0} ragged-all-to-all(%b), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %rows = f8e4m3fn[2,64]{1,0} fusion(%c), kind=kLoop
+  %there = f8e4m3fn[16,64]{1,0} ragged-all-to-all(%rows, %room, %starts), replica_groups={{0,1,2,3},{4,5,6,7}}
 }
 
 %outer (q: (s32[], f32[8])) -> (s32[], f32[8]) {
@@ -57,13 +59,13 @@ def test_collectives_are_counted_through_loops() -> None:
     found = {(item.kind, item.group): item for item in read_collectives(HLO)}
     assert {key: item.runs for key, item in found.items()} == {
         ("all-gather", 2): 15,  # 3 x 5, the inner count from the loop's condition
-        ("ragged-all-to-all", 4): 30,
+        ("ragged-all-to-all", 4): 45,
         ("all-reduce", 4): 1,
         ("all-gather", 4): 1,
         ("reduce-scatter", 2): 1,
     }
     assert found["all-gather", 2].sent == 15 * 4 * 128 * 2 / 2
-    assert found["ragged-all-to-all", 4].sent == 30 * 2 * 64 * 2 * 3 / 4  # not the larger room
+    assert found["ragged-all-to-all", 4].sent == (30 * 2 + 15) * 2 * 64 * 3 / 4  # not the larger room
     assert found["all-reduce", 4].sent == 2 * 256 * 4 * 3 / 4
     assert found["all-gather", 4].sent == (32 + 16) * 4 * 3 / 4
     assert found["reduce-scatter", 2].sent == 16 * 4
@@ -78,11 +80,15 @@ def test_a_request_comes_back_equal() -> None:
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(("target", "expert"), [("h200:8", 4), ("v5p:2x2x1", 2)])
-def test_the_compiler_agrees_with_the_paper(target: str, expert: int) -> None:
+@pytest.mark.parametrize(("target", "expert", "precision"), [("h200:8", 4, "fp8"), ("v5p:2x2x1", 2, "bfloat16")])
+def test_the_compiler_agrees_with_the_paper(target: str, expert: int, precision: str) -> None:
     """Arguments nearly exactly (the step has a few numbers more), the peak to a factor, tokens' exchange by count."""
     config = PlanConfig(
-        model=MODEL, target=Target.parse(target), mesh=MeshConfig(fsdp=2, expert=expert), sequence_length=128
+        model=MODEL,
+        target=Target.parse(target),
+        mesh=MeshConfig(fsdp=2, expert=expert),
+        sequence_length=128,
+        precision=precision,
     )
     try:
         compiled = compile_plan(config)
@@ -95,7 +101,9 @@ def test_the_compiler_agrees_with_the_paper(target: str, expert: int) -> None:
     assert 0.4 < compiled.peak_bytes / (plan.memory - RESERVED) < 2
     exchange = next(item for item in compiled.collectives if item.kind == "ragged-all-to-all")
     pieces = {4: 2, 2: 1}[expert]
-    assert (exchange.group, exchange.runs) == (expert, 6 * pieces)  # forward, anew, gradients: there and back
+    # There: rows, and beside them experts and gates, forward and anew; gradients of results (and scales in FP8). Back:
+    # results, and the gradients of rows and of gates.
+    assert (exchange.group, exchange.runs) == (expert, (8 + (precision == "fp8")) * pieces)
     assert exchange.sent == pytest.approx(next(flow.sent for flow in plan.flows if "experts" in flow.what))
 
 

@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.moe import MixtureOfExperts
 from dsv3_jax.precision import Precision
-from dsv3_jax.sharding.expert_parallel import ExpertExchange, GateOnRanks
+from dsv3_jax.sharding.expert_parallel import ExpertExchange, distribute_layer
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 from dsv3_jax.sharding.rules import BATCH_AXES, shardings
 
-MESHES = ("data=2,expert=4", "fsdp=2,expert=2,tensor=2")
-CONFIG = ModelConfig.preset("tiny")
+# Rows of one whole tile and a part of one; four experts a group, a token reaches two of four groups.
+CONFIG = ModelConfig.preset("tiny", hidden_size=160, n_routed_experts=16, num_experts_per_tok=4)
+# Mesh, and what is changed in the layer's exchange.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "two hops": ("expert=8", {}),
+    "two hops, ragged": ("expert=8", {}),
+    "one hop": ("data=2,expert=4", {"groups": 1}),
+    "ranks with two groups": ("fsdp=2,expert=2,tensor=2", {"overlap": True}),
+}
 
 
-def compute(mesh: Any, u: Any) -> tuple[Any, Any, Any]:
-    """Output, load, and gradients of weights and input."""
+def new_layer() -> MixtureOfExperts:
     layer = MixtureOfExperts(
         CONFIG, dtype=jnp.dtype("float32"), precision=Precision.preset("float32"), rngs=nnx.Rngs(0)
     )
     layer.router.bias[...] = jnp.arange(CONFIG.n_routed_experts) * 0.05  # an uneven load
+    return layer
+
+
+def compute(mesh: Any, u: Any, changes: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Output, load, and gradients of weights and input."""
+    layer = new_layer()
     if mesh is not None:
-        layer.router.gate = GateOnRanks(mesh)
-        layer.experts.exchange = ExpertExchange(mesh)
+        distribute_layer(layer, mesh)
+        layer.experts.exchange = dataclasses.replace(layer.experts.exchange, **changes)
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
     params = jax.tree.map(lambda leaf: 10 * leaf, params)
     if mesh is not None:
@@ -45,6 +60,29 @@ def compute(mesh: Any, u: Any) -> tuple[Any, Any, Any]:
     return y, load, gradients
 
 
+def ragged_all_to_all(
+    rows: Any,
+    buffer: Any,
+    starts: Any,
+    sizes: Any,
+    there: Any,
+    arriving: Any,
+    *,
+    axis_name: str,
+    axis_index_groups: Any,
+) -> Any:
+    """What JAX documents of `lax.ragged_all_to_all`, which no CPU has; NaN where the sizes contradict each other."""
+    groups = axis_index_groups or [list(range(lax.axis_size(axis_name)))]
+    place = {rank: group.index(rank) for group in groups for rank in group}
+    me = jnp.array([place[rank] for rank in range(len(place))])[lax.axis_index(axis_name)]
+    every = [lax.all_gather(x, axis_name, axis_index_groups=axis_index_groups) for x in (rows, starts, sizes, there)]
+    at = jnp.arange(rows.shape[0])
+    for sender_rows, start, size, target in zip(*every, strict=True):
+        places = jnp.where(at < size[me], target[me] + at, buffer.shape[0])
+        buffer = buffer.at[places].set(sender_rows[jnp.minimum(start[me] + at, len(at) - 1)], mode="drop")
+    return jnp.where(jnp.all(arriving == every[2][:, me]), buffer, jnp.nan)
+
+
 def distance(a: Any, b: Any) -> float:
     a, b = np.asarray(a), np.asarray(b)
     return float(np.max(np.abs(a - b)) / np.max(np.abs(a)))
@@ -52,11 +90,16 @@ def distance(a: Any, b: Any) -> float:
 
 def main() -> None:
     u = np.random.default_rng(0).standard_normal((8, 24, CONFIG.hidden_size)).astype(np.float32)
-    y, load, gradients = compute(None, u)
+    y, load, gradients = compute(None, u, {})
     results = {}
-    for text in MESHES:
-        other, other_load, others = compute(make_mesh(MeshConfig.parse(text)), u)
-        results[text] = {
+    for name, (mesh, changes) in CASES.items():
+        ragged = "ragged" in name
+        with (
+            mock.patch.object(ExpertExchange, "_ragged", ragged),
+            mock.patch.object(lax, "ragged_all_to_all", ragged_all_to_all),
+        ):
+            other, other_load, others = compute(make_mesh(MeshConfig.parse(mesh)), u, changes)
+        results[name] = {
             "output": distance(y, other),
             "load": bool((np.asarray(load) == np.asarray(other_load)).all()),
             "gradient": max(map(distance, jax.tree.leaves(gradients), jax.tree.leaves(others))),

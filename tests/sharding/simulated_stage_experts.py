@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.moe import MixtureOfExperts
 from dsv3_jax.precision import Precision
-from dsv3_jax.sharding.expert_parallel import ExpertExchange, GateOnRanks
+from dsv3_jax.sharding.expert_parallel import distribute_layer
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 from dsv3_jax.sharding.rules import BATCH_AXES
 
@@ -32,8 +32,7 @@ def new_layer(mesh: Any = None) -> Any:
     )
     layer.router.bias[...] = jnp.arange(CONFIG.n_routed_experts) * 0.05  # an uneven load
     if mesh is not None:
-        layer.router.gate = GateOnRanks(mesh)
-        layer.experts.exchange = ExpertExchange(mesh)
+        distribute_layer(layer, mesh)
     return nnx.split(layer, nnx.Param, ...)
 
 

@@ -1,0 +1,128 @@
+"""What a rank does with rows: one copy for every receiver, and at the end one for every expert (report section 3.2.2).
+
+A row comes with the experts it is for (`ids`, counted from 1 among those that lie further on; 0 for none) and their
+gates; what goes back is the gate-weighted sum of theirs, one row again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels
+from dsv3_jax.sharding.expert_hops import Hop, Route, send, send_back
+
+
+class Product(Protocol):
+    """(rows sorted by expert, gate_up, down, group sizes, row alignment) -> rows."""
+
+    def __call__(
+        self, rows: Array, gate_up: Array, down: Array, group_sizes: Array, row_alignment: int
+    ) -> Float[Array, "M d"]: ...
+
+
+class LocalProduct(Protocol):
+    """The same with this rank's weights."""
+
+    def __call__(self, rows: Array, *, group_sizes: Array, row_alignment: int) -> Float[Array, "M d"]: ...
+
+
+def over_hops(
+    hops: Sequence[Hop],
+    rows: Float[Array, "n d"],
+    ids: Int[Array, "n K"],
+    gates: Float[Array, "n K"],
+    experts: int,
+    product: LocalProduct,
+    *,
+    even_load: int | None = None,
+) -> Float[Array, "n d"]:
+    """sum_i g_i E_i(row) for every row, whose experts lie behind these hops.
+
+    Args:
+      experts: of one rank.
+      even_load: assignments that reach a rank if they are even.
+    """
+    even_load = even_load or ids.size
+    if not hops:
+        return _at_home(rows, ids, gates, experts, product, even_load)
+    hop, *further = hops
+    behind = experts
+    for other in further:
+        behind *= other.peers
+    slots, copies = rows.shape[0], hop.copies(ids.shape[1])
+    receiver = _receivers(ids, hop.peers, behind, copies)
+    sent, order = pallas_kernels.permute(rows, receiver, hop.peers + 1, row_alignment=1)
+    # Of each copy: which of the row's experts the receiver has.
+    inside = ids[:, None] - receiver[..., None] * behind
+    there = (ids[:, None] > 0) & (inside > 0) & (inside <= behind)
+    wide = gates.astype(jnp.promote_types(gates.dtype, jnp.float32))
+    sent_ids, sent_gates = (
+        jnp.where(there, of_slot, 0).reshape(-1, ids.shape[1])[order.slot_of_row] for of_slot in (inside, wide[:, None])
+    )
+    route = Route.of(hop, order.group_sizes[:-1])
+    rows, ids, gates = send(hop, slots, sent, sent_ids, sent_gates, route)  # pyright: ignore[reportGeneralTypeIssues]
+    results = over_hops(further, rows, ids, gates, experts, product, even_load=even_load)
+    return _sums(copies, send_back(hop, slots, sent.shape[0], results, route), order)
+
+
+def _at_home(
+    rows: Float[Array, "M d"],
+    ids: Int[Array, "M K"],
+    gates: Float[Array, "M K"],
+    experts: int,
+    product: LocalProduct,
+    even_load: int,
+) -> Float[Array, "M d"]:
+    """Of rows that are where their experts are."""
+    if experts < ids.shape[1]:
+        ids, gates = _one_slot_an_expert(ids, gates, experts)
+    alignment = pallas_kernels.preferred_row_alignment(even_load, experts)
+    index = jnp.where(ids > 0, ids - 1, experts)  # slots without an expert come last, as one more
+    by_expert, order = pallas_kernels.permute(rows, index, experts + 1, row_alignment=alignment)
+    out = product(by_expert, group_sizes=order.group_sizes[:-1], row_alignment=alignment)
+    return pallas_kernels.combine(out, gates, order)
+
+
+def _one_slot_an_expert(
+    ids: Int[Array, "M K"], gates: Float[Array, "M K"], experts: int
+) -> tuple[Int[Array, "M E"], Float[Array, "M E"]]:
+    """Where there are fewer experts than slots: no room is spent on slots that must be empty."""
+    expert = jnp.arange(1, experts + 1)
+    chosen = ids[:, None] == expert[:, None]
+    return jnp.where(jnp.any(chosen, axis=2), expert, 0), jnp.sum(jnp.where(chosen, gates[:, None], 0), axis=2)
+
+
+def _receivers(ids: Int[Array, "n K"], peers: int, behind: int, copies: int) -> Int[Array, "n R"]:
+    """The different peers that have any of a row's experts, in order; `peers` fills up."""
+    of_slot = jnp.sort(jnp.where(ids > 0, (ids - 1) // behind, peers), axis=1)
+    again = jnp.pad(of_slot[:, 1:] == of_slot[:, :-1], ((0, 0), (1, 0)))
+    return jnp.sort(jnp.where(again, peers, of_slot), axis=1)[:, :copies]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(copies: int, rows: Float[Array, "S d"], order: pallas_kernels.Permutation) -> Float[Array, "n d"]:
+    """Of the rows of every token's copies, added up in float32.
+
+    Its gradient needs no row, unlike that of `combine`: when a piece is computed anew, none has to come back.
+    """
+    ones = jnp.ones((rows.shape[0] // copies, copies), jnp.float32)
+    return pallas_kernels.combine(rows, ones, order)
+
+
+def _sums_forward(
+    copies: int, rows: Array, order: pallas_kernels.Permutation
+) -> tuple[Array, pallas_kernels.Permutation]:
+    return _sums(copies, rows, order), order
+
+
+def _sums_backward(copies: int, order: pallas_kernels.Permutation, out_bar: Array) -> tuple[Array, None]:
+    return out_bar[order.slot_of_row // copies], None
+
+
+_sums.defvjp(_sums_forward, _sums_backward)

@@ -1,0 +1,130 @@
+"""On eight simulated devices: what travels between the ranks of a layer's experts, and as what. Prints JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.modules.moe import MixtureOfExperts
+from dsv3_jax.precision import Precision
+from dsv3_jax.precision.tiles import dequantise, quantise
+from dsv3_jax.sharding.expert_hops import Hop
+from dsv3_jax.sharding.expert_parallel import ExpertExchange
+from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
+
+# Rows of one whole tile and a part of one; four experts a group, a token reaches two of four groups.
+CONFIG = ModelConfig.preset("tiny", hidden_size=160, n_routed_experts=16, num_experts_per_tok=4)
+GROUPS, REACHED, IN_A_GROUP = CONFIG.n_group, CONFIG.topk_group, CONFIG.n_routed_experts // CONFIG.n_group
+# Weight gradients have tiles along the rows, which lie in another order on several devices.
+PRECISION = Precision.preset("fp8,compute_dtype=float32,weight_gradient=none")
+
+
+def crossings(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> dict[str, int]:
+    """Rows that go from one group of ranks to another, counted as they go; and how many the routing asks for."""
+    counted: list[int] = []
+    plainly = Hop.all_to_all
+
+    def counting(hop: Hop, x: Any) -> Any:
+        if hop.stride > 1 and x.shape[-1] == CONFIG.hidden_size:
+            filled = jnp.any(x != 0, axis=-1).sum(axis=-1)
+            jax.debug.callback(lambda count: counted.append(int(count)), filled.sum() - filled[hop.index])
+        return plainly(hop, x)
+
+    def forward(u: Any, gates: Any) -> Any:
+        weights = layer.experts.gate_up[...], layer.experts.down[...]
+        return exchange(u, gates, *weights, lambda rows, **_: rows)
+
+    with mock.patch.object(Hop, "all_to_all", counting):
+        jax.block_until_ready(jax.jit(forward)(u, gates))
+        jax.effects_barrier()
+    group = np.asarray(gates.expert_index).reshape(-1, CONFIG.num_experts_per_tok) // IN_A_GROUP
+    own = np.repeat(np.arange(GROUPS), len(group) // GROUPS)
+    others = [set(row) - {home} for row, home in zip(group, own, strict=True)]
+    return {
+        "there and back": sum(counted),
+        "asked for": 2 * sum(map(len, others)),
+        "a row an expert": 2 * int((group != own[:, None]).sum()),
+        "tokens": len(group),
+    }
+
+
+@jax.custom_vjp
+def rounded_backward(y: Any) -> Any:
+    """`y`, whose gradient is rounded as it is where it travels."""
+    return y
+
+
+def round_gradient(_: None, bar: Any) -> tuple[Any]:
+    return (dequantise(quantise(bar, (1, 128), "e4m3", power_of_two=True)),)
+
+
+rounded_backward.defvjp(lambda y: (y, None), round_gradient)
+
+
+def in_fp8(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> dict[str, Any]:
+    """Gradients beside one device's; what all-to-alls carry."""
+    y_bar = jnp.asarray(np.random.default_rng(1).standard_normal(u.shape), jnp.float32)
+    weights = 10 * layer.experts.gate_up[...], 10 * layer.experts.down[...]
+
+    def gradients_of(apply: Callable[..., Any]) -> Callable[..., Any]:
+        def loss(u: Any, weights: Any, gate: Any) -> Any:
+            y = apply(u, dataclasses.replace(gates, gate=gate), *weights)
+            return jnp.vdot(y, y_bar.astype(y.dtype)), y
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+    here = layer.experts._sorted_by_expert
+    there = gradients_of(lambda *x: exchange(*x, layer.experts._products))
+    found, one, unrounded = (
+        jax.tree.leaves(gradients(u, weights, gates.gate))
+        for gradients in (there, gradients_of(lambda *x: rounded_backward(here(*x))), gradients_of(here))
+    )
+    moved: Counter[str] = Counter()
+    count_all_to_alls(jax.make_jaxpr(there)(u, weights, gates.gate).jaxpr, moved)
+    return {
+        "apart": max(map(apart, one, found)),
+        "without rounding": max(map(apart, unrounded, found)),
+        "moved": moved,
+    }
+
+
+def count_all_to_alls(jaxpr: Any, found: Counter[str]) -> None:
+    """How many have rows of the hidden size as operands, by dtype."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "all_to_all" and equation.invars[0].aval.shape[-1] == CONFIG.hidden_size:
+            found[str(equation.invars[0].aval.dtype)] += 1
+        for inner in jaxprs_in_params(equation.params):
+            count_all_to_alls(inner, found)
+
+
+def apart(a: Any, b: Any) -> float:
+    a, b = np.asarray(a), np.asarray(b)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+
+
+def main() -> None:
+    layer = MixtureOfExperts(CONFIG, dtype=jnp.dtype("float32"), precision=PRECISION, rngs=nnx.Rngs(0))
+    u = jnp.asarray(np.random.default_rng(0).standard_normal((8, 16, CONFIG.hidden_size)), jnp.float32)
+    gates = layer.router(u)
+    exchange = ExpertExchange(make_mesh(MeshConfig(expert=8)), groups=GROUPS, reached_groups=REACHED)
+    flat = u.reshape(-1, CONFIG.hidden_size)
+    results = {
+        "crossings": crossings(layer, gates, flat, exchange),
+        "fp8": in_fp8(layer, gates, flat, dataclasses.replace(exchange, recipe=PRECISION.fp8)),
+    }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
