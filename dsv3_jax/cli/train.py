@@ -13,7 +13,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.sharding.processes import Processes, join
+from dsv3_jax.sharding.processes import Processes, join, leave
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 from dsv3_jax.training.run_folder import RunFolder
@@ -82,7 +82,8 @@ def main(argv: list[str]) -> int:
 
     keep_compiled_programs()
     initial_model = _initial_model(options.init_from, config)
-    return train(config, Path(options.out), initial_model=initial_model, timeout=options.processes.timeout).exit_code
+    timeout = options.processes.timeout
+    return leave(train(config, Path(options.out), initial_model=initial_model, timeout=timeout).exit_code, timeout)
 
 
 def _defaults(argv: list[str]) -> TrainOptions:

@@ -87,7 +87,7 @@ def join(processes: Processes) -> None:
     jax.config.update("jax_enable_recoverability", True)
     limits: dict[str, Any] = {
         "initialization_timeout": processes.timeout,
-        "heartbeat_timeout_seconds": processes.timeout,
+        "heartbeat_timeout_seconds": processes.timeout + 60,  # the vigil speaks first
         "shutdown_timeout_seconds": min(processes.timeout, 60),
     }
     try:
@@ -107,6 +107,25 @@ def join(processes: Processes) -> None:
             f"the other processes were not found by way of {processes.coordinator}: {reason}; "
             "are all of them started, with the same --processes.coordinator?"
         ) from error
+
+
+def leave(exit_code: int, timeout: float) -> int:
+    """Ends a process that joined others, all of which have come to their end; returns on the first one only.
+
+    The first process serves the others' meeting point, so it must go last. What JAX does at the end of a process does
+    not see to that where peers may be lost, and aborts whoever comes late.
+    """
+    if jax.process_count() > 1:
+        from jax._src import distributed  # the one barrier that needs no collective, which an early end could break off
+
+        client = distributed.global_state.client
+        if client is not None:
+            client.wait_at_barrier("end", round(1000 * timeout))
+        if not is_first():
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(exit_code)
+    return exit_code
 
 
 def is_first() -> bool:

@@ -1,4 +1,4 @@
-"""On eight simulated devices: one training step on every mesh named in the arguments, beside one device. Prints JSON."""
+"""On eight simulated devices: a training step on every mesh of the arguments, beside one device. Prints JSON."""
 
 from __future__ import annotations
 

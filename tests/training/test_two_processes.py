@@ -1,0 +1,109 @@
+"""Two processes train together; one dies or hangs, the other says so and ends, and the run goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from simulated import environment
+from small_runs import VOCABULARY, write_corpus
+
+STEPS = 12
+_OPTIONS = {
+    "preset": "tiny",
+    "steps": STEPS,
+    "data.tokenizer": "byte",
+    "data.vocab-size": VOCABULARY,
+    "data.sequence-length": 32,
+    "data.validation-sequences": 4,
+    "model.vocab-size": VOCABULARY,
+    "model.num-hidden-layers": 1,
+    "model.first-k-dense-replace": 0,
+    "model.num-nextn-predict-layers": 0,
+    "training.ema-decay": 0,
+    "training.log-every": 1,
+    "training.checkpoint-every": 3,
+    "training.sample-tokens": 0,
+}
+
+
+def start(folder: Path, count: int, timeout: int, **options: object) -> list[subprocess.Popen[str]]:
+    """`count` processes of one run on one device each; they meet at a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    values = _OPTIONS | {name.replace("__", "."): value for name, value in options.items()}
+    if count > 1:
+        values |= {"processes.coordinator": f"127.0.0.1:{port}", "processes.count": count, "processes.timeout": timeout}
+    command = [sys.executable, "-m", "dsv3_jax.cli.main", "train", "--out", str(folder / "run")]
+    command += ["--data.corpus", str(folder / "corpus"), *(f"--{name}={value}" for name, value in values.items())]
+    processes = []
+    for index in range(count):
+        log = (folder / f"log{index}").open("w")
+        own = [f"--processes.index={index}"] if count > 1 else []
+        environ = environment(JAX_PLATFORMS="cpu", JAX_COMPILATION_CACHE_DIR=str(folder / "compiled"))
+        processes.append(subprocess.Popen([*command, *own], stdout=log, stderr=log, text=True, env=environ))
+    return processes
+
+
+def losses(folder: Path) -> dict[int, float]:
+    path = folder / "run" / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def wait_for_step(folder: Path, step: int, processes: list[subprocess.Popen[str]]) -> None:
+    until = time.monotonic() + 300
+    while max(losses(folder), default=0) < step:
+        assert time.monotonic() < until, "no step"
+        assert all(process.poll() is None for process in processes), (folder / "log0").read_text()[-2000:]
+        time.sleep(0.05)
+
+
+def last_line(folder: Path, index: int) -> str:
+    return (folder / f"log{index}").read_text().strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("two")
+    write_corpus(path / "corpus")
+    return path
+
+
+def test_killed_process_ends_the_other_and_the_run_goes_on(folder: Path) -> None:
+    """The steps after the checkpoint are computed twice, and equal; the end is reached with one process as well."""
+    first = start(folder, 2, 60, steps=1000)
+    wait_for_step(folder, 7, first)
+    first[1].send_signal(signal.SIGKILL)
+    assert first[0].wait(90) == 4
+    assert "another process has died or hangs" in last_line(folder, 0)
+    assert "the same command goes on from step" in last_line(folder, 0)
+    before = losses(folder)
+
+    second = start(folder, 2, 8, steps=1000)
+    wait_for_step(folder, max(before) + 1, second)
+    again = losses(folder)
+    assert {step: again[step] for step in before} == before
+    assert "going on from step" in (folder / "log0").read_text()
+
+    second[0].send_signal(signal.SIGSTOP)  # hangs: nothing is closed, nothing comes
+    try:
+        assert second[1].wait(60) == 4
+    finally:
+        second[0].kill()
+    assert "nothing has moved for 8 s" in last_line(folder, 1)
+
+
+def test_one_told_to_stop_stops_both(folder: Path) -> None:
+    third = start(folder, 2, 60, steps=1000)
+    wait_for_step(folder, max(losses(folder)) + 1, third)
+    third[1].send_signal(signal.SIGTERM)
+    assert [process.wait(90) for process in third] == [143, 143]
+    assert "stopped and saved at step" in last_line(folder, 0)
