@@ -26,6 +26,8 @@ from dsv3_jax.sharding.rules import BATCH_AXES, AxisRules, parameter_specs
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.losses import LossWeights, balance_of, prediction_losses, share_of, weighted
 
+_WITHIN_A_STAGE = AxisRules(embed=("fsdp",))
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +64,20 @@ def on_batch_axes(x: Array, axis: int) -> Array:
 
 def laid_out(tree: Any, mesh: Mesh) -> Any:
     """Parameters, or what is shaped like them, divided inside a stage as the rules say."""
-    return lax.with_sharding_constraint(tree, parameter_specs(tree, mesh, AxisRules()))
+    return lax.with_sharding_constraint(tree, parameter_specs(tree, mesh, _WITHIN_A_STAGE))
 
 
 def _gathered(tree: Any, mesh: Mesh) -> Any:
-    """Parameters as products want them: whole along the fsdp axis, but for experts, whose exchange gathers them.
+    """Parameters as products want them: whole along the fsdp axis.
 
     The compiler would mostly do so by itself. Where it does not it may move activations by a permutation among all
-    devices, in which those of stages that do something else at that tick would never take part.
+    devices, in which those of stages that do something else at that tick would never take part. Experts and embedding
+    stay divided: they say themselves how they are used on a mesh.
     """
-    specs = parameter_specs(tree, mesh, AxisRules(embed=()))
+    specs = parameter_specs(tree, mesh, dataclasses.replace(_WITHIN_A_STAGE, embed=()))
 
     def gathered(path: tuple[Any, ...], leaf: Array, spec: PartitionSpec) -> Array:
-        if "experts" in jax.tree_util.keystr(path):
+        if "['experts']" in jax.tree_util.keystr(path) or "['embedding']" in jax.tree_util.keystr(path):
             return leaf
         return lax.with_sharding_constraint(leaf, spec)
 
@@ -183,7 +186,7 @@ class StageComputation:
             h, kept, load, balance = carry
             kept = lax.dynamic_update_slice(kept, h[None, None], _place(at.forward_kept, i))
             (h, term), layer_load = self.layer(start + i, inputs, self.parameters(start + i), h)
-            return h, kept, load.at[start + i].add(layer_load), balance + share * term
+            return h, kept, load.at[start + i].add(layer_load.astype(load.dtype)), balance + share * term
 
         carry = (h, progress.kept, progress.load, progress.sums.balance)
         h, kept, load, balance = lax.fori_loop(0, self._layers(at.forward_stage), layer, carry)
@@ -204,7 +207,7 @@ class StageComputation:
             loss = functools.partial(self.last, tokens=tokens, segment_ids=segment_ids, inputs=inputs)
             value, pull, terms = jax.vjp(loss, _gathered(shared, self.mesh), h, has_aux=True)
             by_shared, by_h = pull(jnp.ones_like(value))
-            return jax.tree.map(jnp.add, total, by_shared), jax.tree.map(jnp.add, sums, terms), by_h
+            return _added(total, by_shared), _added(sums, terms), by_h
 
         total, sums, g = lax.cond(
             (stage == self.layer_counts.shape[0] - 1) & (at.backward & INPUT != 0),
@@ -245,7 +248,7 @@ class StageComputation:
 
         def from_first(total: nnx.State) -> nnx.State:
             _, pull = jax.vjp(lambda shared: self.first(shared, tokens, inputs), _gathered(shared, self.mesh))
-            return jax.tree.map(jnp.add, total, pull(by_input)[0])
+            return _added(total, pull(by_input)[0])
 
         total = lax.cond((stage == 0) & by_weights, from_first, lambda total: total, total)
         progress = dataclasses.replace(progress, block_gradients=block_gradients, shared_gradients=total, sums=sums)
@@ -262,3 +265,7 @@ def _at(stacked: nnx.State, place: Int[Array, ""]) -> nnx.State:
 def _place(micro_batch: Int[Array, ""], layer: Int[Array, ""]) -> tuple[Array, ...]:
     """Where a layer's input begins among those that are kept."""
     return tuple(jnp.asarray(index, jnp.int32) for index in (micro_batch, layer, 0, 0, 0))
+
+
+def _added(total: Any, one: Any) -> Any:
+    return jax.tree.map(lambda t, o: t + o.astype(t.dtype), total, one)

@@ -8,6 +8,7 @@ differentiated where they arise. The other axes of the mesh work inside a stage 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.errors import ConfigError
 from dsv3_jax.sharding.pipeline_executor import AXIS, run_lockstep
 from dsv3_jax.sharding.pipeline_schedules import ScheduleName, make_schedule
 from dsv3_jax.sharding.pipeline_tables import INPUT, Lockstep, Places, lockstep, moe_layers_of_stages
@@ -40,9 +42,11 @@ def make_pipelined_pass(
     Both are the sums over the A passes that training without a pipeline arrives at, up to the order of float32 sums.
 
     Raises:
-      ConfigError: more stages than MoE layers, or, when it is traced, passes that the schedule cannot place.
+      ConfigError: more stages than MoE layers, or passes that the schedule cannot place: those of the first and the
+        full batch, and when it is traced those that it is given.
     """
     layers = moe_layers_of_stages(config.model, mesh.shape[AXIS])
+    check_passes(config, schedule_name, mesh.shape[AXIS], math.prod(mesh.shape[axis] for axis in BATCH_AXES))
     stage_axis, everywhere = PartitionSpec(AXIS), PartitionSpec()
 
     def run(
@@ -94,6 +98,42 @@ def make_pipelined_pass(
         return gradients, terms
 
     return run
+
+
+def check_passes(config: RunConfig, schedule_name: ScheduleName, stages: int, batch_ranks: int = 1) -> None:
+    """That the schedule can place the passes of the run's first and of its full batch.
+
+    Args:
+      batch_ranks: parts that every pass is cut into.
+
+    Raises:
+      ConfigError: with the nearest number of sequences a pass, or a batch, for which it can.
+    """
+    training = config.training
+    rows = training.rows_per_pass
+    make_schedule(schedule_name, stages, 4 * stages)  # what no number of passes would mend
+
+    def fits(batch: int, rows: int) -> bool:
+        try:
+            make_schedule(schedule_name, stages, batch // rows)
+        except ConfigError:
+            return False
+        return True
+
+    for batch in (training.batch_size, training.schedule.batch_at(0.0, training.batch_size, rows)):
+        if fits(batch, rows):
+            continue
+        near = [r for r in range(batch_ranks, batch + 1, batch_ranks) if batch % r == 0 and fits(batch, r)]
+        if near:
+            mend = f"use {min(near, key=lambda r: abs(r - rows))}"
+        else:
+            larger = next(p for p in itertools.count(batch // rows) if fits(p * rows, rows))
+            mend = f"use a batch of {larger * rows}"
+        which = "a" if batch == training.batch_size else "the first"
+        raise ConfigError(
+            f"training.micro_batch_size ({rows}) cuts {which} batch of {batch} into {batch // rows} micro-batches, "
+            f"which {schedule_name} cannot place on {stages} stages; {mend}"
+        )
 
 
 def _places_of_layers(layers: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
