@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.sharding.expert_parallel import on_every_rank
-from dsv3_jax.sharding.rules import BATCH_AXES, AxisRules, parameter_specs
+from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, parameter_specs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class LookupOnRanks:
     def __call__(
         self, table: Float[Array, "V d"], tokens: Int[Array, "B T"], dtype: jnp.dtype
     ) -> Float[Array, "B T d"]:
-        cut = parameter_specs({"embedding": {"weight": table}}, self.mesh, AxisRules())["embedding"]["weight"]
+        cut = parameter_specs({"embedding": {"weight": table}}, self.mesh, WITHIN_A_STAGE)["embedding"]["weight"]
         rows, columns = (*cut, None, None)[:2]
         batch = PartitionSpec(BATCH_AXES)
 

@@ -23,23 +23,27 @@ class AxisRules:
     """Mesh axes of every logical axis; one that does not divide a dimension, or is used by an earlier one, is left out.
 
     Attributes:
-      embed: the hidden size, in every matrix one side; what FSDP divides.
+      embed: the hidden size, in every matrix one side; what FSDP divides, and the stages where they do not divide the
+        layers.
       wide: heads, feed-forward widths and the vocabulary: what tensor parallelism divides.
       latent: outputs of the down-projections, routers.
       expert: routed experts.   expert_width: their inner width.
       layers: the stacked layers.
     """
 
-    embed: tuple[str, ...] = ("fsdp",)
+    embed: tuple[str, ...] = ("fsdp", "stage")
     wide: tuple[str, ...] = ("tensor",)
     latent: tuple[str, ...] = ()
     expert: tuple[str, ...] = ("expert",)
     expert_width: tuple[str, ...] = ("tensor",)
-    layers: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ("stage",)
 
 
-ZERO = AxisRules(embed=("fsdp", "data"), wide=("tensor", "expert"), latent=("expert",))
+ZERO = AxisRules(embed=("fsdp", "stage", "data"), wide=("tensor", "expert"), latent=("expert",))
 """Of optimizer state: divided over replicas of the parameters too, over which nothing is multiplied (ZeRO-1)."""
+
+WITHIN_A_STAGE = AxisRules(embed=("fsdp",), layers=())
+"""Of parameters that a pipeline stage works with: all of its own layers and of what every stage has."""
 
 # The last dimensions of a leaf, by the end of its path; stacked layers have one more in front.
 _DIMENSIONS: dict[tuple[str, ...], tuple[str | None, ...]] = {

@@ -11,6 +11,7 @@ from dsv3_jax.errors import ConfigError
 from dsv3_jax.modules.rematerialisation import REMATERIALISATIONS
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.sharding.pipeline_schedules import ScheduleName
 from dsv3_jax.training.schedules import Schedule, tokens_of_run
 
 Balance = Literal["sequence", "batch", "none"]
@@ -34,6 +35,8 @@ class TrainingConfig:
       ema_decay: of the running average of the weights; 0 for none. (The report gives no value.)
       rematerialisation: name of a policy of `dsv3_jax.modules.rematerialisation`.
       loss_chunk: tokens whose logits a device holds at a time.
+      pipeline_schedule: of the stages of a mesh: "dualpipe", "zb1p" or "1f1b" (section 3.2.1); passes are its
+        micro-batches.
       zero: on a mesh, optimizer state is divided over the replicas of its parameters (ZeRO-1).
       log_every, evaluate_every, checkpoint_every: steps; 0 for only at the ends.
       keep_checkpoints: how many are kept.
@@ -56,6 +59,7 @@ class TrainingConfig:
     ema_decay: float = 0.99
     rematerialisation: str = "none"
     loss_chunk: int = 8192
+    pipeline_schedule: ScheduleName = "dualpipe"
     zero: bool = True
     log_every: int = 10
     evaluate_every: int = 0
@@ -82,6 +86,11 @@ class TrainingConfig:
             raise ConfigError(
                 f"training.rematerialisation must be one of {', '.join(REMATERIALISATIONS)}, "
                 f"not {self.rematerialisation!r}"
+            )
+        if self.pipeline_schedule not in get_args(ScheduleName):
+            raise ConfigError(
+                f"training.pipeline_schedule must be one of {', '.join(get_args(ScheduleName))}, "
+                f"not {self.pipeline_schedule!r}"
             )
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:

@@ -55,6 +55,11 @@ class Layout:
         """Parts that a batch is cut into."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
 
+    @property
+    def stages(self) -> int:
+        """Of the pipeline; 1 without one."""
+        return 1 if self.mesh is None else self.mesh.shape["stage"]
+
     def distribute(self, model: DeepSeekV3) -> DeepSeekV3:
         """The model, whose parts now find what lies on other devices."""
         if self.mesh is not None:

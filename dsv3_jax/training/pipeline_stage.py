@@ -22,11 +22,9 @@ from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.block import BlockInputs
 from dsv3_jax.modules.routing_statistics import Routing
 from dsv3_jax.sharding.pipeline_tables import INPUT, WEIGHTS, Lockstep
-from dsv3_jax.sharding.rules import BATCH_AXES, AxisRules, parameter_specs
+from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, parameter_specs
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.losses import LossWeights, balance_of, prediction_losses, share_of, weighted
-
-_WITHIN_A_STAGE = AxisRules(embed=("fsdp",))
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +62,7 @@ def on_batch_axes(x: Array, axis: int) -> Array:
 
 def laid_out(tree: Any, mesh: Mesh) -> Any:
     """Parameters, or what is shaped like them, divided inside a stage as the rules say."""
-    return lax.with_sharding_constraint(tree, parameter_specs(tree, mesh, _WITHIN_A_STAGE))
+    return lax.with_sharding_constraint(tree, parameter_specs(tree, mesh, WITHIN_A_STAGE))
 
 
 def _gathered(tree: Any, mesh: Mesh) -> Any:
@@ -74,7 +72,7 @@ def _gathered(tree: Any, mesh: Mesh) -> Any:
     devices, in which those of stages that do something else at that tick would never take part. Experts and embedding
     stay divided: they say themselves how they are used on a mesh.
     """
-    specs = parameter_specs(tree, mesh, dataclasses.replace(_WITHIN_A_STAGE, embed=()))
+    specs = parameter_specs(tree, mesh, dataclasses.replace(WITHIN_A_STAGE, embed=()))
 
     def gathered(path: tuple[Any, ...], leaf: Array, spec: PartitionSpec) -> Array:
         if "['experts']" in jax.tree_util.keystr(path) or "['embedding']" in jax.tree_util.keystr(path):

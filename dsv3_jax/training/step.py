@@ -18,6 +18,7 @@ from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.layout import Layout
 from dsv3_jax.training.losses import LossTerms, LossWeights, cross_entropies, objective, target_weights
 from dsv3_jax.training.optimizer import make_optimizer, update_average
+from dsv3_jax.training.pipelined_pass import make_pipelined_pass
 from dsv3_jax.training.state import Skeleton, TrainState
 
 
@@ -86,6 +87,23 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: Layout | None
         )
         return terms.total, terms
 
+    def differentiate(
+        params: nnx.State,
+        biases: Float[Array, "layers E"],
+        tokens: Int[Array, "A B T1"],
+        segment_ids: Int[Array, "A B T1"],
+        weights: LossWeights,
+        real_tokens: Float[Array, ""],
+    ) -> tuple[nnx.State, LossTerms]:
+        def one_pass(tokens: Int[Array, "B T1"], segment_ids: Int[Array, "B T1"]) -> tuple[nnx.State, LossTerms]:
+            compute = jax.grad(loss_of, has_aux=True)
+            return compute(params, biases, tokens, segment_ids, weights, real_tokens)
+
+        return accumulate(one_pass, tokens, segment_ids)
+
+    if layout.mesh is not None and layout.stages > 1:
+        differentiate = make_pipelined_pass(skeleton, config, layout.mesh, training.pipeline_schedule)
+
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(
         state: TrainState, tokens: Int[Array, "A B T1"], segment_ids: Int[Array, "A B T1"], settings: StepSettings
@@ -93,11 +111,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: Layout | None
         weights = LossWeights(balance=settings.balance_weight, mtp=settings.mtp_weight)
         real_tokens = jnp.maximum(jnp.sum(segment_ids[..., 1:] != 0), 1).astype(jnp.float32)
 
-        def one_pass(tokens: Int[Array, "B T1"], segment_ids: Int[Array, "B T1"]) -> tuple[nnx.State, LossTerms]:
-            compute = jax.grad(loss_of, has_aux=True)
-            return compute(state.params, state.router_biases, tokens, segment_ids, weights, real_tokens)
-
-        gradients, terms = accumulate(one_pass, tokens, segment_ids)
+        gradients, terms = differentiate(state.params, state.router_biases, tokens, segment_ids, weights, real_tokens)
         gradients = layout.constrain_gradients(gradients)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(terms.total) & jnp.isfinite(norm)

@@ -22,6 +22,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
 from dsv3_jax.sharding.processes import Vigil, anywhere, in_turn, is_first, share
 from dsv3_jax.training.checkpoints import (
     Checkpoints,
@@ -35,6 +36,7 @@ from dsv3_jax.training.hardware import peak_flops
 from dsv3_jax.training.interruption import Interruption
 from dsv3_jax.training.layout import Layout
 from dsv3_jax.training.metrics import JsonLines, Quiet, Record, TensorBoard, Terminal, Writer, read_metrics
+from dsv3_jax.training.pipelined_pass import check_passes
 from dsv3_jax.training.plots import plot_expert_load, plot_losses
 from dsv3_jax.training.run_folder import RunFolder, write_atomically
 from dsv3_jax.training.sample import sample_text, whole_model
@@ -98,6 +100,9 @@ def _layout(config: RunConfig) -> Layout:
     """The run's layout over the devices there are, once they are known to suit."""
     sizes = config.mesh.resolve(jax.device_count())
     sizes.check(config.model, config.training.rows_per_pass)
+    if sizes.stage > 1:
+        moe_layers_of_stages(config.model, sizes.stage)
+        check_passes(config, config.training.pipeline_schedule, sizes.stage, sizes.batch_ranks)
     return Layout.of(sizes, zero=config.training.zero)
 
 

@@ -24,9 +24,12 @@ RATE = float(SETTINGS.learning_rate)
 
 
 def run_of(kind: str) -> RunConfig:
-    """One MoE layer (small), or a dense one, an MoE one and an MTP module in two passes (whole)."""
+    """One MoE layer (small); a dense one, an MoE one, an MTP module, two passes (whole); two MoE layers (staged)."""
     if kind == "whole":
         return small_run(batch_size=16, micro_batch_size=8)
+    if kind == "staged":
+        run = small_run(batch_size=8, micro_batch_size=2)
+        return dataclasses.replace(run, model=run.model.replace(first_k_dense_replace=0, num_nextn_predict_layers=0))
     run = small_run(batch_size=8, micro_batch_size=0, loss_chunk=32)
     changes = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
     return dataclasses.replace(run, model=run.model.replace(**changes))

@@ -24,6 +24,14 @@ def test_step_equals_one_device(pairs: dict[str, dict[str, Any]], mesh: str) -> 
     check_equal(pairs[mesh])
 
 
+def test_stages_divide_parameters_and_moments() -> None:
+    """Of the pipeline itself `tests/pipeline` says more; here it stands in the training step."""
+    (found,) = run_simulated(_SCRIPT, "staged", "stage=2,data=2").values()
+    check_equal(found)
+    assert found["parameters"] < 0.6
+    assert found["moments"] < 0.4
+
+
 def test_every_kind_of_layer_in_two_passes() -> None:
     (found,) = run_simulated(_SCRIPT, "whole", "fsdp=2,expert=2,tensor=2").values()
     check_equal(found)
