@@ -1,0 +1,63 @@
+"""On eight simulated devices: a checkpoint saved on one mesh and restored on others. Prints JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from small_models import small_model
+from small_runs import assert_trees_equal, small_run
+
+from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.training.checkpoints import Checkpoints, Progress, restore
+from dsv3_jax.training.layout import Layout
+from dsv3_jax.training.run_folder import RunFolder
+from dsv3_jax.training.starting_state import distributed_model, starting_state
+
+SAVED = "fsdp=2,expert=2,tensor=2"
+RESTORED = ("data=8", "stage=2,fsdp=2,expert=2", "")
+
+
+def main(path: str) -> None:
+    config = small_run()
+    folder = RunFolder(Path(path))
+    folder.tokenizer.mkdir(parents=True)
+    layout = Layout.of(MeshConfig.parse(SAVED))
+    _, state = starting_state(config, layout, lambda: small_model(config.model, 0))
+    random = np.random.default_rng(0)
+
+    def drawn(leaf: jax.Array) -> jax.Array:
+        return jax.device_put(random.standard_normal(leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    state = dataclasses.replace(state, optimizer=jax.tree.map(drawn, state.optimizer))
+    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints.save(state, Progress(3, 96, {"rows_taken": 12}), config)
+    checkpoints.close()
+    results = {}
+    for text in RESTORED:
+        layout = Layout.of(MeshConfig.parse(text)) if text else Layout()
+        make = functools.partial(distributed_model, config, layout)
+        _, restored, progress = restore(folder.checkpoints / "00000003", config, make, layout)
+        assert_trees_equal(state, restored)
+        assert progress == Progress(3, 96, {"rows_taken": 12})
+        first = jax.tree.leaves(restored.params)[0]
+        results[text] = {"devices": len(first.sharding.device_set), "layout": _layouts_agree(restored, layout)}
+    print(json.dumps(results))
+
+
+def _layouts_agree(state: Any, layout: Layout) -> bool:
+    wanted = jax.tree.leaves(layout.of_state(state))
+    return all(
+        leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        for leaf, place in zip(jax.tree.leaves(state), wanted, strict=True)
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
