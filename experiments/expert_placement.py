@@ -122,15 +122,17 @@ def of_trained_models(options: Options, ranks: Ranks, groups: int | None) -> Non
     }
     for name, policies in numbers.items():
         print(f"{name:34}", {policy: show(found["served after"], 2) for policy, found in policies.items()})
+    swept = {arm: sweep([recordings[f"{arm}, {domain}"][0] for domain in DOMAINS], ranks) for arm in ARMS}
+    drawn = {f"{arm}, {DOMAINS[-1]}": recordings[f"{arm}, {DOMAINS[-1]}"][0] for arm in ARMS}
     write_results(
         options,
-        {"expert_placement": draw({name: found[0] for name, found in recordings.items()}, ranks)},
+        {"expert_placement": draw(drawn, swept, ranks)},
         _verdict(numbers, ranks, max(differences)),
         {
             "ranks": dataclasses.asdict(ranks),
             "busiest_rank_over_mean": numbers,
             "largest_change_of_logits": max(differences),
-            "redundant_experts": sweep([found[0] for found in recordings.values()], ranks),
+            "served_after_by_redundant_experts": swept,
         },
     )
 
@@ -153,11 +155,10 @@ def of_given_loads(options: Options, ranks: Ranks, groups: int | None, path: Pat
     verdict = (
         f"The busiest of {ranks.ranks} ranks carries {after['in order']:.2f} times the mean with the experts in order, "
         f"{after['hierarchical']:.2f} with {ranks.redundant} redundant experts placed within nodes, "
-        f"{after['global']:.2f} placed anywhere"
-        + ("" if difference is None else f"; logits change by {difference:.1e}")
+        f"{after['global']:.2f} placed anywhere" + ("" if difference is None else f"; {_change(difference)}")
     )
     numbers = {"ranks": dataclasses.asdict(ranks), "busiest_rank_over_mean": found}
-    figures = {"expert_placement": draw({path.name: recording}, ranks)}
+    figures = {"expert_placement": draw({path.name: recording}, {path.name: sweep([recording], ranks)}, ranks)}
     write_results(options, figures, f"{verdict}.", numbers | {"loads": path.name})
 
 
@@ -170,7 +171,8 @@ def read_loads(path: Path) -> Recording:
     try:
         loads = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise dsv3.UserError(f"--loads {path}: {error}; give a .npy file of loads or the folder of a run") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise dsv3.UserError(f"--loads {path}: {reason}; give a .npy file of loads or the folder of a run") from error
     if loads.ndim not in (2, 3) or loads.dtype.kind not in "iuf" or 0 in loads.shape:
         raise dsv3.UserError(
             f"--loads {path}: numbers [layers, experts] or [windows, layers, experts] are wanted, "
@@ -280,24 +282,27 @@ def served_texts(result: ArmResult) -> ServedTexts:
     return ServedTexts(model, rows)
 
 
-def draw(recordings: dict[str, Recording], ranks: Ranks):
-    """Load of every rank over the mean in the layer that is worst in order, a panel a recording; last, the sweep."""
-    figure, axes = new_figure(len(recordings) + 1, width=3.6, height=3.2)
+def draw(recordings: dict[str, Recording], swept: dict[str, dict[str, dict[int, float]]], ranks: Ranks):
+    """Load of every rank over the mean in the layer that is worst in order, a panel a recording; last, the sweeps."""
+    figure, axes = new_figure(len(recordings) + 1, width=4.4, height=3.4)
     for axis, (name, recording) in zip(axes, recordings.items(), strict=False):
         half = len(recording) // 2
         before, after = recording[:half].sum(axis=0), recording[half:].sum(axis=0)
-        layer = int(place("in order", before, ranks).imbalance(after).argmax())
+        layer = int(place("in order", before, ranks).imbalance(before).argmax())
         for shift, policy in enumerate(POLICIES):
             load = place(policy, before, ranks).device_loads(after)[layer]
             axis.bar(np.arange(ranks.ranks) + 0.27 * (shift - 1), load / load.mean(), width=0.27, label=policy)
         axis.axhline(1, color="black", linewidth=0.6)
-        axis.set(xlabel="rank", title=name)
+        axis.set(xlabel="rank", ylabel="load over the mean", title=f"{name}: its most uneven layer")
         axis.title.set_fontsize(9)
-    axes[0].set_ylabel("load over the mean")
     axes[0].legend(fontsize=7)
-    for policy, values in sweep(list(recordings.values()), ranks).items():
-        axes[-1].plot(list(values), list(values.values()), marker="o", label=policy)
-    axes[-1].set(xlabel="redundant experts", ylabel="busiest rank over the mean", title="mean of the recordings")
+    for (name, curves), style in zip(swept.items(), ("-", "--"), strict=False):
+        for policy, colour in zip(POLICIES[1:], ("tab:orange", "tab:green"), strict=True):
+            values = curves[policy]
+            axes[-1].plot(
+                list(values), list(values.values()), style, marker="o", color=colour, label=f"{name}: {policy}"
+            )
+    axes[-1].set(xlabel="redundant experts", ylabel="busiest rank over the mean", title="all layers, later text")
     axes[-1].title.set_fontsize(9)
     axes[-1].legend(fontsize=7)
     return figure
@@ -316,8 +321,13 @@ def _verdict(numbers: dict[str, Any], ranks: Ranks, difference: float) -> str:
     return (
         f"Serving one domain, the busiest of {ranks.ranks} ranks carries this many times the mean on text that its "
         f"placement with {ranks.redundant} redundant experts has not seen; {'; '.join(parts)}: redundant experts "
-        f"{'even the ranks out' if lower else 'do not always even the ranks out'}; the logits of a model so placed "
-        f"change by at most {difference:.1e}."
+        f"{'even the ranks out' if lower else 'do not always even the ranks out'}; {_change(difference)}."
+    )
+
+
+def _change(difference: float) -> str:
+    return "the logits of a model so placed " + (
+        f"change by {difference:.1e} at most" if difference else "are the same"
     )
 
 
