@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -15,16 +16,18 @@ import pytest
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.training import trainer as trainer_module
-from dsv3_jax.training.run_folder import RunFolder
+from dsv3_jax.training.metrics import read_metrics
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STEPS = 2
-ARMS = ("loss-based", "loss-free")
+WHOLE, STOPPED = "loss-based", "loss-free"  # of the same fields here, so that the one shows how the other should end
 
 
 def small_model() -> ModelConfig:
-    """The least that has experts to watch; the same for all arms, so that few programs are compiled."""
-    return ModelConfig.preset("tiny", vocab_size=266, num_hidden_layers=2, num_nextn_predict_layers=0)
+    """The least that has experts to watch."""
+    return ModelConfig.preset(
+        "tiny", vocab_size=266, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0
+    )
 
 
 def write_corpus(path: Path) -> None:
@@ -42,74 +45,91 @@ def write_corpus(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def experiment():
-    """The script `expert_specialisation`, imported as running it would, on a smaller model."""
+    """The script `expert_specialisation`, imported as running it would: a smaller model, two arms of one program."""
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXPERIMENTS))
         patch.setattr(importlib.import_module("ablation"), "tiny_model", small_model)
-        yield importlib.import_module("expert_specialisation")
+        script = importlib.import_module("expert_specialisation")
+        patch.setattr(script, "ARMS", {WHOLE: {"balance": "none"}, STOPPED: {"balance": "none"}})
+        yield script
     for name in set(sys.modules) - before:
         if (EXPERIMENTS / f"{name}.py").exists():
             del sys.modules[name]
 
 
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """An experiment that was stopped in its second arm and called again.
+
+    Attributes:
+      folder: with the results in out and the arms in runs.
+      code: how the first call ended.   left: what it left.   trained: the arms that the second call trained.
+    """
+
+    folder: Path
+    code: int
+    left: list[str]
+    trained: list[str]
+
+
 @pytest.fixture(scope="module")
-def finished(experiment: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an experiment that has ended."""
+def finished(experiment: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     folder = tmp_path_factory.mktemp("experiment")
     write_corpus(folder / "runs" / "corpus.jsonl")
-    experiment.main(command(folder))
-    return folder
-
-
-def command(folder: Path) -> list[str]:
-    return ["--steps", str(STEPS), "--seeds", "0", "--out", str(folder / "out"), "--runs", str(folder / "runs")]
-
-
-def test_numbers_figure_and_verdict_are_written(finished: Path):
-    found = json.loads((finished / "out" / "expert_specialisation.json").read_text())
-    assert found["seeds"] == [0]
-    assert set(found["arms"]) == set(ARMS)
-    assert found["verdict"].endswith("at scale tiny.")
-    for arm in ARMS:
-        summary = json.loads((finished / "runs" / f"{arm}-0" / "summary.json").read_text())
-        assert summary["steps"] == STEPS
-        assert found["arms"][arm]["validation_loss"]["values"] == [summary["validation"]["main"]["loss"]]
-    assert (finished / "out" / "expert_specialisation.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_second_call_reads_and_trains_nothing(
-    experiment: ModuleType, finished: Path, monkeypatch: pytest.MonkeyPatch
-):
-    result = finished / "out" / "expert_specialisation.json"
-    before = result.read_text()
-    result.unlink()
-    monkeypatch.setattr(sys.modules["ablation"], "train", lambda *_, **__: pytest.fail("an arm was trained again"))
-    experiment.main(command(finished))
-    assert result.read_text() == before
-
-
-def test_an_arm_that_was_stopped_goes_on_to_the_same_numbers(
-    experiment: ModuleType, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    ablation = sys.modules["ablation"]
-    folder = finished / "runs" / "loss-free-0"
-    config = RunFolder(folder).read_config()
-    record = trainer_module._Run._record
+    command = ["--steps", str(STEPS), "--seeds", "0", "--out", str(folder / "out"), "--runs", str(folder / "runs")]
+    record, train = trainer_module._Run._record, sys.modules["ablation"].train
 
     def stopping(run, *arguments) -> None:
         record(run, *arguments)
-        os.kill(os.getpid(), signal.SIGTERM)
+        if run.folder.path.name == f"{STOPPED}-0":
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module._Run, "_record", stopping)
         with pytest.raises(SystemExit) as stop:
-            ablation.run_arm(config, tmp_path / "arm")
-    assert stop.value.code == 128 + signal.SIGTERM
-    assert not RunFolder(tmp_path / "arm").summary.exists()
-    assert len((tmp_path / "arm" / "metrics.jsonl").read_text().splitlines()) == 2  # the first validation and one step
+            experiment.main(command)
+    left = sorted(path.parent.name for path in folder.glob("*/*/summary.json"))
+    trained = []
 
-    resumed, expected = (ablation.run_arm(config, path) for path in (tmp_path / "arm", folder))
-    assert resumed.steps == expected.steps == [1, 2]
-    assert (resumed.loss, resumed.max_violation) == (expected.loss, expected.max_violation)
-    assert resumed.validation == expected.validation
+    def counting(config, out: Path, **start):
+        trained.append(out.name)
+        return train(config, out, **start)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["ablation"], "train", counting)
+        experiment.main(command)
+    return Finished(folder, stop.value.code, left, trained)  # pyright: ignore[reportArgumentType]
+
+
+def test_numbers_figure_and_verdict_are_written(finished: Finished):
+    out, runs = finished.folder / "out", finished.folder / "runs"
+    found = json.loads((out / "expert_specialisation.json").read_text())
+    assert found["seeds"] == [0]
+    assert found["verdict"].endswith("at scale tiny.")
+    for arm in (WHOLE, STOPPED):
+        summary = json.loads((runs / f"{arm}-0" / "summary.json").read_text())
+        assert summary["steps"] == STEPS
+        assert found["arms"][arm]["validation_loss"]["values"] == [summary["validation"]["main"]["loss"]]
+    assert (out / "expert_specialisation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_call_trains_only_what_had_not_ended(finished: Finished):
+    assert finished.code == 128 + signal.SIGTERM
+    assert finished.left == [f"{WHOLE}-0"]
+    assert finished.trained == [f"{STOPPED}-0"]
+
+
+def test_a_stopped_arm_ends_with_the_numbers_of_one_that_was_not(finished: Finished):
+    timed = ("tokens_per_second", "mfu")
+    whole, stopped = (
+        [
+            {name: value for name, value in record.items() if name not in timed}
+            for record in read_metrics(finished.folder / "runs" / f"{arm}-0" / "metrics.jsonl")
+        ]
+        for arm in (WHOLE, STOPPED)
+    )
+    assert [record["step"] for record in whole if "loss" in record] == [1, 2]
+    assert stopped == whole
+    numbers = json.loads((finished.folder / "out" / "expert_specialisation.json").read_text())
+    assert numbers["arms"][STOPPED] == numbers["arms"][WHOLE]
