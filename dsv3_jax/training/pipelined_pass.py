@@ -8,7 +8,6 @@ differentiated where they arise. The other axes of the mesh work inside a stage 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -40,10 +39,10 @@ def make_pipelined_pass(
     """(params, biases, tokens [A, B, T+1], segment_ids [A, B, T+1], weights, real_tokens) -> (gradients, terms).
 
     Both are the sums over the A passes that training without a pipeline arrives at, up to the order of float32 sums.
+    While a batch still grows it may have fewer passes than the schedule can place: empty ones then fill it up.
 
     Raises:
-      ConfigError: more stages than MoE layers, or passes that the schedule cannot place: those of the first and the
-        full batch, and when it is traced those that it is given.
+      ConfigError: more stages than MoE layers, or a full batch whose passes the schedule cannot place.
     """
     layers = moe_layers_of_stages(config.model, mesh.shape[AXIS])
     check_passes(config, schedule_name, mesh.shape[AXIS], math.prod(mesh.shape[axis] for axis in BATCH_AXES))
@@ -57,7 +56,10 @@ def make_pipelined_pass(
         weights: LossWeights,
         real_tokens: Float[Array, ""],
     ) -> tuple[nnx.State, LossTerms]:
-        schedule = make_schedule(schedule_name, mesh.shape[AXIS], tokens.shape[0])
+        passes = _passes_that_fit(schedule_name, mesh.shape[AXIS], tokens.shape[0])
+        fill = ((0, passes - tokens.shape[0]), (0, 0), (0, 0))
+        tokens, segment_ids = jnp.pad(tokens, fill), jnp.pad(segment_ids, fill)
+        schedule = make_schedule(schedule_name, mesh.shape[AXIS], passes)
         tables, places = lockstep(schedule)
         model = skeleton.model(params, biases)
         block_graph, blocks, block_rest = nnx.split(model.moe_blocks, nnx.Param, ...)
@@ -74,8 +76,7 @@ def make_pipelined_pass(
             chunk=config.training.loss_chunk * math.prod(mesh.shape[axis] for axis in BATCH_AXES),
             mesh=mesh,
         )
-        in_place, out_of_place = _places_of_layers(layers)
-        arranged = jax.tree.map(lambda leaf: leaf[in_place], (blocks, block_rest))
+        arranged = jax.tree.map(functools.partial(_to_stages, layers=layers), (blocks, block_rest))
         block_gradients, shared_gradients, load, sums = jax.shard_map(
             run_stage,
             mesh=mesh,
@@ -84,7 +85,7 @@ def make_pipelined_pass(
             out_specs=(stage_axis, everywhere, stage_axis, everywhere),
             check_vma=False,
         )(tables, arranged, (shared, rest), tokens, segment_ids, weights, real_tokens, jnp.asarray(layers, jnp.int32))
-        block_gradients, load = jax.tree.map(lambda leaf: leaf[out_of_place], (block_gradients, load))
+        block_gradients, load = jax.tree.map(functools.partial(_from_stages, layers=layers), (block_gradients, load))
         joined = nnx.State({**shared_gradients, "moe_blocks": block_gradients})
         # The same leaves in the same order; nodes differ in kind where a state was put together from parts.
         gradients = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(joined))
@@ -101,7 +102,7 @@ def make_pipelined_pass(
 
 
 def check_passes(config: RunConfig, schedule_name: ScheduleName, stages: int, batch_ranks: int = 1) -> None:
-    """That the schedule can place the passes of the run's first and of its full batch.
+    """That the schedule can place the passes of the run's full batch.
 
     Args:
       batch_ranks: parts that every pass is cut into.
@@ -109,39 +110,53 @@ def check_passes(config: RunConfig, schedule_name: ScheduleName, stages: int, ba
     Raises:
       ConfigError: with the nearest number of sequences a pass, or a batch, for which it can.
     """
-    training = config.training
-    rows = training.rows_per_pass
-    make_schedule(schedule_name, stages, 4 * stages)  # what no number of passes would mend
+    batch, rows = config.training.batch_size, config.training.rows_per_pass
+    make_schedule(schedule_name, stages, 4 * stages)  # says what no number of passes would mend
 
-    def fits(batch: int, rows: int) -> bool:
+    def fits(rows: int) -> bool:
+        return _passes_that_fit(schedule_name, stages, batch // rows) == batch // rows
+
+    if fits(rows):
+        return
+    near = [r for r in range(batch_ranks, batch + 1, batch_ranks) if batch % r == 0 and fits(r)]
+    if near:
+        mend = f"use {min(near, key=lambda r: abs(r - rows))}"
+    else:
+        mend = f"use a batch of {rows * _passes_that_fit(schedule_name, stages, batch // rows)}"
+    raise ConfigError(
+        f"training.micro_batch_size ({rows}) cuts a batch of {batch} into {batch // rows} micro-batches, "
+        f"which {schedule_name} cannot place on {stages} stages; {mend}"
+    )
+
+
+def _passes_that_fit(schedule_name: ScheduleName, stages: int, passes: int) -> int:
+    """The fewest micro-batches, `passes` or more, that the schedule can place."""
+    while True:
         try:
-            make_schedule(schedule_name, stages, batch // rows)
+            make_schedule(schedule_name, stages, passes)
         except ConfigError:
-            return False
-        return True
-
-    for batch in (training.batch_size, training.schedule.batch_at(0.0, training.batch_size, rows)):
-        if fits(batch, rows):
-            continue
-        near = [r for r in range(batch_ranks, batch + 1, batch_ranks) if batch % r == 0 and fits(batch, r)]
-        if near:
-            mend = f"use {min(near, key=lambda r: abs(r - rows))}"
+            passes += 1
         else:
-            larger = next(p for p in itertools.count(batch // rows) if fits(p * rows, rows))
-            mend = f"use a batch of {larger * rows}"
-        which = "a" if batch == training.batch_size else "the first"
-        raise ConfigError(
-            f"training.micro_batch_size ({rows}) cuts {which} batch of {batch} into {batch // rows} micro-batches, "
-            f"which {schedule_name} cannot place on {stages} stages; {mend}"
-        )
+            return passes
 
 
-def _places_of_layers(layers: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Which layer lies at every place, each stage having as many as the fullest; and the place of every layer."""
+def _to_stages(leaf: Array, layers: tuple[int, ...]) -> Array:
+    """[L_m, ...] with every stage's layers at its places, of which each stage has as many as the fullest.
+
+    Slices, not a gather with the places: the compiler cannot divide that gather on a mesh of several axes.
+    """
     room, starts = max(layers), np.cumsum((0, *layers))
-    in_place = [starts[s] + i if i < n else 0 for s, n in enumerate(layers) for i in range(room)]
-    out_of_place = [s * room + i for s, n in enumerate(layers) for i in range(n)]
-    return np.array(in_place), np.array(out_of_place)
+    if min(layers) == room:
+        return leaf
+    rest = [(0, 0)] * (leaf.ndim - 1)
+    parts = (leaf[start : start + n] for start, n in zip(starts, layers, strict=False))
+    return jnp.concatenate([jnp.pad(part, ((0, room - part.shape[0]), *rest)) for part in parts])
+
+
+def _from_stages(leaf: Array, layers: tuple[int, ...]) -> Array:
+    """The inverse of `_to_stages`."""
+    room = max(layers)
+    return jnp.concatenate([leaf[stage * room : stage * room + n] for stage, n in enumerate(layers)])
 
 
 def _run_rank(
