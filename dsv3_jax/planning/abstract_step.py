@@ -33,6 +33,7 @@ def run_of(config: PlanConfig) -> RunConfig:
             micro_batch_size=config.batch_size // config.passes,
             rematerialisation=config.rematerialisation,
             loss_chunk=config.tokens_a_pass,
+            pipeline_schedule=config.schedule,
             zero=config.zero,
             moment_dtype=config.moment_dtype,  # pyright: ignore[reportArgumentType]
             ema_decay=0.99 if config.average == "device" else 0.0,
