@@ -13,7 +13,7 @@ from dsv3_jax.sharding.expert_layout import hops_between
 
 _AXES = ("stage", "data", "fsdp", "expert", "tensor")
 _TOKENS = "tokens to experts and back"
-_GATE = 4  # bytes of a gate, and of an expert's number beside it
+_WIDE = 4  # bytes of a scale, of a gate, and of an expert's number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,12 +91,15 @@ def _experts(config: PlanConfig, layers: Counter[LayerKind], copies: int) -> lis
 def _hops(config: PlanConfig, tokens: float) -> Traffic:
     """As `sharding.expert_parallel` has it: one row to every rank on each hop at most, and the sum of its results back.
 
-    Three times there (tokens, the same anew in the backward pass, and gradients of the results) and twice back. Every
-    expert's number and gate travel beside a token, and the gate's gradient back.
+    Three times there (tokens, the same anew in the backward pass, and gradients of the results) and twice back. Beside
+    a token travel every expert's number and gate, and back the gate's gradient; beside FP8 rows their scales.
     """
     model, formats = config.model, config.formats
     chosen = model.num_experts_per_tok
-    width = model.hidden_size * (3 * formats.dispatch + 2 * formats.combine) + chosen * (2 * 2 + 1) * _GATE
+    values = 1 if formats.is_fp8 else formats.compute
+    scales = model.hidden_size * (formats.dispatch - values) / _WIDE
+    beside = 2 * _whole_rows(config, scales + 2 * chosen) + _whole_rows(config, scales) + _whole_rows(config, chosen)
+    width = model.hidden_size * (3 * values + 2 * formats.combine) + beside * _WIDE
     near = max(config.target.accelerator.node // config.mesh.tensor, 1)  # ranks of the axis in a node
     outside = inside = 0.0
     rows = 1
@@ -108,6 +111,11 @@ def _hops(config: PlanConfig, tokens: float) -> Traffic:
     if not outside:
         return _flow(config, "expert", _TOKENS, inside)
     return _flow(config, "expert", _TOKENS, outside, in_node=inside)
+
+
+def _whole_rows(config: PlanConfig, numbers: float) -> float:
+    """So many numbers a row as a TPU moves them: in whole rows of its 128 lanes."""
+    return -(-numbers // 128) * 128 if config.target.accelerator.platform == "tpu" else numbers
 
 
 def _shards(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:

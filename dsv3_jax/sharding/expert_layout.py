@@ -35,12 +35,14 @@ class HopRanks:
 
 
 def hops_between(ranks: int, groups: int, reached: int | None = None) -> tuple[HopRanks, ...]:
-    """How a token gets to its experts' ranks (report section 3.2.2).
+    """How a token gets to its experts' ranks (report section 3.2.2); no hop where one rank has them all.
 
     Args:
       groups: of experts, in the order of the ranks.
       reached: groups that a token has experts of, at most; None where the experts do not lie in the router's order.
     """
+    if ranks == 1:
+        return ()
     if groups == 1 or max(ranks, groups) % min(ranks, groups):
         return (HopRanks(ranks=ranks, peers=ranks),)
     if ranks <= groups:  # a rank has whole groups

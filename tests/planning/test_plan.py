@@ -15,7 +15,7 @@ from dsv3_jax.planning.activations import activation_memory, kept_of_layer
 from dsv3_jax.planning.advice import advise
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.hardware import Target
-from dsv3_jax.planning.layers import parameter_groups, rank_layers, stage_layers
+from dsv3_jax.planning.layers import LayerKind, parameter_groups, rank_layers, stage_layers
 from dsv3_jax.planning.plan import make_plan
 from dsv3_jax.planning.published import GPU_HOURS, like_the_report, published_step_seconds, report_run
 from dsv3_jax.planning.state_memory import state_memory
@@ -41,7 +41,7 @@ PAPER = {
     "moment_dtype": "bfloat16",
     "average": "none",
 }
-PAPER_STAGE = Counter(moe=4)
+PAPER_STAGE: Counter[LayerKind] = Counter({"moe": 4})
 
 
 def experts_whole(elements: dict[str, float]) -> dict[str, float]:
@@ -146,7 +146,7 @@ def test_meshes_only_move_what_a_device_holds() -> None:
     """Parameters of all devices together are the replicas' number times the model, on any mesh."""
     target = Target.parse("h200:64")
     for mesh in (MeshConfig(fsdp=64), MeshConfig(expert=8, fsdp=8), MeshConfig(expert=4, tensor=4, fsdp=4)):
-        state = state_memory(plan_config(target=target, mesh=mesh, moment_dtype="bfloat16"), Counter(moe=1))
+        state = state_memory(plan_config(target=target, mesh=mesh, moment_dtype="bfloat16"), Counter({"moe": 1}))
         plain = sum(group.elements for group in parameter_groups(V3, "moe"))
         assert state.moments == pytest.approx(4 * plain / 64, rel=2e-4)  # ZeRO divides replicas too
         assert state.masters == pytest.approx(4 * state.parameters)
@@ -207,3 +207,15 @@ def test_targets(text: str, devices: int, topology: tuple[int, ...]) -> None:
 def test_targets_that_do_not_exist(text: str) -> None:
     with pytest.raises(ConfigError, match="target"):
         Target.parse(text)
+
+
+@pytest.mark.parametrize(("precision", "there"), [("bfloat16", 2), ("fp8", 1 + 4 / 128)])
+def test_a_token_crosses_once_to_each_of_its_groups(precision: str, there: float) -> None:
+    """64 ranks, eight in each of eight groups and nodes: four rows between nodes, one an expert within."""
+    config = plan_config(precision=precision)
+    flow = next(flow for flow in make_plan(config).flows if "experts" in flow.what)
+    row = 7168 * (3 * there + 2 * 2) + 8 * 5 * 4  # five numbers beside it for each of its experts
+    tokens = 4096 * (58 + 1)
+    between, within = (tokens * copies * 7 / 8 * row for copies in (4, 8))
+    assert flow.seconds * config.target.accelerator.outer_link == pytest.approx(between)
+    assert flow.sent == pytest.approx(between + within)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.extend.core import jaxprs_in_params
+from jax.extend.core import Var, jaxprs_in_params
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.moe import MixtureOfExperts
@@ -86,15 +86,15 @@ def in_fp8(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> dict[s
 
     here = layer.experts._sorted_by_expert
     there = gradients_of(lambda *x: exchange(*x, layer.experts._products))
-    found, one, unrounded = (
+    found, one = (
         jax.tree.leaves(gradients(u, weights, gates.gate))
-        for gradients in (there, gradients_of(lambda *x: rounded_backward(here(*x))), gradients_of(here))
+        for gradients in (there, gradients_of(lambda *x: rounded_backward(here(*x))))
     )
     moved: Counter[str] = Counter()
     count_all_to_alls(jax.make_jaxpr(there)(u, weights, gates.gate).jaxpr, moved)
     return {
         "apart": max(map(apart, one, found)),
-        "without rounding": max(map(apart, unrounded, found)),
+        "rounding": apart(y_bar, *round_gradient(None, y_bar)),
         "moved": moved,
     }
 
@@ -106,6 +106,39 @@ def count_all_to_alls(jaxpr: Any, found: Counter[str]) -> None:
             found[str(equation.invars[0].aval.dtype)] += 1
         for inner in jaxprs_in_params(equation.params):
             count_all_to_alls(inner, found)
+
+
+def waiting_together(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> list[int]:
+    """All-to-alls, forward and backward, in sets that share no data but what is given: how many are in each."""
+    weights = layer.experts.gate_up[...], layer.experts.down[...]
+
+    def there_and_back(u: Any, weights: Any, y_bar: Any) -> Any:
+        y, pull = jax.vjp(lambda u, weights: exchange(u, gates, *weights, layer.experts._products), u, weights)
+        return y, pull(y_bar)
+
+    sets: list[set[object]] = []
+    jaxpr = jax.make_jaxpr(there_and_back)(u, weights, u).jaxpr
+    exchanges_behind(jaxpr, [frozenset()] * len(jaxpr.invars), sets)
+    return sorted(map(len, sets))
+
+
+def exchanges_behind(jaxpr: Any, inputs: list[frozenset[Any]], sets: list[set[Any]]) -> list[frozenset[Any]]:
+    """The all-to-alls that each output needs, given those that each input does; joins what one of them needs."""
+    known = dict(zip(jaxpr.invars, inputs, strict=True))
+    for equation in jaxpr.eqns:
+        needed = [known.get(of, frozenset()) if isinstance(of, Var) else frozenset() for of in equation.invars]
+        inner = list(jaxprs_in_params(equation.params))
+        if len(inner) == 1 and len(inner[0].invars) == len(needed):
+            outputs = exchanges_behind(inner[0], needed, sets)
+        else:
+            together = frozenset().union(*needed)
+            if equation.primitive.name == "all_to_all":
+                together |= {object()}
+                joined = [one for one in sets if one & together]
+                sets[:] = [one for one in sets if not one & together] + [set(together.union(*joined))]
+            outputs = [together] * len(equation.outvars)
+        known.update(zip(equation.outvars, outputs, strict=True))
+    return [known.get(of, frozenset()) if isinstance(of, Var) else frozenset() for of in jaxpr.outvars]
 
 
 def apart(a: Any, b: Any) -> float:
@@ -121,6 +154,8 @@ def main() -> None:
     flat = u.reshape(-1, CONFIG.hidden_size)
     results = {
         "crossings": crossings(layer, gates, flat, exchange),
+        "halves": waiting_together(layer, gates, flat, dataclasses.replace(exchange, overlap=True)),
+        "whole": waiting_together(layer, gates, flat, exchange),
         "fp8": in_fp8(layer, gates, flat, dataclasses.replace(exchange, recipe=PRECISION.fp8)),
     }
     print(json.dumps(results))

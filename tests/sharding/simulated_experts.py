@@ -25,10 +25,8 @@ from dsv3_jax.sharding.rules import BATCH_AXES, shardings
 CONFIG = ModelConfig.preset("tiny", hidden_size=160, n_routed_experts=16, num_experts_per_tok=4)
 # Mesh, and what is changed in the layer's exchange.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "two hops": ("expert=8", {}),
     "two hops, ragged": ("expert=8", {}),
-    "one hop": ("data=2,expert=4", {"groups": 1}),
-    "ranks with two groups": ("fsdp=2,expert=2,tensor=2", {"overlap": True}),
+    "ranks with two groups, in halves": ("fsdp=2,expert=2,tensor=2", {"overlap": True}),
 }
 
 

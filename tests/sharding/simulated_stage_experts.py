@@ -1,6 +1,6 @@
 """On eight simulated devices: MoE layers inside the stages of a pipeline, beside one device. Prints JSON.
 
-Two stages hold a layer each, and one of them, by `lax.cond`, has another computation around its experts.
+Two stages hold a layer each; by `lax.cond` only one of them exchanges tokens, and the other need not wait for it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ def first(apply: Any, params: Any, u: Any) -> tuple[Any, Any]:
 
 
 def second(apply: Any, params: Any, u: Any) -> tuple[Any, Any]:
-    y, routing = apply(params, jnp.tanh(u))
-    z, _ = apply(params, y)
-    return y - z, 2 * routing.load
+    del apply
+    return u @ params["router"]["weight"].T @ params["router"]["weight"], jnp.zeros(CONFIG.n_routed_experts, jnp.int32)
 
 
 def on_one_device(params: Any, u: Any) -> tuple[Any, Any]:

@@ -35,7 +35,7 @@ def on_eight_devices(script: str) -> dict[str, Any]:
 def test_experts_on_eight_devices_equal_one() -> None:
     """Output, load and every gradient: up to the order of float32 sums, which the load must not feel at all."""
     results = on_eight_devices("simulated_experts.py")
-    assert len(results) == 4
+    assert len(results) == 2
     for mesh, found in results.items():
         assert found["load"], mesh
         assert found["uneven"] > 1.5
@@ -44,7 +44,7 @@ def test_experts_on_eight_devices_equal_one() -> None:
 
 
 def test_experts_inside_the_stages_of_a_pipeline() -> None:
-    """Each stage its own branch, with exchanges in different numbers: nobody waits for another stage."""
+    """Each stage its own branch, of which only one exchanges tokens: nobody waits for another stage."""
     found = on_eight_devices("simulated_stage_experts.py")
     assert found["load"]
     assert found["output"] < TOLERANCE
@@ -67,9 +67,15 @@ def test_tokens_and_gradients_travel_in_fp8(traffic: dict[str, Any]) -> None:
     """Rounded before they move as one device rounds them; results come back, forward and backward, as they are."""
     found = traffic["fp8"]
     assert found["apart"] < TOLERANCE
-    assert found["without rounding"] > 100 * TOLERANCE  # of the gradients that travel
+    assert found["rounding"] > 100 * TOLERANCE  # of the gradients that travel
     # On each of two hops: there, there anew, and the gradient of the way back; back twice, and gradients of tokens.
     assert found["moved"] == {"float8_e4m3fn": 2 * 3, "float32": 2 * 3}
+
+
+def test_halves_do_not_wait_for_each_other(traffic: dict[str, Any]) -> None:
+    """Forward and backward: of what one half exchanges nothing needs what the other does."""
+    assert traffic["halves"] == sorted(2 * traffic["whole"])
+    assert max(traffic["whole"]) > 5
 
 
 @pytest.mark.parametrize(
@@ -79,6 +85,7 @@ def test_tokens_and_gradients_travel_in_fp8(traffic: dict[str, Any]) -> None:
         (8, 8, [(8, 1, 4)]),
         (4, 8, [(4, 1, 4)]),
         (64, 1, [(64, 1, None)]),
+        (1, 8, []),
         (6, 4, [(6, 1, None)]),  # a rank has a part of one group and all of another
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
