@@ -94,8 +94,25 @@ class MeshConfig:
         known = math.prod(size for size in self.sizes.values() if size != -1)
         if device_count % known or (not rest and known != device_count):
             needed = f"a multiple of {known}" if rest else str(known)
-            raise ConfigError(f"mesh {self.written} takes {needed} devices, but there are {device_count}")
+            raise ConfigError(
+                f"mesh {self.written} takes {needed} devices, but there are {device_count}{self._mend(device_count)}"
+            )
         return dataclasses.replace(self, **dict.fromkeys(rest, device_count // known))
+
+    def _mend(self, device_count: int) -> str:
+        """The nearest sizes of one axis with which the mesh has so many devices."""
+        known = math.prod(size for size in self.sizes.values() if size != -1)
+        free = -1 in self.sizes.values()
+        found = []
+        for axis, size in self.sizes.items():
+            others = known // size if size > 0 else known
+            if size == 1 or device_count % others:
+                continue
+            fitting = [s for s in range(1, device_count + 1) if device_count % (others * s) == 0]
+            sizes = fitting if free else [device_count // others]
+            near = sorted(sorted(sizes, key=lambda s: abs(s - size))[:2])
+            found += [f"{axis}={s}" for s in near if size > 0]
+        return f"; {' or '.join(found)} would do" if found else ""
 
     def check(self, model: ModelConfig, global_batch: int) -> None:
         """That the mesh divides the model and the batch.

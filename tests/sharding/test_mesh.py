@@ -45,6 +45,19 @@ def test_what_does_not_divide(mesh: MeshConfig, batch: int, message: str) -> Non
         mesh.check(V3, batch)
 
 
+@pytest.mark.parametrize(
+    ("text", "devices", "message"),
+    [
+        ("expert=3,fsdp=-1", 8, "a multiple of 3 devices, but there are 8; expert=2 or expert=4 would do"),
+        ("data=2,expert=3", 8, "6 devices, but there are 8; expert=4 would do"),
+        ("fsdp=3,expert=5", 8, "15 devices, but there are 8$"),
+    ],
+)
+def test_what_does_not_make_up_the_devices(text: str, devices: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MeshConfig.parse(text).resolve(devices)
+
+
 def elements_a_device(rules: AxisRules, sizes: dict[str, int]) -> int:
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     params = nnx.state(nnx.eval_shape(lambda: DeepSeekV3(V3, rngs=nnx.Rngs(0))), nnx.Param)
