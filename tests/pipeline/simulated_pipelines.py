@@ -1,0 +1,137 @@
+"""On eight simulated devices: gradients and losses of a batch through pipelines, beside one device. Prints JSON.
+
+In float64, where what differs in the order of sums only agrees to many more digits than any mistake would leave.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from small_models import small_model
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.data import DataConfig
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.precision import Precision
+from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
+from dsv3_jax.sharding.rules import batch_spec, shardings
+from dsv3_jax.training.config import RunConfig, TrainingConfig
+from dsv3_jax.training.layout import Layout
+from dsv3_jax.training.losses import LossWeights, objective
+from dsv3_jax.training.pipelined_pass import make_pipelined_pass
+from dsv3_jax.training.state import split_model
+from dsv3_jax.training.step import accumulate
+
+MODEL = ModelConfig.preset("tiny", num_hidden_layers=6, first_k_dense_replace=1, num_nextn_predict_layers=1)
+CASES = (
+    ("stage=2,data=2,tensor=2", "zb1p"),
+    ("stage=2,fsdp=2,expert=2", "1f1b"),
+    ("stage=4", "dualpipe"),
+)
+"""Five MoE layers: 2 and 3 a stage, or 1, 2, 2 and none beside the head."""
+
+PASSES, ROWS, LENGTH = 7, 4, 12  # dualpipe on four stages wants eight
+EXACT = Precision(name="float64", compute_dtype="float64")
+
+
+RUN = RunConfig(
+    preset="",
+    model=MODEL,
+    data=DataConfig(sequence_length=LENGTH, vocab_size=MODEL.vocab_size),
+    training=TrainingConfig(batch_size=8 * ROWS, micro_batch_size=ROWS),
+    precision="float32",
+)
+WEIGHTS = LossWeights(balance=jnp.asarray(0.5), mtp=jnp.asarray(0.3))
+
+
+def batch() -> tuple[np.ndarray, np.ndarray]:
+    """Two documents a row, and padding that micro-batches do not share equally."""
+    random = np.random.default_rng(0)
+    tokens = random.integers(0, MODEL.vocab_size, (PASSES, ROWS, LENGTH + 1)).astype(np.int32)
+    segment_ids = np.ones_like(tokens)
+    segment_ids[..., 7:] = 2
+    segment_ids[0, 1, 9:] = 0
+    segment_ids[-1, 0, 4:] = 0
+    return tokens, segment_ids
+
+
+def make_model() -> DeepSeekV3:
+    """Weights large enough for experts to differ in their load."""
+    model = small_model(MODEL, 0, precision=EXACT, param_dtype=jnp.float64)
+    _, params, _ = nnx.split(model, nnx.Param, ...)
+    nnx.update(model, jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, params))
+    return model
+
+
+def unpipelined() -> Any:
+    skeleton, params, biases = split_model(make_model())
+    tokens, segment_ids = batch()
+    real = jnp.sum(segment_ids[..., 1:] != 0).astype(jnp.float64)
+
+    def loss(params: Any, tokens: Any, segment_ids: Any) -> Any:
+        terms = objective(
+            skeleton.model(params, biases),
+            tokens,
+            segment_ids,
+            weights=WEIGHTS,
+            real_tokens=real,
+            balance=RUN.training.balance,
+            isolate_segments=RUN.data.isolate_documents,
+            chunk=RUN.training.loss_chunk,
+        )
+        return terms.total, terms
+
+    def one_pass(*arrays: Any) -> Any:
+        return jax.grad(loss, has_aux=True)(params, *arrays)
+
+    return jax.jit(lambda *arrays: accumulate(one_pass, *arrays))(tokens, segment_ids)
+
+
+def pipelined(text: str, name: Any) -> Any:
+    sizes = MeshConfig.parse(text)
+    count = math.prod(sizes.sizes.values())
+    mesh = make_mesh(sizes, jax.devices()[:count])
+    model = make_model()
+    if count > sizes.stage:
+        Layout(mesh).distribute(model)
+    skeleton, params, biases = split_model(model)
+    params = jax.device_put(params, shardings(params, mesh))
+    real = jnp.sum(batch()[1][..., 1:] != 0).astype(jnp.float64)
+    tokens, segment_ids = jax.device_put(batch(), NamedSharding(mesh, batch_spec(1)))
+    return jax.jit(make_pipelined_pass(skeleton, RUN, mesh, name))(params, biases, tokens, segment_ids, WEIGHTS, real)
+
+
+def distance(a: Any, b: Any) -> float:
+    a, b = np.asarray(a), np.asarray(b)
+    return float(np.max(np.abs(a - b)) / np.max(np.abs(a)))
+
+
+def main() -> None:
+    gradients, terms = unpipelined()
+    results = {}
+    for mesh, name in CASES if len(sys.argv) == 1 else [sys.argv[1:]]:
+        others, other_terms = pipelined(mesh, name)
+        results[f"{mesh} {name}"] = {
+            "load": bool((np.asarray(terms.load) == np.asarray(other_terms.load)).all()),
+            "terms": {
+                field: distance(getattr(terms, field), getattr(other_terms, field))
+                for field in ("total", "main", "mtp", "balance")
+            },
+            "gradients": {
+                jax.tree_util.keystr(path): value
+                for path, value in jax.tree_util.tree_leaves_with_path(jax.tree.map(distance, gradients, others))
+            },
+        }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
