@@ -47,6 +47,7 @@ import dsv3_jax as dsv3
 from dsv3_jax.cli.compilation_cache import keep_compiled_programs
 from dsv3_jax.config import ModelConfig, RopeScaling
 from dsv3_jax.data import DataConfig
+from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.training.checkpoints import make_model
 from dsv3_jax.training.schedules import Schedule
@@ -73,7 +74,7 @@ class Plan:
     steps: tuple[int, int, int]
     documents: tuple[int, int, int]
     learning_rate: float
-    trials: int = 12
+    trials: int = 8
 
     @property
     def contexts(self) -> list[int]:
@@ -86,8 +87,10 @@ class Plan:
 def plan_of(options: Options) -> Plan:
     """Of a scale; 1/128, 1/32 and 1/8 of the report's lengths."""
     if options.scale == "tiny":
-        model = tiny_model().replace(num_hidden_layers=2, n_routed_experts=8, qk_rope_head_dim=16, kv_lora_rank=32)
-        plan = Plan(model, (32, 256, 1024), (32, 4, 1), (600, 150, 150), (20_000, 800, 200), 3e-3)
+        model = tiny_model().replace(
+            num_hidden_layers=2, n_routed_experts=8, qk_rope_head_dim=16, kv_lora_rank=32, initializer_range=0.05
+        )
+        plan = Plan(model, (32, 256, 1024), (32, 4, 1), (1000, 150, 150), (20_000, 800, 200), 3e-3)
     elif options.scale == "small":
         model = ModelConfig.preset("nano", vocab_size=BYTES)
         plan = Plan(model, (128, 1024, 4096), (64, 8, 2), (8000, 1000, 1000), (200_000, 8000, 2000), 2e-3)
@@ -182,7 +185,7 @@ def extend(options: Options, plan: Plan, seed: int) -> tuple[dict[str, ArmResult
     return runs, {grid: weights_of(runs[name].folder, config) for grid, (name, config) in sources.items()}
 
 
-def found_needles(model: DeepSeekV3, plan: Plan) -> Float[np.ndarray, "depths contexts"]:
+def found_needles(model: DeepSeekV3, tokenizer: Tokenizer, plan: Plan) -> Float[np.ndarray, "depths contexts"]:
     """Share of the needles whose value is the model's first choice, by depth and length of the haystack."""
     graph, state = nnx.split(model)
     shares = np.zeros((len(DEPTHS), len(plan.contexts)))
@@ -192,7 +195,7 @@ def found_needles(model: DeepSeekV3, plan: Plan) -> Float[np.ndarray, "depths co
         width = next(length for length in plan.lengths if length >= context)  # few shapes, so few programs to compile
         tokens = np.zeros((len(texts), width), np.int32)
         for row, text in zip(tokens, texts, strict=True):
-            row[: len(text)] = np.frombuffer(text.encode(), np.uint8) + FIRST_BYTE
+            row[: len(text)] = tokenizer.encode(text)
         pass_rows = max(1, min(len(texts), 16384 // width))
         right = np.concatenate(
             [
@@ -202,9 +205,6 @@ def found_needles(model: DeepSeekV3, plan: Plan) -> Float[np.ndarray, "depths co
         )
         shares[:, column] = right.reshape(len(DEPTHS), plan.trials).mean(axis=1)
     return shares
-
-
-FIRST_BYTE = 3  # id of byte 0; the ids before are the beginning, the end and padding
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -226,8 +226,10 @@ def main(argv: list[str] | None = None) -> None:
         runs, models = extend(options, plan, seed)
         for name, run in runs.items():
             losses.setdefault(name, []).append(run.validation_loss)
+        _, tokenizer, _ = dsv3.load_checkpoint(runs["pre-training"].folder)
         for grid, model in models.items():
-            shares[grid].append(found_needles(model, plan))
+            print(f"{options.name}: needles, {grid}, seed {seed}", flush=True)
+            shares[grid].append(found_needles(model, tokenizer, plan))
     numbers = {grid: _by_reach(of_seeds, plan) for grid, of_seeds in shares.items()}
     for grid, reaches in numbers.items():
         print(f"{grid:22}", {reach: f"{100 * value['mean']:.0f}%" for reach, value in reaches.items()})
