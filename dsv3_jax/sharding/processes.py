@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import sys
@@ -85,6 +86,7 @@ def join(processes: Processes) -> None:
         return
     # Without this the runtime aborts when a peer is lost, with a page of its own instead of a line that says so.
     jax.config.update("jax_enable_recoverability", True)
+    logging.getLogger("jax._src.clusters.cluster").setLevel(logging.CRITICAL)  # what it finds missing is said below
     limits: dict[str, Any] = {
         "initialization_timeout": processes.timeout,
         "heartbeat_timeout_seconds": processes.timeout + 60,  # the vigil speaks first
@@ -101,7 +103,13 @@ def join(processes: Processes) -> None:
                 cluster_detection_method="deactivate",
                 **limits,
             )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
+        if processes.coordinator in _LAUNCHERS and not isinstance(error, RuntimeError):  # something is not said
+            package = " (or pip install kubernetes is missing)" if processes.coordinator == "kubernetes" else ""
+            raise UserError(
+                f"processes.coordinator is {processes.coordinator}, which has not started this process{package}: "
+                "give HOST:PORT of process 0, a count and an index instead"
+            ) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"the other processes were not found by way of {processes.coordinator}: {reason}; "
