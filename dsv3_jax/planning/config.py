@@ -102,11 +102,11 @@ class PlanConfig:
 
     @property
     def is_training_step(self) -> bool:
-        """Whether this is the training step of this project, which --compile compiles.
+        """Whether the figures on paper are of the layout that this project's training step has.
 
-        With stages a plan is of the report's layout: masters divided over replicas beside a working copy, FP8
-        caches of what experts were sent. The step replicates masters over data and expert ranks, of which only the
-        moments are divided, and computes experts anew in the backward pass.
+        With stages they are of the report's: masters divided over replicas beside a working copy, FP8 caches of what
+        experts were sent. The step (which --compile compiles, with stages or without) replicates masters over data and
+        expert ranks, of which only the moments are divided, and computes experts anew in the backward pass.
         """
         return self.mesh.stage == 1
 

@@ -15,6 +15,11 @@ from dsv3_jax.planning.plan import RESERVED, Plan
 from dsv3_jax.planning.published import DEVICES, GPU_HOURS, like_the_report, report_run
 
 _SHOWN_ADVICE = 5
+_LAYOUTS = (
+    "On paper a pipeline is laid out as the report's; the compiled step divides masters over stages, fsdp and experts "
+    "only, keeps the inputs of layers and computes the rest anew. Collectives of either way through a stage count in "
+    "every tick.\n"
+)
 
 
 def size(count: float) -> str:
@@ -192,8 +197,9 @@ def _collectives(compiled: CompiledPlan) -> Table:
 def _compiler_verdict(plan: Plan, compiled: CompiledPlan) -> Text:
     spare = plan.config.target.accelerator.memory - compiled.peak_bytes
     verdict = f"fits with {size(spare)} to spare" if spare >= 0 else f"does not fit: {size(-spare)} too much"
+    layouts = "" if plan.config.mesh.stage == 1 else _LAYOUTS
     return Text(
-        f"By the compiler the step {verdict}. Lowered in {compiled.lower_seconds:.0f} s and compiled in "
+        f"{layouts}By the compiler the step {verdict}. Lowered in {compiled.lower_seconds:.0f} s and compiled in "
         f"{compiled.compile_seconds:.0f} s here, within {size(compiled.host_peak_bytes)}.",
         style="green" if spare >= 0 else "red",
     )

@@ -58,7 +58,7 @@ def search(
 
     Args:
       run: the other fields of PlanConfig.
-      compile_best: compile the best of those on paper (without stages) and rank these before the others.
+      compile_best: compile the best of those on paper and rank these before the others.
     """
     found = []
     for mesh in meshes(model, target.devices):
@@ -69,8 +69,7 @@ def search(
     found = sorted(found, key=lambda candidate: candidate.rank)[:count]
     if not compile_best:
         return found
-    chosen = [candidate for candidate in found if candidate.plan.config.mesh.stage == 1][:_COMPILED]
-    rest = [candidate for candidate in found if candidate not in chosen]
+    chosen, rest = found[:_COMPILED], found[_COMPILED:]
     return [*sorted(map(_compiled, chosen), key=lambda candidate: candidate.rank), *rest]
 
 
