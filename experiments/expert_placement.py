@@ -39,7 +39,7 @@ from ablation import (
 )
 from corpora import DOMAINS
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 import dsv3_jax as dsv3
 from dsv3_jax.data import prepare_data
@@ -220,6 +220,14 @@ def sweep(recordings: list[Recording], ranks: Ranks) -> dict[str, dict[int, floa
     return found
 
 
+@nnx.jit
+def _serve(model: dsv3.DeepSeekV3, tokens: Int[Array, "B T"]) -> tuple[Array, Array]:
+    """Loads [layers, E] and logits [B, T, V]."""
+    out = model(tokens)
+    assert out.routing is not None
+    return out.routing.load, out.logits
+
+
 @dataclasses.dataclass(frozen=True)
 class ServedTexts:
     """A trained model and the held out rows that it serves.
@@ -233,15 +241,13 @@ class ServedTexts:
 
     def record(self, domain: str | None) -> Recording:
         """Loads of the text in windows of equal size."""
-        load_of = nnx.jit(lambda model, tokens: model(tokens).routing.load)
         windows = self._windows(domain)
-        return np.stack([np.asarray(load_of(self.model, jnp.asarray(rows)), np.float64) for rows in windows])
+        return np.stack([np.asarray(_serve(self.model, jnp.asarray(rows))[0], np.float64) for rows in windows])
 
     def change_of_logits(self, domain: str | None, placement: Placement) -> float:
         """The largest change of a logit when the experts are placed."""
-        logits_of = nnx.jit(lambda model, tokens: model(tokens).logits)
         tokens = jnp.asarray(self._windows(domain)[0])
-        logits = [logits_of(model, tokens) for model in (self.model, with_placed_experts(self.model, placement))]
+        logits = [_serve(model, tokens)[1] for model in (self.model, with_placed_experts(self.model, placement))]
         return float(jnp.abs(logits[1] - logits[0]).max())
 
     def _windows(self, domain: str | None) -> Int[np.ndarray, "windows rows T"]:

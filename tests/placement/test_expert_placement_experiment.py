@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -10,6 +11,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from small_models import small_model
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import UserError
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -106,3 +111,23 @@ def test_what_cannot_be_placed_is_said_in_a_line(experiment, tmp_path, capsys, l
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_what_a_model_serves_is_counted_and_its_copies_give_its_logits(experiment):
+    config = ModelConfig.preset("tiny", num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    model = small_model(config, seed=0)
+    rows = np.random.default_rng(0).integers(0, config.vocab_size, (17, 4), np.int32)
+    served = experiment.ServedTexts(model, {"code": rows})
+    recording = served.record("code")
+    assert recording.shape == (experiment.WINDOWS, 1, config.n_routed_experts)
+    np.testing.assert_array_equal(recording.sum(axis=2), 2 * 4 * config.num_experts_per_tok)
+    placement = experiment.place("global", recording.sum(axis=0), experiment.Ranks(ranks=4, redundant=4))
+    assert served.change_of_logits("code", placement) < 1e-6
+    swapped = dataclasses.replace(placement, logical=placement.logical[:, ::-1])  # experts in each other's places
+    assert served.change_of_logits("code", swapped) > 1e-6
+
+
+def test_too_little_text_is_said(experiment):
+    served = experiment.ServedTexts(None, {None: np.zeros((3, 4), np.int32)})
+    with pytest.raises(UserError, match="fewer than"):
+        served.record(None)
