@@ -200,8 +200,8 @@ class ModelConfig:
 
     @property
     def has_router_bias(self) -> bool:
-        """Whether experts are selected with the bias of auxiliary-loss-free balancing."""
-        return self.topk_method == "noaux_tc"
+        """Whether there are experts, and they are selected with the bias of auxiliary-loss-free balancing."""
+        return self.topk_method == "noaux_tc" and self.num_moe_layers + self.num_nextn_predict_layers > 0
 
     # Counts (dsv3_jax.counts has them term by term) ---------------------------------------------------------
 

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_runs import SETTINGS, assert_trees_equal, random_batch, small_start
+from small_models import small_model
+from small_runs import SETTINGS, assert_trees_equal, random_batch, small_run, small_start
 
 from dsv3_jax.training import step as step_module
 from dsv3_jax.training.losses import LossWeights, objective
 from dsv3_jax.training.optimizer import decay_mask
-from dsv3_jax.training.state import TrainState
+from dsv3_jax.training.state import TrainState, new_state
 from dsv3_jax.training.step import StepMetrics, make_train_step
 
 MOVABLE = ("params", "optimizer", "average", "router_biases", "key")
@@ -116,6 +117,13 @@ def test_router_biases_have_neither_gradient_nor_optimizer_state():
     np.testing.assert_array_equal(of_biases, 0.0)
     for tree in (start.state.params, start.state.optimizer):
         assert not [p for p, _ in jax.tree_util.tree_leaves_with_path(tree) if "bias" in jax.tree_util.keystr(p)]
+
+
+def test_a_model_without_experts_has_no_router_biases():
+    config = small_run()
+    model = config.model.replace(num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=0)
+    _, state = new_state(small_model(model, 0), dataclasses.replace(config, model=model))
+    assert state.router_biases.shape == (0, model.n_routed_experts)
 
 
 def test_router_biases_move_by_the_sign_of_the_whole_batchs_load():
