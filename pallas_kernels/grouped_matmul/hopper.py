@@ -37,6 +37,7 @@ WARPGROUP_ROWS = 64
 PRODUCER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
 SCALE = 128  # extent of a scale's block
+ALIKE = 64  # columns of bfloat16 in the widest swizzle: wgmma wants both operands' alike if one is to be transposed
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
@@ -138,7 +139,7 @@ def rows_by_rows(
         scales = [pad_to(lhs.scales.T, TILE_M), pad_to(rhs.scales.T, 4)]
     else:
         (contraction, n), k = lhs.shape, rhs.shape[1]
-        operands, scales = [pad_to(lhs, 8, 16), pad_to(rhs, 8, 16)], []  # pyright: ignore[reportArgumentType]
+        operands, scales = [pad_to(lhs, 8, ALIKE), pad_to(rhs, 8, ALIKE)], []  # pyright: ignore[reportArgumentType]
     tiling = tiling or choose_tiling("depth", k, contraction, sizes.shape[0], form.fp8, 4)
     axis = 0 if form.fp8 else 1
     shape = (sizes.shape[0], operands[0].shape[axis], operands[1].shape[axis])
@@ -154,7 +155,9 @@ def _rows(lhs, rhs, tables, form: Form, out_dtype, tiling, interpret):
         scales = [pad_to(lhs.scales.T, 4), rhs.scales]
         lhs, rhs = lhs.values, rhs.values
     # TMA moves whole swizzled tiles: 8 rows, 32 bytes.
-    operands = [pad_to(lhs, 8, 32), pad_to(rhs, 32 if form.row_major else 8, 32)]
+    operands = (
+        [pad_to(lhs, 8, ALIKE), pad_to(rhs, 32, ALIKE)] if form.row_major else [pad_to(x, 8, 32) for x in (lhs, rhs)]
+    )
     tiling = tiling or choose_tiling("rows", n, contraction, groups, form.fp8, out_dtype.itemsize)
     columns = operands[1].shape[2 if form.row_major else 1]
     shape = (lhs.shape[0], columns)
