@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +33,7 @@ from ablation import (
     Options,
     RunConfig,
     new_figure,
+    paired,
     parse_options,
     run_arm,
     run_of,
@@ -41,7 +43,7 @@ from ablation import (
 )
 from corpora import haystack, write_retrieval
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 import dsv3_jax as dsv3
 from dsv3_jax.cli.compilation_cache import keep_compiled_programs
@@ -50,6 +52,7 @@ from dsv3_jax.data import DataConfig
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.training.checkpoints import make_model
+from dsv3_jax.training.run_folder import RunFolder
 from dsv3_jax.training.schedules import Schedule
 
 FACTOR = 40.0  # s
@@ -185,10 +188,10 @@ def extend(options: Options, plan: Plan, seed: int) -> tuple[dict[str, ArmResult
     return runs, {grid: weights_of(runs[name].folder, config) for grid, (name, config) in sources.items()}
 
 
-def found_needles(model: DeepSeekV3, tokenizer: Tokenizer, plan: Plan) -> Float[np.ndarray, "depths contexts"]:
-    """Share of the needles whose value is the model's first choice, by depth and length of the haystack."""
+def needle_scores(model: DeepSeekV3, tokenizer: Tokenizer, plan: Plan) -> Float[np.ndarray, "depths contexts"]:
+    """Mean probability of the needle's value, by depth and length of the haystack: 1 where all are found and surely."""
     graph, state = nnx.split(model)
-    shares = np.zeros((len(DEPTHS), len(plan.contexts)))
+    scores = np.zeros((len(DEPTHS), len(plan.contexts)))
     for column, context in enumerate(plan.contexts):
         draw = random.Random(context)
         texts = [haystack(draw, context, depth) for depth in DEPTHS for _ in range(plan.trials)]
@@ -203,47 +206,48 @@ def found_needles(model: DeepSeekV3, tokenizer: Tokenizer, plan: Plan) -> Float[
                 for at in range(0, len(texts), pass_rows)
             ]
         )
-        shares[:, column] = right.reshape(len(DEPTHS), plan.trials).mean(axis=1)
-    return shares
+        scores[:, column] = right.reshape(len(DEPTHS), plan.trials).mean(axis=1)
+    return scores
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _answers(graph: Any, state: nnx.State, tokens: Int[Array, "B T"], place: Int[Array, ""]) -> Bool[Array, " B"]:
-    """Whether the token at `place` is what the model expects there; what comes after is not seen."""
+def _answers(graph: Any, state: nnx.State, tokens: Int[Array, "B T"], place: Int[Array, ""]) -> Float[Array, " B"]:
+    """What probability the model gives the token at `place`; what comes after is not seen."""
     model: DeepSeekV3 = nnx.merge(graph, state)
     hidden = model.features(tokens).hidden
     logits = model.head(jnp.take(hidden, place - 1, axis=1))
-    return jnp.argmax(logits, -1) == jnp.take(tokens, place, axis=1)
+    return jnp.take_along_axis(jax.nn.softmax(logits), jnp.take(tokens, place, axis=1)[:, None], axis=-1)[:, 0]
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse_options("long_context", __doc__, argv)
     keep_compiled_programs()
     plan = plan_of(options)
-    shares: dict[str, list[np.ndarray]] = {grid: [] for grid in GRIDS}
+    scores: dict[str, list[np.ndarray]] = {grid: [] for grid in GRIDS}
     losses: dict[str, list[float]] = {}
     for seed in options.seeds:
         runs, models = extend(options, plan, seed)
-        for name, run in runs.items():
-            losses.setdefault(name, []).append(run.validation_loss)
+        for name, loss in _losses(runs).items():
+            losses.setdefault(name, []).append(loss)
         _, tokenizer, _ = dsv3.load_checkpoint(runs["pre-training"].folder)
         for grid, model in models.items():
             print(f"{options.name}: needles, {grid}, seed {seed}", flush=True)
-            shares[grid].append(found_needles(model, tokenizer, plan))
-    numbers = {grid: _by_reach(of_seeds, plan) for grid, of_seeds in shares.items()}
+            scores[grid].append(needle_scores(model, tokenizer, plan))
+    numbers = {grid: _by_reach(of_seeds, plan) for grid, of_seeds in scores.items()}
     for grid, reaches in numbers.items():
         print(f"{grid:22}", {reach: f"{100 * value['mean']:.0f}%" for reach, value in reaches.items()})
-    means = {grid: np.mean(of_seeds, axis=0) for grid, of_seeds in shares.items()}
+    spreads = {name: spread(values) for name, values in losses.items()}
+    means = {grid: np.mean(of_seeds, axis=0) for grid, of_seeds in scores.items()}
     write_results(
         options,
         {"long_context": draw(means, plan)},
-        _verdict(numbers, plan, options.scale),
+        _verdict(numbers, spreads, plan, options.scale),
         {
-            "found": numbers,
+            "score": numbers,
             "contexts": plan.contexts,
             "depths": DEPTHS,
-            "found_by_depth_and_context": {grid: mean.round(4).tolist() for grid, mean in means.items()},
-            "validation_loss": {name: spread(values) for name, values in losses.items()},
+            "score_by_depth_and_context": {grid: mean.round(4).tolist() for grid, mean in means.items()},
+            "validation_loss": spreads,
             "runs": {name: getattr(plan, name) for name in ("lengths", "batches", "steps")},
         },
     )
@@ -253,50 +257,67 @@ def _reaches(plan: Plan) -> dict[str, Callable[[int], bool]]:
     first, second, third = plan.lengths
     return {
         f"up to {first}": lambda context: context <= first,
-        f"up to {second}": lambda context: first < context <= second,
-        f"up to {third}": lambda context: second < context <= third,
+        f"{first} to {second}": lambda context: first < context <= second,
+        f"{third}": lambda context: context == third,
     }
 
 
 def _by_reach(of_seeds: list[np.ndarray], plan: Plan) -> dict[str, dict[str, Any]]:
-    """Share found over all depths: within the length of pre-training, then of phase 1, then of phase 2."""
+    """Mean score over all depths: within the length of pre-training, from there to phase 1's, and at phase 2's."""
     numbers = {}
     for name, holds in _reaches(plan).items():
         columns = [column for column, context in enumerate(plan.contexts) if holds(context)]
-        numbers[name] = spread([float(shares[:, columns].mean()) for shares in of_seeds])
+        numbers[name] = spread([float(scores[:, columns].mean()) for scores in of_seeds])
     return numbers
 
 
-def _verdict(numbers: Mapping[str, Mapping[str, Mapping[str, Any]]], plan: Plan, scale: str) -> str:
+def _losses(runs: Mapping[str, ArmResult]) -> dict[str, float]:
+    """Validation losses before and after every run, each on texts of the run's length."""
+    losses = {}
+    for name, run in runs.items():
+        start = json.loads(RunFolder(run.folder).summary.read_text())["validation_at_start"]
+        # A run that was stopped and went on has no evaluation of its start in the summary.
+        losses[f"{name}, start"] = start["main"]["loss"] if start else float("nan")
+        losses[f"{name}, end"] = run.validation_loss
+    return losses
+
+
+def _verdict(
+    numbers: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    losses: Mapping[str, Mapping[str, Any]],
+    plan: Plan,
+    scale: str,
+) -> str:
     short, _, far = _reaches(plan)
 
-    def found(grid: str, reach: str) -> str:
+    def score(grid: str, reach: str) -> str:
         return f"{100 * numbers[grid][reach]['mean']:.0f}%"
 
-    before, after = numbers["pre-trained"], numbers["YaRN, phase 2"]
-    base, gained = before[short]["mean"], after[far]["mean"]
+    before, after, control = (numbers[grid] for grid in ("pre-trained", "YaRN, phase 2", "phase 2 without YaRN"))
+    base = before[short]["mean"]
     if base < 0.9:
         held = "the task was not learned before the extension, so that nothing can be said"
     elif before[far]["mean"] >= 0.9 * base:
-        held = "the model found them before any extension: the claim cannot be tried"
+        held = "the model finds them before any extension, so that the claim cannot be tried"
     else:
-        held = "the claim holds" if gained >= 0.9 * base else "the claim does not hold"
-    control = numbers["phase 2 without YaRN"][far]["mean"]
-    noise = max(
-        after[far]["standard_deviation"] or 0.0, numbers["phase 2 without YaRN"][far]["standard_deviation"] or 0.0
-    )
-    better = "more" if gained - control > 2 * noise else "fewer" if control - gained > 2 * noise else "about as many"
+        held = f"the claim {'holds' if after[far]['mean'] >= 0.9 * base else 'does not hold'}"
+    difference = paired(after[far]["values"], control[far]["values"])
+    seen = abs(difference["mean"]) > max(0.01, 2 * (difference["standard_deviation"] or 0.0))
     return (
-        f"Needles found within {plan.lengths[0]} tokens, the length of pre-training: {found('pre-trained', short)}. In "
-        f"{plan.lengths[1] + 1} to {plan.lengths[2]} tokens: {found('pre-trained', far)} before the extension, "
-        f"{found('YaRN, untrained', far)} under YaRN untrained, {found('YaRN, phase 1', far)} after phase 1, "
-        f"{found('YaRN, phase 2', far)} after phase 2 ({found('YaRN, phase 2', short)} at the short length): {held} at "
-        f"scale {scale}. The same two phases without YaRN find {better}, {found('phase 2 without YaRN', far)}."
+        f"The pre-trained model gives a needle's value {score('pre-trained', short)} within {plan.lengths[0]} "
+        f"tokens, the length of its training, and {score('pre-trained', far)} in {far}; there it has "
+        f"{score('YaRN, untrained', far)} under YaRN untrained, {score('YaRN, phase 1', far)} after phase 1 and "
+        f"{score('YaRN, phase 2', far)} after phase 2: {held} at scale {scale}. The same two phases without YaRN reach "
+        f"{score('phase 2 without YaRN', far)}, {'another figure' if seen else 'no other figure that could be seen'}. "
+        f"The loss of texts of {plan.lengths[1]} tokens is {losses['plain, phase 1, start']['mean']:.2f} before, "
+        f"{losses['YaRN, phase 1, start']['mean']:.2f} under YaRN untrained, "
+        f"{losses['YaRN, phase 1, end']['mean']:.2f} after phase 1 "
+        f"and {losses['plain, phase 1, end']['mean']:.2f} after phase 1 without YaRN."
     )
 
 
 def draw(means: Mapping[str, np.ndarray], plan: Plan):
-    """Figure 8, a panel a model: context across, depth down, from red (none found) to green (all)."""
+    """Figure 8, a panel a model: context across, depth down, from red (not found) to green (found for sure)."""
     figure, axes = new_figure(len(means), width=2.9, height=3.0)
     for axis, (grid, mean) in zip(axes, means.items(), strict=True):
         image = axis.imshow(mean, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
@@ -306,7 +327,7 @@ def draw(means: Mapping[str, np.ndarray], plan: Plan):
         for length in plan.lengths[:2]:
             axis.axvline(plan.contexts.index(length) + 0.5, color="black", lw=1.0, ls=":")
     axes[0].set_ylabel("depth of the needle, %")
-    figure.colorbar(image, ax=axes, label="needles found")
+    figure.colorbar(image, ax=axes, label="probability of the needle's value")
     return figure
 
 
