@@ -35,6 +35,8 @@ class TrainingConfig:
       ema_decay: of the running average of the weights; 0 for none. (The report gives no value.)
       rematerialisation: name of a policy of `dsv3_jax.modules.rematerialisation`.
       loss_chunk: tokens whose logits a device holds at a time.
+      overlap_exchange: on a mesh with an expert axis, a pass goes through the experts in two halves, so that one can
+        travel while the other is computed (section 3.2.1).
       pipeline_schedule: of the stages of a mesh: "dualpipe", "zb1p" or "1f1b" (section 3.2.1); passes are its
         micro-batches.
       zero: on a mesh, optimizer state is divided over the replicas of its parameters (ZeRO-1).
@@ -59,6 +61,7 @@ class TrainingConfig:
     ema_decay: float = 0.99
     rematerialisation: str = "none"
     loss_chunk: int = 8192
+    overlap_exchange: bool = False
     pipeline_schedule: ScheduleName = "dualpipe"
     zero: bool = True
     log_every: int = 10

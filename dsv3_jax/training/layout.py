@@ -34,13 +34,22 @@ class Layout:
     Attributes:
       mesh: the devices, or None.
       zero: whether optimizer state is divided over the replicas of its parameters.
+      overlap: whether tokens go to experts in two halves (`ExpertExchange`).
     """
 
     mesh: Mesh | None = None
     zero: bool = True
+    overlap: bool = False
 
     @classmethod
-    def of(cls, sizes: MeshConfig, *, zero: bool = True, devices: Sequence[jax.Device] | None = None) -> Layout:
+    def of(
+        cls,
+        sizes: MeshConfig,
+        *,
+        zero: bool = True,
+        overlap: bool = False,
+        devices: Sequence[jax.Device] | None = None,
+    ) -> Layout:
         """Over `devices`, all of all processes unless given.
 
         Raises:
@@ -48,7 +57,7 @@ class Layout:
         """
         devices = jax.devices() if devices is None else devices
         sizes = sizes.resolve(len(devices))
-        return cls(None if len(devices) == 1 else make_mesh(sizes, devices), zero)
+        return cls(None if len(devices) == 1 else make_mesh(sizes, devices), zero, overlap)
 
     @property
     def batch_ranks(self) -> int:
@@ -64,7 +73,7 @@ class Layout:
         """The model, whose parts now find what lies on other devices."""
         if self.mesh is not None:
             model.embedding.lookup = LookupOnRanks(self.mesh)
-            distribute_experts(model, self.mesh)
+            distribute_experts(model, self.mesh, overlap=self.overlap)
         return model
 
     def of_state(self, state: TrainState) -> TrainState:

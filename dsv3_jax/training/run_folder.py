@@ -26,6 +26,7 @@ _FREE = {
     "training.loss_chunk",
     "training.rematerialisation",
     "training.zero",
+    "training.overlap_exchange",
     "training.pipeline_schedule",
     "data.worker_count",
     *(f"mesh.{axis}" for axis in AXES),

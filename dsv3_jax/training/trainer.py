@@ -103,7 +103,7 @@ def _layout(config: RunConfig) -> Layout:
     if sizes.stage > 1:
         moe_layers_of_stages(config.model, sizes.stage)
         check_passes(config, config.training.pipeline_schedule, sizes.stage, sizes.batch_ranks)
-    return Layout.of(sizes, zero=config.training.zero)
+    return Layout.of(sizes, zero=config.training.zero, overlap=config.training.overlap_exchange)
 
 
 class _Run:
