@@ -190,7 +190,9 @@ def _comparison(plan: Plan, compiled: CompiledPlan) -> Table:
 def _collectives(compiled: CompiledPlan) -> Table:
     table = _table("Collectives of the compiled step", "kind", "devices", "runs", "sent", "largest result")
     for item in compiled.collectives:
-        table.add_row(item.kind, f"{item.group:,}", f"{item.runs:,}", size(item.sent), size(item.largest))
+        # What of a ragged exchange's room is filled is known when it runs.
+        most = "at most " if item.kind.startswith("ragged") else ""
+        table.add_row(item.kind, f"{item.group:,}", f"{item.runs:,}", most + size(item.sent), size(item.largest))
     return table
 
 

@@ -101,13 +101,3 @@ def test_the_compiler_agrees_with_the_paper(target: str, expert: int) -> None:
     # gradients of rows and of gates.
     assert (exchange.group, exchange.runs) == (expert, 8 * pieces)
     assert exchange.sent == pytest.approx(next(flow.sent for flow in plan.flows if "experts" in flow.what))
-
-
-def test_stages_are_not_compiled() -> None:
-    config = PlanConfig(
-        model=ModelConfig.preset("v3-671b"),
-        target=Target.parse("h200:2048"),
-        mesh=MeshConfig(stage=16, fsdp=2, expert=64),
-    )
-    with pytest.raises(UserError, match="stages"):
-        compile_plan(config)
