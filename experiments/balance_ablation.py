@@ -1,6 +1,6 @@
 """Ways to balance experts: auxiliary losses against the selection bias (report sections 2.1.2, 4.5.2 and 4.5.3).
 
-    python experiments/balance_ablation.py [--scale tiny|small|1b] [--seeds 0 1]
+    python experiments/balance_ablation.py [--scale tiny|small|1b] [--seeds 0 1 2]
 
 Claims: balancing by the bias alone gives a lower loss than the sequence-wise auxiliary loss (2.253 against 2.258 for a
 1B model), and a batch-wise loss reaches the same as the bias. Beside them: no balancing, the report's own mixture
@@ -47,7 +47,7 @@ def arms_of(speed: float) -> dict[str, dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse_options("balance_ablation", __doc__, argv)
+    options = parse_options("balance_ablation", __doc__, argv, seeds=3)
     fields = arms_of(SPEEDS[options.scale])
 
     def arm(name: str):

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-TRAINING = ("fp8_vs_bf16", "mtp_ablation", "balance_ablation", "expert_specialisation")
+TRAINING = ("fp8_vs_bf16", "mtp_ablation", "balance_ablation", "expert_specialisation", "long_context")
 
 
 @pytest.fixture
