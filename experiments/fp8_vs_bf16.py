@@ -64,7 +64,7 @@ def nudged(config: RunConfig) -> DeepSeekV3:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse_options("fp8_vs_bf16", __doc__, argv, seeds=3)
+    options = parse_options("fp8_vs_bf16", __doc__, argv)
 
     def arm(precision: str):
         def of_seed(seed: int) -> RunConfig:
