@@ -23,7 +23,17 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 model._MOST_UNROLLED_LAYERS = 1
 
 # Files are dealt to the workers whole (their fixtures are made once), in this order, so that no long one comes last.
-_LONGEST = ("test_compile_ahead", "test_notebooks", "test_resume")
+_LONGEST = (
+    "test_compile_ahead",
+    "test_notebooks",
+    "test_pipeline_executor",
+    "test_mesh_axes_alone",
+    "test_mesh_axes_in_pairs",
+    "test_expert_parallel",
+    "test_whole_experiment",
+    "test_two_processes",
+    "test_resume",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

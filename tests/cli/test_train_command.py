@@ -19,7 +19,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list:
     """Collects what would be trained."""
     calls: list = []
 
-    def train(config, out, *, initial_model=None):
+    def train(config, out, *, initial_model=None, timeout=0):
         from dsv3_jax.training.trainer import Outcome
 
         calls.append((config, out))

@@ -63,7 +63,8 @@ def test_tuning_entries_survive_a_round_trip(benchmark, monkeypatch, tmp_path):
         assert {key: repr(value) for key, value in written.items()} == {k: repr(v) for k, v in entries.items()}
 
 
-def test_the_emulated_tensor_core_sums_as_described():
+def test_the_emulated_tensor_core_sums_as_described(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
     script = runpy.run_path(str(EXPERIMENTS / "fp8_numerics.py"))
     rng = np.random.default_rng(0)
     products = rng.integers(1, 1000, size=(4096, 64)).astype("f8")

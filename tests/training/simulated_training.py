@@ -24,9 +24,7 @@ RATE = float(SETTINGS.learning_rate)
 
 
 def run_of(kind: str) -> RunConfig:
-    """One MoE layer (small); a dense one, an MoE one, an MTP module, two passes (whole); two MoE layers (staged)."""
-    if kind == "whole":
-        return small_run(batch_size=16, micro_batch_size=8)
+    """One MoE layer (small); two of them in four passes (staged)."""
     if kind == "staged":
         run = small_run(batch_size=8, micro_batch_size=2)
         return dataclasses.replace(run, model=run.model.replace(first_k_dense_replace=0, num_nextn_predict_layers=0))
