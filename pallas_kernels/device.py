@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 from jax.sharding import get_abstract_mesh
@@ -45,3 +45,19 @@ def choose_implementation(
     if requested != "reference" and requested != platform:
         raise ValueError(f"implementation '{requested}' cannot run here: this program is for {platform}")
     return requested
+
+
+def once_a_program(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a kernel that a program calls at several places be traced, lowered and compiled there once for each shape.
+
+    Without it every place is a kernel of its own: a training step calls each three times and more (the layer, the layer
+    computed anew, the MTP modules), and compiling kernels is most of what compiling the step takes.
+
+    Args:
+      static: arguments that are not arrays.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.jit(function, static_argnames=static)
+
+    return decorate

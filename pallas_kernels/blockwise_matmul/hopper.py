@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.blockwise_matmul.tuning import BLOCK_K, Tiling, choose_tiling
+from pallas_kernels.device import once_a_program
 from pallas_kernels.hopper_launch import multiprocessors, pad_to, swizzled
 from pallas_kernels.quantize.quantized import E4M3, Quantized
 
@@ -37,6 +38,7 @@ _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
+@once_a_program("out_dtype", "tiling", "interpret")
 def matmul(
     a: Quantized,
     b: Quantized,

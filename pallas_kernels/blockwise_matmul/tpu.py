@@ -18,6 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.device import once_a_program
 from pallas_kernels.quantize.quantized import Quantized
 
 BLOCK_K = 128
@@ -26,6 +27,7 @@ _TILE_M = 512
 _TILE_N = 512
 
 
+@once_a_program("out_dtype", "interpret")
 def matmul(
     a: Quantized,
     b: Quantized,

@@ -28,6 +28,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.device import once_a_program
 from pallas_kernels.grouped_matmul.tiling import PART, STAGE_BYTES, TILE_M, WARPGROUPS, Groups, Tiling, choose_tiling
 from pallas_kernels.hopper_launch import multiprocessors, pad_to, swizzled
 from pallas_kernels.quantize.quantized import Quantized
@@ -77,6 +78,7 @@ class Tile(NamedTuple):
     rows_present: Array
 
 
+@once_a_program("out_dtype", "transposed", "tiling", "interpret")
 def rows_by_weights(
     lhs: Float[Array, "M K"] | Quantized,
     rhs: Float[Array, "G N K"] | Quantized,
@@ -97,6 +99,7 @@ def rows_by_weights(
     return _rows(lhs, rhs, (group, present), form, jnp.dtype(out_dtype), tiling, interpret)
 
 
+@once_a_program("out_dtype", "tiling", "interpret")
 def masked(
     lhs: Float[Array, "G M K"] | Quantized,
     rhs: Float[Array, "G N K"] | Quantized,
@@ -120,6 +123,7 @@ def masked(
     return out.reshape(groups, padded, -1)[:, :room]
 
 
+@once_a_program("tiling", "interpret")
 def rows_by_rows(
     lhs: Float[Array, "M N"] | Quantized,
     rhs: Float[Array, "M K"] | Quantized,

@@ -21,6 +21,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.device import once_a_program
 from pallas_kernels.quantize.quantized import Quantized
 
 TILE_M = 128
@@ -32,6 +33,7 @@ _DEPTH_TILE = 512
 Interpret = pltpu.InterpretParams | None
 
 
+@once_a_program("out_dtype", "transposed", "interpret")
 def rows_by_weights(
     lhs: Float[Array, "M K"] | Quantized,
     rhs: Float[Array, "G N K"] | Quantized,
@@ -50,6 +52,7 @@ def rows_by_weights(
     return _rows(lhs, rhs, group, present, jnp.dtype(out_dtype), transposed, interpret)
 
 
+@once_a_program("out_dtype", "interpret")
 def masked(
     lhs: Float[Array, "G M K"] | Quantized,
     rhs: Float[Array, "G N K"] | Quantized,
@@ -71,6 +74,7 @@ def masked(
     return out.reshape(groups, padded, -1)[:, :room]
 
 
+@once_a_program("interpret")
 def rows_by_rows(
     lhs: Float[Array, "M N"] | Quantized,
     rhs: Float[Array, "M K"] | Quantized,

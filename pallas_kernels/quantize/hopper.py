@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.device import once_a_program
 from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors, pad_to, swizzled
 from pallas_kernels.quantize.quantized import E4M3, Quantized, Tile
 from pallas_kernels.quantize.reference import magnitude_bits, scales_from_magnitude, values_from_scaled
@@ -31,6 +32,7 @@ HALF = 64  # rows of registers a warpgroup holds at a time
 _MAX_BLOCKS = 4  # on one multiprocessor
 
 
+@once_a_program("tile", "power_of_two_scales", "interpret")
 def quantize(
     x: Float[Array, "M K"],
     tile: Tile,
@@ -46,6 +48,7 @@ def quantize(
     return _quantize_tiles(x, power_of_two_scales, interpret, rows=False, columns=True)[0].mT
 
 
+@once_a_program("power_of_two_scales", "interpret")
 def quantize_both(
     x: Float[Array, "M K"], power_of_two_scales: bool, *, interpret: plgpu.InterpretGPUParams | None = None
 ) -> tuple[Quantized, Quantized]:
@@ -54,6 +57,7 @@ def quantize_both(
     return rows, columns
 
 
+@once_a_program("power_of_two_scales", "interpret")
 def requantize_transposed(
     q: Quantized, power_of_two_scales: bool, *, interpret: plgpu.InterpretGPUParams | None = None
 ) -> Quantized:

@@ -22,6 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from pallas_kernels.device import once_a_program
 from pallas_kernels.hopper_launch import multiprocessors
 from pallas_kernels.routing.reference import GateOutputs, GateParameters, gates_of
 
@@ -33,6 +34,7 @@ _OUT_OF_REACH = float(np.finfo(np.float32).min)  # below every candidate, above 
 Interpret = plgpu.InterpretGPUParams | None
 
 
+@once_a_program("parameters", "interpret")
 def gate(
     logits: Float[Array, "S T E"],
     bias: Float[Array, " E"] | None,

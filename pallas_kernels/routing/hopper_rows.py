@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.device import once_a_program
 from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors
 
 LANES = 128  # the width of a row must be a multiple
@@ -55,6 +56,7 @@ class _Cut(NamedTuple):
         return pl.ds(chunk * self.pieces, self.pieces)
 
 
+@once_a_program("interpret")
 def permute(
     x: Float[Array, "T d"],
     row_of_slot: Int[Array, " TK"],
@@ -84,6 +86,7 @@ def permute(
     return rows.reshape(-1, x.shape[1])
 
 
+@once_a_program("interpret")
 def combine(
     rows: Float[Array, "M d"],
     gate: Float[Array, "T K"],
@@ -111,6 +114,7 @@ def combine(
     return out.reshape(tokens, width)
 
 
+@once_a_program("interpret")
 def combine_gradient(
     rows: Float[Array, "M d"],
     gate: Float[Array, "T K"],

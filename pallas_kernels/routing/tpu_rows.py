@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
+from pallas_kernels.device import once_a_program
+
 ROWS = 64  # of a tile in expert order
 TOKENS = 16  # of a tile in token order
 _VMEM_BYTES = 48 << 20
@@ -24,6 +26,7 @@ _VMEM_BYTES = 48 << 20
 Interpret = pltpu.InterpretParams | None
 
 
+@once_a_program("interpret")
 def permute(
     x: Float[Array, "T d"],
     row_of_slot: Int[Array, " TK"],
@@ -45,6 +48,7 @@ def permute(
     return rows
 
 
+@once_a_program("interpret")
 def combine_gradient(
     rows: Float[Array, "M d"],
     gate: Float[Array, "T K"],
@@ -68,6 +72,7 @@ def combine_gradient(
     return rows_bar, products[row_of_slot, 0].reshape(gate.shape)
 
 
+@once_a_program("interpret")
 def combine(
     rows: Float[Array, "M d"],
     gate: Float[Array, "T K"],
