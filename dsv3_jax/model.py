@@ -80,13 +80,20 @@ class Head(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
         self.precision = precision
+        self.on_ranks: Any = None  # as in `Linear`
         self.weight = nnx.Param(normal(rngs, shape, config.initializer_range, dtype))
 
     def __call__(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch V"]:
+        if self.on_ranks is None:
+            return self._logits(hidden, self.weight[...])
+        axes = {"batch_axes": hidden.ndim - 1, "in_axes": 1}
+        return self.on_ranks(self._logits, hidden, self.weight[...], dtype=self.precision.dtype, **axes)
+
+    def _logits(self, hidden: Float[Array, "*batch d"], weight: Float[Array, "V d"]) -> Float[Array, "*batch V"]:
         dtype = self.precision.dtype
         return lax.dot_general(
             hidden.astype(dtype),
-            self.weight[...].astype(dtype),
+            weight.astype(dtype),
             (((hidden.ndim - 1,), (1,)), ((), ())),
             preferred_element_type=jnp.promote_types(dtype, jnp.float32),
         )

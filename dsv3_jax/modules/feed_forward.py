@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -28,4 +30,5 @@ class FeedForward(nnx.Module):
         self.down = Linear(hidden_size, width, **make)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
-        return swiglu_linear(self.gate_up(x), self.down.weight[...], self.down.precision)
+        behind_swiglu = functools.partial(swiglu_linear, precision=self.down.precision)
+        return self.down.multiply(behind_swiglu, self.gate_up(x), batch_axes=x.ndim - 1)

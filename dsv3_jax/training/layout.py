@@ -19,6 +19,7 @@ from jaxtyping import Int
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.sharding.embedding_lookup import LookupOnRanks
 from dsv3_jax.sharding.expert_parallel import distribute_experts
+from dsv3_jax.sharding.linear_on_ranks import distribute_linear_maps
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 from dsv3_jax.sharding.rules import BATCH_AXES, ZERO, batch_spec, shardings
 from dsv3_jax.training.state import TrainState
@@ -73,6 +74,7 @@ class Layout:
         """The model, whose parts now find what lies on other devices."""
         if self.mesh is not None:
             model.embedding.lookup = LookupOnRanks(self.mesh)
+            distribute_linear_maps(model, self.mesh)
             distribute_experts(model, self.mesh, overlap=self.overlap)
         return model
 

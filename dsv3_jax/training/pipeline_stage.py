@@ -66,16 +66,16 @@ def laid_out(tree: Any, mesh: Mesh) -> Any:
 
 
 def _gathered(tree: Any, mesh: Mesh) -> Any:
-    """Parameters as products want them: whole along the fsdp axis.
+    """Parameters with the routers' put together along the fsdp axis, as their products want them.
 
     The compiler would mostly do so by itself. Where it does not it may move activations by a permutation among all
-    devices, in which those of stages that do something else at that tick would never take part. Experts and embedding
-    stay divided: they say themselves how they are used on a mesh.
+    devices, in which those of stages that do something else at that tick would never take part. Linear maps, experts
+    and embedding say themselves how they are used on a mesh.
     """
     specs = parameter_specs(tree, mesh, dataclasses.replace(WITHIN_A_STAGE, embed=()))
 
     def gathered(path: tuple[Any, ...], leaf: Array, spec: PartitionSpec) -> Array:
-        if "['experts']" in jax.tree_util.keystr(path) or "['embedding']" in jax.tree_util.keystr(path):
+        if "['router']" not in jax.tree_util.keystr(path):
             return leaf
         return lax.with_sharding_constraint(leaf, spec)
 
