@@ -6,6 +6,7 @@ the number of experts nor their balance loses a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.feed_forward import FeedForward
 from dsv3_jax.modules.linear import normal
 from dsv3_jax.modules.router import Router
-from dsv3_jax.modules.routing_statistics import Routing, balance_terms
+from dsv3_jax.modules.routing_statistics import Routing, balance_terms, whole_batch
 from dsv3_jax.precision import Precision, grouped_linear, grouped_swiglu_linear, swiglu
 from dsv3_jax.precision.keeping import keep
 
@@ -96,6 +97,7 @@ class MixtureOfExperts(nnx.Module):
     """y = Shared(u) + sum over the chosen experts of g_i E_i(u)."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs):
+        self.over_ranks: Callable[[Array], Array] = whole_batch  # or what sums over other ranks' parts of the batch
         self.router = Router(config, dtype=dtype, rngs=rngs)
         self.experts = Experts(config, dtype=dtype, precision=precision, rngs=rngs)
         self.has_shared_experts = config.n_shared_experts > 0
@@ -126,5 +128,7 @@ class MixtureOfExperts(nnx.Module):
         y = routed.reshape(u.shape).astype(u.dtype)
         if self.has_shared_experts:
             y = y + self.shared(u)
-        sequence_balance, batch_balance = balance_terms(gates.selection_fraction, gates.affinity_mean, token_mask)
+        sequence_balance, batch_balance = balance_terms(
+            gates.selection_fraction, gates.affinity_mean, token_mask, over_ranks=self.over_ranks
+        )
         return y, Routing(load=gates.load, sequence_balance=sequence_balance, batch_balance=batch_balance)

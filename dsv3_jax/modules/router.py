@@ -7,6 +7,7 @@ Affinities are computed in float32 whatever the recipe: a bias step of 0.001 is 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -32,6 +33,7 @@ class Router(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config = config
         self.gate: Callable[..., pallas_kernels.Gates] = pallas_kernels.gate  # or what spreads it over devices
+        self.on_ranks: Any = None  # as in `Linear`
         shape = (config.n_routed_experts, config.hidden_size)
         self.weight = nnx.Param(normal(rngs, shape, config.initializer_range, dtype))
         if config.has_router_bias:
@@ -40,13 +42,11 @@ class Router(nnx.Module):
     def __call__(self, u: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None = None) -> pallas_kernels.Gates:
         """Experts and gates of every token, with the balance statistics of every sequence."""
         config = self.config
-        wide = jnp.promote_types(u.dtype, jnp.float32)
-        logits = lax.dot_general(
-            u.astype(wide),
-            self.weight[...].astype(wide),
-            (((2,), (1,)), ((), ())),
-            precision=lax.Precision.HIGHEST,
-        )
+        if self.on_ranks is None:
+            logits = _logits(u, self.weight[...])
+        else:
+            axes = {"batch_axes": 2, "in_axes": 1}
+            logits = self.on_ranks(_logits, u, self.weight[...], dtype=self.weight[...].dtype, **axes)
         return self.gate(
             keep(logits),
             self.bias[...] if config.has_router_bias else None,
@@ -59,3 +59,9 @@ class Router(nnx.Module):
             routed_scaling_factor=config.routed_scaling_factor,
             token_mask=token_mask,
         )
+
+
+def _logits(u: Float[Array, "B T d"], weight: Float[Array, "E d"]) -> Float[Array, "B T E"]:
+    wide = jnp.promote_types(u.dtype, jnp.float32)
+    contract_last = (((2,), (1,)), ((), ()))
+    return lax.dot_general(u.astype(wide), weight.astype(wide), contract_last, precision=lax.Precision.HIGHEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +32,17 @@ class Routing:
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
+def whole_batch(sums: Array) -> Array:
+    """Sums over the sequences at hand, where these are the batch."""
+    return sums
+
+
 def balance_terms(
     selection_fraction: Float[Array, "B E"],
     affinity_mean: Float[Array, "B E"],
     token_mask: Float[Array, "B T"] | None,
+    *,
+    over_ranks: Callable[[Array], Array] = whole_batch,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The sequence-wise and the batch-wise sum of f_i P_i (Eq. 17), sequences weighted by their real tokens.
 
@@ -42,14 +50,16 @@ def balance_terms(
       selection_fraction: f_i a sequence.
       affinity_mean: P_i a sequence.
       token_mask: True at real tokens; None when all are.
+      over_ranks: what makes of a sum over these sequences the sum over the batch.
     """
     if token_mask is None:
-        weights = jnp.full((selection_fraction.shape[0],), 1.0 / selection_fraction.shape[0])
+        counts = jnp.ones(selection_fraction.shape[0])
     else:
         counts = jnp.sum(token_mask, axis=-1).astype(jnp.float32)
-        weights = counts / jnp.maximum(jnp.sum(counts), 1.0)
+    weights = counts / jnp.maximum(over_ranks(jnp.sum(counts)), 1.0)
     by_sequence = jnp.sum(selection_fraction * affinity_mean, axis=-1)
-    sequence_wise = jnp.sum(weights * by_sequence)
-    whole_batch = [jnp.sum(weights[:, None] * values, axis=0) for values in (selection_fraction, affinity_mean)]
-    batch_wise = jnp.sum(whole_batch[0] * whole_batch[1])
-    return sequence_wise, batch_wise
+    sequence_wise = over_ranks(jnp.sum(weights * by_sequence))
+    fraction, affinity = (
+        over_ranks(jnp.sum(weights[:, None] * values, axis=0)) for values in (selection_fraction, affinity_mean)
+    )
+    return sequence_wise, jnp.sum(fraction * affinity)

@@ -7,28 +7,40 @@ a result cut by width where the next layer wants it cut by sequence, and it gath
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.sharding.expert_parallel import on_every_rank
+from dsv3_jax.sharding.ranks import on_every_rank
 from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, parameter_specs
 
 
 @dataclasses.dataclass(frozen=True)
 class LookupOnRanks:
-    """`table[tokens]` for every rank's own sequences."""
+    """`table[tokens]` for every rank's own sequences.
+
+    Attributes:
+      rows, columns: mesh axes of the table's two dimensions.
+    """
 
     mesh: Mesh
+    rows: str | None
+    columns: str | None
+
+    @classmethod
+    def of(cls, mesh: Mesh, table: Any) -> LookupOnRanks:
+        """For a table of that shape."""
+        cut = parameter_specs({"embedding": {"weight": table}}, mesh, WITHIN_A_STAGE)["embedding"]["weight"]
+        rows, columns = (*cut, None, None)[:2]
+        return cls(mesh, rows, columns)
 
     def __call__(
         self, table: Float[Array, "V d"], tokens: Int[Array, "B T"], dtype: jnp.dtype
     ) -> Float[Array, "B T d"]:
-        cut = parameter_specs({"embedding": {"weight": table}}, self.mesh, WITHIN_A_STAGE)["embedding"]["weight"]
-        rows, columns = (*cut, None, None)[:2]
-        batch = PartitionSpec(BATCH_AXES)
+        rows, columns, batch = self.rows, self.columns, PartitionSpec(BATCH_AXES)
 
         def on_a_rank(table: Float[Array, "v w"], tokens: Int[Array, "b T"]) -> Float[Array, "b T d"]:
             if columns is not None:

@@ -26,6 +26,7 @@ from dsv3_jax.precision.fp8_recipe import Fp8Recipe
 from dsv3_jax.sharding.expert_hops import Hop
 from dsv3_jax.sharding.expert_layout import hops_between
 from dsv3_jax.sharding.expert_rows import Product, over_hops
+from dsv3_jax.sharding.ranks import SumOnRanks, on_every_rank
 from dsv3_jax.sharding.rules import BATCH_AXES
 
 _ROOM = 2  # rows of a piece's buffers, over those of all tokens under an even load
@@ -50,29 +51,13 @@ def distribute_layer(layer: MixtureOfExperts, mesh: Mesh, *, overlap: bool = Fal
     """The same for one layer."""
     config = layer.router.config
     layer.router.gate = GateOnRanks(mesh)
+    layer.over_ranks = SumOnRanks()
     layer.experts.exchange = ExpertExchange(
         mesh,
         groups=config.n_group,
         reached_groups=config.topk_group,
         recipe=layer.experts.precision.fp8,
         overlap=overlap,
-    )
-
-
-def on_every_rank(mesh: Mesh, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`jax.shard_map` over every axis of the mesh that no `shard_map` around it has taken already.
-
-    A pipeline takes the stage axis; what is inside it is then for the devices of one stage.
-    """
-    around = jax.sharding.get_abstract_mesh()
-    taken = set(around.manual_axes)
-    return jax.shard_map(
-        function,
-        mesh=around if taken else mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        axis_names=set(mesh.axis_names) - taken,
-        check_vma=False,
     )
 
 

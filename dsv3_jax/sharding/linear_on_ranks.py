@@ -20,17 +20,19 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.model import DeepSeekV3, Head
 from dsv3_jax.modules.linear import Linear
-from dsv3_jax.sharding.expert_parallel import on_every_rank
+from dsv3_jax.modules.router import Router
+from dsv3_jax.sharding.ranks import on_every_rank
 from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, parameter_specs
 
 _FSDP, _TENSOR = "fsdp", "tensor"
 
 
 def distribute_linear_maps(model: DeepSeekV3, mesh: Mesh) -> None:
-    """Makes every linear map of the model, the output head too, multiply each rank's own tokens."""
+    """Makes every linear map of the model, output head and routers too, multiply each rank's own tokens."""
     for path, module in model.iter_modules():
-        if isinstance(module, Linear | Head):
-            module.on_ranks = LinearOnRanks(mesh, str(path[-1]))
+        if isinstance(module, Linear | Head | Router):
+            dimensions = len(module.out_shape) + len(module.in_shape) if isinstance(module, Linear) else 2
+            module.on_ranks = LinearOnRanks.of(mesh, str(path[-1]), module.weight.shape[-dimensions:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +40,18 @@ class LinearOnRanks:
     """What a `Linear` hands its product to.
 
     Attributes:
-      name: of the map in the parameter tree; the rules say by it where the weight lies.
+      lies: mesh axis of every dimension of the weight [*out, *in].
     """
 
     mesh: Mesh
-    name: str
+    lies: tuple[str | None, ...]
+
+    @classmethod
+    def of(cls, mesh: Mesh, name: str, shape: tuple[int, ...]) -> LinearOnRanks:
+        """For a map of that name in the parameter tree, whose weight has that shape."""
+        weight = jax.ShapeDtypeStruct(shape, jnp.float32)
+        cut = parameter_specs({name: {"weight": weight}}, mesh, WITHIN_A_STAGE)[name]["weight"]
+        return cls(mesh, (*cut, *[None] * (len(shape) - len(cut))))
 
     def __call__(
         self,
@@ -63,8 +72,7 @@ class LinearOnRanks:
           in_axes: dimensions of the weight that are inputs.
           dtype: in which the weight's parts travel.
         """
-        cut = parameter_specs({self.name: {"weight": weight}}, self.mesh, WITHIN_A_STAGE)[self.name]["weight"]
-        lies = (*cut, *[None] * (weight.ndim - len(cut)))
+        lies = self.lies
         kept = tuple(None if axis == _FSDP else axis for axis in lies)
         out, inputs = kept[: weight.ndim - in_axes], kept[weight.ndim - in_axes :]
         batch = (BATCH_AXES, *[None] * (batch_axes - 1))

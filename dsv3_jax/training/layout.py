@@ -73,7 +73,7 @@ class Layout:
     def distribute(self, model: DeepSeekV3) -> DeepSeekV3:
         """The model, whose parts now find what lies on other devices."""
         if self.mesh is not None:
-            model.embedding.lookup = LookupOnRanks(self.mesh)
+            model.embedding.lookup = LookupOnRanks.of(self.mesh, model.embedding.weight)
             distribute_linear_maps(model, self.mesh)
             distribute_experts(model, self.mesh, overlap=self.overlap)
         return model

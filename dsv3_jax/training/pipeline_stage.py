@@ -1,4 +1,8 @@
-"""What a rank of the stage axis computes at a tick: stages of the model, and their gradients.
+"""What a rank computes at a tick: a stage of the model on its own sequences, and their gradients.
+
+Ranks of a stage that have other sequences meet where weights lie in parts (`sharding.linear_on_ranks`), where tokens
+travel to experts, and in the balance statistics. Gradients are a rank's own: what several ranks hold of the same weight
+is summed when the step is done.
 
 Kept of every micro-batch in flight are the inputs of a stage's layers; the backward pass computes each layer anew,
 one at a time, whatever the model's own rematerialisation. A backward pass that is split into its two halves computes
@@ -15,22 +19,24 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.block import BlockInputs
 from dsv3_jax.modules.routing_statistics import Routing
 from dsv3_jax.sharding.pipeline_tables import INPUT, WEIGHTS, Lockstep
-from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, parameter_specs
+from dsv3_jax.sharding.rules import BATCH_AXES, AxisRules, parameter_specs
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.losses import LossWeights, balance_of, prediction_losses, share_of, weighted
+
+_TENSOR_ONLY = AxisRules(embed=(), latent=(), expert=(), layers=())
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Loss terms, and the load of the MTP blocks, of what a rank has computed so far."""
+    """A rank's part of the loss terms, and the load of the MTP blocks, of what a rank has computed so far."""
 
     main: Float[Array, ""]
     mtp: Float[Array, " D"]
@@ -49,37 +55,18 @@ class Progress:
       load: of the layers.
     """
 
-    kept: Float[Array, "K L B T d"]
+    kept: Float[Array, "K L b T d"]
     block_gradients: nnx.State
     shared_gradients: nnx.State
     load: Int[Array, "places E"]
     sums: Sums
 
 
-def on_batch_axes(x: Array, axis: int) -> Array:
-    return lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, BATCH_AXES))
-
-
-def laid_out(tree: Any, mesh: Mesh) -> Any:
-    """Parameters, or what is shaped like them, divided inside a stage as the rules say."""
-    return lax.with_sharding_constraint(tree, parameter_specs(tree, mesh, WITHIN_A_STAGE))
-
-
-def _gathered(tree: Any, mesh: Mesh) -> Any:
-    """Parameters with the routers' put together along the fsdp axis, as their products want them.
-
-    The compiler would mostly do so by itself. Where it does not it may move activations by a permutation among all
-    devices, in which those of stages that do something else at that tick would never take part. Linear maps, experts
-    and embedding say themselves how they are used on a mesh.
-    """
-    specs = parameter_specs(tree, mesh, dataclasses.replace(WITHIN_A_STAGE, embed=()))
-
-    def gathered(path: tuple[Any, ...], leaf: Array, spec: PartitionSpec) -> Array:
-        if "['router']" not in jax.tree_util.keystr(path):
-            return leaf
-        return lax.with_sharding_constraint(leaf, spec)
-
-    return jax.tree_util.tree_map_with_path(gathered, tree, specs)
+def on_tensor_axis(tree: Any, mesh: Mesh) -> Any:
+    """Parameters, or what is shaped like them, divided over the one axis that is the compiler's inside a stage."""
+    if mesh.shape["tensor"] == 1:
+        return tree
+    return lax.with_sharding_constraint(tree, parameter_specs(tree, mesh, _TENSOR_ONLY))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,34 +84,34 @@ class StageComputation:
     graphs: tuple[Any, Any]
     blocks: tuple[nnx.State, nnx.State]
     others: tuple[nnx.State, nnx.State]
-    tokens: Int[Array, "A B T1"]
-    segment_ids: Int[Array, "A B T1"]
+    tokens: Int[Array, "A b T1"]
+    segment_ids: Int[Array, "A b T1"]
     weights: LossWeights
     real_tokens: Float[Array, ""]
     layer_counts: Int[Array, " stages"]
     room: int
-    chunk: int
     splits: bool
-    mesh: Mesh
 
     @property
     def isolate(self) -> bool:
         return self.config.data.isolate_documents
 
+    def share(self, segment_ids: Int[Array, "b T1"]) -> Float[Array, ""]:
+        """What every rank counts of a micro-batch's balance term, which is the same on all of them."""
+        return lax.pmean(share_of(segment_ids, self.real_tokens), BATCH_AXES)
+
     def model(self, shared: nnx.State) -> DeepSeekV3:
         """The model without MoE layers."""
         return nnx.merge(self.graphs[1], shared, jax.tree.map(lambda leaf: leaf, self.others[1]))
 
-    def micro_batch(self, m: Int[Array, ""]) -> tuple[Int[Array, "B T1"], Int[Array, "B T1"], BlockInputs]:
+    def micro_batch(self, m: Int[Array, ""]) -> tuple[Int[Array, "b T1"], Int[Array, "b T1"], BlockInputs]:
         m = jnp.maximum(m, 0)
-        tokens, segment_ids = (
-            on_batch_axes(lax.dynamic_index_in_dim(x, m, keepdims=False), 0) for x in (self.tokens, self.segment_ids)
-        )
+        tokens, segment_ids = (lax.dynamic_index_in_dim(x, m, keepdims=False) for x in (self.tokens, self.segment_ids))
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1), (tokens.shape[0], tokens.shape[1] - 1))
         inputs = self.model(self.others[0]).block_inputs(positions, segment_ids[:, :-1], isolate_segments=self.isolate)
         return tokens, segment_ids, inputs
 
-    def first(self, shared: nnx.State, tokens: Int[Array, "B T1"], inputs: BlockInputs) -> Float[Array, "B T d"]:
+    def first(self, shared: nnx.State, tokens: Int[Array, "b T1"], inputs: BlockInputs) -> Float[Array, "b T d"]:
         """Embedding and dense layers."""
         model = self.model(shared)
         h = model.embedding(tokens[:, :-1])
@@ -135,9 +122,9 @@ class StageComputation:
     def last(
         self,
         shared: nnx.State,
-        h: Float[Array, "B T d"],
-        tokens: Int[Array, "B T1"],
-        segment_ids: Int[Array, "B T1"],
+        h: Float[Array, "b T d"],
+        tokens: Int[Array, "b T1"],
+        segment_ids: Int[Array, "b T1"],
         inputs: BlockInputs,
     ) -> tuple[Float[Array, ""], Sums]:
         """The losses from the output of the last layer, with the MTP blocks' balance."""
@@ -151,34 +138,32 @@ class StageComputation:
             segment_ids,
             real_tokens=self.real_tokens,
             isolate_segments=self.isolate,
-            chunk=self.chunk,
+            chunk=self.config.training.loss_chunk,
         )
         joined = Routing.join(routing) if routing else None
-        balance = share_of(segment_ids, self.real_tokens) * balance_of(joined, self.config.training.balance)
+        balance = self.share(segment_ids) * balance_of(joined, self.config.training.balance)
         load = joined.load if joined else jnp.zeros((0, self.config.model.n_routed_experts), jnp.int32)
         return weighted(main, mtp, balance, self.weights), Sums(main, mtp, balance, load)
 
     def parameters(self, place: Int[Array, ""]) -> nnx.State:
         """Of the MoE layer at a place."""
-        return _gathered(_at(self.blocks[0], place), self.mesh)
+        return _at(self.blocks[0], place)
 
     def layer(
-        self, place: Int[Array, ""], inputs: BlockInputs, params: nnx.State, h: Float[Array, "B T d"]
-    ) -> tuple[tuple[Float[Array, "B T d"], Float[Array, ""]], Int[Array, " E"]]:
+        self, place: Int[Array, ""], inputs: BlockInputs, params: nnx.State, h: Float[Array, "b T d"]
+    ) -> tuple[tuple[Float[Array, "b T d"], Float[Array, ""]], Int[Array, " E"]]:
         """A MoE layer: its output and balance term, and its load."""
         out, routing = nnx.merge(self.graphs[0], params, _at(self.blocks[1], place))(h, inputs)
         return (out, balance_of(routing, self.config.training.balance)), routing.load
 
     def forward(
-        self, at: Lockstep, h: Float[Array, "B T d"], progress: Progress
-    ) -> tuple[Float[Array, "B T d"], Progress]:
+        self, at: Lockstep, h: Float[Array, "b T d"], progress: Progress
+    ) -> tuple[Float[Array, "b T d"], Progress]:
         """A stage's output from its input; layer inputs are kept."""
         tokens, segment_ids, inputs = self.micro_batch(at.forward)
-        h = lax.cond(
-            at.forward_stage == 0, lambda: self.first(_gathered(self.others[0], self.mesh), tokens, inputs), lambda: h
-        )
+        h = lax.cond(at.forward_stage == 0, lambda: self.first(self.others[0], tokens, inputs), lambda: h)
         start = at.forward_direction * self.room
-        share = share_of(segment_ids, self.real_tokens)
+        share = self.share(segment_ids)
 
         def layer(i: Any, carry: tuple) -> tuple:
             h, kept, load, balance = carry
@@ -192,8 +177,8 @@ class StageComputation:
         return h, dataclasses.replace(progress, kept=kept, load=load, sums=sums)
 
     def backward(
-        self, at: Lockstep, g: Float[Array, "B T d"], progress: Progress
-    ) -> tuple[Float[Array, "B T d"], Float[Array, "B T d"], Progress]:
+        self, at: Lockstep, g: Float[Array, "b T d"], progress: Progress
+    ) -> tuple[Float[Array, "b T d"], Float[Array, "b T d"], Progress]:
         """Gradients by a stage's input, its weights, or both, from that by its output, which comes back too."""
         tokens, segment_ids, inputs = self.micro_batch(at.backward_micro_batch)
         stage = at.backward_stage
@@ -203,7 +188,7 @@ class StageComputation:
 
         def from_loss(total: nnx.State, sums: Sums, h: Array) -> tuple[nnx.State, Sums, Array]:
             loss = functools.partial(self.last, tokens=tokens, segment_ids=segment_ids, inputs=inputs)
-            value, pull, terms = jax.vjp(loss, _gathered(shared, self.mesh), h, has_aux=True)
+            value, pull, terms = jax.vjp(loss, shared, h, has_aux=True)
             by_shared, by_h = pull(jnp.ones_like(value))
             return _added(total, by_shared), _added(sums, terms), by_h
 
@@ -217,9 +202,9 @@ class StageComputation:
         )
 
         count = self._layers(stage)
-        by_balance = self.weights.balance * share_of(segment_ids, self.real_tokens)
+        by_balance = self.weights.balance * self.share(segment_ids)
 
-        def input_of(i: Any) -> Float[Array, "B T d"]:
+        def input_of(i: Any) -> Float[Array, "b T d"]:
             return lax.dynamic_slice(progress.kept, _place(at.backward_kept, i), (1, 1, *g.shape))[0, 0]
 
         def both(step: Any, carry: tuple) -> tuple:
@@ -245,7 +230,7 @@ class StageComputation:
             by_input = lax.fori_loop(0, jnp.where(only, count, 0), input_only, by_input)
 
         def from_first(total: nnx.State) -> nnx.State:
-            _, pull = jax.vjp(lambda shared: self.first(shared, tokens, inputs), _gathered(shared, self.mesh))
+            _, pull = jax.vjp(lambda shared: self.first(shared, tokens, inputs), shared)
             return _added(total, pull(by_input)[0])
 
         total = lax.cond((stage == 0) & by_weights, from_first, lambda total: total, total)

@@ -2,11 +2,13 @@
 
 The MoE layers are divided over the ranks of the stage axis. Everything else is on every rank: the first stage uses
 embedding and dense layers, the last one final norm, MTP modules and head. Each stage's balance terms are
-differentiated where they arise. The other axes of the mesh work inside a stage as they do without a pipeline.
+differentiated where they arise. Inside, a rank has its own sequences and its own parts of the weights; only the tensor
+axis, where there is one, is the compiler's. Gradients are summed over the replicas of a weight once, at the end.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -24,10 +26,11 @@ from dsv3_jax.errors import ConfigError
 from dsv3_jax.sharding.pipeline_executor import AXIS, run_lockstep
 from dsv3_jax.sharding.pipeline_schedules import ScheduleName, make_schedule
 from dsv3_jax.sharding.pipeline_tables import INPUT, Lockstep, Places, lockstep, moe_layers_of_stages
-from dsv3_jax.sharding.rules import BATCH_AXES
+from dsv3_jax.sharding.ranks import axes_of, without_axes
+from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, batch_spec, parameter_specs
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.losses import LossTerms, LossWeights, weighted
-from dsv3_jax.training.pipeline_stage import Progress, StageComputation, Sums, laid_out, on_batch_axes
+from dsv3_jax.training.pipeline_stage import Progress, StageComputation, Sums, on_tensor_axis
 from dsv3_jax.training.state import Skeleton
 
 PipelinedPass = Callable[..., tuple[nnx.State, LossTerms]]
@@ -73,16 +76,23 @@ def make_pipelined_pass(
             tables=tables,
             places=places,
             graphs=(block_graph, graph),
-            chunk=config.training.loss_chunk * math.prod(mesh.shape[axis] for axis in BATCH_AXES),
             mesh=mesh,
+            cuts=(_axes_that_cut(blocks, mesh), _axes_that_cut(shared, mesh)),
         )
         arranged = jax.tree.map(functools.partial(_to_stages, layers=layers), (blocks, block_rest))
+        block_specs, shared_specs = _specs(blocks, mesh, layer_axis=AXIS), _specs(shared, mesh)
         block_gradients, shared_gradients, load, sums = jax.shard_map(
             run_stage,
             mesh=mesh,
-            axis_names={AXIS},
-            in_specs=(PartitionSpec(None, AXIS), stage_axis, *[everywhere] * 6),
-            out_specs=(stage_axis, everywhere, stage_axis, everywhere),
+            axis_names=_taken(mesh),
+            in_specs=(
+                PartitionSpec(None, AXIS),
+                (block_specs, stage_axis),
+                (shared_specs, everywhere),
+                *[batch_spec(leading=1)] * 2,
+                *[everywhere] * 3,
+            ),
+            out_specs=(block_specs, shared_specs, stage_axis, everywhere),
             check_vma=False,
         )(tables, arranged, (shared, rest), tokens, segment_ids, weights, real_tokens, jnp.asarray(layers, jnp.int32))
         block_gradients, load = jax.tree.map(functools.partial(_from_stages, layers=layers), (block_gradients, load))
@@ -140,6 +150,45 @@ def _passes_that_fit(schedule_name: ScheduleName, stages: int, passes: int) -> i
             return passes
 
 
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """Mesh axes, as a leaf of a tree."""
+
+    names: frozenset[str]
+
+
+def _taken(mesh: Mesh) -> set[str]:
+    """Axes along which a rank's program has its own part of everything."""
+    return {AXIS, *BATCH_AXES} | ({"tensor"} if mesh.shape["tensor"] == 1 else set())
+
+
+def _specs(tree: nnx.State, mesh: Mesh, layer_axis: str | None = None) -> Any:
+    """How parameters of a stage enter its ranks' program: along the taken axes.
+
+    Args:
+      layer_axis: of the leading dimension, which then is that of layers.
+    """
+
+    def of_leaf(spec: PartitionSpec) -> PartitionSpec:
+        taken = without_axes(spec, set(mesh.axis_names) - _taken(mesh))
+        return PartitionSpec(layer_axis, *taken[1:]) if layer_axis else taken
+
+    return jax.tree.map(of_leaf, parameter_specs(tree, mesh, WITHIN_A_STAGE), is_leaf=_is_spec)
+
+
+def _axes_that_cut(tree: nnx.State, mesh: Mesh) -> Any:
+    """For every leaf the axes of the mesh that lie on one of its dimensions."""
+
+    def of_leaf(spec: PartitionSpec) -> _Axes:
+        return _Axes(frozenset(axis for entry in spec for axis in axes_of(entry)))
+
+    return jax.tree.map(of_leaf, parameter_specs(tree, mesh, WITHIN_A_STAGE), is_leaf=_is_spec)
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, PartitionSpec)
+
+
 def _to_stages(leaf: Array, layers: tuple[int, ...]) -> Array:
     """[L_m, ...] with every stage's layers at its places, of which each stage has as many as the fullest.
 
@@ -163,8 +212,8 @@ def _run_rank(
     mine: Lockstep,
     arranged: tuple[nnx.State, nnx.State],
     others: tuple[nnx.State, nnx.State],
-    tokens: Int[Array, "A B T1"],
-    segment_ids: Int[Array, "A B T1"],
+    tokens: Int[Array, "A b T1"],
+    segment_ids: Int[Array, "A b T1"],
     weights: LossWeights,
     real_tokens: Float[Array, ""],
     layer_counts: Int[Array, " stages"],
@@ -175,10 +224,14 @@ def _run_rank(
     tables: Lockstep,
     places: Places,
     graphs: tuple[Any, Any],
-    chunk: int,
     mesh: Mesh,
+    cuts: tuple[Any, Any],
 ) -> tuple[nnx.State, nnx.State, Int[Array, "L E"], Sums]:
-    """One rank's part: gradients of its layers and, summed over ranks, of all else; load and loss terms."""
+    """One rank's part: gradients of its layers and, summed over ranks, of all else; load and loss terms.
+
+    Args:
+      cuts: for every leaf of the layers and of all else, the batch axes along which ranks have different parts of it.
+    """
     ranks, room = len(layers), max(layers)
     opposite = [(rank, ranks - 1 - rank) for rank in range(ranks)]
 
@@ -190,7 +243,7 @@ def _run_rank(
 
     if directions == 2:
         arranged = jax.tree.map(with_opposite, arranged)
-    arranged, others = laid_out((arranged, others), mesh)
+    arranged, others = on_tensor_axis((arranged, others), mesh)
     splits = bool((tables.backward == INPUT).any())
     rank = StageComputation(
         config,
@@ -203,19 +256,17 @@ def _run_rank(
         real_tokens,
         layer_counts,
         room,
-        chunk,
         splits,
-        mesh,
     )
     model = rank.model(others[0])
     experts, depth = config.model.n_routed_experts, config.model.num_nextn_predict_layers
     shape = (tokens.shape[1], tokens.shape[2] - 1, config.model.hidden_size)
-    message = on_batch_axes(jnp.zeros(shape, model.precision.dtype), 0)
+    message = jnp.zeros(shape, model.precision.dtype)
     zero = jnp.zeros((), real_tokens.dtype)
     start = Progress(
-        kept=on_batch_axes(jnp.zeros((places.kept, room, *shape), message.dtype), 2),
-        block_gradients=laid_out(jax.tree.map(jnp.zeros_like, arranged[0]), mesh),
-        shared_gradients=laid_out(jax.tree.map(jnp.zeros_like, others[0]), mesh),
+        kept=jnp.zeros((places.kept, room, *shape), message.dtype),
+        block_gradients=on_tensor_axis(jax.tree.map(jnp.zeros_like, arranged[0]), mesh),
+        shared_gradients=on_tensor_axis(jax.tree.map(jnp.zeros_like, others[0]), mesh),
         load=jnp.zeros((directions * room, experts), jnp.int32),
         sums=Sums(zero, jnp.zeros((depth,), zero.dtype), zero, jnp.zeros((depth, experts), jnp.int32)),
     )
@@ -223,5 +274,15 @@ def _run_rank(
     block_gradients, load = end.block_gradients, end.load
     if directions == 2:
         block_gradients, load = jax.tree.map(home, (block_gradients, load))
-    shared_gradients, sums = lax.psum((end.shared_gradients, end.sums), AXIS)
-    return block_gradients, shared_gradients, load, sums
+    sums, shared_gradients = lax.psum((end.sums, end.shared_gradients), AXIS)
+    main, mtp, balance = lax.psum((sums.main, sums.mtp, sums.balance), BATCH_AXES)
+    block_gradients, shared_gradients = (
+        jax.tree.map(_over_replicas, gradients, cut)
+        for gradients, cut in zip((block_gradients, shared_gradients), cuts, strict=True)
+    )
+    return block_gradients, shared_gradients, load, Sums(main, mtp, balance, sums.load)
+
+
+def _over_replicas(gradient: Array, cut: _Axes) -> Array:
+    """The sum of what ranks with the same part of a weight have of its gradient."""
+    return lax.psum(gradient, [axis for axis in BATCH_AXES if axis not in cut.names])
