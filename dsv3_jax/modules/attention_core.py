@@ -1,21 +1,22 @@
 """Causal softmax attention with keys and values at hand: softmax(scale * q k^T) v, logits and softmax in float32.
 
-Queries are cut into chunks. Each chunk sees only the keys before its end, so that down to half the products of
-a full square are made; in long sequences it is also recomputed in the backward pass, so that the logits of one chunk at
-most are held at a time.
+The queries of a short sequence are cut into a few chunks, each of which sees only the keys before its end, so that down
+to half the products of a full square are made; all logits are kept for the backward pass. A long sequence is worked
+through tile by tile (`tiled_attention`), so that the logits of one tile at most are held at a time.
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.modules.tiled_attention import tiled_attention
+
 _CHUNKS = 2  # of a short sequence: 3/4 of the square is computed, and the program stays small
-_LARGEST_CHUNK = 512  # queries; 512 x 4096 logits of a head are 8 MB in float32
-_KEPT_LENGTH = 1024  # up to here the logits of all chunks are kept for the backward pass
+_LARGEST_CHUNK = 512  # queries; a tile of 512 x 512 logits of a head is 1 MB in float32
+_CHUNK_MULTIPLE = 128  # chunks of a long sequence have the widths that matrix units like
+_KEPT_LENGTH = 1024  # up to here the logits are kept for the backward pass
 
 
 def causal_attention(
@@ -33,22 +34,29 @@ def causal_attention(
       queries, keys, values: dtype of the computation; head widths of keys and values may differ.
       scale: multiplier of the logits.
       segment_ids: when given, positions attend only within equal ids.
-      query_chunk: queries handled at a time; a choice by length unless given.
+      query_chunk: queries handled at a time (in a long sequence also keys); a choice by length unless given.
 
     Returns:
       The dtype of `values`.
     """
     length = queries.shape[1]
+    if length > _KEPT_LENGTH:
+        chunk = query_chunk or _even_chunk(length)
+        return tiled_attention(queries, keys, values, segment_ids, scale, chunk)
     chunk = query_chunk or min(max(-(-length // _CHUNKS), 16), _LARGEST_CHUNK)
     parts = []
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
-        attend = functools.partial(_attend, scale=scale, start=start)
-        if length > _KEPT_LENGTH:
-            attend = jax.checkpoint(attend)
         segments = None if segment_ids is None else segment_ids[:, :stop]
-        parts.append(attend(queries[:, start:stop], keys[:, :stop], values[:, :stop], segments))
+        part = _attend(queries[:, start:stop], keys[:, :stop], values[:, :stop], segments, scale=scale, start=start)
+        parts.append(part)
     return jnp.concatenate(parts, axis=1)
+
+
+def _even_chunk(length: int) -> int:
+    """The largest chunks allowed, or less where that leaves less room empty behind the end: 1,025 is 3 times 384."""
+    even = -(-length // -(-length // _LARGEST_CHUNK))
+    return -(-even // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
 
 
 def _attend(

@@ -13,7 +13,8 @@ from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.layers import LayerKind
 
 _WIDE = 4  # bytes of float32
-_QUERY_CHUNK = 512  # queries whose logits the attention core holds at a time
+_CHUNK = 512  # queries whose logits the attention core holds at a time, and in long sequences keys
+_WHOLE_ROWS = 1024  # the longest sequence of which it holds logits with all keys
 _LOGIT_COPIES = 3  # logits, weights and their gradient
 _LOGITS_IN_LOSS = 3  # float32 copies of the vocabulary's logits
 EXCHANGE_ROOM = 2
@@ -116,18 +117,29 @@ def activation_memory(config: PlanConfig, layers: Counter[LayerKind]) -> Activat
         for name, size in of_layer.items():
             kept[name] += count * in_flight * tokens * size
     working = [tokens * sum(kept_of_layer(config, kind, "none").values()) for kind in layers]
-    heads = config.model.num_attention_heads / config.mesh.tensor
-    queries = min(_QUERY_CHUNK, config.sequence_length)
-    logits = config.micro_batch_size * heads * queries * config.sequence_length * _WIDE * _LOGIT_COPIES
     has_head = layers["head"] > 0
     vocabulary = config.model.vocab_size / config.mesh.tensor
     return ActivationMemory(
         kept=dict(kept),
         kept_a_layer={kind: size for kind, size in kept_a_layer.items() if size},
         micro_batches=in_flight,
-        recomputed=max(working) + logits + _exchange_buffers(config),
+        recomputed=max(working) + _attention_core(config) + _exchange_buffers(config),
         loss=has_head * _LOGITS_IN_LOSS * tokens * vocabulary * _WIDE,
     )
+
+
+def _attention_core(config: PlanConfig) -> float:
+    """Logits of the attention core's backward pass; and the gradients that its loop over tiles carries."""
+    model, width = config.model, config.formats.compute
+    heads, length = model.num_attention_heads / config.mesh.tensor, config.sequence_length
+    keys = length if length <= _WHOLE_ROWS else _CHUNK
+    logits = config.micro_batch_size * heads * min(_CHUNK, length) * keys * _WIDE * _LOGIT_COPIES
+    if length <= _WHOLE_ROWS:
+        return logits
+    # Queries' are added to tile by tile, in float32; keys' and values' are so for one chunk at a time.
+    a_token = model.qk_head_dim * _WIDE + (model.qk_head_dim + model.v_head_dim) * width
+    a_chunk = (model.qk_head_dim + model.v_head_dim) * _WIDE
+    return logits + config.micro_batch_size * heads * (length * a_token + _CHUNK * a_chunk)
 
 
 def _exchange_buffers(config: PlanConfig) -> float:

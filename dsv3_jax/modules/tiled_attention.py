@@ -1,0 +1,189 @@
+"""Causal softmax attention of long sequences, tile by tile: softmax(scale * q k^T) v without whole rows of logits.
+
+Queries and keys are cut into n chunks each, and one loop walks over the n (n + 1) / 2 tiles on and below the diagonal.
+The softmax is built up as it goes (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"): a row's
+largest logit so far, and sums of exponentials relative to it that shrink when a larger one comes. The backward pass
+is one more such loop, which computes each tile's weights anew from q, k and the logarithm of the row's sum (Dao et al.
+2022, "FlashAttention"). Program and working memory are therefore those of one tile, whatever the length.
+
+Both loops have a trip count that is known when compiling: accelerators then run them without asking the host after
+each tile, and whoever reads the compiled program can count its operations.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def tiled_attention(
+    queries: Float[Array, "B T H qk"],
+    keys: Float[Array, "B T H qk"],
+    values: Float[Array, "B T H v"],
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+    chunk: int,
+) -> Float[Array, "B T H v"]:
+    """Attention of every position to itself and those before it.
+
+    Args:
+      queries, keys, values: dtype of the computation. Logits, exponentials and sums are at least float32; exponentials
+        and gradients of logits are brought to the computation's dtype for the products that they enter.
+      segment_ids: when given, positions attend only within equal ids.
+      scale: multiplier of the logits.
+      chunk: queries, and keys, of a tile.
+
+    Returns:
+      The dtype of `values`.
+    """
+    return _forward(queries, keys, values, segment_ids, scale, chunk)[0]
+
+
+def _forward(
+    queries: Array, keys: Array, values: Array, segment_ids: Array | None, scale: float, chunk: int
+) -> tuple[Array, tuple[Array | None, ...]]:
+    """The output, and what the backward pass needs: arguments, output and [n, B, H, chunk] logarithms of sums.
+
+    The loop walks along the rows of tiles.
+    """
+    wide = jnp.promote_types(queries.dtype, jnp.float32)
+    length, heads = queries.shape[1:3]
+    q, k, v = (_cut(x, chunk) for x in (queries, keys, values))
+    ids = None if segment_ids is None else _cut_ids(segment_ids, chunk)
+    n, batch = q.shape[:2]
+    # Not -inf: a row that has seen nothing yet would meet -inf - (-inf). So it sees weights of exactly zero.
+    lowest = jnp.finfo(wide).min
+    row = (batch, heads, chunk)
+
+    def tile(state, _):
+        (i, j), (largest, total, sums), (out, log_sums) = state
+        first = j == 0
+        largest, total, sums = (
+            jnp.where(first, start, x) for start, x in ((lowest, largest), (0.0, total), (0.0, sums))
+        )
+        logits = _logits(_at(q, i), _at(k, j), ids, i, j, scale)
+        new_largest = jnp.maximum(largest, logits.max(axis=-1))
+        weights = jnp.exp(logits - new_largest[..., None])
+        shrink = jnp.exp(largest - new_largest)
+        total = total * shrink + weights.sum(axis=-1)
+        sums = sums * shrink[..., None] + _product("bhqk,bhkv->bhqv", weights.astype(v.dtype), _at(v, j), wide)
+        # Written after every tile, as a write costs less than a branch. The diagonal's is the last of a row, and only
+        # there all queries are known to have seen something: before it 0 / 0 may stand here.
+        out = _put(out, i, sums / total[..., None])
+        log_sums = _put(log_sums, i, new_largest + jnp.log(total))
+        at_diagonal = j == i
+        following = (i + at_diagonal, jnp.where(at_diagonal, 0, j + 1))
+        return (following, (new_largest, total, sums), (out, log_sums)), None
+
+    zeros = functools.partial(jnp.zeros_like, queries)  # like them also in the manual axes over which they vary
+    running = (zeros(wide, row), zeros(wide, row), zeros(wide, (*row, v.shape[-1])))
+    results = (zeros(v.dtype, v.shape), zeros(wide, (n, *row)))
+    start = ((jnp.int32(0), jnp.int32(0)), running, results)
+    (_, _, (out, log_sums)), _ = lax.scan(tile, start, None, length=n * (n + 1) // 2)
+    attended = _join(out, length)
+    return attended, (queries, keys, values, segment_ids, attended, log_sums)
+
+
+def _backward(scale: float, chunk: int, kept: tuple[Any, ...], gradient: Array) -> tuple[Array | None, ...]:
+    """Gradients of queries, keys and values, in their dtypes, each summed in the wide one.
+
+    With weights p and their gradient dp = do v^T, that of the logits is p (dp - sum(p dp)), and a row's sum(p dp) is
+    o do. The loop walks down the columns of tiles: gradients of a column's keys and values are summed in place,
+    those of the queries are added to at their row.
+    """
+    queries, keys, values, segment_ids, attended, log_sums = kept
+    wide = log_sums.dtype
+    length = queries.shape[1]
+    q, k, v, o, do = (_cut(x, chunk) for x in (queries, keys, values, attended, gradient))
+    ids = None if segment_ids is None else _cut_ids(segment_ids, chunk)
+    n = q.shape[0]
+    mean_gradient = jnp.sum(o.astype(wide) * do.astype(wide), axis=-1)
+
+    def tile(state, _):
+        (i, j), (dk, dv), (all_dq, all_dk, all_dv) = state
+        dk, dv = (jnp.where(i == j, 0.0, x) for x in (dk, dv))
+        qi, doi, kj, vj = _at(q, i), _at(do, i), _at(k, j), _at(v, j)
+        weights = jnp.exp(_logits(qi, kj, ids, i, j, scale) - _at(log_sums, i)[..., None])
+        dweights = _product("bhqv,bhkv->bhqk", doi, vj, wide)
+        dlogits = (scale * weights * (dweights - _at(mean_gradient, i)[..., None])).astype(q.dtype)
+        dv += _product("bhqk,bhqv->bhkv", weights.astype(v.dtype), doi, wide)
+        dk += _product("bhqk,bhqc->bhkc", dlogits, qi, wide)
+        all_dq = _put(all_dq, i, _at(all_dq, i) + _product("bhqk,bhkc->bhqc", dlogits, kj, wide))
+        all_dk, all_dv = _put(all_dk, j, dk), _put(all_dv, j, dv)
+        at_end = i == n - 1
+        following = (jnp.where(at_end, j + 1, i + 1), j + at_end)
+        return (following, (dk, dv), (all_dq, all_dk, all_dv)), None
+
+    zeros = functools.partial(jnp.zeros_like, queries)
+    column = (zeros(wide, k.shape[1:]), zeros(wide, v.shape[1:]))
+    results = (zeros(wide, q.shape), zeros(k.dtype, k.shape), zeros(v.dtype, v.shape))
+    start = ((jnp.int32(0), jnp.int32(0)), column, results)
+    (_, _, (dq, dk, dv)), _ = lax.scan(tile, start, None, length=n * (n + 1) // 2)
+    return _join(dq.astype(q.dtype), length), _join(dk, length), _join(dv, length), None
+
+
+tiled_attention.defvjp(_forward, _backward)
+
+
+def _at(chunks: Array, place: Int[Array, ""]) -> Array:
+    """One chunk: a slice, where an index would be looked at for being negative or too large."""
+    return lax.dynamic_index_in_dim(chunks, place, keepdims=False)
+
+
+def _put(chunks: Array, place: Int[Array, ""], chunk: Array) -> Array:
+    """Replaces one chunk, in the same memory."""
+    return lax.dynamic_update_index_in_dim(chunks, chunk.astype(chunks.dtype), place, 0)
+
+
+def _product(equation: str, a: Array, b: Array, wide: jnp.dtype) -> Array:
+    """An einsum summed, and returned, in the wide dtype."""
+    return jnp.einsum(equation, a, b, preferred_element_type=wide)
+
+
+def _logits(
+    q: Float[Array, "B H Q qk"],
+    k: Float[Array, "B H K qk"],
+    ids: Int[Array, "n B Q"] | None,
+    i: Int[Array, ""],
+    j: Int[Array, ""],
+    scale: float,
+) -> Float[Array, "B H Q K"]:
+    """Logits of tile (i, j), -inf where a query does not see a key."""
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    logits = _product("bhqc,bhkc->bhqk", q, k, wide) * scale
+    at = jnp.arange(q.shape[2], dtype=jnp.int32)
+    visible: Bool[Array, "..."] = (i - j) * q.shape[2] + at[:, None] >= at[None, :]
+    if ids is not None:
+        visible = visible & (_at(ids, i)[:, None, :, None] == _at(ids, j)[:, None, None, :])
+    # Added, not chosen by: XLA would keep a whole tile of -inf in memory to choose from.
+    return logits + jnp.where(visible, 0.0, -jnp.inf).astype(wide)
+
+
+def _cut(x: Float[Array, "B T H c"], chunk: int) -> Float[Array, "n B H chunk c"]:
+    """Chunks of positions, one after the other, so that each is one block of memory; zeros behind the last position.
+
+    Those zeros come after every real query, which therefore does not see them. As queries they see at least themselves
+    and hand back no gradient.
+    """
+    batch, length, heads, width = x.shape
+    n = -(-length // chunk)
+    x = jnp.pad(x, ((0, 0), (0, n * chunk - length), (0, 0), (0, 0)))
+    return x.reshape(batch, n, chunk, heads, width).transpose(1, 0, 3, 2, 4)
+
+
+def _cut_ids(ids: Int[Array, "B T"], chunk: int) -> Int[Array, "n B chunk"]:
+    batch, length = ids.shape
+    n = -(-length // chunk)
+    return jnp.pad(ids, ((0, 0), (0, n * chunk - length))).reshape(batch, n, chunk).transpose(1, 0, 2)
+
+
+def _join(x: Float[Array, "n B H chunk c"], length: int) -> Float[Array, "B T H c"]:
+    """The inverse of `_cut`."""
+    n, batch, heads, chunk, width = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(batch, n * chunk, heads, width)[:, :length]
