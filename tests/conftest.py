@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import simulated
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of the suite's time, and LLVM's optimisations are two fifths of that. Processes that tests start
-# inherit this, so that runs can be compared bit for bit; those that compile for other hardware must not.
+# Compiling is most of the suite's time: LLVM's optimisations were two fifths of that, and of the rest the newer way to
+# write down fused operations, a compiler of its own for each, two thirds. Processes that tests start inherit this, so
+# that runs can be compared bit for bit; those that compile for other hardware must not.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", simulated.QUICK_TO_COMPILE)
 
 import jax
 import pytest

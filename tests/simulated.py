@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 _TESTS = Path(__file__).resolve().parent
-FLAGS = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+# Of the compiler for CPUs: no MLIR for fused operations, no unrolled loops, one piece of work a program.
+QUICK_TO_COMPILE = (
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters,xla_cpu_disable_loop_unrolling "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
+FLAGS = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK_TO_COMPILE}", "JAX_PLATFORMS": "cpu"}
 
 
 def environment(**changes: str) -> dict[str, str]:

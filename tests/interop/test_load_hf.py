@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -25,6 +21,7 @@ from interop.checkpoints import (
     write_tensors,
 )
 from safetensors.numpy import load_file
+from simulated import run_simulated
 
 import dsv3_jax as dsv3
 from dsv3_jax.errors import ConfigError, UserError
@@ -254,10 +251,5 @@ class TestWrongContents:
 
 def test_over_eight_simulated_devices() -> None:
     """Equal to one device's, and no device holds more than its eighth of a matrix."""
-    root = Path(__file__).parents[2]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    script = Path(__file__).with_name("simulated_mesh.py")
-    command = [sys.executable, str(script), str(GOLDEN / "v3_yarn_small")]
-    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {"equal": True, "devices": 8, "largest_part": 0.125}
+    found = run_simulated(Path(__file__).with_name("simulated_mesh.py"), str(GOLDEN / "v3_yarn_small"))
+    assert found == {"equal": True, "devices": 8, "largest_part": 0.125}

@@ -19,7 +19,7 @@ def compiled(target: str) -> dict[str, list[dict]]:
     path = os.pathsep.join([str(WHEELS), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, "-m", "pallas_kernels.compile_ahead", target, *OPERATIONS],
-        env={**os.environ, "PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"},
+        env={**os.environ, "PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""},
         cwd=WHEELS.parents[1],
         capture_output=True,
         text=True,
