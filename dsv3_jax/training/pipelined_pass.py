@@ -8,7 +8,6 @@ axis, where there is one, is the compiler's. Gradients are summed over the repli
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -26,11 +24,12 @@ from dsv3_jax.errors import ConfigError
 from dsv3_jax.sharding.pipeline_executor import AXIS, run_lockstep
 from dsv3_jax.sharding.pipeline_schedules import ScheduleName, make_schedule
 from dsv3_jax.sharding.pipeline_tables import INPUT, Lockstep, Places, lockstep, moe_layers_of_stages
-from dsv3_jax.sharding.ranks import axes_of, without_axes
-from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, batch_spec, parameter_specs
+from dsv3_jax.sharding.rules import BATCH_AXES, batch_spec
+from dsv3_jax.training import pipeline_weights
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.losses import LossTerms, LossWeights, weighted
 from dsv3_jax.training.pipeline_stage import Progress, StageComputation, Sums, on_tensor_axis
+from dsv3_jax.training.pipeline_weights import Place
 from dsv3_jax.training.state import Skeleton
 
 PipelinedPass = Callable[..., tuple[nnx.State, LossTerms]]
@@ -49,7 +48,7 @@ def make_pipelined_pass(
     """
     layers = moe_layers_of_stages(config.model, mesh.shape[AXIS])
     check_passes(config, schedule_name, mesh.shape[AXIS], math.prod(mesh.shape[axis] for axis in BATCH_AXES))
-    stage_axis, everywhere = PartitionSpec(AXIS), PartitionSpec()
+    everywhere = PartitionSpec()
 
     def run(
         params: nnx.State,
@@ -68,6 +67,8 @@ def make_pipelined_pass(
         block_graph, blocks, block_rest = nnx.split(model.moe_blocks, nnx.Param, ...)
         del model.moe_blocks
         graph, shared, rest = nnx.split(model, nnx.Param, ...)
+        of_blocks = pipeline_weights.places({"moe_blocks": blocks}, mesh, layers)["moe_blocks"]
+        of_shared = pipeline_weights.places(shared, mesh)
         run_stage = functools.partial(
             _run_rank,
             config=config,
@@ -76,26 +77,34 @@ def make_pipelined_pass(
             tables=tables,
             places=places,
             graphs=(block_graph, graph),
+            lies=(of_blocks, of_shared),
             mesh=mesh,
-            cuts=(_axes_that_cut(blocks, mesh), _axes_that_cut(shared, mesh)),
         )
-        arranged = jax.tree.map(functools.partial(_to_stages, layers=layers), (blocks, block_rest))
-        block_specs, shared_specs = _specs(blocks, mesh, layer_axis=AXIS), _specs(shared, mesh)
+        block_specs, shared_specs = pipeline_weights.specs(of_blocks), pipeline_weights.specs(of_shared)
         block_gradients, shared_gradients, load, sums = jax.shard_map(
             run_stage,
             mesh=mesh,
-            axis_names=_taken(mesh),
+            axis_names=pipeline_weights.taken_axes(mesh),
             in_specs=(
                 PartitionSpec(None, AXIS),
-                (block_specs, stage_axis),
+                (block_specs, everywhere),
                 (shared_specs, everywhere),
                 *[batch_spec(leading=1)] * 2,
                 *[everywhere] * 3,
             ),
-            out_specs=(block_specs, shared_specs, stage_axis, everywhere),
+            out_specs=(block_specs, shared_specs, PartitionSpec(AXIS), everywhere),
             check_vma=False,
-        )(tables, arranged, (shared, rest), tokens, segment_ids, weights, real_tokens, jnp.asarray(layers, jnp.int32))
-        block_gradients, load = jax.tree.map(functools.partial(_from_stages, layers=layers), (block_gradients, load))
+        )(
+            tables,
+            (blocks, block_rest),
+            (shared, rest),
+            tokens,
+            segment_ids,
+            weights,
+            real_tokens,
+            jnp.asarray(layers, jnp.int32),
+        )
+        load = pipeline_weights.from_places(load, layers)
         joined = nnx.State({**shared_gradients, "moe_blocks": block_gradients})
         # The same leaves in the same order; nodes differ in kind where a state was put together from parts.
         gradients = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(joined))
@@ -150,67 +159,9 @@ def _passes_that_fit(schedule_name: ScheduleName, stages: int, passes: int) -> i
             return passes
 
 
-@dataclasses.dataclass(frozen=True)
-class _Axes:
-    """Mesh axes, as a leaf of a tree."""
-
-    names: frozenset[str]
-
-
-def _taken(mesh: Mesh) -> set[str]:
-    """Axes along which a rank's program has its own part of everything."""
-    return {AXIS, *BATCH_AXES} | ({"tensor"} if mesh.shape["tensor"] == 1 else set())
-
-
-def _specs(tree: nnx.State, mesh: Mesh, layer_axis: str | None = None) -> Any:
-    """How parameters of a stage enter its ranks' program: along the taken axes.
-
-    Args:
-      layer_axis: of the leading dimension, which then is that of layers.
-    """
-
-    def of_leaf(spec: PartitionSpec) -> PartitionSpec:
-        taken = without_axes(spec, set(mesh.axis_names) - _taken(mesh))
-        return PartitionSpec(layer_axis, *taken[1:]) if layer_axis else taken
-
-    return jax.tree.map(of_leaf, parameter_specs(tree, mesh, WITHIN_A_STAGE), is_leaf=_is_spec)
-
-
-def _axes_that_cut(tree: nnx.State, mesh: Mesh) -> Any:
-    """For every leaf the axes of the mesh that lie on one of its dimensions."""
-
-    def of_leaf(spec: PartitionSpec) -> _Axes:
-        return _Axes(frozenset(axis for entry in spec for axis in axes_of(entry)))
-
-    return jax.tree.map(of_leaf, parameter_specs(tree, mesh, WITHIN_A_STAGE), is_leaf=_is_spec)
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, PartitionSpec)
-
-
-def _to_stages(leaf: Array, layers: tuple[int, ...]) -> Array:
-    """[L_m, ...] with every stage's layers at its places, of which each stage has as many as the fullest.
-
-    Slices, not a gather with the places: the compiler cannot divide that gather on a mesh of several axes.
-    """
-    room, starts = max(layers), np.cumsum((0, *layers))
-    if min(layers) == room:
-        return leaf
-    rest = [(0, 0)] * (leaf.ndim - 1)
-    parts = (leaf[start : start + n] for start, n in zip(starts, layers, strict=False))
-    return jnp.concatenate([jnp.pad(part, ((0, room - part.shape[0]), *rest)) for part in parts])
-
-
-def _from_stages(leaf: Array, layers: tuple[int, ...]) -> Array:
-    """The inverse of `_to_stages`."""
-    room = max(layers)
-    return jnp.concatenate([leaf[stage * room : stage * room + n] for stage, n in enumerate(layers)])
-
-
 def _run_rank(
     mine: Lockstep,
-    arranged: tuple[nnx.State, nnx.State],
+    blocks: tuple[nnx.State, nnx.State],
     others: tuple[nnx.State, nnx.State],
     tokens: Int[Array, "A b T1"],
     segment_ids: Int[Array, "A b T1"],
@@ -224,13 +175,14 @@ def _run_rank(
     tables: Lockstep,
     places: Places,
     graphs: tuple[Any, Any],
+    lies: tuple[Any, Any],
     mesh: Mesh,
-    cuts: tuple[Any, Any],
 ) -> tuple[nnx.State, nnx.State, Int[Array, "L E"], Sums]:
     """One rank's part: gradients of its layers and, summed over ranks, of all else; load and loss terms.
 
     Args:
-      cuts: for every leaf of the layers and of all else, the batch axes along which ranks have different parts of it.
+      blocks, others: parameters and router biases, of the layers and of all else, as the state has them.
+      lies: the `pipeline_weights.Place`s of both.
     """
     ranks, room = len(layers), max(layers)
     opposite = [(rank, ranks - 1 - rank) for rank in range(ranks)]
@@ -241,6 +193,14 @@ def _run_rank(
     def home(leaf: Array) -> Array:
         return leaf[:room] + lax.ppermute(leaf[room:], AXIS, opposite)
 
+    of_blocks, of_shared = lies
+    own_layers = functools.partial(pipeline_weights.to_stage, layers=layers)
+    whole = Place(PartitionSpec(), None, ())
+    arranged = (
+        jax.tree.map(own_layers, blocks[0], of_blocks),
+        jax.tree.map(lambda leaf: own_layers(leaf, whole), blocks[1]),
+    )
+    others = (jax.tree.map(pipeline_weights.to_all_stages, others[0], of_shared), others[1])
     if directions == 2:
         arranged = jax.tree.map(with_opposite, arranged)
     arranged, others = on_tensor_axis((arranged, others), mesh)
@@ -274,15 +234,9 @@ def _run_rank(
     block_gradients, load = end.block_gradients, end.load
     if directions == 2:
         block_gradients, load = jax.tree.map(home, (block_gradients, load))
-    sums, shared_gradients = lax.psum((end.sums, end.shared_gradients), AXIS)
+    back = functools.partial(pipeline_weights.from_stage, layers=layers)
+    block_gradients = jax.tree.map(back, block_gradients, of_blocks)
+    shared_gradients = jax.tree.map(pipeline_weights.from_all_stages, end.shared_gradients, of_shared)
+    sums = lax.psum(end.sums, AXIS)
     main, mtp, balance = lax.psum((sums.main, sums.mtp, sums.balance), BATCH_AXES)
-    block_gradients, shared_gradients = (
-        jax.tree.map(_over_replicas, gradients, cut)
-        for gradients, cut in zip((block_gradients, shared_gradients), cuts, strict=True)
-    )
     return block_gradients, shared_gradients, load, Sums(main, mtp, balance, sums.load)
-
-
-def _over_replicas(gradient: Array, cut: _Axes) -> Array:
-    """The sum of what ranks with the same part of a weight have of its gradient."""
-    return lax.psum(gradient, [axis for axis in BATCH_AXES if axis not in cut.names])
