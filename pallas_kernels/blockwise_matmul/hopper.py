@@ -34,6 +34,7 @@ WARPGROUP_ROWS = 64
 PRODUCER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
 
+_ALIKE = 32  # bytes of the narrowest swizzle, which a row of the result must be a multiple of
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
@@ -50,8 +51,9 @@ def matmul(
 ) -> Float[Array, "M N"]:
     """A·Bᵀ (+ accumulator); operands as in `blockwise_matmul`.
 
-    TMA moves whole swizzled tiles: operands are padded first, by a copy, where M or N is no multiple of 8 or K none of
-    32, and the product is cut to size. Sizes that are need no copy, whatever the tiles.
+    TMA moves whole swizzled tiles: operands are padded first, by a copy, where M is no multiple of 8, N none of 8 (16
+    where bfloat16 comes out) or K none of 32, and the product is cut to size. Sizes that are need no copy, whatever the
+    tiles.
     """
     (m, k), n = a.shape, b.shape[0]
     if accumulator is not None and out_dtype != jnp.float32:
@@ -64,7 +66,7 @@ def matmul(
     operands = [
         pad_to(a.values, 8, 32),
         pad_to(a.scales.T, tiling.tile_m * tiling.cluster),
-        pad_to(b.values, 8, 32),
+        pad_to(b.values, _ALIKE // out_dtype.itemsize, 32),
         pad_to(b.scales.T, 4) if by_column else b.scales,
     ]
     if accumulator is not None:

@@ -1,0 +1,24 @@
+"""FP8 products of small and odd sizes lower for Hopper with both gradients: the interpreter knows no layouts."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import pallas_kernels
+from pallas_kernels.hopper_launch import hopper_target
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(128, 256, 40), (33, 24, 5)])
+def test_any_sizes_lower_for_hopper(m: int, k: int, n: int) -> None:
+    """40 columns of bfloat16 are 80 bytes: whole swizzles of 16 bytes, which there are none of."""
+
+    def gradients(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(lambda x, w: pallas_kernels.fp8_matmul(x, w, implementation="hopper"), x, w)
+        return pull(out)
+
+    operands = [jax.ShapeDtypeStruct((m, k), jnp.bfloat16), jax.ShapeDtypeStruct((n, k), jnp.float32)]
+    with hopper_target():
+        lowered = jax.jit(gradients).trace(*operands).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("mosaic_gpu") > 3
