@@ -14,11 +14,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
-from dsv3_jax.model import DeepSeekV3, Head
+from dsv3_jax.model import Head
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.router import Router
 from dsv3_jax.sharding.ranks import on_every_rank
@@ -27,7 +28,7 @@ from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, parameter_specs
 _FSDP, _TENSOR = "fsdp", "tensor"
 
 
-def distribute_linear_maps(model: DeepSeekV3, mesh: Mesh) -> None:
+def distribute_linear_maps(model: nnx.Module, mesh: Mesh) -> None:
     """Makes every linear map of the model, output head and routers too, multiply each rank's own tokens."""
     for path, module in model.iter_modules():
         if isinstance(module, Linear | Head | Router):

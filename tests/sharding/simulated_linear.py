@@ -1,0 +1,76 @@
+"""On eight simulated devices: linear maps in FP8, their gradients and their work, beside one device. Prints JSON.
+
+Every rank has whole tiles of 128 tokens, and every part of a tensor axis whole tiles of the inputs: the very FP8 numbers
+are those of one device.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dsv3_jax.modules.feed_forward import FeedForward
+from dsv3_jax.precision import Precision
+from dsv3_jax.sharding.linear_on_ranks import distribute_linear_maps
+from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
+from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, shardings
+
+ROWS, LENGTH, HIDDEN, WIDTH = 4, 128, 96, 256  # 96 / 4: parts of the weight that are no whole blocks
+
+
+def make(recipe: str) -> FeedForward:
+    return FeedForward(
+        HIDDEN, WIDTH, scale=0.1, dtype=jnp.float32, precision=Precision.preset(recipe), rngs=nnx.Rngs(0)
+    )
+
+
+def loss(graph: Any, params: nnx.State, x: jax.Array, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y = nnx.merge(graph, params)(x)
+    return jnp.sum((y * slope).astype(jnp.float32)), y
+
+
+def compute(module: FeedForward, place: Any = lambda params, x: (params, x)) -> tuple[list[np.ndarray], float]:
+    """Output and every gradient, and the operations of one device."""
+    graph, params = nnx.split(module)
+    random = np.random.default_rng(0)
+    x, slope = (random.standard_normal((ROWS, LENGTH, HIDDEN)).astype(np.float32) for _ in range(2))
+    params, x = place(params, x)
+    gradient = jax.jit(jax.value_and_grad(functools.partial(loss, graph), argnums=(0, 1), has_aux=True))
+    compiled = gradient.lower(params, x, slope).compile()
+    (_, y), gradients = compiled(params, x, slope)
+    return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves((y, gradients))], compiled.cost_analysis()["flops"]
+
+
+def on_mesh(recipe: str, text: str) -> tuple[list[np.ndarray], float]:
+    sizes = MeshConfig.parse(text)
+    mesh = make_mesh(sizes, jax.devices()[: np.prod(list(sizes.sizes.values()))])
+    module = make(recipe)
+    distribute_linear_maps(module, mesh)
+
+    def place(params: nnx.State, x: np.ndarray) -> tuple[Any, Any]:
+        batch = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+        return jax.device_put(params, shardings(params, mesh, WITHIN_A_STAGE)), jax.device_put(x, batch)
+
+    return compute(module, place)
+
+
+def main(recipe: str, *meshes: str) -> None:
+    one, work = compute(make(recipe))
+    results = {}
+    for text in meshes:
+        other, work_there = on_mesh(recipe, text)
+        apart = max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(one, other, strict=True))
+        results[text] = {"apart": apart, "work": work_there / work}
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,30 @@
+"""Linear maps on a mesh: the numbers of one device, FP8 tiles included, for a part of its work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from simulated import run_simulated
+
+_SCRIPT = Path(__file__).with_name("simulated_linear.py")
+MESHES = {"data=2,fsdp=2": 4, "fsdp=4": 4, "fsdp=2,tensor=2": 4}
+"""And over how many devices they divide the work: tokens over data and fsdp, widths over tensor."""
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Any]]:
+    return run_simulated(_SCRIPT, "fp8,compute_dtype=float32", *MESHES)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_fp8_equals_one_device(results: dict[str, dict[str, Any]], mesh: str) -> None:
+    """Up to the order of float32 sums: a weight or token rounded otherwise would be a hundredth apart."""
+    assert results[mesh]["apart"] < 1e-5
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_device_does_its_part_of_the_work(results: dict[str, dict[str, Any]], mesh: str) -> None:
+    """A product that XLA does not know how to divide every device would do whole; weights are quantised everywhere."""
+    assert results[mesh]["work"] < 1.3 / MESHES[mesh]
