@@ -23,6 +23,7 @@ v6e:N, local. Axes of --mesh: stage, data, fsdp, expert, tensor; one may be -1 (
 
 Examples:
   dsv3 plan --preset v3-671b --target h800:2048 --mesh stage=16,expert=64,data=2 --precision fp8 --batch-size 15360
+  ... --layout report      the same on paper as the report ran it, with weights and activations laid out as it says
   dsv3 plan --preset v3-671b --target h200:2048 --mesh fsdp=32,expert=64 --compile --out plans/h200
   dsv3 plan --preset ablation-16b --target h100:64 --search 10
 """
@@ -46,6 +47,7 @@ class PlanOptions:
       zero: divide optimizer state over replicas (ZeRO-1).
       average: running average of the weights: host, device or none.
       schedule: of the pipeline: dualpipe, zb1p or 1f1b.
+      layout: of the figures on paper: step, this project's training step, or with stages report, the report's own run.
       tokens: of the whole run, such as 14.8e12.
       compile: compile the real training step for the target and compare.
       search: rank this many mesh shapes on paper; with --compile the best are compiled and ranked again.
@@ -66,6 +68,7 @@ class PlanOptions:
     zero: bool = True
     average: str = "host"
     schedule: str = "dualpipe"
+    layout: str = "step"
     tokens: float = 14.8e12
     compile: bool = False
     search: int = 0

@@ -13,8 +13,8 @@ from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.layers import LayerKind
 
 _WIDE = 4  # bytes of float32
-_CHUNK = 512  # queries whose logits the attention core holds at a time, and in long sequences keys
-_WHOLE_ROWS = 1024  # the longest sequence of which it holds logits with all keys
+CHUNK = 512  # queries whose logits the attention core holds at a time, and in long sequences keys
+WHOLE_ROWS = 1024  # the longest sequence of which it holds logits with all keys
 _LOGIT_COPIES = 3  # logits, weights and their gradient
 _LOGITS_IN_LOSS = 3  # float32 copies of the vocabulary's logits
 EXCHANGE_ROOM = 2
@@ -123,26 +123,26 @@ def activation_memory(config: PlanConfig, layers: Counter[LayerKind]) -> Activat
         kept=dict(kept),
         kept_a_layer={kind: size for kind, size in kept_a_layer.items() if size},
         micro_batches=in_flight,
-        recomputed=max(working) + _attention_core(config) + _exchange_buffers(config),
+        recomputed=max(working) + attention_core_memory(config) + exchange_buffers(config),
         loss=has_head * _LOGITS_IN_LOSS * tokens * vocabulary * _WIDE,
     )
 
 
-def _attention_core(config: PlanConfig) -> float:
+def attention_core_memory(config: PlanConfig) -> float:
     """Logits of the attention core's backward pass; and the gradients that its loop over tiles carries."""
     model, width = config.model, config.formats.compute
     heads, length = model.num_attention_heads / config.mesh.tensor, config.sequence_length
-    keys = length if length <= _WHOLE_ROWS else _CHUNK
-    logits = config.micro_batch_size * heads * min(_CHUNK, length) * keys * _WIDE * _LOGIT_COPIES
-    if length <= _WHOLE_ROWS:
+    keys = length if length <= WHOLE_ROWS else CHUNK
+    logits = config.micro_batch_size * heads * min(CHUNK, length) * keys * _WIDE * _LOGIT_COPIES
+    if length <= WHOLE_ROWS:
         return logits
     # Queries' are added to tile by tile, in float32; keys' and values' are so for one chunk at a time.
     a_token = model.qk_head_dim * _WIDE + (model.qk_head_dim + model.v_head_dim) * width
     a_chunk = (model.qk_head_dim + model.v_head_dim) * _WIDE
-    return logits + config.micro_batch_size * heads * (length * a_token + _CHUNK * a_chunk)
+    return logits + config.micro_batch_size * heads * (length * a_token + CHUNK * a_chunk)
 
 
-def _exchange_buffers(config: PlanConfig) -> float:
+def exchange_buffers(config: PlanConfig) -> float:
     """Room for a piece's worst case: rows as they arrive, sorted, multiplied, and the gradients of each."""
     if not config.spreads_experts:
         return 0.0

@@ -11,10 +11,12 @@ from dsv3_jax.errors import ConfigError
 from dsv3_jax.planning.hardware import Target
 from dsv3_jax.planning.precision_bytes import Formats, formats_of, width_of
 from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
 
 PipelineSchedule = Literal["dualpipe", "zb1p", "1f1b"]
 Average = Literal["host", "device", "none"]
 Rematerialisation = Literal["none", "report", "products", "full"]
+PlanLayout = Literal["step", "report"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,9 @@ class PlanConfig:
       zero: optimizer state is divided over the replicas of what it belongs to (ZeRO-1) beside FSDP.
       average: where the running average of the weights is kept (section 3.2.3: in the hosts' memory).
       schedule: of the pipeline, where there are stages.
+      layout: of what the figures are. "step": this project's training step, which is also what --compile compiles.
+        "report": with stages, the report's own run: masters divided over replicas beside a working copy, FP8 caches of
+        what experts were sent, all of a stage's activations kept under the rematerialisation's policy.
       tokens: of the whole run, for its time and cost.
     """
 
@@ -53,6 +58,7 @@ class PlanConfig:
     zero: bool = True
     average: Average = "host"
     schedule: PipelineSchedule = "dualpipe"
+    layout: PlanLayout = "step"
     tokens: float = 14.8e12
 
     def __post_init__(self) -> None:
@@ -68,6 +74,7 @@ class PlanConfig:
             ("schedule", PipelineSchedule),
             ("average", Average),
             ("rematerialisation", Rematerialisation),
+            ("layout", PlanLayout),
         ):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}, not '{getattr(self, name)}'")
@@ -87,7 +94,19 @@ class PlanConfig:
                 f"batch_size ({self.batch_size}) must be a multiple of {self.batch_ranks * self.micro_batch_size}: "
                 f"micro_batch_size ({self.micro_batch_size}) x the {self.batch_ranks} ranks of data, fsdp and expert"
             )
+        self._check_stages()
+
+    def _check_stages(self) -> None:
         stages = self.mesh.stage
+        if stages == 1 and self.layout == "report":
+            raise ConfigError("layout report is of a pipeline: give mesh a stage axis, such as stage=16, or use step")
+        if self.has_pipelined_step:
+            moe_layers_of_stages(self.model, stages)  # says where there are too many stages
+            if self.schedule == "zb1p" and self.passes < stages:
+                raise ConfigError(
+                    f"zb1p wants at least as many micro-batches as stages ({stages}), not {self.passes}; batch_size "
+                    f"{stages * self.batch_ranks * self.micro_batch_size} would do"
+                )
         if stages > 1 and self.schedule == "dualpipe" and (stages % 2 or self.passes % 2 or self.passes < 2 * stages):
             raise ConfigError(
                 f"dualpipe wants an even stage ({stages}) and an even number of micro-batches of at least "
@@ -102,13 +121,17 @@ class PlanConfig:
 
     @property
     def is_training_step(self) -> bool:
-        """Whether the figures on paper are of the layout that this project's training step has.
+        """Whether the figures are of this project's training step.
 
-        With stages they are of the report's: masters divided over replicas beside a working copy, FP8 caches of what
-        experts were sent. The step (which --compile compiles, with stages or without) replicates masters over data and
-        expert ranks, of which only the moments are divided, and computes experts anew in the backward pass.
+        It replicates masters over data and expert ranks, of which only the moments are divided, and computes experts
+        anew in the backward pass.
         """
-        return self.mesh.stage == 1
+        return self.layout == "step"
+
+    @property
+    def has_pipelined_step(self) -> bool:
+        """Whether they are of the step with stages: `training.pipelined_pass`."""
+        return self.is_training_step and self.mesh.stage > 1
 
     @property
     def spreads_experts(self) -> bool:

@@ -10,8 +10,11 @@ from dsv3_jax.counts import count_flops
 from dsv3_jax.planning.activations import ActivationMemory, activation_memory
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.layers import LayerKind, rank_layers
+from dsv3_jax.planning.operations import operations
+from dsv3_jax.planning.stage_step import stage_activation_memory, stage_rank_layers, stage_state_memory
+from dsv3_jax.planning.stage_traffic import stage_traffic
 from dsv3_jax.planning.state_memory import StateMemory, state_memory
-from dsv3_jax.planning.step_time import StepTime, operations, step_time
+from dsv3_jax.planning.step_time import StepTime, step_time
 from dsv3_jax.planning.traffic import Traffic, traffic
 
 RESERVED = 2 * 2**30
@@ -24,7 +27,8 @@ class Plan:
 
     Attributes:
       config: what was asked.
-      rank: that rank of the stage axis.
+      rank: that rank of the stage axis; in the training step, where all hold the same, the one that computes and sends
+        most.
       layers: what it holds.
       state, activations: bytes on each of its devices.
       flows: what it sends in a step.
@@ -79,6 +83,8 @@ class Plan:
 
 def make_plan(config: PlanConfig) -> Plan:
     """The plan of a configuration that passed its checks."""
+    if config.has_pipelined_step:
+        return _pipelined_plan(config)
     dualpipe = config.mesh.stage > 1 and config.schedule == "dualpipe"
     copies = 2 if dualpipe else 1
     ranks = rank_layers(config.model, config.mesh.stage, dualpipe=dualpipe)
@@ -87,11 +93,30 @@ def make_plan(config: PlanConfig) -> Plan:
     layers = ranks[worst]
     state, activations = memories[worst]
     flows = traffic(config, layers, copies=copies)
+    return _timed(config, worst, layers, state, activations, flows, copies)
+
+
+def _pipelined_plan(config: PlanConfig) -> Plan:
+    """Of the training step with stages, all of whose ranks hold the same."""
+    rank, flows = stage_traffic(config)
+    state, activations = stage_state_memory(config), stage_activation_memory(config)
+    return _timed(config, rank, stage_rank_layers(config), state, activations, flows, copies=1)
+
+
+def _timed(
+    config: PlanConfig,
+    rank: int,
+    layers: Counter[LayerKind],
+    state: StateMemory,
+    activations: ActivationMemory,
+    flows: list[Traffic],
+    copies: int,
+) -> Plan:
     times = [step_time(config, layers, state, flows, peaks=peaks, copies=copies) for peaks in (True, False)]
     once = operations(config, once=True).total
     return Plan(
         config=config,
-        rank=worst,
+        rank=rank,
         layers=layers,
         state=state,
         activations=activations,

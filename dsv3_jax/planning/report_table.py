@@ -15,11 +15,7 @@ from dsv3_jax.planning.plan import RESERVED, Plan
 from dsv3_jax.planning.published import DEVICES, GPU_HOURS, like_the_report, report_run
 
 _SHOWN_ADVICE = 5
-_LAYOUTS = (
-    "On paper a pipeline is laid out as the report's; the compiled step divides masters over stages, fsdp and experts "
-    "only, keeps the inputs of layers and computes the rest anew. Collectives of either way through a stage count in "
-    "every tick.\n"
-)
+_LAYOUTS = {"step": "this project's step", "report": "the report's run"}
 
 
 def size(count: float) -> str:
@@ -72,11 +68,15 @@ def _title(plan: Plan) -> RenderableType:
     config = plan.config
     axes = ", ".join(f"{axis}={value}" for axis, value in vars(config.mesh).items() if value > 1) or "one device"
     held = ", ".join(f"{count} {kind}" for kind, count in plan.layers.items())
+    fullest = f"fullest rank of the stage axis: {plan.rank} ({held})"
+    if config.has_pipelined_step:
+        fullest = f"room on every rank of the stage axis: {held}; busiest rank: {plan.rank}"
+    schedule = "" if config.mesh.stage == 1 else f", {config.schedule}, laid out as {_LAYOUTS[config.layout]}"
     lines = [
         f"{config.model.num_parameters(mtp=True) / 1e9:.1f}B parameters on {config.target.name}: {axes}",
         f"{config.batch_size:,} sequences of {config.sequence_length:,} a step, {config.passes} micro-batches of "
-        f"{config.micro_batch_size} a rank; {config.precision}, rematerialisation {config.rematerialisation}",
-        f"fullest rank of the stage axis: {plan.rank} ({held}), {plan.state.parameters / 1e9:.3g}B parameters a device",
+        f"{config.micro_batch_size} a rank; {config.precision}, rematerialisation {config.rematerialisation}{schedule}",
+        f"{fullest}, {plan.state.parameters / 1e9:.3g}B parameters a device",
     ]
     return Text("\n".join(lines) + "\n")
 
@@ -199,9 +199,10 @@ def _collectives(compiled: CompiledPlan) -> Table:
 def _compiler_verdict(plan: Plan, compiled: CompiledPlan) -> Text:
     spare = plan.config.target.accelerator.memory - compiled.peak_bytes
     verdict = f"fits with {size(spare)} to spare" if spare >= 0 else f"does not fit: {size(-spare)} too much"
-    layouts = "" if plan.config.mesh.stage == 1 else _LAYOUTS
+    layout = "The paper is of the report's layout, the compiler's figures of this project's step. "
+    layout = "" if plan.config.is_training_step else layout
     return Text(
-        f"{layouts}By the compiler the step {verdict}. Lowered in {compiled.lower_seconds:.0f} s and compiled in "
+        f"{layout}By the compiler the step {verdict}. Lowered in {compiled.lower_seconds:.0f} s and compiled in "
         f"{compiled.compile_seconds:.0f} s here, within {size(compiled.host_peak_bytes)}.",
         style="green" if spare >= 0 else "red",
     )

@@ -9,8 +9,6 @@ from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.layers import LayerKind, ParameterGroup, parameter_groups
 from dsv3_jax.planning.precision_bytes import width_of
 
-_GATHERED_LAYERS = 2  # the one that is computed and the next, which is on its way
-
 
 @dataclasses.dataclass(frozen=True)
 class StateMemory:
@@ -70,7 +68,7 @@ def state_memory(config: PlanConfig, layers: Counter[LayerKind], *, copies: int 
         parameters=totals["parameters"],
         masters=totals["masters"],
         working_weights=totals["working"],
-        gathered_weights=_gathered(config, layers),
+        gathered_weights=0.0 if mesh.fsdp == 1 else max(gathered_layer(config, kind, ahead=1) for kind in layers),
         gradients=totals["parameters"] * width_of(config.gradient_dtype),
         moments=totals["moments"],
         average=average if config.average == "device" else 0.0,
@@ -81,22 +79,22 @@ def state_memory(config: PlanConfig, layers: Counter[LayerKind], *, copies: int 
 def gathered_width(config: PlanConfig, group: ParameterGroup) -> float:
     """Bytes of a weight on its way between the shards of FSDP.
 
-    The step gathers experts as masters, so that their gradients are summed in float32 over a step's pieces.
+    The step gathers as masters what the FP8 recipe cuts into tiles, which must be those of the stored weight; experts,
+    whose gradients are summed in float32 over a step's pieces; and routers, which choose in float32. Of the embedding
+    it gathers nothing: rows of the table travel.
     """
-    if config.is_training_step:
-        return width_of(config.master_dtype) if group.name == "routed_experts" else config.formats.compute
-    return config.formats.weight if group.fp8 else config.formats.compute
-
-
-def _gathered(config: PlanConfig, layers: Counter[LayerKind]) -> float:
-    if config.mesh.fsdp == 1:
+    formats = config.formats
+    if not config.is_training_step:
+        return formats.weight if group.fp8 else formats.compute
+    if group.name == "embedding":
         return 0.0
-    gradient = width_of(config.gradient_dtype)
+    as_stored = group.name in ("routed_experts", "router") or (formats.is_fp8 and group.fp8)
+    return width_of(config.master_dtype) if as_stored else formats.compute
 
-    def whole(kind: LayerKind) -> float:
-        groups = parameter_groups(config.model, kind)
-        sizes = [(group.on_a_device(config.mesh) * config.mesh.fsdp, group) for group in groups if group.axes]
-        weights = sum(size * gathered_width(config, group) for size, group in sizes)
-        return _GATHERED_LAYERS * weights + gradient * sum(size for size, _ in sizes)
 
-    return max(whole(kind) for kind in layers)
+def gathered_layer(config: PlanConfig, kind: LayerKind, *, ahead: int) -> float:
+    """Bytes of a layer put together from its FSDP shards, `ahead` more whose turn comes next, and its gradients."""
+    groups = parameter_groups(config.model, kind)
+    sizes = [(group.on_a_device(config.mesh) * config.mesh.fsdp, group) for group in groups if group.axes]
+    weights = sum(size * gathered_width(config, group) for size, group in sizes)
+    return (1 + ahead) * weights + width_of(config.gradient_dtype) * sum(size for size, _ in sizes)

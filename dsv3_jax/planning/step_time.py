@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from dsv3_jax.counts import count_flops
 from dsv3_jax.planning.activations import kept_of_layer
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.hardware import Accelerator
 from dsv3_jax.planning.layers import LayerKind
+from dsv3_jax.planning.operations import operations
+from dsv3_jax.planning.stage_time import idle_in_ticks, stage_memory_traffic, waiting_ticks
+from dsv3_jax.planning.stage_traffic import IN_TICKS
 from dsv3_jax.planning.state_memory import StateMemory
-from dsv3_jax.planning.traffic import Traffic
+from dsv3_jax.planning.traffic import REPLICAS, TENSOR_SUMS, TOKENS, Traffic
 
-_FORWARD_AND_BACKWARD = 3
 _ATTENTION_REACHED = 0.65  # of what plain products reach: softmax stands between the two products
 _MEMORY_PASSES = 6  # written and read forward, read and written backward for itself and its gradient
 _OPTIMIZER_PASSES = 2  # masters and moments are read and written, gradients read twice
@@ -48,59 +49,6 @@ class StepTime:
         return sum(dataclasses.astuple(self))
 
 
-@dataclasses.dataclass(frozen=True)
-class Operations:
-    """Floating point operations a device makes in a step, by where they run; recomputation included."""
-
-    fp8_products: float
-    products: float
-    attention: float
-
-    @property
-    def total(self) -> float:
-        return self.fp8_products + self.products + self.attention
-
-
-def operations(config: PlanConfig, *, once: bool = False) -> Operations:
-    """Of the whole step, divided evenly over the devices; with `once`, without what is recomputed."""
-    model, policy = config.model, config.rematerialisation
-    counts = count_flops(model, config.sequence_length)
-    terms = dict(counts.terms)
-    attention, head, router = (terms.pop(name) for name in ("attention_core", "head", "router"))
-    layers = model.num_hidden_layers
-    mtp = model.num_nextn_predict_layers
-    linear = sum(terms.values())
-    if mtp:
-        share = (counts.mtp_forward - mtp * head - mtp * 4.0 * model.hidden_size**2) / mtp - attention / layers
-        linear += mtp * share
-        attention += mtp * attention / layers
-        head += mtp * (head + 4.0 * model.hidden_size**2)
-    recomputed = {"none": 0.0, "report": _up_projections(config), "products": _routed(terms), "full": linear}[policy]
-    if config.spreads_experts and policy in ("none", "report"):
-        recomputed += _routed(terms)
-    a_device = config.tokens_a_step / config.target.devices
-    if once:
-        recomputed = 0.0
-    linear_all = a_device * (_FORWARD_AND_BACKWARD * linear + recomputed)
-    plain = a_device * _FORWARD_AND_BACKWARD * (head + router)
-    core = a_device * attention * (_FORWARD_AND_BACKWARD + (0 if once else 1))  # its logits are never kept
-    if config.formats.is_fp8:
-        return Operations(fp8_products=linear_all, products=plain, attention=core)
-    return Operations(fp8_products=0.0, products=linear_all + plain, attention=core)
-
-
-def _up_projections(config: PlanConfig) -> float:
-    """Operations a token to make queries, keys and values from their latents anew."""
-    model = config.model
-    queries = model.num_attention_heads * model.qk_head_dim * (model.q_lora_rank or model.hidden_size)
-    keys = model.num_attention_heads * (model.qk_nope_head_dim + model.v_head_dim) * model.kv_lora_rank
-    return 2.0 * (queries + keys) * (model.num_hidden_layers + model.num_nextn_predict_layers)
-
-
-def _routed(terms: dict[str, float]) -> float:
-    return terms["routed_experts"]
-
-
 def step_time(
     config: PlanConfig,
     layers: Counter[LayerKind],
@@ -124,7 +72,10 @@ def step_time(
     attention = work.attention / (accelerator.flops * reached.attention)
     bandwidth = accelerator.bandwidth * reached.bandwidth
     moved = sum(count * sum(kept_of_layer(config, kind, "none").values()) for kind, count in layers.items()) / copies
-    memory = _MEMORY_PASSES * moved * config.tokens_a_pass * config.passes / bandwidth
+    passes = float(_MEMORY_PASSES)
+    if config.has_pipelined_step:
+        moved, passes = stage_memory_traffic(config)
+    memory = passes * moved * config.tokens_a_pass * config.passes / bandwidth
     update = _OPTIMIZER_PASSES * (state.masters + state.moments) + state.gradients + state.working_weights
     computing = fp8 + products + attention + memory
     return StepTime(
@@ -160,21 +111,29 @@ def exposed_communication(config: PlanConfig, flows: list[Traffic], computing: f
 
     DualPipe runs one micro-batch's exchange of tokens beside the other's computation; FSDP's gathers and a pipeline's
     hand-overs run ahead of their use. Tensor sums, an exchange of tokens without DualPipe, and what happens once at the
-    end of a step stand in the way. What is hidden can hide behind computation only as far as there is any.
+    end of a step stand in the way. What is hidden can hide behind computation only as far as there is any. The training
+    step with stages hides nothing, and in a tick all ranks wait for the one that sends longest.
     """
+    if config.has_pipelined_step:
+        return sum(flow.seconds * (waiting_ticks(config) if flow.what in IN_TICKS else 1) for flow in flows)
     dualpipe = config.mesh.stage > 1 and config.schedule == "dualpipe"
-    open_whats = {"sums of partial results", "replicas' gradients and weights"}
+    open_whats = {TENSOR_SUMS, REPLICAS}
     if not dualpipe:
-        open_whats.add("tokens to experts and back")
+        open_whats.add(TOKENS)
     exposed = sum(flow.seconds for flow in flows if flow.what in open_whats)
     hidden = sum(flow.seconds for flow in flows if flow.what not in open_whats)
     return exposed + max(hidden - computing, 0.0)
 
 
 def bubble_fraction(config: PlanConfig) -> float:
-    """Idle time over busy time (table 2): chunk times F = 1, B = 2 of which W = 1, F beside B = 3."""
+    """Idle time over busy time: in the step as its ticks have it (`stage_time`); in the report's layout by table 2.
+
+    There with chunk times F = 1, B = 2 of which W = 1, F beside B = 3.
+    """
     stages = config.mesh.stage
     if stages == 1:
         return 0.0
+    if config.has_pipelined_step:
+        return idle_in_ticks(config)
     idle = {"dualpipe": (stages / 2 - 1) * (3 + 2 - 3), "zb1p": (stages - 1) * (1 + 2 - 2), "1f1b": (stages - 1) * 3}
     return idle[config.schedule] / (3 * config.passes)

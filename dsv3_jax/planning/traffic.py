@@ -12,7 +12,12 @@ from dsv3_jax.planning.state_memory import gathered_width, groups_of
 from dsv3_jax.sharding.expert_layout import hops_between
 
 _AXES = ("stage", "data", "fsdp", "expert", "tensor")
-_TOKENS = "tokens to experts and back"
+TOKENS = "tokens to experts and back"
+WEIGHTS_GATHERED = "weights gathered"
+GRADIENTS_SUMMED = "gradients summed"
+TENSOR_SUMS = "sums of partial results"
+REPLICAS = "replicas' gradients and weights"
+HIDDEN_STATES = "hidden states and gradients"
 _WIDE = 4  # bytes of a scale, of a gate, and of an expert's number
 
 
@@ -57,7 +62,7 @@ def traffic(config: PlanConfig, layers: Counter[LayerKind], *, copies: int = 1) 
     return [item for item in found if item.sent]
 
 
-def _flow(config: PlanConfig, axis: str, what: str, sent: float, *, in_node: float = 0.0) -> Traffic:
+def flow_over(config: PlanConfig, axis: str, what: str, sent: float, *, in_node: float = 0.0) -> Traffic:
     """`sent` bytes over the axis's links; `in_node` more, which go over the fast links at the same time."""
     accelerator, outside = config.target.accelerator, leaves_node(config, axis)
     seconds = sent / (accelerator.outer_link if outside else accelerator.inner_link)
@@ -76,41 +81,48 @@ def _experts(config: PlanConfig, layers: Counter[LayerKind], copies: int) -> lis
         return []
     tokens = config.tokens_a_pass * config.passes * moe_layers
     if config.is_training_step:
-        return [_hops(config, tokens)]
+        return [tokens_over_hops(config, tokens, tokens)]
     nodes = max(size * config.mesh.tensor // config.target.accelerator.node, 1)
     passes = 3 if config.rematerialisation == "full" else 2  # forward and gradients; without a cache once more
     width = model.hidden_size * (passes * formats.dispatch + 2 * formats.combine) / config.mesh.tensor
     chosen = model.num_experts_per_tok
     reached = min(chosen, model.topk_group if nodes <= model.n_group else nodes)
     if nodes == 1:
-        return [_flow(config, "expert", _TOKENS, tokens * width * chosen * (1 - 1 / size))]
+        return [flow_over(config, "expert", TOKENS, tokens * width * chosen * (1 - 1 / size))]
     outside = tokens * width * reached * (1 - 1 / nodes)
-    return [_flow(config, "expert", _TOKENS, outside, in_node=tokens * width * chosen)]
+    return [flow_over(config, "expert", TOKENS, outside, in_node=tokens * width * chosen)]
 
 
-def _hops(config: PlanConfig, tokens: float) -> Traffic:
+def tokens_over_hops(config: PlanConfig, forward: float, backward: float) -> Traffic:
     """As `sharding.expert_parallel` has it: one row to every rank on each hop at most, and the sum of its results back.
 
-    Three times there (tokens, the same anew in the backward pass, and gradients of the results) and twice back. Beside
-    a token travel every expert's number and gate, and back the gate's gradient; beside FP8 rows their scales.
+    Forward once there and back; in a backward pass twice there (tokens anew, and gradients of the results) and once
+    back. Beside a token travel every expert's number and gate, and back the gate's gradient; beside FP8 rows their
+    scales.
+
+    Args:
+      forward, backward: rows of all layers and micro-batches that pass forward, and backward.
     """
     model, formats = config.model, config.formats
     chosen = model.num_experts_per_tok
     values = 1 if formats.is_fp8 else formats.compute
     scales = model.hidden_size * (formats.dispatch - values) / _WIDE
-    beside = 2 * _whole_rows(config, scales + 2 * chosen) + _whole_rows(config, scales) + _whole_rows(config, chosen)
-    width = model.hidden_size * (3 * values + 2 * formats.combine) + beside * _WIDE
+    there = model.hidden_size * values + _whole_rows(config, scales + 2 * chosen) * _WIDE
+    back = model.hidden_size * formats.combine
+    gradients = model.hidden_size * values + _whole_rows(config, scales) * _WIDE
+    sent = forward * (there + back)
+    sent += backward * (there + gradients + back + _whole_rows(config, chosen) * _WIDE)
     near = max(config.target.accelerator.node // config.mesh.tensor, 1)  # ranks of the axis in a node
     outside = inside = 0.0
     rows = 1
     for hop in hops_between(config.mesh.expert, model.n_group, model.topk_group):
         rows = min(rows * hop.copies(chosen), chosen)
         together = min(hop.peers, max(near // hop.stride, 1))  # peers in one node
-        outside += tokens * width * rows * (1 - together / hop.peers)
-        inside += tokens * width * rows * (together - 1) / hop.peers
+        outside += sent * rows * (1 - together / hop.peers)
+        inside += sent * rows * (together - 1) / hop.peers
     if not outside:
-        return _flow(config, "expert", _TOKENS, inside)
-    return _flow(config, "expert", _TOKENS, outside, in_node=inside)
+        return flow_over(config, "expert", TOKENS, inside)
+    return flow_over(config, "expert", TOKENS, outside, in_node=inside)
 
 
 def _whole_rows(config: PlanConfig, numbers: float) -> float:
@@ -125,13 +137,14 @@ def _shards(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:
         return []
     share, weights, gradients = 1 - 1 / size, 0.0, 0.0
     for group, count in groups_of(config, layers):
-        if "fsdp" in group.axes:
+        travels = not config.is_training_step or group.name != "embedding"  # of whose table the step moves rows
+        if "fsdp" in group.axes and travels:
             whole = count * group.on_a_device(config.mesh) * size
             weights += 2 * whole * gathered_width(config, group)
             gradients += whole * width_of(config.gradient_dtype)
     return [
-        _flow(config, "fsdp", "weights gathered", config.passes * share * weights),
-        _flow(config, "fsdp", "gradients summed", config.passes * share * gradients),
+        flow_over(config, "fsdp", WEIGHTS_GATHERED, config.passes * share * weights),
+        flow_over(config, "fsdp", GRADIENTS_SUMMED, config.passes * share * gradients),
     ]
 
 
@@ -149,7 +162,7 @@ def _replicas(config: PlanConfig, layers: Counter[LayerKind], copies: int) -> li
         )
         axis = "stage" if copies > 1 else outermost or "data"
         sent[axis] += one_way * (width_of(config.gradient_dtype) + back)
-    return [_flow(config, axis, "replicas' gradients and weights", size) for axis, size in sent.items()]
+    return [flow_over(config, axis, REPLICAS, size) for axis, size in sent.items()]
 
 
 def _tensor(config: PlanConfig, layers: Counter[LayerKind], copies: int) -> list[Traffic]:
@@ -158,7 +171,7 @@ def _tensor(config: PlanConfig, layers: Counter[LayerKind], copies: int) -> list
     blocks = (layers["dense"] + layers["moe"] + layers["mtp"]) / copies
     tokens = config.tokens_a_pass * config.passes
     sent = tokens * blocks * 4 * 2 * (1 - 1 / size) * config.model.hidden_size * config.formats.compute
-    return [_flow(config, "tensor", "sums of partial results", sent)]
+    return [flow_over(config, "tensor", TENSOR_SUMS, sent)]
 
 
 def _stages(config: PlanConfig) -> list[Traffic]:
@@ -167,4 +180,4 @@ def _stages(config: PlanConfig) -> list[Traffic]:
         return []
     tokens = config.tokens_a_pass * config.passes
     sent = 2 * tokens * config.model.hidden_size * config.formats.compute / config.mesh.tensor
-    return [_flow(config, "stage", "hidden states and gradients", sent)]
+    return [flow_over(config, "stage", HIDDEN_STATES, sent)]

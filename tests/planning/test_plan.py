@@ -40,6 +40,7 @@ PAPER = {
     "schedule": "1f1b",
     "moment_dtype": "bfloat16",
     "average": "none",
+    "layout": "report",
 }
 PAPER_STAGE: Counter[LayerKind] = Counter({"moe": 4})
 
@@ -127,7 +128,8 @@ def test_the_reports_run_fits_and_took_longer_than_it_could() -> None:
 def test_bubbles_are_those_of_table_2() -> None:
     """(PP-1)(F+B), (PP-1)(F+B-2W), (PP/2-1)(F&B+B-3W) in units of a chunk with F = W = 1, B = 2, F&B = 3."""
     for schedule, idle in (("1f1b", 7 * 3), ("zb1p", 7 * 1), ("dualpipe", 3 * 2)):
-        config = plan_config(mesh=MeshConfig(stage=8, fsdp=4, expert=64), schedule=schedule, batch_size=256 * 32)
+        mesh = MeshConfig(stage=8, fsdp=4, expert=64)
+        config = plan_config(mesh=mesh, schedule=schedule, batch_size=256 * 32, layout="report")
         assert bubble_fraction(config) * 3 * config.passes == pytest.approx(idle)
 
 
@@ -181,6 +183,9 @@ def test_a_plan_that_does_not_fit_names_knobs_that_help() -> None:
         ({"mesh": MeshConfig(stage=16, fsdp=2, expert=64), "batch_size": 128 * 31}, "dualpipe"),
         ({"precision": "int4"}, "precision"),
         ({"rematerialisation": "some"}, "rematerialisation"),
+        ({"layout": "paper"}, "layout must be one of step, report"),
+        ({"layout": "report"}, "stage=16"),
+        ({"mesh": MeshConfig(stage=16, fsdp=2, expert=64), "batch_size": 128 * 15, "schedule": "zb1p"}, "batch_size 2048"),
         ({"sequence_length": 10**6}, "max_position_embeddings"),
     ],
 )

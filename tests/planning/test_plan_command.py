@@ -9,7 +9,8 @@ import pytest
 
 from dsv3_jax.cli.main import main
 
-REPORT = ["--target", "h800:2048", "--mesh", "stage=16,data=2,expert=64", "--precision", "fp8", "--batch-size", "15360"]
+STEP = ["--target", "h800:2048", "--mesh", "stage=16,data=2,expert=64", "--precision", "fp8", "--batch-size", "15360"]
+REPORT = [*STEP, "--layout", "report"]
 
 
 def test_the_reports_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,9 +25,12 @@ def test_the_reports_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert values["run_time"]["at_the_reports_pace"]["device_hours"] == pytest.approx(2.664e6)
 
 
-def test_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *REPORT, "--json"]) == 0
-    memory = json.loads(capsys.readouterr().out)["bytes_a_device"]
+@pytest.mark.parametrize(("line", "layout"), [(REPORT, "report"), (STEP, "step")])
+def test_json_adds_up(line: list[str], layout: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *line, "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["run"]["layout"] == layout
+    memory = values["bytes_a_device"]
     names = ("masters", "working_weights", "gathered_weights", "gradients", "moments", "average", "reserved")
     total = sum(memory[name] for name in names) + sum(memory["activations_kept"].values())
     assert total + max(memory["activations_recomputed"], memory["loss"]) == pytest.approx(memory["total"])
@@ -57,6 +61,8 @@ def test_search_ranks_what_fits_first(capsys: pytest.CaptureFixture[str]) -> Non
         ("--preset v3", "preset 'v3'"),
         ("--search 3 --mesh fsdp=8", "--mesh"),
         ("--precission fp8", "--precision"),
+        ("--layout paper", "layout"),
+        ("--target h200:8 --mesh fsdp=8 --layout report", "stage axis"),
     ],
 )
 def test_mistakes_are_one_line(line: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

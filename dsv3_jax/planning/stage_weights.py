@@ -1,0 +1,105 @@
+"""Where the weights of a pipelined training step lie: in the state, and while a stage works with them.
+
+Read from the tables that the step itself uses (`sharding.rules`, `training.pipeline_weights`), applied to shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.planning.layers import LayerKind
+from dsv3_jax.planning.parameter_shapes import parameter_shapes
+from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
+from dsv3_jax.sharding.ranks import axes_of
+from dsv3_jax.sharding.rules import ZERO, parameter_specs
+from dsv3_jax.training.pipeline_weights import Place, places
+
+_STAGE = "stage"
+
+
+@dataclasses.dataclass(frozen=True)
+class StageWeight:
+    """One leaf of the parameter tree; elements on one device.
+
+    Attributes:
+      kind: of the layers it belongs to; "head" has the final norm too.
+      in_state: of the master weight.   moment: of each of Adam's moments.
+      in_stage: what a rank works with while the step runs: of all places of its one or two stages, or, of what is not
+        a MoE layer, everything.
+      opposite: those of them that come from the opposite rank.
+      cut: the dimension that lies on the stage axis; None where every rank of it has all.
+      replicas: axes of the batch whose ranks have the same part.
+    """
+
+    kind: LayerKind
+    in_state: float
+    moment: float
+    in_stage: float
+    opposite: float
+    cut: int | None
+    replicas: tuple[str, ...]
+
+
+def directions_of(config: PlanConfig) -> int:
+    """Stages whose layers a rank holds while the step runs."""
+    return 2 if config.schedule == "dualpipe" else 1
+
+
+def stage_weights(config: PlanConfig) -> tuple[StageWeight, ...]:
+    """Every leaf of the tree."""
+    return _stage_weights(config.model, config.mesh, directions_of(config), config.zero)
+
+
+@functools.lru_cache(maxsize=256)
+def _stage_weights(model: ModelConfig, mesh: MeshConfig, directions: int, zero: bool) -> tuple[StageWeight, ...]:
+    tree = parameter_shapes(model)
+    layers = moe_layers_of_stages(model, mesh.stage)
+    # The rules ask a mesh for the sizes of its axes and for nothing else.
+    on: Any = AbstractMesh(tuple(mesh.sizes.values()), tuple(mesh.sizes))
+    lies = places({name: branch for name, branch in tree.items() if name != "moe_blocks"}, on)
+    lies |= places({"moe_blocks": tree["moe_blocks"]}, on, layers)
+    shapes = jax.tree_util.tree_leaves_with_path(tree)
+    specs, moments = (_leaves(parameter_specs(tree, on, rules)) for rules in (None, ZERO if zero else None))
+    of_leaf = jax.tree.leaves(lies, is_leaf=lambda leaf: isinstance(leaf, Place))
+    found = []
+    for (path, shape), spec, moment, place in zip(shapes, specs, moments, of_leaf, strict=True):
+        kind = _KINDS[str(path[0].key)]
+        elements = math.prod(shape.shape)
+        working = elements / _ways(spec, mesh, leave_out=_STAGE)
+        opposite = 0.0
+        if kind == "moe":
+            working *= max(layers) / model.num_moe_layers
+            opposite = working * (directions - 1)
+        in_state, of_moment = (elements / _ways(one, mesh) for one in (spec, moment))
+        found.append(
+            StageWeight(kind, in_state, of_moment, working + opposite, opposite, place.cut, place.replicas),
+        )
+    return tuple(found)
+
+
+_KINDS: dict[str, LayerKind] = {
+    "embedding": "embedding",
+    "dense_blocks": "dense",
+    "moe_blocks": "moe",
+    "mtp": "mtp",
+    "final_norm": "head",
+    "head": "head",
+}
+
+
+def _leaves(specs: Any) -> list[PartitionSpec]:
+    return jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def _ways(spec: PartitionSpec, mesh: MeshConfig, leave_out: str = "") -> int:
+    """Parts that a spec cuts an array into."""
+    return math.prod(mesh.sizes[axis] for entry in spec for axis in axes_of(entry) if axis != leave_out)
