@@ -35,7 +35,7 @@ from dsv3_jax.training.state import split_model
 from dsv3_jax.training.step import accumulate
 
 MODEL = ModelConfig.preset("tiny", num_hidden_layers=6, first_k_dense_replace=1, num_nextn_predict_layers=1)
-CASES = (("stage=2,fsdp=2,expert=2", "dualpipe"),)
+CASES = (("stage=2,fsdp=2,tensor=2", "dualpipe"),)
 """Two MoE layers beside the dense one, and three; others may be named: `simulated_pipelines.py stage=4 zb1p`."""
 
 PASSES, ROWS, LENGTH = 7, 4, 12  # DualPipe wants an even number
@@ -46,7 +46,8 @@ RUN = RunConfig(
     preset="",
     model=MODEL,
     data=DataConfig(sequence_length=LENGTH, vocab_size=MODEL.vocab_size),
-    training=TrainingConfig(batch_size=8 * ROWS, micro_batch_size=ROWS),
+    # The balance term of a whole pass is not the sum of its sequences': ranks with parts of it must meet.
+    training=TrainingConfig(batch_size=8 * ROWS, micro_batch_size=ROWS, balance="batch"),
     precision="float32",
 )
 LOSS_WEIGHTS = LossWeights(balance=jnp.asarray(0.5), mtp=jnp.asarray(0.3))

@@ -1,7 +1,7 @@
 """On eight simulated devices: linear maps in FP8, their gradients and their work, beside one device. Prints JSON.
 
-Every rank has whole tiles of 128 tokens, and every part of a tensor axis whole tiles of the inputs: the very FP8 numbers
-are those of one device.
+Every rank has whole tiles of 128 tokens, and every part of a tensor axis whole tiles of the inputs: the FP8 numbers are
+the very ones of one device.
 """
 
 from __future__ import annotations

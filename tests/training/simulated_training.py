@@ -26,7 +26,7 @@ RATE = float(SETTINGS.learning_rate)
 def run_of(kind: str) -> RunConfig:
     """One MoE layer (small); two of them in four passes (staged)."""
     if kind == "staged":
-        run = small_run(batch_size=8, micro_batch_size=2)
+        run = small_run(batch_size=16, micro_batch_size=4)
         return dataclasses.replace(run, model=run.model.replace(first_k_dense_replace=0, num_nextn_predict_layers=0))
     run = small_run(batch_size=8, micro_batch_size=0, loss_chunk=32)
     changes = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}

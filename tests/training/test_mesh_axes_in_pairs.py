@@ -24,8 +24,8 @@ def test_step_equals_one_device(results: dict[str, dict[str, Any]], mesh: str) -
 
 
 def test_stages_divide_parameters_and_moments() -> None:
-    """Of the pipeline itself `tests/pipeline` says more; here it stands in the training step."""
-    (found,) = run_simulated(_SCRIPT, "staged", "stage=2,data=2").values()
+    """Beside data and expert; `tests/pipeline` has stages beside fsdp and tensor, and says more of the pipeline."""
+    (found,) = run_simulated(_SCRIPT, "staged", "stage=2,data=2,expert=2").values()
     check_equal(found)
     assert found["parameters"] < 0.6
     assert found["moments"] < 0.4
