@@ -14,7 +14,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\([^\n]*\) -> [^\n]*)?\{
 _INSTRUCTION = re.compile(
     rf"= (?P<shape>\(?[^=\n]*?\)?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\((?P<rest>[^\n]*)"
 )
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|condition|(?:branch|true|false)_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -40,9 +40,10 @@ class Collective:
 def read_collectives(hlo: str) -> list[Collective]:
     """Collectives of a module in HLO text form, most bytes first.
 
-    A loop whose number of passes the compiler does not know counts once. How many rows of a ragged all-to-all travel is
-    known only when it runs: each counts as the smaller of the arrays that rows leave and arrive in, which on the first
-    hop holds as many as may be sent, while the other, and both on a second hop, have room for what never comes at once.
+    A loop whose number of passes the compiler does not know counts once, and of a conditional every branch. How many
+    rows of a ragged all-to-all travel is known only when it runs: each counts as the smaller of the arrays that rows
+    leave and arrive in, which on the first hop holds as many as may be sent, while the other, and both on a second hop,
+    have room for what never comes at once.
     """
     hlo = re.sub(r"/\*index=\d+\*/", "", hlo)  # counters in long tuples
     bodies = _computations(hlo)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.counts import count_flops
 from dsv3_jax.planning.activations import CHUNK, WHOLE_ROWS
-from dsv3_jax.planning.config import PlanConfig
 
 _CHUNK_MULTIPLE = 128  # chunks of a long sequence have whole multiples of it
 
 
-def forward_operations(config: PlanConfig) -> tuple[float, float, float]:
+def forward_operations(model: ModelConfig, length: int) -> tuple[float, float, float]:
     """Operations a token of one forward pass, MTP modules included: linear maps; attention core; head and router."""
-    model = config.model
-    counts = count_flops(model, config.sequence_length)
+    counts = count_flops(model, length)
     terms = dict(counts.terms)
     attention, head, router = (terms.pop(name) for name in ("attention_core", "head", "router"))
     layers, mtp = model.num_hidden_layers, model.num_nextn_predict_layers
@@ -41,9 +40,8 @@ class AttentionCore:
     computed: float
 
 
-def attention_core(config: PlanConfig) -> AttentionCore:
+def attention_core(model: ModelConfig, length: int) -> AttentionCore:
     """Forward two products, of the widths of keys and of values. Backward the logits anew, and four for gradients."""
-    model, length = config.model, config.sequence_length
     keys, values = model.qk_head_dim, model.v_head_dim
     if length <= WHOLE_ROWS:  # in two chunks, whose weights are kept
         return AttentionCore(2.0, 1.5)
@@ -52,9 +50,8 @@ def attention_core(config: PlanConfig) -> AttentionCore:
     return AttentionCore((3 * keys + 2 * values) / (keys + values), chunks * (chunks + 1) * (chunk / length) ** 2)
 
 
-def up_projections(config: PlanConfig) -> float:
+def up_projections(model: ModelConfig) -> float:
     """Operations a token to make queries, keys and values from their latents anew."""
-    model = config.model
     queries = model.num_attention_heads * model.qk_head_dim * (model.q_lora_rank or model.hidden_size)
     keys = model.num_attention_heads * (model.qk_nope_head_dim + model.v_head_dim) * model.kv_lora_rank
     return 2.0 * (queries + keys) * (model.num_hidden_layers + model.num_nextn_predict_layers)

@@ -31,8 +31,8 @@ def operations(config: PlanConfig, *, once: bool = False) -> Operations:
         return by_place(config, *stage_operations(config))
     model, policy = config.model, config.rematerialisation
     terms = dict(count_flops(model, config.sequence_length).terms)
-    linear, attention, plain = forward_operations(config)
-    recomputed = {"none": 0.0, "report": up_projections(config), "products": terms["routed_experts"], "full": linear}[
+    linear, attention, plain = forward_operations(model, config.sequence_length)
+    recomputed = {"none": 0.0, "report": up_projections(model), "products": terms["routed_experts"], "full": linear}[
         policy
     ]
     if config.spreads_experts and policy in ("none", "report"):
@@ -41,8 +41,8 @@ def operations(config: PlanConfig, *, once: bool = False) -> Operations:
         return by_place(config, *(_FORWARD_AND_BACKWARD * term for term in (linear, attention, plain)))
     core = attention * (_FORWARD_AND_BACKWARD + 1)  # its logits are never kept
     if config.is_training_step:
-        core = attention * (attention_core(config).backward + (1 if policy == "none" else 2))
-        core *= attention_core(config).computed
+        made = attention_core(model, config.sequence_length)
+        core = attention * made.computed * (made.backward + (1 if policy == "none" else 2))
     return by_place(config, _FORWARD_AND_BACKWARD * linear + recomputed, core, _FORWARD_AND_BACKWARD * plain)
 
 

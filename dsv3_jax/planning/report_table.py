@@ -199,10 +199,11 @@ def _collectives(compiled: CompiledPlan) -> Table:
 def _compiler_verdict(plan: Plan, compiled: CompiledPlan) -> Text:
     spare = plan.config.target.accelerator.memory - compiled.peak_bytes
     verdict = f"fits with {size(spare)} to spare" if spare >= 0 else f"does not fit: {size(-spare)} too much"
-    layout = "The paper is of the report's layout, the compiler's figures of this project's step. "
-    layout = "" if plan.config.is_training_step else layout
+    notes = "" if plan.config.is_training_step else "The paper is of the report's layout, the compiler's word of ours. "
+    if plan.config.mesh.stage > 1:
+        notes += "Of a stage's collectives every branch counts in every tick, and one layer.\n"
     return Text(
-        f"{layout}By the compiler the step {verdict}. Lowered in {compiled.lower_seconds:.0f} s and compiled in "
+        f"{notes}By the compiler the step {verdict}. Lowered in {compiled.lower_seconds:.0f} s and compiled in "
         f"{compiled.compile_seconds:.0f} s here, within {size(compiled.host_peak_bytes)}.",
         style="green" if spare >= 0 else "red",
     )

@@ -82,7 +82,7 @@ def _layer_runs(config: PlanConfig, facts: ScheduleFacts, rank: int) -> tuple[di
     forward, backward, by_weights = (defaultdict[LayerKind, float](float) for _ in range(3))
     for direction in range(facts.parts.shape[1]):
         stage = facts.stage(rank, direction)
-        parts = dict(zip(PARTS, facts.parts[rank, direction], strict=True))
+        parts = dict(zip(PARTS, facts.parts[rank, direction].tolist(), strict=True))
         weights = parts["W"] + parts["IW"]
         forward["moe"] += parts["F"] * layers[stage]
         # The first stage hands its input's gradient to no one, and does not make it alone.
@@ -92,10 +92,11 @@ def _layer_runs(config: PlanConfig, facts: ScheduleFacts, rank: int) -> tuple[di
         if stage == 0:
             own = {"dense": model.num_dense_layers}
         elif stage == len(layers) - 1:
-            own = {"mtp": model.num_nextn_predict_layers, "head": 1 + model.num_nextn_predict_layers}
+            own = {"mtp": model.num_nextn_predict_layers, "head": 1}
         for kind, count in own.items():
-            for runs in (forward, backward, by_weights):
-                runs[kind] += count * parts["F"]
+            forward[kind] += count * parts["F"]
+            by_weights[kind] += count * parts["F"]
+            backward[kind] += count * parts["F"] * (kind != "head")  # one pass, for all depths, with its gradient
     return forward, backward, by_weights
 
 

@@ -1,6 +1,7 @@
 """Where the weights of a pipelined training step lie: in the state, and while a stage works with them.
 
-Read from the tables that the step itself uses (`sharding.rules`, `training.pipeline_weights`), applied to shapes.
+Read from the rules that the step itself uses (`sharding.rules`), applied to shapes; what a rank's program makes of them
+is as in `training.pipeline_weights`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from dsv3_jax.planning.parameter_shapes import parameter_shapes
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
 from dsv3_jax.sharding.ranks import axes_of
-from dsv3_jax.sharding.rules import ZERO, parameter_specs
-from dsv3_jax.training.pipeline_weights import Place, places
+from dsv3_jax.sharding.rules import BATCH_AXES, ZERO, parameter_specs
 
 _STAGE = "stage"
 
@@ -63,15 +63,14 @@ def stage_weights(config: PlanConfig) -> tuple[StageWeight, ...]:
 def _stage_weights(model: ModelConfig, mesh: MeshConfig, directions: int, zero: bool) -> tuple[StageWeight, ...]:
     tree = parameter_shapes(model)
     layers = moe_layers_of_stages(model, mesh.stage)
+    uneven = len(set(layers)) > 1
     # The rules ask a mesh for the sizes of its axes and for nothing else.
     on: Any = AbstractMesh(tuple(mesh.sizes.values()), tuple(mesh.sizes))
-    lies = places({name: branch for name, branch in tree.items() if name != "moe_blocks"}, on)
-    lies |= places({"moe_blocks": tree["moe_blocks"]}, on, layers)
     shapes = jax.tree_util.tree_leaves_with_path(tree)
-    specs, moments = (_leaves(parameter_specs(tree, on, rules)) for rules in (None, ZERO if zero else None))
-    of_leaf = jax.tree.leaves(lies, is_leaf=lambda leaf: isinstance(leaf, Place))
+    specs = _leaves(parameter_specs(tree, on))
+    moments = _leaves(parameter_specs(tree, on, ZERO)) if zero else specs
     found = []
-    for (path, shape), spec, moment, place in zip(shapes, specs, moments, of_leaf, strict=True):
+    for (path, shape), spec, moment in zip(shapes, specs, moments, strict=True):
         kind = _KINDS[str(path[0].key)]
         elements = math.prod(shape.shape)
         working = elements / _ways(spec, mesh, leave_out=_STAGE)
@@ -80,9 +79,12 @@ def _stage_weights(model: ModelConfig, mesh: MeshConfig, directions: int, zero: 
             working *= max(layers) / model.num_moe_layers
             opposite = working * (directions - 1)
         in_state, of_moment = (elements / _ways(one, mesh) for one in (spec, moment))
-        found.append(
-            StageWeight(kind, in_state, of_moment, working + opposite, opposite, place.cut, place.replicas),
-        )
+        axes = [axes_of(entry) for entry in spec]
+        cut = next((dimension for dimension, names in enumerate(axes) if _STAGE in names), None)
+        if kind == "moe" and cut == 0 and uneven:  # equal parts of layers are not what the stages hold
+            cut = None
+        replicas = tuple(axis for axis in BATCH_AXES if all(axis not in names for names in axes))
+        found.append(StageWeight(kind, in_state, of_moment, working + opposite, opposite, cut, replicas))
     return tuple(found)
 
 

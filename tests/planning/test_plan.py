@@ -185,7 +185,10 @@ def test_a_plan_that_does_not_fit_names_knobs_that_help() -> None:
         ({"rematerialisation": "some"}, "rematerialisation"),
         ({"layout": "paper"}, "layout must be one of step, report"),
         ({"layout": "report"}, "stage=16"),
-        ({"mesh": MeshConfig(stage=16, fsdp=2, expert=64), "batch_size": 128 * 15, "schedule": "zb1p"}, "batch_size 2048"),
+        (
+            {"mesh": MeshConfig(stage=16, fsdp=2, expert=64), "batch_size": 128 * 15, "schedule": "zb1p"},
+            "batch_size 2048",
+        ),
         ({"sequence_length": 10**6}, "max_position_embeddings"),
     ],
 )

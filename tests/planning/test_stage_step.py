@@ -1,0 +1,357 @@
+"""Figures of the training step with pipeline stages: against its own rules and tables, by hand, and by the compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.planning.activations import kept_of_layer
+from dsv3_jax.planning.advice import advise
+from dsv3_jax.planning.collectives import read_collectives
+from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.planning.hardware import Target
+from dsv3_jax.planning.layers import LayerKind
+from dsv3_jax.planning.operations import operations
+from dsv3_jax.planning.parameter_shapes import parameter_shapes
+from dsv3_jax.planning.plan import RESERVED, make_plan
+from dsv3_jax.planning.published import report_run
+from dsv3_jax.planning.request import from_json, to_json
+from dsv3_jax.planning.schedule_facts import PARTS, schedule_facts
+from dsv3_jax.planning.stage_weights import stage_weights
+from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.sharding.pipeline_schedules import ScheduleName, make_schedule
+from dsv3_jax.sharding.pipeline_simulation import Durations
+from dsv3_jax.sharding.pipeline_tables import Places, lockstep, lockstep_time, moe_layers_of_stages
+from dsv3_jax.sharding.rules import ZERO, shardings
+from dsv3_jax.training import pipeline_weights
+
+GIB = 2**30
+V3 = ModelConfig.preset("v3-671b")
+STEP = dataclasses.replace(report_run(), layout="step")
+HIDDEN = 4096 * 7168 * 2  # bytes of a micro-batch's hidden states in bfloat16: 56 MiB
+KEPT: tuple[tuple[LayerKind, str], ...] = (
+    ("dense", "report"),
+    ("dense", "none"),
+    ("moe", "none"),
+    ("mtp", "report"),
+)
+SMALL = ModelConfig.preset("tiny", num_hidden_layers=5, first_k_dense_replace=1, num_nextn_predict_layers=1)
+
+
+def staged(**changes: Any) -> PlanConfig:
+    values: dict[str, Any] = {
+        "model": SMALL,
+        "target": Target.parse("h100:64"),
+        "mesh": MeshConfig(stage=4, data=2, fsdp=2, expert=2, tensor=2),
+        "sequence_length": 64,
+    }
+    return PlanConfig(**values | changes)
+
+
+def real_parameters(model: ModelConfig) -> nnx.State:
+    return nnx.state(nnx.eval_shape(lambda: DeepSeekV3(model, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+@pytest.mark.parametrize("preset", ["v3-671b", "ablation-16b", "tiny"])
+def test_shapes_on_paper_are_those_of_the_model(preset: str) -> None:
+    model = ModelConfig.preset(preset)
+    found, wanted = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (parameter_shapes(model), real_parameters(model))
+    )
+    assert found == wanted
+
+
+def counted_from_the_step(config: PlanConfig) -> dict[str, float]:
+    """Elements a device, from the real tree, its shardings, and the shapes that the step's own exchange arrives at."""
+    sizes = config.mesh.sizes
+    mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    layers, params = moe_layers_of_stages(config.model, config.mesh.stage), real_parameters(config.model)
+    directions = 2 if config.schedule == "dualpipe" else 1
+
+    def parts(rules: Any) -> float:
+        lies = jax.tree.leaves(shardings(params, mesh, rules))
+        shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+        return sum(math.prod(lie.shard_shape(shape)) for lie, shape in zip(lies, shapes, strict=True))
+
+    working = 0.0
+    for name, branch in params.items():
+        lies = pipeline_weights.places({name: branch}, mesh, layers if name == "moe_blocks" else ())
+        for leaf, place in zip(jax.tree.leaves(branch), jax.tree.leaves(lies), strict=True):
+
+            def arrive(part: Any, place: Any = place, name: Any = name) -> Any:
+                if name == "moe_blocks":
+                    return pipeline_weights.to_stage(part, place, layers)
+                return pipeline_weights.to_all_stages(part, place)
+
+            # What every rank has of the result lies one below the other in a first dimension that all axes cut.
+            def on_a_rank(part: Any, arrive: Any = arrive) -> Any:
+                return arrive(part).reshape(1, -1)
+
+            axes = pipeline_weights.taken_axes(mesh)
+            every = PartitionSpec(tuple(axis for axis in mesh.axis_names if axis in axes))
+            run = jax.shard_map(
+                on_a_rank, mesh=mesh, in_specs=place.spec, out_specs=every, axis_names=axes, check_vma=False
+            )
+            elements = jax.eval_shape(jax.jit(run), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape[1]
+            working += elements * (directions if name == "moe_blocks" else 1)
+    return {"masters": parts(None), "moments": parts(ZERO if config.zero else None), "working": working}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mesh": MeshConfig(stage=4, data=2, fsdp=2, expert=4)},  # by layers: one MoE layer a stage
+        {"mesh": MeshConfig(stage=2, data=4, fsdp=2, expert=4), "schedule": "1f1b"},  # four layers are not halves
+        {"mesh": MeshConfig(stage=4, data=4, fsdp=2, expert=2), "zero": False},
+        {
+            "model": V3,
+            "target": Target.parse("h800:2048"),
+            "mesh": MeshConfig(stage=16, data=2, expert=64),
+            "sequence_length": 4096,
+        },
+        {
+            "model": V3,
+            "target": Target.parse("h800:2048"),
+            "mesh": MeshConfig(stage=8, fsdp=4, expert=64),
+            "schedule": "zb1p",
+            "sequence_length": 4096,
+        },
+    ],
+)
+def test_weights_lie_as_the_step_lays_them(changes: dict[str, Any]) -> None:
+    config = staged(**changes)
+    weights = stage_weights(config)
+    found = {
+        "masters": sum(weight.in_state for weight in weights),
+        "moments": sum(weight.moment for weight in weights),
+        "working": sum(weight.in_stage for weight in weights),
+    }
+    assert found == pytest.approx(counted_from_the_step(config), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "passes"),
+    [("dualpipe", 16, 120), ("dualpipe", 4, 8), ("zb1p", 4, 31), ("zb1p", 8, 120), ("1f1b", 4, 3), ("1f1b", 6, 200)],
+)
+def test_places_and_time_are_those_of_the_tables(name: ScheduleName, ranks: int, passes: int) -> None:
+    """Also of schedules so long that only their ends are counted."""
+    schedule = make_schedule(name, ranks, passes)
+    tables, places = lockstep(schedule)
+    even = ((1.0, 1.0, 1.0, 2.0),) * ranks
+    facts = schedule_facts(name, ranks, passes, even)
+    assert Places(facts.activations, facts.kept, facts.gradients) == places
+    assert facts.ticks == len(tables.forward)
+    assert facts.ways == sum(bool((table >= 0).any()) for key, table in vars(tables).items() if "arriving" in key)
+    assert facts.seconds == pytest.approx(lockstep_time(schedule, Durations()))
+    done = [(tables.forward >= 0).sum(), *((tables.backward == bits).sum() for bits in (1, 2, 3))]
+    assert facts.parts.sum(axis=(0, 1)) == pytest.approx(done)
+
+
+@pytest.mark.parametrize(("name", "passes"), [("dualpipe", 90), ("zb1p", 77), ("1f1b", 90)])
+def test_the_middle_of_a_long_schedule_repeats_itself(name: ScheduleName, passes: int) -> None:
+    """Each stage with costs of its own, tick by tick."""
+    costs = np.random.default_rng(0).uniform(0, 3, (8, 4))
+    facts = schedule_facts(name, 8, passes, tuple(map(tuple, costs.tolist())))
+    tables, _ = lockstep(make_schedule(name, 8, passes))
+    forward = np.where(tables.forward >= 0, costs[tables.forward_stage, 0], 0)
+    backward = np.where(tables.backward > 0, costs[tables.backward_stage, tables.backward], 0)
+    assert facts.seconds == pytest.approx((forward + backward).max(axis=1).sum())
+    by_rank = np.array([facts.parts[rank].sum(axis=0) for rank in range(8)])
+    for part, bits in enumerate((0, 1, 2, 3)):
+        counted = (tables.backward == bits).sum(axis=0) if bits else (tables.forward >= 0).sum(axis=0)
+        assert by_rank[:, part] == pytest.approx(counted), PARTS[part]
+
+
+def test_memory_of_the_671b_step_by_hand() -> None:
+    """Four places a stage, both ways through the pipeline; embedding, head, dense layers and MTP on every rank."""
+    plan = make_plan(STEP)
+    attention = 187_105_280 + 1536 + 512 + 2 * 7168  # linear maps, norms of the latents and of the block
+    shared, expert, router = 3 * 7168 * 2048, 3 * 7168 * 2048, 256 * 7168
+    moe = attention + shared + router + 4 * expert
+    dense = attention + 3 * 7168 * 18432
+    elsewhere = 2 * 129280 * 7168 + 7168 + 3 * dense + moe + 2 * 7168**2 + 3 * 7168
+    assert plan.state.working_weights == 4 * (8 * moe + elsewhere)
+    assert plan.state.gradients == plan.state.working_weights
+    assert plan.activations.kept == {"layer input": 17 * 4 * HIDDEN, "arrived from other stages": (2 + 8) * HIDDEN}
+    kept = {(kind, policy): 4096 * sum(kept_of_layer(STEP, kind, policy).values()) for kind, policy in KEPT}
+    tiles = 3 * 128 * 512**2 * 4 + 128 * 4096 * (192 * 4 + 320 * 2) + 128 * 512 * 320 * 4
+    # Gradients of all dense layers at once, of one MoE layer beside its weights; room for what experts are sent.
+    first = 4 * 3 * dense + 3 * kept["dense", "report"] + kept["dense", "none"]
+    layer = 2 * 4 * moe + kept["moe", "none"] + 2 * (2 * 4096 * 8) * (2 * 7168 + 3 * 2048) * 2
+    assert plan.activations.recomputed == pytest.approx(max(first, layer) + tiles)
+    logits, head = 2 * 4096 * 129280 * 4, 2 * 129280 * 7168 * 2
+    assert plan.activations.loss == logits + head + kept["mtp", "report"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "peak"),
+    [
+        ({}, 8_307_085_028, 82_801_510_554),
+        (
+            {
+                "model": V3.replace(num_hidden_layers=15, n_routed_experts=32),
+                "target": Target.parse("h800:32"),
+                "mesh": MeshConfig(stage=4, expert=8),
+                "precision": "bfloat16",
+                "batch_size": 0,
+            },
+            15_267_276_580,
+            87_012_085_930,
+        ),
+        (
+            {
+                "model": V3.replace(num_hidden_layers=16, n_routed_experts=32),
+                "target": Target.parse("h800:128"),
+                "mesh": MeshConfig(stage=4, fsdp=4, expert=8),
+                "precision": "bfloat16",
+                "batch_size": 0,
+                "schedule": "1f1b",
+            },
+            4_024_453_028,
+            29_493_994_090,
+        ),
+        (
+            {
+                "model": V3.replace(num_hidden_layers=16, n_routed_experts=32),
+                "target": Target.parse("h800:64"),
+                "mesh": MeshConfig(stage=4, expert=8, tensor=2),
+                "precision": "bfloat16",
+                "batch_size": 0,
+                "schedule": "zb1p",
+            },
+            8_271_775_652,
+            42_106_271_654,
+        ),
+    ],
+    ids=["671B, FP8, DualPipe", "bfloat16, DualPipe", "bfloat16, 1F1B and FSDP", "bfloat16, ZB1P and tensor"],
+)
+def test_the_compiler_said_so(changes: dict[str, Any], arguments: int, peak: int) -> None:
+    """Bytes that `--compile` found with jax 0.11.2 for H800s; compiling them again takes minutes each."""
+    plan = make_plan(dataclasses.replace(STEP, **changes))
+    assert plan.state.masters + plan.state.moments == pytest.approx(arguments, rel=0.02)
+    assert plan.memory - RESERVED == pytest.approx(peak, rel=0.1)
+
+
+def test_traffic_between_stages_by_hand() -> None:
+    """158 ticks, four arrays in each; four layers out and back, for either way through the pipeline."""
+    plan = make_plan(STEP)
+    flows = {flow.what: flow.sent for flow in plan.flows}
+    assert flows["hidden states and gradients"] == 158 * 4 * HIDDEN
+    layers = 4 * 4 * (187_105_280 + 1536 + 512 + 2 * 7168 + 3 * 7168 * 2048 * 5 + 256 * 7168)
+    assert flows["opposite stages' weights, gradients"] == 2 * layers
+    shared = plan.state.working_weights - 2 * layers
+    assert flows["weights to stages, gradients back"] == pytest.approx(2 * 15 / 16 * (layers + shared), rel=2e-3)
+
+
+@pytest.mark.parametrize(("schedule", "backward"), [("1f1b", 1), ("zb1p", 2)])
+def test_a_split_backward_pass_computes_and_sends_anew(schedule: str, backward: int) -> None:
+    """Both halves compute the layer from its input, but for the first stage's input, whose gradient no one wants."""
+    model = SMALL.replace(num_hidden_layers=4, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    mesh = MeshConfig(stage=4, expert=4)
+    config = staged(model=model, target=Target.parse("h100:16"), mesh=mesh, schedule=schedule)
+    tokens, (d, chosen) = config.passes * 64, (model.hidden_size, model.num_experts_per_tok)
+    plan = make_plan(config)
+    flow = next(flow for flow in plan.flows if "experts" in flow.what)
+    beside = 2 * chosen * 4
+    forward = 2 * d + beside + 2 * d
+    anew = 2 * d + beside + 2 * d + 2 * d + chosen * 4
+    copies = min(chosen, 4)
+    assert flow.sent == pytest.approx(tokens * copies * 3 / 4 * (forward + backward * anew))
+
+    made, once = operations(config), operations(config, once=True)
+    # 64 positions in two chunks: three quarters of the square. One forward unit, and in each half one anew and two.
+    stages = np.array([1 + 3 * (1 if stage == 0 else backward) for stage in range(4)])
+    assert made.attention / once.attention == pytest.approx(1.5 * stages.mean() / 3)
+    # Head once each way; other products forward, and anew with one or two gradients.
+    head, router = 2 * d * model.vocab_size, 4 * 2 * d * model.n_routed_experts
+    unit = (once.products / (3 * config.tokens_a_step / 16) - head - router) + router
+    products = np.mean([4 if stage == 0 or backward == 1 else 6 for stage in range(4)]) * unit + 3 * head
+    assert made.products == pytest.approx(products * config.tokens_a_step / 16)
+
+
+def test_ranks_wait_for_the_busiest_and_hide_nothing() -> None:
+    plan = make_plan(STEP)
+    sent = sum(flow.seconds for flow in plan.flows)
+    assert sent < plan.expected.exposed < 1.5 * sent
+    assert plan.expected.bubble > 0.1 * (plan.expected.fp8_products + plan.expected.attention)
+
+
+@pytest.mark.parametrize(("policy", "products"), [("none", 7), ("report", 9), ("full", 9)])
+def test_attention_is_computed_in_tiles(policy: str, products: int) -> None:
+    """Two products a tile forward and five backward, the forward ones again where the layer is; 36 tiles of 8 x 8."""
+    model = V3.replace(v_head_dim=V3.qk_head_dim)
+    config = PlanConfig(
+        model=model,
+        target=Target.parse("h200:2048"),
+        mesh=MeshConfig(fsdp=32, expert=64),
+        rematerialisation=policy,  # pyright: ignore[reportArgumentType]
+    )
+    causal = operations(config, once=True).attention / 6  # a product of what is on and below the diagonal
+    assert operations(config).attention == pytest.approx(products * causal * 36 / 32)
+
+
+def test_what_travels_between_fsdp_shards() -> None:
+    """Experts and routers as stored, linear maps so in FP8 and else in bfloat16; of the embedding nothing."""
+    sent = {}
+    for precision in ("bfloat16", "fp8"):
+        config = PlanConfig(
+            model=V3, target=Target.parse("h200:2048"), mesh=MeshConfig(fsdp=32, expert=64), precision=precision
+        )
+        sent[precision] = next(flow.sent for flow in make_plan(config).flows if flow.what == "weights gathered")
+    experts, linear = 59 * 4 * 3 * 7168 * 2048, 62 * 187_105_280 + 59 * 3 * 7168 * 2048 + 3 * 3 * 7168 * 18432
+    plain = 129280 * 7168 + 2 * 7168**2  # head, and the MTP module's projection
+    for precision, width in (("bfloat16", 2), ("fp8", 4)):
+        whole = 4 * (experts + 59 * 256 * 7168) + width * linear + 2 * plain
+        assert sent[precision] == pytest.approx(2 * 31 / 32 * whole)
+
+
+def test_the_reports_own_layout_stays() -> None:
+    plan = make_plan(report_run())
+    assert (plan.state.masters, plan.state.working_weights) == (1_438_410_784, 3_288_871_808)
+    assert plan.memory == 83_516_801_984
+    assert plan.bound.total == pytest.approx(7.362924, rel=1e-6)
+    assert plan.expected.total == pytest.approx(9.990290, rel=1e-6)
+
+
+def test_the_layout_is_part_of_a_request() -> None:
+    for config in (STEP, report_run()):
+        assert from_json(to_json(config)) == config
+    values = to_json(STEP)
+    del values["layout"]
+    assert from_json(values).layout == "step"
+
+
+def test_advice_is_of_the_step() -> None:
+    advice = advise(make_plan(dataclasses.replace(STEP, average="device")))
+    assert "--average host" in [item.change for item in advice]
+
+
+def test_collectives_in_branches_are_found() -> None:
+    hlo = """HloModule step
+
+%one (p: f32[8]) -> f32[8] {
+  ROOT %summed = f32[8]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+}
+
+%other (q: f32[8]) -> f32[8] {
+  ROOT %gathered = f32[16]{0} all-gather(%q), replica_groups={{0,1}}, dimensions={0}
+}
+
+ENTRY %main () -> f32[8] {
+  ROOT %chosen = f32[8]{0} conditional(%is, %x, %y), true_computation=%one, false_computation=%other
+}
+"""
+    assert {(item.kind, item.runs) for item in read_collectives(hlo)} == {("all-reduce", 1), ("all-gather", 1)}
