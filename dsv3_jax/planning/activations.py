@@ -106,7 +106,7 @@ def _mixture(config: PlanConfig, policy: str) -> dict[str, float]:
 
 
 def activation_memory(config: PlanConfig, layers: Counter[LayerKind]) -> ActivationMemory:
-    """Of a rank that holds these layers, at the moment it holds most."""
+    """Of a rank that holds these layers, at the moment it holds most; but for the step with stages (`stage_step`)."""
     tokens = config.tokens_a_pass
     in_flight = micro_batches_in_flight(config)
     kept: dict[str, float] = defaultdict(float)
@@ -153,7 +153,7 @@ def exchange_buffers(config: PlanConfig) -> float:
 
 
 def micro_batches_in_flight(config: PlanConfig) -> float:
-    """Micro-batches whose activations a rank holds of every layer it has (table 2 of the report).
+    """Micro-batches whose activations a rank of the report's layout holds of every layer it has (its table 2).
 
     Without stages one. 1F1B and ZB1P hold PP of their stage; DualPipe PP + 1 of its two stages together.
     """

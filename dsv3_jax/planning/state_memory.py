@@ -47,7 +47,7 @@ def groups_of(config: PlanConfig, layers: Counter[LayerKind]) -> list[tuple[Para
 
 
 def state_memory(config: PlanConfig, layers: Counter[LayerKind], *, copies: int = 1) -> StateMemory:
-    """Of a rank that holds these layers.
+    """Of a rank that holds these layers, but for the step with stages (`stage_step`).
 
     Args:
       copies: ranks of the stage axis that hold the same layers (2 under DualPipe), replicas like any others.

@@ -51,7 +51,10 @@ def leaves_node(config: PlanConfig, axis: str) -> bool:
 
 
 def traffic(config: PlanConfig, layers: Counter[LayerKind], *, copies: int = 1) -> list[Traffic]:
-    """Of a rank that holds these layers, `copies` ranks of the stage axis holding the same."""
+    """Of a rank that holds these layers, `copies` ranks of the stage axis holding the same.
+
+    Of the step with stages see `stage_traffic`.
+    """
     found = [
         *_experts(config, layers, copies),
         *_shards(config, layers),
