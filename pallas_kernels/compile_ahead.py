@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import io
 import json
 import os
 import pathlib
@@ -79,29 +80,38 @@ def compile_cases(target: str, cases: Sequence[Case]) -> list[dict[str, Any]]:
 def _compile_for_hopper(case: Case) -> dict[str, Any]:
     from pallas_kernels.hopper_launch import hopper_target
 
-    with tempfile.TemporaryDirectory() as folder, _environment(MOSAIC_GPU_DUMP_TO=folder, MOSAIC_GPU_DUMP_PTX="1"):
-        with hopper_target():
-            seconds, _ = _compile(case, _device("h200", "cuda", topology="1x1x1", target_config=_H200), "cuda")
-        kernels = [_read_ptxas(path) for path in sorted(pathlib.Path(folder).glob("*.ptxas"))]
+    device = _device("h200", "cuda", topology="1x1x1", target_config=_H200)
+    start = time.perf_counter()
+    # Naming the folder while lowering would also write down every step of Mosaic's search for layouts, a quarter of the
+    # time: without it the resources are printed, in the order in which the files' names are numbered.
+    resources = io.StringIO()
+    with hopper_target(), _environment(MOSAIC_GPU_DUMP_RESOURCES="1"), contextlib.redirect_stdout(resources):
+        lowered = _lower(case, device, "cuda")
+    with tempfile.TemporaryDirectory() as folder, _environment(MOSAIC_GPU_DUMP_TO=folder):
+        lowered.compile()
+        seconds = round(time.perf_counter() - start, 2)
+        reports = sorted(pathlib.Path(folder).glob("*.ptxas"), key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+        shared = re.findall(r"smem_scratch_bytes=(\d+)", resources.getvalue())
+        kernels = [_read_ptxas(path, int(size)) for path, size in zip(reports, shared, strict=True)]
     if not kernels:
         raise RuntimeError(f"{case.name}: the compiler wrote no report; does the case contain a Mosaic GPU kernel?")
     return {"case": case.name, "seconds": seconds, "kernels": kernels}
 
 
 def _compile_for_tpu(case: Case, target: str) -> dict[str, Any]:
-    seconds, compiled = _compile(case, _device(TPU_TOPOLOGIES[target], "tpu"), "tpu")
-    memory = compiled.memory_analysis()
+    device = _device(TPU_TOPOLOGIES[target], "tpu")
+    start = time.perf_counter()
+    memory = _lower(case, device, "tpu").compile().memory_analysis()
+    seconds = round(time.perf_counter() - start, 2)
     return {"case": case.name, "seconds": seconds, "program_bytes": memory.generated_code_size_in_bytes}
 
 
-def _compile(case: Case, device: Any, platform: str) -> tuple[float, Any]:
+def _lower(case: Case, device: Any, platform: str) -> Any:
     import jax
 
     sharding = jax.sharding.SingleDeviceSharding(device)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), case.arguments)
-    start = time.perf_counter()
-    compiled = jax.jit(case.function).trace(*arguments).lower(lowering_platforms=(platform,)).compile()
-    return round(time.perf_counter() - start, 2), compiled
+    return jax.jit(case.function).trace(*arguments).lower(lowering_platforms=(platform,))
 
 
 def _device(name: str, platform: str, **options: str) -> Any:
@@ -110,18 +120,17 @@ def _device(name: str, platform: str, **options: str) -> Any:
     return topologies.get_topology_desc(name, platform=platform, **options).devices[0]
 
 
-def _read_ptxas(report: pathlib.Path) -> dict[str, Any]:
-    """One kernel's resources from ptxas's report and Mosaic's own files beside it."""
+def _read_ptxas(report: pathlib.Path, shared_memory_bytes: int) -> dict[str, Any]:
+    """One kernel's resources from ptxas's report and the PTX beside it; Mosaic lays out the shared memory itself."""
     text = report.read_text()
     ptx = report.with_suffix(".ptx").read_text()
-    scratch = report.with_suffix(".resources.txt").read_text()
     return {
         "kernel": re.sub(r"_\d+$", "", report.stem),
         "registers": _number(r"Used (\d+) registers", text),
         "stack_bytes": _number(r"(\d+) bytes stack frame", text),
         "spill_store_bytes": _number(r"(\d+) bytes spill stores", text),
         "spill_load_bytes": _number(r"(\d+) bytes spill loads", text),
-        "shared_memory_bytes": _number(r"smem_scratch_bytes=(\d+)", scratch),
+        "shared_memory_bytes": shared_memory_bytes,
         "serialized_wgmma": "C7510" in text,
         "set_max_registers_ignored": "C7508" in text,
         "tensor_core": sorted(set(re.findall(r"wgmma\.mma_async\S*", ptx))),
