@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -41,6 +41,26 @@ TIMED = ("tokens_per_second", "mfu")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Six steps, a checkpoint every second."""
     return small_run(write_corpus(tmp_path_factory.mktemp("corpus")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Runs of one configuration share their steps, as they would one program in the cache: most of a run is tracing."""
+    steps: dict[tuple[str, str], Callable] = {}
+
+    def sharing(name: str, make: Callable) -> Callable:
+        def made(skeleton, config: RunConfig, *layout) -> Callable:
+            key = name, repr(config)
+            if key not in steps:
+                steps[key] = make(skeleton, config, *layout)
+            return steps[key]
+
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("make_train_step", "make_evaluation_step"):
+            patch.setattr(trainer_module, name, sharing(name, getattr(trainer_module, name)))
+        yield
 
 
 @pytest.fixture(scope="module")
