@@ -23,9 +23,9 @@ def environment(**changes: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)])} | changes
 
 
-def run_simulated(script: Path, *arguments: str) -> Any:
-    """What `script` prints at its end."""
+def run_simulated(script: Path, *arguments: str, **changes: str) -> Any:
+    """What `script` prints at its end; `changes` are of its environment."""
     command = [sys.executable, str(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(**FLAGS), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(**FLAGS, **changes), check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jax.sharding import AbstractMesh
+from simulated import run_simulated
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
@@ -22,22 +19,7 @@ from dsv3_jax.training.pipelined_pass import make_pipelined_pass
 
 def test_pipelines_on_eight_devices_equal_one_device() -> None:
     """Layers that do not divide evenly, a dense layer, MTP, padding, fewer passes than DualPipe wants."""
-    tests = Path(__file__).parents[1]
-    environment = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_X64": "1",
-        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("simulated_pipelines.py"))],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = run_simulated(Path(__file__).with_name("simulated_pipelines.py"), JAX_ENABLE_X64="1")
     chains = results.pop("chains")
     assert set(chains) == {"1f1b", "zb1p", "dualpipe"}
     assert max(value for found in chains.values() for value in found) < 1e-12, chains

@@ -7,7 +7,7 @@ import pytest
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.planning.collectives import read_collectives
-from dsv3_jax.planning.compiled import compile_plan
+from dsv3_jax.planning.compiled import CompiledPlan, compile_plan
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.hardware import Target
 from dsv3_jax.planning.plan import RESERVED, make_plan
@@ -22,6 +22,13 @@ MODEL = ModelConfig.preset(
     first_k_dense_replace=0,
     moe_intermediate_size=128,
     num_nextn_predict_layers=0,
+    # Widths of whole tiles, on a TPU too.
+    num_attention_heads=4,
+    q_lora_rank=128,
+    kv_lora_rank=128,
+    qk_nope_head_dim=96,
+    qk_rope_head_dim=32,
+    v_head_dim=128,
 )
 
 HLO = """HloModule step, entry_computation_layout={()->f32[]}
@@ -79,6 +86,16 @@ def test_a_request_comes_back_equal() -> None:
         assert from_json(to_json(config)) == config
 
 
+def compiled_or_skip(config: PlanConfig) -> CompiledPlan:
+    """Skips where the compilers for the target are not installed."""
+    try:
+        return compile_plan(config)
+    except UserError as error:
+        if "setup-aot" in str(error) or "ptxas" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize(("target", "expert"), [("h200:8", 4), ("v5p:2x2x1", 2)])
 def test_the_compiler_agrees_with_the_paper(target: str, expert: int) -> None:
@@ -86,12 +103,7 @@ def test_the_compiler_agrees_with_the_paper(target: str, expert: int) -> None:
     config = PlanConfig(
         model=MODEL, target=Target.parse(target), mesh=MeshConfig(fsdp=2, expert=expert), sequence_length=128
     )
-    try:
-        compiled = compile_plan(config)
-    except UserError as error:
-        if "setup-aot" in str(error) or "ptxas" in str(error):
-            pytest.skip(str(error))
-        raise
+    compiled = compiled_or_skip(config)
     plan = make_plan(config)
     assert compiled.argument_bytes == pytest.approx(plan.state.masters + plan.state.moments, rel=0.02)
     assert 0.4 < compiled.peak_bytes / (plan.memory - RESERVED) < 2
@@ -101,3 +113,23 @@ def test_the_compiler_agrees_with_the_paper(target: str, expert: int) -> None:
     # gradients of rows and of gates.
     assert (exchange.group, exchange.runs) == (expert, 8 * pieces)
     assert exchange.sent == pytest.approx(next(flow.sent for flow in plan.flows if "experts" in flow.what))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["h200:4", "v5p:2x2x1"])
+def test_a_pipeline_compiles_for_absent_devices(target: str) -> None:
+    """Arguments nearly exactly; weights and gradients change places once, hidden states in every tick."""
+    config = PlanConfig(
+        model=MODEL.replace(num_hidden_layers=2),
+        target=Target.parse(target),
+        mesh=MeshConfig(stage=2, expert=2),
+        sequence_length=128,
+        schedule="1f1b",
+    )
+    compiled = compiled_or_skip(config)
+    plan = make_plan(config)
+    assert compiled.argument_bytes == pytest.approx(plan.state.masters + plan.state.moments, rel=0.02)
+    assert 0.4 < compiled.peak_bytes / (plan.memory - RESERVED) < 2
+    ticks = 2 * config.passes + 2 * (config.mesh.stage - 1)  # a forward or a backward pass each
+    handed_on = next(item for item in compiled.collectives if item.kind == "collective-permute")
+    assert handed_on.runs == 2 * ticks  # hidden states up, gradients down

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from simulated import run_simulated
 
 from dsv3_jax.precision import Precision
 from dsv3_jax.precision.dispatch import TravelFormat, travel_formats
@@ -20,16 +17,7 @@ TOLERANCE = 1e-5  # of float32 sums in another order
 
 def on_eight_devices(script: str) -> dict[str, Any]:
     """What the script beside this file prints."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(script))],
-        capture_output=True,
-        text=True,
-        env=os.environ | flags | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_simulated(Path(__file__).with_name(script))
 
 
 def test_experts_on_eight_devices_equal_one() -> None:
