@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -51,13 +52,22 @@ def once_a_program(*static: str) -> Callable[[Callable[..., Any]], Callable[...,
     """Makes a kernel that a program calls at several places be traced, lowered and compiled there once for each shape.
 
     Without it every place is a kernel of its own: a training step calls each three times and more (the layer, the layer
-    computed anew, the MTP modules), and compiling kernels is most of what compiling the step takes.
+    computed anew, the MTP modules), and compiling kernels is most of what compiling the step takes. Interpreted ones
+    stay as they are: an interpreter's callbacks and what is dispatched behind them can wait for each other for ever.
 
     Args:
       static: arguments that are not arrays.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        return jax.jit(function, static_argnames=static)
+        compiled = jax.jit(function, static_argnames=static)
+
+        @functools.wraps(function)
+        def call(*arguments: Any, interpret: Any = None, **others: Any) -> Any:
+            if interpret is not None:
+                return function(*arguments, interpret=interpret, **others)
+            return compiled(*arguments, **others)
+
+        return call
 
     return decorate

@@ -21,6 +21,9 @@ import pytest
 from dsv3_jax import model
 
 _ROOT = Path(__file__).resolve().parent.parent
+# Interpreted kernels call back into Python, which computes with JAX: behind a queue of programs that is full both would
+# wait for ever.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_compilation_cache_dir", str(_ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

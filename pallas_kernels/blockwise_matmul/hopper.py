@@ -39,7 +39,7 @@ _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
-@once_a_program("out_dtype", "tiling", "interpret")
+@once_a_program("out_dtype", "tiling")
 def matmul(
     a: Quantized,
     b: Quantized,

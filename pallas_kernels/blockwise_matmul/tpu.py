@@ -27,7 +27,7 @@ _TILE_M = 512
 _TILE_N = 512
 
 
-@once_a_program("out_dtype", "interpret")
+@once_a_program("out_dtype")
 def matmul(
     a: Quantized,
     b: Quantized,

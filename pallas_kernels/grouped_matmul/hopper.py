@@ -78,7 +78,7 @@ class Tile(NamedTuple):
     rows_present: Array
 
 
-@once_a_program("out_dtype", "transposed", "tiling", "interpret")
+@once_a_program("out_dtype", "transposed", "tiling")
 def rows_by_weights(
     lhs: Float[Array, "M K"] | Quantized,
     rhs: Float[Array, "G N K"] | Quantized,
@@ -99,7 +99,7 @@ def rows_by_weights(
     return _rows(lhs, rhs, (group, present), form, jnp.dtype(out_dtype), tiling, interpret)
 
 
-@once_a_program("out_dtype", "tiling", "interpret")
+@once_a_program("out_dtype", "tiling")
 def masked(
     lhs: Float[Array, "G M K"] | Quantized,
     rhs: Float[Array, "G N K"] | Quantized,
@@ -123,7 +123,7 @@ def masked(
     return out.reshape(groups, padded, -1)[:, :room]
 
 
-@once_a_program("tiling", "interpret")
+@once_a_program("tiling")
 def rows_by_rows(
     lhs: Float[Array, "M N"] | Quantized,
     rhs: Float[Array, "M K"] | Quantized,

@@ -33,7 +33,7 @@ _DEPTH_TILE = 512
 Interpret = pltpu.InterpretParams | None
 
 
-@once_a_program("out_dtype", "transposed", "interpret")
+@once_a_program("out_dtype", "transposed")
 def rows_by_weights(
     lhs: Float[Array, "M K"] | Quantized,
     rhs: Float[Array, "G N K"] | Quantized,
@@ -52,7 +52,7 @@ def rows_by_weights(
     return _rows(lhs, rhs, group, present, jnp.dtype(out_dtype), transposed, interpret)
 
 
-@once_a_program("out_dtype", "interpret")
+@once_a_program("out_dtype")
 def masked(
     lhs: Float[Array, "G M K"] | Quantized,
     rhs: Float[Array, "G N K"] | Quantized,
@@ -74,7 +74,7 @@ def masked(
     return out.reshape(groups, padded, -1)[:, :room]
 
 
-@once_a_program("interpret")
+@once_a_program()
 def rows_by_rows(
     lhs: Float[Array, "M N"] | Quantized,
     rhs: Float[Array, "M K"] | Quantized,

@@ -32,7 +32,7 @@ HALF = 64  # rows of registers a warpgroup holds at a time
 _MAX_BLOCKS = 4  # on one multiprocessor
 
 
-@once_a_program("tile", "power_of_two_scales", "interpret")
+@once_a_program("tile", "power_of_two_scales")
 def quantize(
     x: Float[Array, "M K"],
     tile: Tile,
@@ -48,7 +48,7 @@ def quantize(
     return _quantize_tiles(x, power_of_two_scales, interpret, rows=False, columns=True)[0].mT
 
 
-@once_a_program("power_of_two_scales", "interpret")
+@once_a_program("power_of_two_scales")
 def quantize_both(
     x: Float[Array, "M K"], power_of_two_scales: bool, *, interpret: plgpu.InterpretGPUParams | None = None
 ) -> tuple[Quantized, Quantized]:
@@ -57,7 +57,7 @@ def quantize_both(
     return rows, columns
 
 
-@once_a_program("power_of_two_scales", "interpret")
+@once_a_program("power_of_two_scales")
 def requantize_transposed(
     q: Quantized, power_of_two_scales: bool, *, interpret: plgpu.InterpretGPUParams | None = None
 ) -> Quantized:

@@ -28,7 +28,7 @@ _MAX_TILES = 8  # of columns in one grid step
 Interpret = pltpu.InterpretParams | None
 
 
-@once_a_program("tile", "power_of_two_scales", "interpret")
+@once_a_program("tile", "power_of_two_scales")
 def quantize(
     x: Float[Array, "M K"], tile: Tile, power_of_two_scales: bool, *, interpret: Interpret = None
 ) -> Quantized:
@@ -40,7 +40,7 @@ def quantize(
     return _quantize_tiles(x, power_of_two_scales, interpret, rows=False, columns=True)[0].mT
 
 
-@once_a_program("power_of_two_scales", "interpret")
+@once_a_program("power_of_two_scales")
 def quantize_both(
     x: Float[Array, "M K"], power_of_two_scales: bool, *, interpret: Interpret = None
 ) -> tuple[Quantized, Quantized]:
@@ -49,7 +49,7 @@ def quantize_both(
     return rows, columns
 
 
-@once_a_program("power_of_two_scales", "interpret")
+@once_a_program("power_of_two_scales")
 def requantize_transposed(q: Quantized, power_of_two_scales: bool, *, interpret: Interpret = None) -> Quantized:
     """The transpose of `q` (1x128 tiles) quantised anew in 1x128 tiles."""
     m, k = q.shape

@@ -34,7 +34,7 @@ _OUT_OF_REACH = float(np.finfo(np.float32).min)  # below every candidate, above 
 Interpret = plgpu.InterpretGPUParams | None
 
 
-@once_a_program("parameters", "interpret")
+@once_a_program("parameters")
 def gate(
     logits: Float[Array, "S T E"],
     bias: Float[Array, " E"] | None,

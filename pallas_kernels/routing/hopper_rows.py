@@ -56,7 +56,7 @@ class _Cut(NamedTuple):
         return pl.ds(chunk * self.pieces, self.pieces)
 
 
-@once_a_program("interpret")
+@once_a_program()
 def permute(
     x: Float[Array, "T d"],
     row_of_slot: Int[Array, " TK"],
@@ -86,7 +86,7 @@ def permute(
     return rows.reshape(-1, x.shape[1])
 
 
-@once_a_program("interpret")
+@once_a_program()
 def combine(
     rows: Float[Array, "M d"],
     gate: Float[Array, "T K"],
@@ -114,7 +114,7 @@ def combine(
     return out.reshape(tokens, width)
 
 
-@once_a_program("interpret")
+@once_a_program()
 def combine_gradient(
     rows: Float[Array, "M d"],
     gate: Float[Array, "T K"],

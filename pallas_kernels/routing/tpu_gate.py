@@ -26,7 +26,7 @@ _MOST_TOKENS = 512  # in one grid step
 _OUT_OF_REACH = float(np.finfo(np.float32).min)  # below every candidate, above the chosen ones' minus infinity
 
 
-@once_a_program("parameters", "interpret")
+@once_a_program("parameters")
 def gate(
     logits: Float[Array, "S T E"],
     bias: Float[Array, " E"] | None,

@@ -26,7 +26,7 @@ _VMEM_BYTES = 48 << 20
 Interpret = pltpu.InterpretParams | None
 
 
-@once_a_program("interpret")
+@once_a_program()
 def permute(
     x: Float[Array, "T d"],
     row_of_slot: Int[Array, " TK"],
@@ -48,7 +48,7 @@ def permute(
     return rows
 
 
-@once_a_program("interpret")
+@once_a_program()
 def combine_gradient(
     rows: Float[Array, "M d"],
     gate: Float[Array, "T K"],
@@ -72,7 +72,7 @@ def combine_gradient(
     return rows_bar, products[row_of_slot, 0].reshape(gate.shape)
 
 
-@once_a_program("interpret")
+@once_a_program()
 def combine(
     rows: Float[Array, "M d"],
     gate: Float[Array, "T K"],
