@@ -156,7 +156,12 @@ def _search(options: PlanOptions) -> int:
 
     if options.mesh:
         raise UserError("--search chooses the mesh itself: leave out --mesh")
-    found = search(count=options.search, compile_best=options.compile, **_run(options))
+    found = search(
+        count=options.search,
+        compile_best=options.compile,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+        **_run(options),
+    )
     if not found:
         raise UserError(f"no mesh of {options.target} divides this model and batch; change --target or --batch-size")
     text = json.dumps(search_as_dict(found), indent=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich import box
@@ -52,11 +52,18 @@ class Candidate:
 
 
 def search(
-    model: ModelConfig, target: Target, count: int, *, compile_best: bool = False, **run: Any
+    model: ModelConfig,
+    target: Target,
+    count: int,
+    *,
+    compile_best: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    **run: Any,
 ) -> list[Candidate]:
     """The `count` best meshes for a run.
 
     Args:
+      say: is told what is compiled next, which takes minutes.
       run: the other fields of PlanConfig.
       compile_best: compile the best of those on paper and rank these before the others.
     """
@@ -70,7 +77,11 @@ def search(
     if not compile_best:
         return found
     chosen, rest = found[:_COMPILED], found[_COMPILED:]
-    return [*sorted(map(_compiled, chosen), key=lambda candidate: candidate.rank), *rest]
+    compiled = []
+    for number, candidate in enumerate(chosen, start=1):
+        say(f"compiling {number} of {len(chosen)}: {candidate.plan.config.mesh.written}")
+        compiled.append(_compiled(candidate))
+    return [*sorted(compiled, key=lambda candidate: candidate.rank), *rest]
 
 
 def meshes(model: ModelConfig, devices: int) -> Iterator[MeshConfig]:
