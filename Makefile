@@ -8,7 +8,7 @@ RUN ?= runs/nano
 
 help:
 	@echo "make train   train the 'nano' preset on Python's own source code (about 5 minutes on 2 cores) into $(RUN)"
-	@echo "make test    lint, type check and run the whole test suite (under 10 minutes on 2 cores)"
+	@echo "make test    lint, type check and run the whole test suite (about a quarter of an hour on 2 cores)"
 	@echo "make setup   only create $(VENV) with the package and the dsv3 command in it"
 
 setup: $(VENV)/.installed
