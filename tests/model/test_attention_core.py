@@ -192,11 +192,11 @@ def test_the_program_does_not_grow_with_the_length():
 
 @pytest.mark.parametrize("policy", ["report", "products"])  # by names, and by what operation it is
 def test_layers_in_a_loop_that_are_computed_anew(policy):
-    """Gradients through stacked layers are those of the layers one after the other."""
-    (q, k, _, _), weights = inputs(2 * CHUNK - 1, np.float32), np.random.default_rng(1).normal(size=(2, QK, QK))
+    """Gradients through stacked layers are those of the layers one after the other, in float64."""
+    (q, k, _, _), weights = inputs(2 * CHUNK - 1, np.float64), np.random.default_rng(1).normal(size=(2, QK, QK))
 
     def layer(x, weight):
-        return x + tiled_attention(x @ weight, jnp.asarray(k), x, None, 0.3, CHUNK)
+        return x + tiled_attention(x @ weight, k, x, None, 0.3, CHUNK)
 
     def in_a_loop(x, weights):
         body = rematerialise(layer, policy)
@@ -205,13 +205,17 @@ def test_layers_in_a_loop_that_are_computed_anew(policy):
     def one_after_the_other(x, weights):
         plainly = functools.partial(causal_attention, scale=0.3)
         for weight in weights:
-            x = x + plainly(x @ weight, jnp.asarray(k), x)
+            x = x + plainly(x @ weight, k, x)
         return x.sum()
 
-    arguments = jnp.asarray(q), jnp.asarray(weights, jnp.float32)
-    ours, theirs = (jax.jit(jax.grad(f, (0, 1)))(*arguments) for f in (in_a_loop, one_after_the_other))
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+    with jax.enable_x64(True):
+        k = jnp.asarray(k)
+        gradients = [
+            jax.jit(jax.grad(f, (0, 1)))(jnp.asarray(q), jnp.asarray(weights)) for f in (in_a_loop, one_after_the_other)
+        ]
+    for a, b in zip(*gradients, strict=True):
+        assert a.dtype == np.float64
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-13 * np.abs(b).max())
 
 
 def test_inside_a_manual_mesh():
