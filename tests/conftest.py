@@ -44,6 +44,7 @@ _LONGEST = (
     "test_pipeline_executor",
     "test_two_processes",
     "test_mesh_axes_in_pairs",
+    "test_mesh_axes_with_stages",
     "test_mesh_axes_alone",
     "test_golden",
     "test_generate",

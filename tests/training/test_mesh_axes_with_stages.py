@@ -1,0 +1,33 @@
+"""Pipeline stages alone and beside each other axis: a step on simulated devices equals the step on one.
+
+`tests/pipeline` has three axes together, and says more of the pipeline.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from simulated import run_simulated
+from test_mesh_axes_alone import check_equal
+
+_SCRIPT = Path(__file__).with_name("simulated_training.py")
+MESHES = ("stage=2", "stage=2,data=4", "stage=2,fsdp=4", "stage=2,expert=4", "stage=2,tensor=2")
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, Any]]:
+    return run_simulated(_SCRIPT, "staged", *MESHES)
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_step_equals_one_device(results: dict[str, dict[str, Any]], mesh: str) -> None:
+    check_equal(results[mesh])
+
+
+def test_stages_divide_parameters_and_moments(results: dict[str, dict[str, Any]]) -> None:
+    """Moments are divided over replicas too (ZeRO-1)."""
+    for found in results.values():
+        assert found["parameters"] < 0.6
+    assert results["stage=2,data=4"]["moments"] < 0.2
