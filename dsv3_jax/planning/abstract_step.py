@@ -15,6 +15,7 @@ from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import make_mesh
+from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
 from dsv3_jax.sharding.rules import batch_spec
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.layout import Layout
@@ -46,7 +47,9 @@ def run_of(config: PlanConfig) -> RunConfig:
 def traced_step(config: PlanConfig, devices: Sequence[Any]) -> Any:
     """`make_train_step`'s step traced for these devices, ready to be lowered."""
     mesh = make_mesh(config.mesh, devices)
-    layout = Layout(mesh, config.zero)
+    stages = config.mesh.stage
+    layers = moe_layers_of_stages(config.model, stages) if stages > 1 else ()
+    layout = Layout(mesh, config.zero, layers=layers)
     run = run_of(config)
 
     def make() -> DeepSeekV3:

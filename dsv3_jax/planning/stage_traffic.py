@@ -110,8 +110,8 @@ def _once(config: PlanConfig) -> list[Traffic]:
         own = (weight.in_stage - weight.opposite) * master
         if weight.kind != "moe":
             exchanged += 2 * others * own  # gathered, or left whole and summed by an all-reduce
-        elif weight.cut is None:  # cut by layers, but not as the stages are: every rank gathers all, and gives all back
-            exchanged += 2 * others * own * mesh.stage
+        elif weight.cut is None:  # every rank has all of it, and of its gradient too
+            exchanged += others * own * mesh.stage
         elif weight.cut != 0:
             exchanged += 2 * others * own
         opposite += 2 * weight.opposite * master

@@ -21,7 +21,7 @@ from dsv3_jax.planning.parameter_shapes import parameter_shapes
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
 from dsv3_jax.sharding.ranks import axes_of
-from dsv3_jax.sharding.rules import BATCH_AXES, ZERO, parameter_specs
+from dsv3_jax.sharding.rules import BATCH_AXES, parameter_specs, rules_over_stages
 
 _STAGE = "stage"
 
@@ -63,12 +63,11 @@ def stage_weights(config: PlanConfig) -> tuple[StageWeight, ...]:
 def _stage_weights(model: ModelConfig, mesh: MeshConfig, directions: int, zero: bool) -> tuple[StageWeight, ...]:
     tree = parameter_shapes(model)
     layers = moe_layers_of_stages(model, mesh.stage)
-    uneven = len(set(layers)) > 1
     # The rules ask a mesh for the sizes of its axes and for nothing else.
     on: Any = AbstractMesh(tuple(mesh.sizes.values()), tuple(mesh.sizes))
     shapes = jax.tree_util.tree_leaves_with_path(tree)
-    specs = _leaves(parameter_specs(tree, on))
-    moments = _leaves(parameter_specs(tree, on, ZERO)) if zero else specs
+    specs = _leaves(parameter_specs(tree, on, rules_over_stages(layers)))
+    moments = _leaves(parameter_specs(tree, on, rules_over_stages(layers, zero=True))) if zero else specs
     found = []
     for (path, shape), spec, moment in zip(shapes, specs, moments, strict=True):
         kind = _KINDS[str(path[0].key)]
@@ -81,8 +80,6 @@ def _stage_weights(model: ModelConfig, mesh: MeshConfig, directions: int, zero: 
         in_state, of_moment = (elements / _ways(one, mesh) for one in (spec, moment))
         axes = [axes_of(entry) for entry in spec]
         cut = next((dimension for dimension, names in enumerate(axes) if _STAGE in names), None)
-        if kind == "moe" and cut == 0 and uneven:  # equal parts of layers are not what the stages hold
-            cut = None
         replicas = tuple(axis for axis in BATCH_AXES if all(axis not in names for names in axes))
         found.append(StageWeight(kind, in_state, of_moment, working + opposite, opposite, cut, replicas))
     return tuple(found)

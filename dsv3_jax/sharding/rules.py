@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,6 +42,17 @@ class AxisRules:
 
 ZERO = AxisRules(embed=("fsdp", "stage", "data"), wide=("tensor", "expert"), latent=("expert",))
 """Of optimizer state: divided over replicas of the parameters too, over which nothing is multiplied (ZeRO-1)."""
+
+
+def rules_over_stages(layers: Sequence[int], zero: bool = False) -> AxisRules:
+    """Of parameters, or of optimizer state with `zero`, where pipeline stages hold so many of the stacked layers each.
+
+    Equal parts of a stack are what the stages hold only where they hold equally many; elsewhere every matrix is cut
+    over the stages by its width.
+    """
+    rules = ZERO if zero else AxisRules()
+    return rules if len(set(layers)) <= 1 else dataclasses.replace(rules, layers=())
+
 
 WITHIN_A_STAGE = AxisRules(embed=("fsdp",), layers=())
 """Of parameters that a pipeline stage works with: all of its own layers and of what every stage has."""

@@ -21,7 +21,7 @@ from dsv3_jax.sharding.embedding_lookup import LookupOnRanks
 from dsv3_jax.sharding.expert_parallel import distribute_experts
 from dsv3_jax.sharding.linear_on_ranks import distribute_linear_maps
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
-from dsv3_jax.sharding.rules import BATCH_AXES, ZERO, batch_spec, shardings
+from dsv3_jax.sharding.rules import BATCH_AXES, batch_spec, rules_over_stages, shardings
 from dsv3_jax.training.state import TrainState
 
 Tree = Any
@@ -36,11 +36,13 @@ class Layout:
       mesh: the devices, or None.
       zero: whether optimizer state is divided over the replicas of its parameters.
       overlap: whether tokens go to experts in two halves (`ExpertExchange`).
+      layers: MoE layers of every pipeline stage.
     """
 
     mesh: Mesh | None = None
     zero: bool = True
     overlap: bool = False
+    layers: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -49,6 +51,7 @@ class Layout:
         *,
         zero: bool = True,
         overlap: bool = False,
+        layers: tuple[int, ...] = (),
         devices: Sequence[jax.Device] | None = None,
     ) -> Layout:
         """Over `devices`, all of all processes unless given.
@@ -58,7 +61,7 @@ class Layout:
         """
         devices = jax.devices() if devices is None else devices
         sizes = sizes.resolve(len(devices))
-        return cls(None if len(devices) == 1 else make_mesh(sizes, devices), zero, overlap)
+        return cls(None if len(devices) == 1 else make_mesh(sizes, devices), zero, overlap, layers)
 
     @property
     def batch_ranks(self) -> int:
@@ -86,10 +89,11 @@ class Layout:
         """
         if self.mesh is None:
             return jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), state)
-        places: TrainState = shardings(state, self.mesh)
+        places: TrainState = shardings(state, self.mesh, rules_over_stages(self.layers))
         if not self.zero:
             return places
-        return dataclasses.replace(places, optimizer=shardings(state.optimizer, self.mesh, ZERO))
+        divided = rules_over_stages(self.layers, zero=True)
+        return dataclasses.replace(places, optimizer=shardings(state.optimizer, self.mesh, divided))
 
     def make_state(self, make: Callable[[], TrainState]) -> TrainState:
         """`make()` compiled so that no device ever holds more than its part."""
@@ -109,7 +113,7 @@ class Layout:
         """Inside a compiled step: gradients are summed to where the optimizer's moments lie, not to everywhere."""
         if self.mesh is None:
             return gradients
-        rules = ZERO if self.zero else None
+        rules = rules_over_stages(self.layers, self.zero)
         return jax.lax.with_sharding_constraint(gradients, shardings(gradients, self.mesh, rules))
 
     def replicate(self, tree: Tree) -> Tree:

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from dsv3_jax.sharding.pipeline_executor import AXIS
 from dsv3_jax.sharding.ranks import axes_of, without_axes
-from dsv3_jax.sharding.rules import BATCH_AXES, parameter_specs
+from dsv3_jax.sharding.rules import BATCH_AXES, parameter_specs, rules_over_stages
 
 Tree = Any
 """A pytree of arrays, or of `Place`s."""
@@ -46,25 +46,23 @@ def taken_axes(mesh: Mesh) -> set[str]:
     return {AXIS, *BATCH_AXES} | ({"tensor"} if mesh.shape["tensor"] == 1 else set())
 
 
-def places(tree: Tree, mesh: Mesh, layers: Sequence[int] = ()) -> Tree:
+def places(tree: Tree, mesh: Mesh, layers: Sequence[int]) -> Tree:
     """A `Place` for every leaf.
 
     Args:
       tree: parameters by their paths in the whole tree.
-      layers: of the stages, where the leaves are stacked layers that each stage has some of.
+      layers: how many of the stacked layers each stage has.
     """
-    uneven = len(set(layers)) > 1
 
     def of(spec: PartitionSpec) -> Place:
         spec = without_axes(spec, set(mesh.axis_names) - taken_axes(mesh))
-        if uneven and spec and AXIS in axes_of(spec[0]):  # equal parts of layers are not what the stages hold
-            spec = PartitionSpec(None, *spec[1:])
         axes = [axes_of(entry) for entry in spec]
         cut = next((dimension for dimension, names in enumerate(axes) if AXIS in names), None)
         on_one = {name for names in axes for name in names}
         return Place(spec, cut, tuple(axis for axis in BATCH_AXES if axis not in on_one))
 
-    return jax.tree.map(of, parameter_specs(tree, mesh), is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    found = parameter_specs(tree, mesh, rules_over_stages(layers))
+    return jax.tree.map(of, found, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
 def specs(tree_of_places: Tree) -> Tree:

@@ -68,7 +68,7 @@ def make_pipelined_pass(
         del model.moe_blocks
         graph, shared, rest = nnx.split(model, nnx.Param, ...)
         of_blocks = pipeline_weights.places({"moe_blocks": blocks}, mesh, layers)["moe_blocks"]
-        of_shared = pipeline_weights.places(shared, mesh)
+        of_shared = pipeline_weights.places(shared, mesh, layers)
         run_stage = functools.partial(
             _run_rank,
             config=config,

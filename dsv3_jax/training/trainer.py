@@ -100,10 +100,11 @@ def _layout(config: RunConfig) -> Layout:
     """The run's layout over the devices there are, once they are known to suit."""
     sizes = config.mesh.resolve(jax.device_count())
     sizes.check(config.model, config.training.rows_per_pass)
+    layers: tuple[int, ...] = ()
     if sizes.stage > 1:
-        moe_layers_of_stages(config.model, sizes.stage)
+        layers = moe_layers_of_stages(config.model, sizes.stage)
         check_passes(config, config.training.pipeline_schedule, sizes.stage, sizes.batch_ranks)
-    return Layout.of(sizes, zero=config.training.zero, overlap=config.training.overlap_exchange)
+    return Layout.of(sizes, zero=config.training.zero, overlap=config.training.overlap_exchange, layers=layers)
 
 
 class _Run:

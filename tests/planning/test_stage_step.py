@@ -31,7 +31,7 @@ from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.sharding.pipeline_schedules import ScheduleName, make_schedule
 from dsv3_jax.sharding.pipeline_simulation import Durations
 from dsv3_jax.sharding.pipeline_tables import Places, lockstep, lockstep_time, moe_layers_of_stages
-from dsv3_jax.sharding.rules import ZERO, shardings
+from dsv3_jax.sharding.rules import rules_over_stages, shardings
 from dsv3_jax.training import pipeline_weights
 
 GIB = 2**30
@@ -88,7 +88,7 @@ def counted_from_the_step(config: PlanConfig) -> dict[str, float]:
 
     working = 0.0
     for name, branch in params.items():
-        lies = pipeline_weights.places({name: branch}, mesh, layers if name == "moe_blocks" else ())
+        lies = pipeline_weights.places({name: branch}, mesh, layers)
         for leaf, place in zip(jax.tree.leaves(branch), jax.tree.leaves(lies), strict=True):
 
             def arrive(part: Any, place: Any = place, name: Any = name) -> Any:
@@ -107,7 +107,11 @@ def counted_from_the_step(config: PlanConfig) -> dict[str, float]:
             )
             elements = jax.eval_shape(jax.jit(run), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape[1]
             working += elements * (directions if name == "moe_blocks" else 1)
-    return {"masters": parts(None), "moments": parts(ZERO if config.zero else None), "working": working}
+    return {
+        "masters": parts(rules_over_stages(layers)),
+        "moments": parts(rules_over_stages(layers, config.zero)),
+        "working": working,
+    }
 
 
 @pytest.mark.parametrize(
@@ -116,6 +120,10 @@ def counted_from_the_step(config: PlanConfig) -> dict[str, float]:
         {"mesh": MeshConfig(stage=4, data=2, fsdp=2, expert=4)},  # by layers: one MoE layer a stage
         {"mesh": MeshConfig(stage=2, data=4, fsdp=2, expert=4), "schedule": "1f1b"},  # four layers are not halves
         {"mesh": MeshConfig(stage=4, data=4, fsdp=2, expert=2), "zero": False},
+        {  # one and three of four layers
+            "model": SMALL.replace(num_hidden_layers=6, first_k_dense_replace=2),
+            "mesh": MeshConfig(stage=2, data=4, fsdp=2, expert=4),
+        },
         {
             "model": V3,
             "target": Target.parse("h800:2048"),

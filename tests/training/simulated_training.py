@@ -14,6 +14,7 @@ from small_runs import SETTINGS, random_batch, small_run
 
 from dsv3_jax import model as model_module
 from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.layout import Layout
 from dsv3_jax.training.starting_state import starting_state
@@ -24,10 +25,12 @@ RATE = float(SETTINGS.learning_rate)
 
 
 def run_of(kind: str) -> RunConfig:
-    """One MoE layer (small); two of them in four passes (staged)."""
-    if kind == "staged":
+    """One MoE layer (small); two of them in four passes (staged); four, of which the first stage has one (uneven)."""
+    if kind in ("staged", "uneven"):
         run = small_run(batch_size=16, micro_batch_size=4)
-        return dataclasses.replace(run, model=run.model.replace(first_k_dense_replace=0, num_nextn_predict_layers=0))
+        dense, layers = (2, 6) if kind == "uneven" else (0, run.model.num_hidden_layers)
+        changes = {"num_hidden_layers": layers, "first_k_dense_replace": dense, "num_nextn_predict_layers": 0}
+        return dataclasses.replace(run, model=run.model.replace(**changes))
     run = small_run(batch_size=8, micro_batch_size=0, loss_chunk=32)
     changes = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
     return dataclasses.replace(run, model=run.model.replace(**changes))
@@ -84,7 +87,8 @@ def main(kind: str, *meshes: str) -> None:
     results = {}
     for text in meshes:
         sizes = MeshConfig.parse(text)
-        layout = Layout.of(sizes, devices=jax.devices()[: np.prod(list(sizes.sizes.values()))])
+        layers = moe_layers_of_stages(config.model, sizes.stage)
+        layout = Layout.of(sizes, layers=layers, devices=jax.devices()[: np.prod(list(sizes.sizes.values()))])
         results[text] = compare(one, step_on(config, layout)) | divided(layout, config)
     print(json.dumps(results))
 

@@ -26,6 +26,13 @@ def test_step_equals_one_device(results: dict[str, dict[str, Any]], mesh: str) -
     check_equal(results[mesh])
 
 
+def test_stages_of_unequal_numbers_of_layers() -> None:
+    """One and three of four MoE layers: matrices are cut over the stages by width, so that parts are equal again."""
+    (found,) = run_simulated(_SCRIPT, "uneven", "stage=2").values()
+    check_equal(found)
+    assert found["parameters"] < 0.51
+
+
 def test_stages_divide_parameters_and_moments(results: dict[str, dict[str, Any]]) -> None:
     """Moments are divided over replicas too (ZeRO-1)."""
     for found in results.values():
