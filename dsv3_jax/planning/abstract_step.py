@@ -47,9 +47,7 @@ def run_of(config: PlanConfig) -> RunConfig:
 def traced_step(config: PlanConfig, devices: Sequence[Any]) -> Any:
     """`make_train_step`'s step traced for these devices, ready to be lowered."""
     mesh = make_mesh(config.mesh, devices)
-    stages = config.mesh.stage
-    layers = moe_layers_of_stages(config.model, stages) if stages > 1 else ()
-    layout = Layout(mesh, config.zero, layers=layers)
+    layout = Layout(mesh, config.zero, layers=moe_layers_of_stages(config.model, config.mesh.stage))
     run = run_of(config)
 
     def make() -> DeepSeekV3:

@@ -173,10 +173,10 @@ def moe_layers_of_stages(model: ModelConfig, stages: int) -> tuple[int, ...]:
     are dealt out over the others.
 
     Raises:
-      ConfigError: more stages than MoE layers.
+      ConfigError: several stages, and more of them than MoE layers.
     """
     moe, dense = model.num_moe_layers, model.num_dense_layers
-    if stages > moe:
+    if stages > max(moe, 1):
         near = f"use {moe} or fewer" if moe else "it has none: use stage=1"
         raise ConfigError(
             f"mesh.stage ({stages}) must not exceed the model's {moe} MoE layers, which it divides; {near}"

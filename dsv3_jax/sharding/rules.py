@@ -25,7 +25,7 @@ class AxisRules:
 
     Attributes:
       embed: the hidden size, in every matrix one side; what FSDP divides, and the stages where they do not divide the
-        layers.
+        layers evenly.
       wide: heads, feed-forward widths and the vocabulary: what tensor parallelism divides.
       latent: outputs of the down-projections, routers.
       expert: routed experts.   expert_width: their inner width.
@@ -42,17 +42,6 @@ class AxisRules:
 
 ZERO = AxisRules(embed=("fsdp", "stage", "data"), wide=("tensor", "expert"), latent=("expert",))
 """Of optimizer state: divided over replicas of the parameters too, over which nothing is multiplied (ZeRO-1)."""
-
-
-def rules_over_stages(layers: Sequence[int], zero: bool = False) -> AxisRules:
-    """Of parameters, or of optimizer state with `zero`, where pipeline stages hold so many of the stacked layers each.
-
-    Equal parts of a stack are what the stages hold only where they hold equally many; elsewhere every matrix is cut
-    over the stages by its width.
-    """
-    rules = ZERO if zero else AxisRules()
-    return rules if len(set(layers)) <= 1 else dataclasses.replace(rules, layers=())
-
 
 WITHIN_A_STAGE = AxisRules(embed=("fsdp",), layers=())
 """Of parameters that a pipeline stage works with: all of its own layers and of what every stage has."""
@@ -75,6 +64,20 @@ _DIMENSIONS: dict[tuple[str, ...], tuple[str | None, ...]] = {
     ("experts", "down"): ("expert", "embed", "expert_width"),
 }
 _STACKED = ("dense_blocks", "moe_blocks")
+
+
+def rules_over_stages(layers: Sequence[int], zero: bool = False) -> AxisRules:
+    """The rules where pipeline stages hold so many of the stacked MoE layers each (report section 3.2.1).
+
+    Equal parts of a stack are what the stages hold only where they hold equally many; elsewhere every matrix is cut
+    over the stages by its width.
+
+    Args:
+      layers: one number a stage, or none.
+      zero: of optimizer state that is divided over replicas, instead of parameters.
+    """
+    rules = ZERO if zero else AxisRules()
+    return rules if len(set(layers)) <= 1 else dataclasses.replace(rules, layers=())
 
 
 def parameter_specs(tree: Tree, mesh: Mesh, rules: AxisRules | None = None) -> Tree:

@@ -36,7 +36,7 @@ class Layout:
       mesh: the devices, or None.
       zero: whether optimizer state is divided over the replicas of its parameters.
       overlap: whether tokens go to experts in two halves (`ExpertExchange`).
-      layers: MoE layers of every pipeline stage.
+      layers: how many MoE layers each pipeline stage holds; one number without stages, or none.
     """
 
     mesh: Mesh | None = None

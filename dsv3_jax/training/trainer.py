@@ -100,9 +100,8 @@ def _layout(config: RunConfig) -> Layout:
     """The run's layout over the devices there are, once they are known to suit."""
     sizes = config.mesh.resolve(jax.device_count())
     sizes.check(config.model, config.training.rows_per_pass)
-    layers: tuple[int, ...] = ()
+    layers = moe_layers_of_stages(config.model, sizes.stage)
     if sizes.stage > 1:
-        layers = moe_layers_of_stages(config.model, sizes.stage)
         check_passes(config, config.training.pipeline_schedule, sizes.stage, sizes.batch_ranks)
     return Layout.of(sizes, zero=config.training.zero, overlap=config.training.overlap_exchange, layers=layers)
 

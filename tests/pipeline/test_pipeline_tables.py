@@ -95,6 +95,8 @@ def test_lockstep_takes_no_less_than_ranks_that_wait_for_none(name: Any):
     ("layers", "dense", "stages", "expected"),
     [
         (61, 3, 16, (1, *[4] * 14, 1)),
+        (61, 3, 2, (28, 30)),
+        (3, 3, 1, (0,)),
         (4, 1, 2, (1, 2)),
         (3, 0, 2, (2, 1)),
         (4, 0, 4, (1, 1, 1, 1)),

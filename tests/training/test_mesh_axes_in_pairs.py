@@ -1,4 +1,4 @@
-"""Every two axes of the mesh together: a training step on simulated devices equals the step on one."""
+"""Two of data, fsdp, expert and tensor, each two of them, and three: a step on a mesh equals the step on one device."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ MESHES = (
     "fsdp=2,expert=4",
     "fsdp=4,tensor=2",
     "expert=4,tensor=2",
+    "data=2,fsdp=2,expert=2",
+    "fsdp=2,expert=2,tensor=2",
 )
 
 

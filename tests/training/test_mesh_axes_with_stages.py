@@ -1,6 +1,6 @@
-"""Pipeline stages alone and beside each other axis: a step on simulated devices equals the step on one.
+"""Pipeline stages alone and beside other axes: a step on simulated devices equals the step on one.
 
-`tests/pipeline` has three axes together, and says more of the pipeline.
+`tests/pipeline` has stages beside fsdp and tensor together, and says more of the pipeline.
 """
 
 from __future__ import annotations
@@ -13,7 +13,14 @@ from simulated import run_simulated
 from test_mesh_axes_alone import check_equal
 
 _SCRIPT = Path(__file__).with_name("simulated_training.py")
-MESHES = ("stage=2", "stage=2,data=4", "stage=2,fsdp=4", "stage=2,expert=4", "stage=2,tensor=2")
+MESHES = (
+    "stage=2",
+    "stage=2,data=4",
+    "stage=2,fsdp=4",
+    "stage=2,expert=4",
+    "stage=2,tensor=2",
+    "stage=2,data=2,expert=2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,3 +45,4 @@ def test_stages_divide_parameters_and_moments(results: dict[str, dict[str, Any]]
     for found in results.values():
         assert found["parameters"] < 0.6
     assert results["stage=2,data=4"]["moments"] < 0.2
+    assert results["stage=2,data=2,expert=2"]["moments"] < 0.4
