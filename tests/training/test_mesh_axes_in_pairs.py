@@ -1,4 +1,4 @@
-"""Two of data, fsdp, expert and tensor, each two of them, and three: a step on a mesh equals the step on one device."""
+"""Axes of the mesh other than stages, every two of them and some three: a step there equals the step on one device."""
 
 from __future__ import annotations
 
