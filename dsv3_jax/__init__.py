@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dsv3_jax.model import DeepSeekV3, ModelOutput, router_biases, set_router_biases
     from dsv3_jax.precision import Precision
     from dsv3_jax.presets import presets
-    from dsv3_jax.training.checkpoints import load_checkpoint
+    from dsv3_jax.runs.checkpoints import load_checkpoint
 
 _HOMES = {
     "ConfigError": "dsv3_jax.errors",
@@ -36,7 +36,7 @@ _HOMES = {
     "RopeScaling": "dsv3_jax.config",
     "UserError": "dsv3_jax.errors",
     "generate": "dsv3_jax.inference.generate",
-    "load_checkpoint": "dsv3_jax.training.checkpoints",
+    "load_checkpoint": "dsv3_jax.runs.checkpoints",
     "load_hf": "dsv3_jax.interop",
     "presets": "dsv3_jax.presets",
     "router_biases": "dsv3_jax.model",

@@ -1,6 +1,6 @@
 """What every experiment that trains shares: sizes, arms run by the public trainer, figures, results with their spread.
 
-An arm is one run of `dsv3_jax.training.trainer.train` in a folder of its own: it goes on where it was stopped, and a
+An arm is one run of `dsv3_jax.runs.loop.train` in a folder of its own: it goes on where it was stopped, and a
 finished arm is read, not run again.
 """
 
@@ -28,12 +28,12 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.runs.loop import train
+from dsv3_jax.runs.metrics import read_metrics
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
-from dsv3_jax.training.metrics import read_metrics
-from dsv3_jax.training.run_folder import RunFolder
 from dsv3_jax.training.schedules import Schedule
-from dsv3_jax.training.trainer import train
 
 RESULTS = Path(__file__).parent / "results"
 SCALES = ("tiny", "small", "1b")

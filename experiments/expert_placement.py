@@ -43,9 +43,9 @@ from jaxtyping import Array, Float, Int
 
 import dsv3_jax as dsv3
 from dsv3_jax.data import prepare_data
+from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.sharding.placed_experts import with_placed_experts
 from dsv3_jax.sharding.placement import Placement, place_experts
-from dsv3_jax.training.run_folder import RunFolder
 
 Recording = Float[np.ndarray, "windows layers E"]
 """Tokens that each expert served, window after window."""

@@ -17,7 +17,7 @@ from flax import nnx
 
 import dsv3_jax as dsv3
 from dsv3_jax.data import prepare_data
-from dsv3_jax.training.run_folder import RunFolder
+from dsv3_jax.runs.folder import RunFolder
 
 ARMS = {
     "loss-based": {"balance": "sequence", "schedule": {"balance_weight": 0.01, "bias_update_speed": 0.0}},

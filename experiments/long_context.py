@@ -51,8 +51,8 @@ from dsv3_jax.config import ModelConfig, RopeScaling
 from dsv3_jax.data import DataConfig
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.training.checkpoints import make_model
-from dsv3_jax.training.run_folder import RunFolder
+from dsv3_jax.runs.checkpoints import make_model
+from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.training.schedules import Schedule
 
 FACTOR = 40.0  # s

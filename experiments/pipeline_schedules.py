@@ -15,8 +15,8 @@ import matplotlib.pyplot as plt
 from command_line import CommandLine, folder, whole_number
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.sharding.pipeline_schedules import make_schedule
-from dsv3_jax.sharding.pipeline_simulation import (
+from dsv3_jax.pipeline.schedules import make_schedule
+from dsv3_jax.pipeline.simulation import (
     Durations,
     Timed,
     label,

@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     if len(positional) != 1:
         raise UserError("give one run folder, such as: dsv3 eval runs/nano")
     from dsv3_jax.cli.compilation_cache import keep_compiled_programs
-    from dsv3_jax.training.evaluation import evaluate_run
+    from dsv3_jax.runs.evaluation import evaluate_run
 
     keep_compiled_programs()
     step, result = evaluate_run(Path(positional[0]))

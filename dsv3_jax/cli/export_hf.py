@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     if options.target.is_symlink() or options.target.exists():
         raise UserError(f"{options.target}: is there already; choose a new folder")
     from dsv3_jax.interop import save_hf
-    from dsv3_jax.training.checkpoints import load_checkpoint
+    from dsv3_jax.runs.checkpoints import load_checkpoint
 
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"dsv3: note: {message}", file=sys.stderr)
@@ -80,6 +80,6 @@ def _parser() -> argparse.ArgumentParser:
 def _original(run: Path) -> Layout | None:
     """How an imported checkpoint was stored, where the run is one and was not trained since."""
     from dsv3_jax.interop.layout import load_record
-    from dsv3_jax.training.run_folder import RunFolder
+    from dsv3_jax.runs.folder import RunFolder
 
     return load_record(run / "published", RunFolder(run).read_config().model)

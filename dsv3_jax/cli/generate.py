@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
 
     from dsv3_jax.cli.compilation_cache import keep_compiled_programs
     from dsv3_jax.inference import complete, stream
-    from dsv3_jax.training.checkpoints import load_checkpoint
+    from dsv3_jax.runs.checkpoints import load_checkpoint
 
     keep_compiled_programs()
     model, tokenizer, _ = load_checkpoint(arguments.run)

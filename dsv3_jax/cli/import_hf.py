@@ -116,8 +116,8 @@ def _tokenizer(source: Path, named: str | None, config: ModelConfig) -> Tokenize
 
 def _write_run(folder: Path, model: object, tokenizer: Tokenizer, config: ModelConfig) -> None:
     """A run's folder at step 0: configuration, tokenizer and one checkpoint."""
-    from dsv3_jax.training.checkpoints import Checkpoints, Progress
-    from dsv3_jax.training.run_folder import RunFolder
+    from dsv3_jax.runs.checkpoints import Checkpoints, Progress
+    from dsv3_jax.runs.folder import RunFolder
     from dsv3_jax.training.state import new_state
 
     run_config = _run_config(config, tokenizer)

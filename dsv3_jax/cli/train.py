@@ -12,11 +12,11 @@ from dsv3_jax.cli.options import parse
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import UserError
+from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.runs.processes import Processes, join, leave
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.sharding.processes import Processes, join, leave
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
-from dsv3_jax.training.run_folder import RunFolder
 
 _DESCRIPTION = """Train a DeepSeek-V3 model. A folder that holds a run goes on where it stopped.
 
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
         mesh=options.mesh,
     )
     from dsv3_jax.cli.compilation_cache import keep_compiled_programs
-    from dsv3_jax.training.trainer import train
+    from dsv3_jax.runs.loop import train
 
     keep_compiled_programs()
     initial_model = _initial_model(options.init_from, config)
@@ -119,7 +119,7 @@ def _value(argv: list[str], option: str) -> str | None:
 
 
 def _architecture(source: str) -> ModelConfig:
-    from dsv3_jax.training.starting_point import architecture_of_source
+    from dsv3_jax.runs.starting_point import architecture_of_source
 
     return architecture_of_source(Path(source))
 
@@ -128,7 +128,7 @@ def _initial_model(source: str, config: RunConfig) -> Any:
     """A function that makes the model a new run starts from, or None for fresh weights."""
     if not source:
         return None
-    from dsv3_jax.training.starting_point import load_starting_point
+    from dsv3_jax.runs.starting_point import load_starting_point
 
     return lambda: load_starting_point(Path(source), config)
 

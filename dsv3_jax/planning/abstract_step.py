@@ -12,10 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.data import DataConfig
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import make_mesh
-from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
 from dsv3_jax.sharding.rules import batch_spec
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.layout import Layout

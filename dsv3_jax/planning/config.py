@@ -8,10 +8,10 @@ from typing import Literal, get_args
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.hardware import Target
 from dsv3_jax.planning.precision_bytes import Formats, formats_of, width_of
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
 
 PipelineSchedule = Literal["dualpipe", "zb1p", "1f1b"]
 Average = Literal["host", "device", "none"]
@@ -130,7 +130,7 @@ class PlanConfig:
 
     @property
     def has_pipelined_step(self) -> bool:
-        """Whether they are of the step with stages: `training.pipelined_pass`."""
+        """Whether they are of the step with stages: `pipeline.passes`."""
         return self.is_training_step and self.mesh.stage > 1
 
     @property

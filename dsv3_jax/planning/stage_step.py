@@ -1,4 +1,4 @@
-"""Bytes a device holds in a training step with pipeline stages (`training.pipelined_pass`, report section 3.2.1).
+"""Bytes a device holds in a training step with pipeline stages (`pipeline.passes`, report section 3.2.1).
 
 Every rank of the stage axis runs the same program and has the same room: places for as many MoE layers as the fullest
 stage has, with DualPipe twice, and all that is not a MoE layer. Only inputs of layers are kept; layers are computed
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from dsv3_jax.pipeline.facts import schedule_facts
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.activations import (
     ActivationMemory,
     attention_core_memory,
@@ -18,10 +20,8 @@ from dsv3_jax.planning.activations import (
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.layers import LayerKind
 from dsv3_jax.planning.precision_bytes import width_of
-from dsv3_jax.planning.schedule_facts import schedule_facts
 from dsv3_jax.planning.stage_weights import directions_of, stage_weights
 from dsv3_jax.planning.state_memory import StateMemory, gathered_layer
-from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
 
 
 def stage_rank_layers(config: PlanConfig) -> Counter[LayerKind]:

@@ -1,6 +1,6 @@
 """What the stages of a pipelined training step compute, and how long they wait for each other.
 
-As `training.pipeline_stage` has it a MoE layer is computed forward once, and every part of a backward pass computes it
+As `pipeline.stage` has it a MoE layer is computed forward once, and every part of a backward pass computes it
 anew from its input: the gradient by the input alone costs one forward pass more, that by the weights always makes both.
 Ranks advance in ticks, each of which takes as long as the rank that computes most in it.
 """
@@ -13,13 +13,13 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.counts import count_flops
+from dsv3_jax.pipeline.facts import PARTS, ScheduleFacts, schedule_facts
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.activations import kept_of_layer
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.forward_operations import attention_core, forward_operations
 from dsv3_jax.planning.layers import LayerKind
-from dsv3_jax.planning.schedule_facts import PARTS, ScheduleFacts, schedule_facts
 from dsv3_jax.planning.stage_weights import directions_of
-from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
 
 _FORWARD_PASSES, _BACKWARD_PASSES = 2, 6  # over memory: written and read; anew, and twice each for itself and gradient
 

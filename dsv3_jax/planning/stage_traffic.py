@@ -1,4 +1,4 @@
-"""Bytes a device sends in a training step with pipeline stages, by mesh axis (`training.pipelined_pass`).
+"""Bytes a device sends in a training step with pipeline stages, by mesh axis (`pipeline.passes`).
 
 What layers need is sent in every tick that computes them: forward once, and in each part of a backward pass anew. What
 belongs to weights goes once a step: out to the stages, and gradients back, where they are summed over replicas.
@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 
+from dsv3_jax.pipeline.facts import PARTS, ScheduleFacts, schedule_facts
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.layers import LayerKind, parameter_groups
 from dsv3_jax.planning.precision_bytes import width_of
-from dsv3_jax.planning.schedule_facts import PARTS, ScheduleFacts, schedule_facts
 from dsv3_jax.planning.stage_step import message_bytes
 from dsv3_jax.planning.stage_weights import stage_weights
 from dsv3_jax.planning.state_memory import gathered_width
@@ -27,7 +28,6 @@ from dsv3_jax.planning.traffic import (
     flow_over,
     tokens_over_hops,
 )
-from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
 
 STAGE_WEIGHTS = "weights to stages, gradients back"
 OPPOSITE_WEIGHTS = "opposite stages' weights, gradients"

@@ -1,7 +1,7 @@
 """Where the weights of a pipelined training step lie: in the state, and while a stage works with them.
 
 Read from the rules that the step itself uses (`sharding.rules`), applied to shapes; what a rank's program makes of them
-is as in `training.pipeline_weights`.
+is as in `pipeline.weights`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.layers import LayerKind
 from dsv3_jax.planning.parameter_shapes import parameter_shapes
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
 from dsv3_jax.sharding.ranks import axes_of
 from dsv3_jax.sharding.rules import BATCH_AXES, parameter_specs, rules_over_stages
 

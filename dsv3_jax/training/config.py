@@ -9,9 +9,9 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.modules.rematerialisation import REMATERIALISATIONS
+from dsv3_jax.pipeline.schedules import ScheduleName
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.sharding.pipeline_schedules import ScheduleName
 from dsv3_jax.training.schedules import Schedule, tokens_of_run
 
 Balance = Literal["sequence", "batch", "none"]

@@ -13,12 +13,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from dsv3_jax.pipeline.passes import make_pipelined_pass
 from dsv3_jax.training.balance import dead_experts, max_violation, update_biases
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.layout import Layout
 from dsv3_jax.training.losses import LossTerms, LossWeights, cross_entropies, objective, target_weights
 from dsv3_jax.training.optimizer import make_optimizer, update_average
-from dsv3_jax.training.pipelined_pass import make_pipelined_pass
 from dsv3_jax.training.state import Skeleton, TrainState
 
 

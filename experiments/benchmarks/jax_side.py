@@ -23,7 +23,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference import generate
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import Precision
-from dsv3_jax.training.checkpoints import abstract_state, make_model
+from dsv3_jax.runs.checkpoints import abstract_state, make_model
 from dsv3_jax.training.config import TrainingConfig
 from dsv3_jax.training.defaults import default_run
 from dsv3_jax.training.losses import cross_entropies

@@ -11,7 +11,7 @@ import pytest
 from small_runs import small_run, write_corpus
 
 from dsv3_jax.cli.main import main
-from dsv3_jax.training.run_folder import RunFolder
+from dsv3_jax.runs.folder import RunFolder
 
 
 @pytest.fixture
@@ -20,12 +20,12 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list:
     calls: list = []
 
     def train(config, out, *, initial_model=None, timeout=0):
-        from dsv3_jax.training.trainer import Outcome
+        from dsv3_jax.runs.loop import Outcome
 
         calls.append((config, out))
         return Outcome(0)
 
-    monkeypatch.setattr("dsv3_jax.training.trainer.train", train)
+    monkeypatch.setattr("dsv3_jax.runs.loop.train", train)
     return calls
 
 
@@ -174,7 +174,7 @@ def test_help_shows_an_example(command: list[str], capsys: pytest.CaptureFixture
 
 def test_eval_prints_json_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """One step of training, then its evaluation from disk, which must agree with the one in the run's summary."""
-    from dsv3_jax.training.trainer import train
+    from dsv3_jax.runs.loop import train
 
     config = small_run(write_corpus(tmp_path / "corpus"))
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=1))

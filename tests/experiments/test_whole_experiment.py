@@ -15,8 +15,8 @@ from types import ModuleType
 import pytest
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.training import trainer as trainer_module
-from dsv3_jax.training.metrics import read_metrics
+from dsv3_jax.runs import loop as trainer_module
+from dsv3_jax.runs.metrics import read_metrics
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STEPS = 2

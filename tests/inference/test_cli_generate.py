@@ -32,7 +32,7 @@ def run() -> tuple[DeepSeekV3, Tokenizer]:
 @pytest.fixture
 def loaded(run, monkeypatch: pytest.MonkeyPatch):
     """The command finds the random model wherever it looks for a run."""
-    monkeypatch.setattr("dsv3_jax.training.checkpoints.load_checkpoint", lambda folder: (*run, 7))
+    monkeypatch.setattr("dsv3_jax.runs.checkpoints.load_checkpoint", lambda folder: (*run, 7))
     return run
 
 

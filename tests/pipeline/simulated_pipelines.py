@@ -21,16 +21,16 @@ from dsv3_jax import model as model_module
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.pipeline.executor import run_lockstep
+from dsv3_jax.pipeline.passes import make_pipelined_pass
+from dsv3_jax.pipeline.schedules import make_schedule
+from dsv3_jax.pipeline.slots import INPUT, WEIGHTS, lockstep
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
-from dsv3_jax.sharding.pipeline_executor import run_lockstep
-from dsv3_jax.sharding.pipeline_schedules import make_schedule
-from dsv3_jax.sharding.pipeline_tables import INPUT, WEIGHTS, lockstep
 from dsv3_jax.sharding.rules import batch_spec, shardings
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.layout import Layout
 from dsv3_jax.training.losses import LossWeights, objective
-from dsv3_jax.training.pipelined_pass import make_pipelined_pass
 from dsv3_jax.training.state import split_model
 from dsv3_jax.training.step import accumulate
 

@@ -12,9 +12,9 @@ from simulated import run_simulated
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.pipeline.passes import make_pipelined_pass
 from dsv3_jax.sharding.mesh import AXES, MeshConfig
 from dsv3_jax.training.config import RunConfig, TrainingConfig
-from dsv3_jax.training.pipelined_pass import make_pipelined_pass
 
 
 def test_pipelines_on_eight_devices_equal_one_device() -> None:

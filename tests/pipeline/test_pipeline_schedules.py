@@ -8,8 +8,8 @@ import itertools
 import pytest
 
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.sharding.pipeline_schedules import Chunk, Schedule, check_schedule, in_ticks, make_schedule
-from dsv3_jax.sharding.pipeline_simulation import (
+from dsv3_jax.pipeline.schedules import Chunk, Schedule, check_schedule, in_ticks, make_schedule
+from dsv3_jax.pipeline.simulation import (
     Durations,
     published_bubble,
     schedule_figures,

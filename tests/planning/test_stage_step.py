@@ -14,6 +14,11 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.pipeline import weights as weights_of_stages
+from dsv3_jax.pipeline.facts import PARTS, schedule_facts
+from dsv3_jax.pipeline.schedules import ScheduleName, make_schedule
+from dsv3_jax.pipeline.simulation import Durations
+from dsv3_jax.pipeline.slots import Places, lockstep, lockstep_time, moe_layers_of_stages
 from dsv3_jax.planning.activations import kept_of_layer
 from dsv3_jax.planning.advice import advise
 from dsv3_jax.planning.collectives import read_collectives
@@ -25,14 +30,9 @@ from dsv3_jax.planning.parameter_shapes import parameter_shapes
 from dsv3_jax.planning.plan import RESERVED, make_plan
 from dsv3_jax.planning.published import report_run
 from dsv3_jax.planning.request import from_json, to_json
-from dsv3_jax.planning.schedule_facts import PARTS, schedule_facts
 from dsv3_jax.planning.stage_weights import stage_weights
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.sharding.pipeline_schedules import ScheduleName, make_schedule
-from dsv3_jax.sharding.pipeline_simulation import Durations
-from dsv3_jax.sharding.pipeline_tables import Places, lockstep, lockstep_time, moe_layers_of_stages
 from dsv3_jax.sharding.rules import rules_over_stages, shardings
-from dsv3_jax.training import pipeline_weights
 
 GIB = 2**30
 V3 = ModelConfig.preset("v3-671b")
@@ -88,19 +88,19 @@ def counted_from_the_step(config: PlanConfig) -> dict[str, float]:
 
     working = 0.0
     for name, branch in params.items():
-        lies = pipeline_weights.places({name: branch}, mesh, layers)
+        lies = weights_of_stages.places({name: branch}, mesh, layers)
         for leaf, place in zip(jax.tree.leaves(branch), jax.tree.leaves(lies), strict=True):
 
             def arrive(part: Any, place: Any = place, name: Any = name) -> Any:
                 if name == "moe_blocks":
-                    return pipeline_weights.to_stage(part, place, layers)
-                return pipeline_weights.to_all_stages(part, place)
+                    return weights_of_stages.to_stage(part, place, layers)
+                return weights_of_stages.to_all_stages(part, place)
 
             # What every rank has of the result lies one below the other in a first dimension that all axes cut.
             def on_a_rank(part: Any, arrive: Any = arrive) -> Any:
                 return arrive(part).reshape(1, -1)
 
-            axes = pipeline_weights.taken_axes(mesh)
+            axes = weights_of_stages.taken_axes(mesh)
             every = PartitionSpec(tuple(axis for axis in mesh.axis_names if axis in axes))
             run = jax.shard_map(
                 on_a_rank, mesh=mesh, in_specs=place.spec, out_specs=every, axis_names=axes, check_vma=False

@@ -13,11 +13,11 @@ from small_models import small_model
 from small_runs import SETTINGS, random_batch, small_run
 
 from dsv3_jax import model as model_module
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
+from dsv3_jax.runs.starting_state import starting_state
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.layout import Layout
-from dsv3_jax.training.starting_state import starting_state
 from dsv3_jax.training.step import make_train_step
 
 model_module._MOST_UNROLLED_LAYERS = 1

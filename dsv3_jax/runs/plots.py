@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from dsv3_jax.training.metrics import Record
+from dsv3_jax.runs.metrics import Record
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

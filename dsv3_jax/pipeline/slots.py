@@ -17,8 +17,8 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.sharding.pipeline_schedules import Chunk, Schedule, in_ticks
-from dsv3_jax.sharding.pipeline_simulation import Durations
+from dsv3_jax.pipeline.schedules import Chunk, Schedule, in_ticks
+from dsv3_jax.pipeline.simulation import Durations
 
 INPUT, WEIGHTS = 1, 2
 """Bits of `Lockstep.backward`: the gradient by the stage's input, and by its weights."""

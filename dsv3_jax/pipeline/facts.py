@@ -1,6 +1,6 @@
 """What a pipeline schedule asks of its ranks when they advance in lockstep, as the training step runs it.
 
-Counted from the schedule's programs, as `sharding.pipeline_tables.lockstep` does to fill its tables, without these. A
+Counted from the schedule's programs, as `pipeline.slots.lockstep` does to fill its tables, without these. A
 schedule of many micro-batches repeats itself between its two ends: it is counted from two shorter ones.
 """
 
@@ -11,7 +11,7 @@ import functools
 
 import numpy as np
 
-from dsv3_jax.sharding.pipeline_schedules import Schedule, ScheduleName, in_ticks, make_schedule
+from dsv3_jax.pipeline.schedules import Schedule, ScheduleName, in_ticks, make_schedule
 
 PARTS = ("F", "I", "W", "IW")
 """A forward pass; gradients by a stage's input alone, by its weights alone, and both in one go."""

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dsv3_jax.training.run_folder import write_atomically
+from dsv3_jax.runs.folder import write_atomically
 
 Record = dict[str, Any]
 

@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array
 
-from dsv3_jax.sharding.pipeline_executor import AXIS
+from dsv3_jax.pipeline.executor import AXIS
 from dsv3_jax.sharding.ranks import axes_of, without_axes
 from dsv3_jax.sharding.rules import BATCH_AXES, parameter_specs, rules_over_stages
 

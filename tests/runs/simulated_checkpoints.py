@@ -15,10 +15,10 @@ from small_models import small_model
 from small_runs import assert_trees_equal, small_run
 
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.training.checkpoints import Checkpoints, Progress, restore
+from dsv3_jax.runs.checkpoints import Checkpoints, Progress, restore
 from dsv3_jax.training.layout import Layout
-from dsv3_jax.training.run_folder import RunFolder
-from dsv3_jax.training.starting_state import distributed_model, starting_state
+from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.runs.starting_state import distributed_model, starting_state
 
 SAVED = "fsdp=2,expert=2,tensor=2"
 RESTORED = ("data=8", "stage=2,fsdp=2,expert=2", "")

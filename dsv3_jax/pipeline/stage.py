@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.block import BlockInputs
 from dsv3_jax.modules.routing_statistics import Routing
-from dsv3_jax.sharding.pipeline_tables import INPUT, WEIGHTS, Lockstep
+from dsv3_jax.pipeline.slots import INPUT, WEIGHTS, Lockstep
 from dsv3_jax.sharding.rules import BATCH_AXES, AxisRules, parameter_specs
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.losses import LossWeights, balance_of, prediction_losses, share_of, weighted

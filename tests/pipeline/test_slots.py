@@ -8,10 +8,10 @@ import pytest
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.pipeline.schedules import make_schedule
+from dsv3_jax.pipeline.simulation import Durations, schedule_figures, simulate
+from dsv3_jax.pipeline.slots import INPUT, WEIGHTS, lockstep, lockstep_time, moe_layers_of_stages
 from dsv3_jax.planning.layers import stage_layers
-from dsv3_jax.sharding.pipeline_schedules import make_schedule
-from dsv3_jax.sharding.pipeline_simulation import Durations, schedule_figures, simulate
-from dsv3_jax.sharding.pipeline_tables import INPUT, WEIGHTS, lockstep, lockstep_time, moe_layers_of_stages
 
 NAMES = ("1f1b", "zb1p", "dualpipe")
 SIZES = [(2, 4), (2, 10), (4, 8), (4, 14), (8, 16), (16, 32)]

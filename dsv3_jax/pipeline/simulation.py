@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dsv3_jax.sharding.pipeline_schedules import (
+from dsv3_jax.pipeline.schedules import (
     Action,
     Chunk,
     Schedule,

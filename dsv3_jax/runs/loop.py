@@ -22,26 +22,26 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.sharding.pipeline_tables import moe_layers_of_stages
-from dsv3_jax.sharding.processes import Vigil, anywhere, in_turn, is_first, share
-from dsv3_jax.training.checkpoints import (
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
+from dsv3_jax.runs.processes import Vigil, anywhere, in_turn, is_first, share
+from dsv3_jax.runs.checkpoints import (
     Checkpoints,
     Progress,
     last_whole_checkpoint,
     restore,
 )
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.evaluation import Evaluation, evaluate
-from dsv3_jax.training.hardware import peak_flops
-from dsv3_jax.training.interruption import Interruption
+from dsv3_jax.runs.evaluation import Evaluation, evaluate
+from dsv3_jax.runs.hardware import peak_flops
+from dsv3_jax.runs.interruption import Interruption
 from dsv3_jax.training.layout import Layout
-from dsv3_jax.training.metrics import JsonLines, Quiet, Record, TensorBoard, Terminal, Writer, read_metrics
-from dsv3_jax.training.pipelined_pass import check_passes
-from dsv3_jax.training.plots import plot_expert_load, plot_losses
-from dsv3_jax.training.run_folder import RunFolder, write_atomically
-from dsv3_jax.training.sample import sample_text, whole_model
+from dsv3_jax.runs.metrics import JsonLines, Quiet, Record, TensorBoard, Terminal, Writer, read_metrics
+from dsv3_jax.pipeline.passes import check_passes
+from dsv3_jax.runs.plots import plot_expert_load, plot_losses
+from dsv3_jax.runs.folder import RunFolder, write_atomically
+from dsv3_jax.runs.sample import sample_text, whole_model
 from dsv3_jax.training.schedules import Settings
-from dsv3_jax.training.starting_state import distributed_model, starting_state
+from dsv3_jax.runs.starting_state import distributed_model, starting_state
 from dsv3_jax.training.step import StepMetrics, StepSettings, make_evaluation_step, make_train_step
 
 _LOAD_WINDOW = 20  # steps whose expert loads the last picture sums
@@ -70,7 +70,7 @@ def train(
 ) -> Outcome:
     """Trains in folder `out`, going on where an earlier start of the same run stopped.
 
-    Several processes (`sharding.processes.join`) train together when each calls this with the same arguments; the
+    Several processes (`runs.processes.join`) train together when each calls this with the same arguments; the
     folder is one that all of them see.
 
     Args:

@@ -13,9 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsv3_jax.data import Data, prepare_data
-from dsv3_jax.training.checkpoints import load_checkpoint
+from dsv3_jax.runs.checkpoints import load_checkpoint
 from dsv3_jax.training.layout import Layout
-from dsv3_jax.training.run_folder import RunFolder
+from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.training.state import split_model
 from dsv3_jax.training.step import EvaluationSums, make_evaluation_step
 

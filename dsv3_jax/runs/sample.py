@@ -7,7 +7,7 @@ from flax import nnx
 
 from dsv3_jax.data import Data
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.training.checkpoints import abstract_state, make_model
+from dsv3_jax.runs.checkpoints import abstract_state, make_model
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.layout import Layout
 from dsv3_jax.training.state import Skeleton, TrainState

@@ -29,11 +29,11 @@ from dsv3_jax.data import Tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import Precision
-from dsv3_jax.sharding.processes import is_first, share
+from dsv3_jax.runs.processes import is_first, share
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.layout import Layout
-from dsv3_jax.training.manifest import find_damage, write_manifest
-from dsv3_jax.training.run_folder import RunFolder
+from dsv3_jax.runs.manifest import find_damage, write_manifest
+from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.training.state import Skeleton, TrainState, new_state
 
 

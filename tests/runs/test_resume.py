@@ -19,8 +19,8 @@ import pytest
 from small_runs import assert_trees_equal, small_run, write_corpus
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.training import trainer as trainer_module
-from dsv3_jax.training.checkpoints import (
+from dsv3_jax.runs import loop as trainer_module
+from dsv3_jax.runs.checkpoints import (
     Checkpoints,
     Progress,
     list_checkpoints,
@@ -29,10 +29,10 @@ from dsv3_jax.training.checkpoints import (
     restore,
 )
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.metrics import read_metrics
-from dsv3_jax.training.run_folder import RunFolder
+from dsv3_jax.runs.metrics import read_metrics
+from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.training.state import TrainState
-from dsv3_jax.training.trainer import Outcome, train
+from dsv3_jax.runs.loop import Outcome, train
 
 TIMED = ("tokens_per_second", "mfu")
 
@@ -175,7 +175,7 @@ def test_a_run_stopped_before_its_first_step_records_its_start_once(
 def test_a_second_signal_ends_at_once():
     program = (
         "import os, signal, time\n"
-        "from dsv3_jax.training.interruption import Interruption\n"
+        "from dsv3_jax.runs.interruption import Interruption\n"
         "with Interruption() as interruption:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    assert interruption.requested and interruption.exit_code == 130\n"
@@ -276,7 +276,7 @@ def test_a_save_that_fails_is_one_line_and_the_checkpoint_before_stays(
     folder = RunFolder(copy)
     state, progress = final_state(copy, config)
     monkeypatch.setattr(
-        "dsv3_jax.training.checkpoints.write_manifest",
+        "dsv3_jax.runs.checkpoints.write_manifest",
         lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
     checkpoints = Checkpoints(folder, keep=3)
@@ -309,7 +309,7 @@ def test_a_run_killed_while_saving_goes_on_exactly(
         "import jax\n"
         f"jax.config.update('jax_compilation_cache_dir', {str(jax.config.jax_compilation_cache_dir)!r})\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
-        "from dsv3_jax.training.config import RunConfig; from dsv3_jax.training.trainer import train\n"
+        "from dsv3_jax.training.config import RunConfig; from dsv3_jax.runs.loop import train\n"
         f"config = RunConfig.from_dict(json.loads(Path({str(tmp_path / 'config.json')!r}).read_text()))\n"
         f"train(config, Path({str(tmp_path / 'run')!r}))\n"
     )
@@ -332,7 +332,7 @@ def test_saving_returns_before_the_files_are_written(copy: Path, config: RunConf
     """Asynchronous: the state may change as soon as `save` returns."""
     state, progress = final_state(copy, config)
     gate = threading.Event()
-    from dsv3_jax.training import checkpoints as module
+    from dsv3_jax.runs import checkpoints as module
 
     write = module.write_manifest
     monkeypatch.setattr(module, "write_manifest", lambda path: (gate.wait(30), write(path)))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.sharding.pipeline_tables import Lockstep, Places
+from dsv3_jax.pipeline.slots import Lockstep, Places
 
 AXIS = "stage"
 

@@ -15,9 +15,9 @@ from small_runs import small_run
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.defaults import default_run
-from dsv3_jax.training.metrics import JsonLines, read_metrics
-from dsv3_jax.training.plots import plot_expert_load, plot_losses
-from dsv3_jax.training.run_folder import RunFolder
+from dsv3_jax.runs.metrics import JsonLines, read_metrics
+from dsv3_jax.runs.plots import plot_expert_load, plot_losses
+from dsv3_jax.runs.folder import RunFolder
 
 
 def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -30,7 +30,7 @@ def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path):
     """In another process: the lock is the operating system's."""
     program = (
-        "import sys; from pathlib import Path; from dsv3_jax.training.run_folder import RunFolder\n"
+        "import sys; from pathlib import Path; from dsv3_jax.runs.folder import RunFolder\n"
         f"with RunFolder(Path({str(tmp_path / 'run')!r})).locked():\n"
         "    print('locked', flush=True); sys.stdin.read()"
     )

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.training.manifest import find_damage, write_manifest
+from dsv3_jax.runs.manifest import find_damage, write_manifest
 
 FILES = {"arrays/d/values": 5000, "arrays/manifest.ocdbt": 300, "run.json": 40, "empty": 0}
 

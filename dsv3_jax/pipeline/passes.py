@@ -21,15 +21,15 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.sharding.pipeline_executor import AXIS, run_lockstep
-from dsv3_jax.sharding.pipeline_schedules import ScheduleName, make_schedule
-from dsv3_jax.sharding.pipeline_tables import INPUT, Lockstep, Places, lockstep, moe_layers_of_stages
+from dsv3_jax.pipeline import weights as weights_of_stages
+from dsv3_jax.pipeline.executor import AXIS, run_lockstep
+from dsv3_jax.pipeline.schedules import ScheduleName, make_schedule
+from dsv3_jax.pipeline.slots import INPUT, Lockstep, Places, lockstep, moe_layers_of_stages
+from dsv3_jax.pipeline.stage import Progress, StageComputation, Sums, on_tensor_axis
+from dsv3_jax.pipeline.weights import Place
 from dsv3_jax.sharding.rules import BATCH_AXES, batch_spec
-from dsv3_jax.training import pipeline_weights
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.losses import LossTerms, LossWeights, weighted
-from dsv3_jax.training.pipeline_stage import Progress, StageComputation, Sums, on_tensor_axis
-from dsv3_jax.training.pipeline_weights import Place
 from dsv3_jax.training.state import Skeleton
 
 PipelinedPass = Callable[..., tuple[nnx.State, LossTerms]]
@@ -67,8 +67,8 @@ def make_pipelined_pass(
         block_graph, blocks, block_rest = nnx.split(model.moe_blocks, nnx.Param, ...)
         del model.moe_blocks
         graph, shared, rest = nnx.split(model, nnx.Param, ...)
-        of_blocks = pipeline_weights.places({"moe_blocks": blocks}, mesh, layers)["moe_blocks"]
-        of_shared = pipeline_weights.places(shared, mesh, layers)
+        of_blocks = weights_of_stages.places({"moe_blocks": blocks}, mesh, layers)["moe_blocks"]
+        of_shared = weights_of_stages.places(shared, mesh, layers)
         run_stage = functools.partial(
             _run_rank,
             config=config,
@@ -80,11 +80,11 @@ def make_pipelined_pass(
             lies=(of_blocks, of_shared),
             mesh=mesh,
         )
-        block_specs, shared_specs = pipeline_weights.specs(of_blocks), pipeline_weights.specs(of_shared)
+        block_specs, shared_specs = weights_of_stages.specs(of_blocks), weights_of_stages.specs(of_shared)
         block_gradients, shared_gradients, load, sums = jax.shard_map(
             run_stage,
             mesh=mesh,
-            axis_names=pipeline_weights.taken_axes(mesh),
+            axis_names=weights_of_stages.taken_axes(mesh),
             in_specs=(
                 PartitionSpec(None, AXIS),
                 (block_specs, everywhere),
@@ -104,7 +104,7 @@ def make_pipelined_pass(
             real_tokens,
             jnp.asarray(layers, jnp.int32),
         )
-        load = pipeline_weights.from_places(load, layers)
+        load = weights_of_stages.from_places(load, layers)
         joined = nnx.State({**shared_gradients, "moe_blocks": block_gradients})
         # The same leaves in the same order; nodes differ in kind where a state was put together from parts.
         gradients = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(joined))
@@ -182,7 +182,7 @@ def _run_rank(
 
     Args:
       blocks, others: parameters and router biases, of the layers and of all else, as the state has them.
-      lies: the `pipeline_weights.Place`s of both.
+      lies: the `weights_of_stages.Place`s of both.
     """
     ranks, room = len(layers), max(layers)
     opposite = [(rank, ranks - 1 - rank) for rank in range(ranks)]
@@ -194,13 +194,13 @@ def _run_rank(
         return leaf[:room] + lax.ppermute(leaf[room:], AXIS, opposite)
 
     of_blocks, of_shared = lies
-    own_layers = functools.partial(pipeline_weights.to_stage, layers=layers)
+    own_layers = functools.partial(weights_of_stages.to_stage, layers=layers)
     whole = Place(PartitionSpec(), None, ())
     arranged = (
         jax.tree.map(own_layers, blocks[0], of_blocks),
         jax.tree.map(lambda leaf: own_layers(leaf, whole), blocks[1]),
     )
-    others = (jax.tree.map(pipeline_weights.to_all_stages, others[0], of_shared), others[1])
+    others = (jax.tree.map(weights_of_stages.to_all_stages, others[0], of_shared), others[1])
     if directions == 2:
         arranged = jax.tree.map(with_opposite, arranged)
     arranged, others = on_tensor_axis((arranged, others), mesh)
@@ -234,9 +234,9 @@ def _run_rank(
     block_gradients, load = end.block_gradients, end.load
     if directions == 2:
         block_gradients, load = jax.tree.map(home, (block_gradients, load))
-    back = functools.partial(pipeline_weights.from_stage, layers=layers)
+    back = functools.partial(weights_of_stages.from_stage, layers=layers)
     block_gradients = jax.tree.map(back, block_gradients, of_blocks)
-    shared_gradients = jax.tree.map(pipeline_weights.from_all_stages, end.shared_gradients, of_shared)
+    shared_gradients = jax.tree.map(weights_of_stages.from_all_stages, end.shared_gradients, of_shared)
     sums = lax.psum(end.sums, AXIS)
     main, mtp, balance = lax.psum((sums.main, sums.mtp, sums.balance), BATCH_AXES)
     return block_gradients, shared_gradients, load, Sums(main, mtp, balance, sums.load)
