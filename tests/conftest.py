@@ -28,7 +28,7 @@ jax.config.update("jax_compilation_cache_dir", str(_ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 # For the same reason. `test_model.py` compares the loop over the layers with layers laid out whole.
-model._MOST_UNROLLED_LAYERS = 1
+model.MOST_UNROLLED_LAYERS = 1
 
 # Tracing makes many small objects that live, and looking through all of them for garbage was a fifth of its time.
 gc.set_threshold(100_000, 50, 100)

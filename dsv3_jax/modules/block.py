@@ -11,20 +11,21 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.modules.balance import Routing
+from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.feed_forward import FeedForward
 from dsv3_jax.modules.latent_attention import LatentAttention
 from dsv3_jax.modules.latent_cache import LatentCache
 from dsv3_jax.modules.moe import MixtureOfExperts
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import Rotation
-from dsv3_jax.modules.routing_statistics import Routing
 from dsv3_jax.precision import Precision
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockInputs:
-    """What every block of a pass is given beside the hidden state.
+    """The inputs that all blocks of a forward pass share, beside the hidden state.
 
     Attributes:
       rotation: RoPE angles of the tokens.
@@ -38,11 +39,24 @@ class BlockInputs:
 
 
 class Block(nnx.Module):
-    """One layer, dense or mixture of experts."""
+    """One layer, with a dense feed-forward network or a mixture of experts.
 
-    def __init__(self, config: ModelConfig, *, moe: bool, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs):
-        self.moe = moe
-        make: dict[str, Any] = {"dtype": dtype, "precision": precision, "rngs": rngs}
+    Args:
+      moe: whether the layer has a mixture of experts.
+      dtype, precision, devices: as for `DeepSeekV3`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        moe: bool,
+        dtype: jnp.dtype,
+        precision: Precision,
+        devices: Devices = OneDevice(),
+        rngs: nnx.Rngs,
+    ):
+        make: dict[str, Any] = {"dtype": dtype, "precision": precision, "devices": devices, "rngs": rngs}
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.attention = LatentAttention(config, **make)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -54,15 +68,16 @@ class Block(nnx.Module):
             )
 
     def __call__(self, h: Float[Array, "B T d"], inputs: BlockInputs) -> tuple[Float[Array, "B T d"], Routing | None]:
-        """A whole sequence; the routing statistics are None for a dense block."""
+        """Maps whole sequences; the routing statistics are None for a dense block."""
         h, _, routing = self.with_latents(h, inputs)
         return h, routing
 
     def with_latents(
         self, h: Float[Array, "B T d"], inputs: BlockInputs
     ) -> tuple[Float[Array, "B T d"], tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]], Routing | None]:
-        """The same, with what a cache would hold of the sequence."""
-        attended, latent, rope_key = self.attention(self.attention_norm(h), inputs.rotation, inputs.segment_ids)
+        """Maps whole sequences, and also returns what a cache would hold of them: c^KV and k^R."""
+        with jax.named_scope("attention"):
+            attended, latent, rope_key = self.attention(self.attention_norm(h), inputs.rotation, inputs.segment_ids)
         h, routing = self._feed_forward(h + attended, inputs.token_mask)
         return h, (latent, rope_key), routing
 
@@ -76,8 +91,9 @@ class Block(nnx.Module):
         *,
         expert_layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T d"], LatentCache]:
-        """New tokens behind a cache (see LatentAttention.decode and MixtureOfExperts)."""
-        attended, cache = self.attention.decode(self.attention_norm(h), rotation, cache, layer, positions)
+        """Maps new tokens that follow a cache (see `LatentAttention.decode` and `MixtureOfExperts`)."""
+        with jax.named_scope("attention"):
+            attended, cache = self.attention.decode(self.attention_norm(h), rotation, cache, layer, positions)
         h, _ = self._feed_forward(h + attended, None, expert_layer)
         return h, cache
 
@@ -87,8 +103,9 @@ class Block(nnx.Module):
         token_mask: Bool[Array, "B T"] | None,
         expert_layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T d"], Routing | None]:
-        u = self.feed_forward_norm(h)
-        if isinstance(self.feed_forward, MixtureOfExperts):
-            y, routing = self.feed_forward(u, token_mask, expert_layer=expert_layer)
-            return h + y, routing
-        return h + self.feed_forward(u), None
+        with jax.named_scope("feed_forward"):
+            u = self.feed_forward_norm(h)
+            if isinstance(self.feed_forward, MixtureOfExperts):
+                y, routing = self.feed_forward(u, token_mask, expert_layer=expert_layer)
+                return h + y, routing
+            return h + self.feed_forward(u), None

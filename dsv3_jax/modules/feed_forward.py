@@ -8,12 +8,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.precision import Precision, swiglu_linear
 
 
 class FeedForward(nnx.Module):
-    """down(silu(gate x) * (up x)), gate and up in one product."""
+    """Computes down(silu(gate x) * (up x)), gate and up in one product.
+
+    Args:
+      width: the inner width.
+      scale: standard deviation of the initial weights.
+      dtype, precision, devices: as for `Linear`.
+    """
 
     def __init__(
         self,
@@ -23,12 +30,14 @@ class FeedForward(nnx.Module):
         scale: float,
         dtype: jnp.dtype,
         precision: Precision,
+        devices: Devices = OneDevice(),
         rngs: nnx.Rngs,
     ):
-        make = {"scale": scale, "dtype": dtype, "precision": precision, "rngs": rngs}
-        self.gate_up = Linear((2, width), hidden_size, **make)
-        self.down = Linear(hidden_size, width, **make)
+        make = {"scale": scale, "dtype": dtype, "precision": precision, "devices": devices, "rngs": rngs}
+        self.gate_up = Linear((2, width), hidden_size, (None, "wide", "embed"), **make)
+        self.down = Linear(hidden_size, width, ("embed", "wide"), **make)
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        """Maps each token's hidden state, in the recipe's dtype."""
         behind_swiglu = functools.partial(swiglu_linear, precision=self.down.precision)
         return self.down.multiply(behind_swiglu, self.gate_up(x), batch_axes=x.ndim - 1)

@@ -1,12 +1,23 @@
 """Multi-head Latent Attention (report section 2.1.1, Eq. 1-11).
 
-Queries and key-values pass through low-rank latents; one rotary key is shared by all heads. Training expands keys
-and values for every head (640 operations a query, key and head at the 671B model's sizes); decoding instead absorbs
-the up-projections W^UK and W^UV into the query and the output, so that it attends to the cached latents themselves
-(2,176 operations, but 576 cached numbers a token for all 128 heads together).
+    c^KV = W^DKV h                  (1)      k^C = W^UK c^KV     (2)      k^R = RoPE(W^KR h)         (3)
+    k_i = [k^C_i; k^R]              (4)      v^C = W^UV c^KV     (5)
+    c^Q = W^DQ h                    (6)      q^C = W^UQ c^Q      (7)      q^R = RoPE(W^QR c^Q)       (8)
+    q_i = [q^C_i; q^R_i]            (9)
+    o_i = softmax_j(q_i k_i^T / sqrt(d_h + d_h^R)) v^C_i         (10)     u = W^O [o_1; ...; o_{n_h}]    (11)
+
+The weights are named as in published checkpoints: `kv_a` holds W^DKV and W^KR, `kv_b` W^UK and W^UV, `q_a` W^DQ, `q_b`
+W^UQ and W^QR, `o` W^O; both latents pass an RMSNorm before their up-projection. YaRN's factor of the softmax scale is
+in `dsv3_jax.modules.rope.softmax_scale`.
+
+Training expands keys and values for every head, which takes 640 operations per query, key and head at the 671B model's
+sizes. Decoding instead absorbs the up-projections W^UK and W^UV into the query and the output, so that it attends to
+the cached latents themselves: 2,176 operations, but 576 cached numbers per token for all 128 heads together.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.attention_core import causal_attention
+from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.latent_cache import LatentCache
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.norm import RMSNorm
@@ -24,43 +36,58 @@ from dsv3_jax.precision.keeping import keep
 
 
 class LatentAttention(nnx.Module):
-    """MLA with its two forms; weights as listed in ARCHITECTURE.md."""
+    """MLA in its two forms: expanded (`__call__`) and absorbed (`decode`)."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: jnp.dtype,
+        precision: Precision,
+        devices: Devices = OneDevice(),
+        rngs: nnx.Rngs,
+    ):
         self.config = config
         self.precision = precision
         heads, d = config.num_attention_heads, config.hidden_size
-        make = {"scale": config.initializer_range, "dtype": dtype, "precision": precision, "rngs": rngs}
+        make: dict[str, Any] = {"scale": config.initializer_range, "dtype": dtype, "precision": precision}
+        make |= {"devices": devices, "rngs": rngs}
         query_in = d
         if config.q_lora_rank is not None:
             query_in = config.q_lora_rank
-            self.q_a = Linear(config.q_lora_rank, d, **make)
+            self.q_a = Linear(config.q_lora_rank, d, ("latent", "embed"), **make)
             self.q_a_norm = RMSNorm(config.q_lora_rank, config.latent_norm_eps, dtype=dtype)
-        self.q_b = Linear((heads, config.qk_head_dim), query_in, **make)
-        self.kv_a = Linear(config.kv_lora_rank + config.qk_rope_head_dim, d, **make)
+        # Latents are narrow: FSDP shards the input side of their up-projections.
+        up = ("wide", None, "embed")
+        self.q_b = Linear((heads, config.qk_head_dim), query_in, up, **make)
+        self.kv_a = Linear(config.kv_lora_rank + config.qk_rope_head_dim, d, ("latent", "embed"), **make)
         self.kv_a_norm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps, dtype=dtype)
-        self.kv_b = Linear((heads, config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank, **make)
-        self.o = Linear(d, (heads, config.v_head_dim), after_attention=True, **make)
+        self.kv_b = Linear((heads, config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank, up, **make)
+        self.o = Linear(d, (heads, config.v_head_dim), ("embed", "wide", None), after_attention=True, **make)
 
     def __call__(
         self, x: Float[Array, "B T d"], rotation: Rotation, segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T d"], Float[Array, "B T kv_rank"], Float[Array, "B T rope"]]:
-        """Causal attention over a whole sequence, keys and values expanded.
+        """Computes causal attention over a whole sequence, keys and values expanded.
+
+        Args:
+          segment_ids: when given, positions attend only within equal ids.
 
         Returns:
-          The output, and what a cache would hold of this layer: the latents and the rotary keys.
+          The output u, and what a cache would hold of this layer: the normed latents c^KV and the rotary keys k^R.
         """
         query, query_rope = self._queries(x, rotation)
         latent, key_rope = self._latents(x, rotation)
         key, value = jnp.split(self.kv_b(latent), [self.config.qk_nope_head_dim], axis=-1)
         shared = jnp.broadcast_to(key_rope[:, :, None, :], (*key.shape[:-1], key_rope.shape[-1]))
-        attended = causal_attention(
-            jnp.concatenate([query, query_rope], axis=-1),
-            jnp.concatenate([key, shared], axis=-1),
-            value,
-            scale=softmax_scale(self.config),
-            segment_ids=segment_ids,
-        )
+        with jax.named_scope("attention_core"):
+            attended = causal_attention(
+                jnp.concatenate([query, query_rope], axis=-1),
+                jnp.concatenate([key, shared], axis=-1),
+                value,
+                scale=softmax_scale(self.config),
+                segment_ids=segment_ids,
+            )
         return keep(self.o(attended)), latent, key_rope
 
     def decode(
@@ -71,9 +98,16 @@ class LatentAttention(nnx.Module):
         layer: Int[Array, ""] | int,
         positions: Int[Array, "B T"],
     ) -> tuple[Float[Array, "B T d"], LatentCache]:
-        """Attention of new tokens to the cache and to themselves, up-projections absorbed.
+        """Computes attention of new tokens to the cache and to themselves, with the up-projections absorbed.
 
         A token at position p sees cache entries 0 .. p of its own sequence; its own entry is written first.
+
+        Args:
+          layer: index of this layer in the cache.
+          positions: int32, position of each token in its own sequence.
+
+        Returns:
+          The output, and the cache with the new entries.
         """
         query, query_rope = self._queries(x, rotation)
         cache = cache.write(layer, positions, *self._latents(x, rotation))
@@ -94,7 +128,7 @@ class LatentAttention(nnx.Module):
     def _queries(
         self, x: Float[Array, "B T d"], rotation: Rotation
     ) -> tuple[Float[Array, "B T H nope"], Float[Array, "B T H rope"]]:
-        """Eq. 6-9: queries of every head, their rotary part turned."""
+        """Returns q^C and q^R of every head (Eq. 6-8)."""
         if self.config.q_lora_rank is not None:
             x = self.q_a_norm(keep(self.q_a(x)))
         plain, rope = jnp.split(self.q_b(x), [self.config.qk_nope_head_dim], axis=-1)
@@ -103,6 +137,6 @@ class LatentAttention(nnx.Module):
     def _latents(
         self, x: Float[Array, "B T d"], rotation: Rotation
     ) -> tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]]:
-        """Eq. 1 and 3: the normed latent c^KV, and the rotary key k^R, which has no norm and serves all heads."""
+        """Returns the normed latent c^KV and the rotary key k^R, which has no norm and serves all heads (Eq. 1, 3)."""
         latent, rope = jnp.split(keep(self.kv_a(x)), [self.config.kv_lora_rank], axis=-1)
         return self.kv_a_norm(latent), rotate(rope, rotation)

@@ -1,62 +1,80 @@
-"""A linear map without bias, its weight laid out as the report writes it: y = W x, W [out, in]."""
+"""A linear map without bias, its weight stored as the report writes it: y = W x, W [out, in]."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsv3_jax.modules.devices import Devices
+from dsv3_jax.modules.parameter import LogicalAxis, ParameterShape
 from dsv3_jax.precision import Precision, linear
 
 
 class Linear(nnx.Module):
-    """y = W x under a precision recipe.
+    """Computes y = W x under a precision recipe.
 
-    The output (input) axes may be several, such as [heads, head width]; the product is over all input axes, and
-    the weight keeps both lists in order: [*out, *in]. `after_attention`: see `dsv3_jax.precision.linear`.
+    Outputs and inputs may have several axes, such as [heads, head width]; the product is over all input axes, and the
+    weight keeps both lists in order: [*out, *in].
+
+    Args:
+      out_shape, in_shape: sizes of the output and input axes.
+      axes: a logical axis per dimension of the weight.
+      scale: standard deviation of the initial weights.
+      dtype: dtype of the weight.
+      precision: recipe of the product.
+      devices: what multiplies where tokens and weight are sharded.
+      after_attention: the input is the attention's output (see `dsv3_jax.precision.linear`).
     """
 
     def __init__(
         self,
         out_shape: int | tuple[int, ...],
         in_shape: int | tuple[int, ...],
+        axes: tuple[LogicalAxis | None, ...],
         *,
         scale: float,
         dtype: jnp.dtype,
         precision: Precision,
+        devices: Devices,
         rngs: nnx.Rngs,
         after_attention: bool = False,
     ):
         self.after_attention = after_attention
-        self.out_shape = (out_shape,) if isinstance(out_shape, int) else out_shape
-        self.in_shape = (in_shape,) if isinstance(in_shape, int) else in_shape
+        out_shape = (out_shape,) if isinstance(out_shape, int) else out_shape
+        in_shape = (in_shape,) if isinstance(in_shape, int) else in_shape
+        self.in_axes = len(in_shape)
         self.precision = precision
-        self.on_ranks: Any = None  # what multiplies where tokens and weight lie on several devices
-        self.weight = nnx.Param(normal(rngs, (*self.out_shape, *self.in_shape), scale, dtype))
+        self.devices = devices
+        self.shape = ParameterShape((*out_shape, *in_shape), axes)
+        self.weight = self.shape.normal(rngs, scale, dtype)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """x [*batch, *in] -> [*batch, *out], in the recipe's dtype."""
+        """Maps x [*batch, *in] to [*batch, *out], in the recipe's dtype."""
         product = functools.partial(
-            _product, in_axes=len(self.in_shape), precision=self.precision, after_attention=self.after_attention
+            _product, in_axes=self.in_axes, precision=self.precision, after_attention=self.after_attention
         )
-        return self.multiply(product, x, batch_axes=x.ndim - len(self.in_shape))
+        return self.multiply(product, x, batch_axes=x.ndim - self.in_axes)
 
     def multiply(
         self, product: Callable[[Array, Array], Array], x: Float[Array, "..."], *, batch_axes: int
     ) -> Float[Array, "..."]:
-        """product(x, weight), on one device or wherever tokens and weight lie; x has so many axes before its inputs."""
-        if self.on_ranks is None:
-            return product(x, self.weight[...])
-        # FP8 tiles are cut from the weight as it is stored: rounded on its way they would be others.
-        dtype = self.weight[...].dtype if self.precision.fp8 is not None else self.precision.dtype
-        in_axes = len(self.in_shape)
-        return self.on_ranks(product, x, self.weight[...], batch_axes=batch_axes, in_axes=in_axes, dtype=dtype)
+        """Returns product(x, weight) for a product that is linear in the weight; `x` has `batch_axes` batch axes."""
+        # FP8 tiles are cut from the weight as it is stored: from a weight rounded for the all-gather they would differ.
+        gather_dtype = self.weight[...].dtype if self.precision.fp8 is not None else self.precision.dtype
+        return self.devices.multiply(
+            product,
+            x,
+            self.weight[...],
+            self.shape,
+            batch_axes=batch_axes,
+            in_axes=self.in_axes,
+            gather_dtype=gather_dtype,
+        )
 
 
 def _product(
@@ -67,12 +85,7 @@ def _product(
     precision: Precision,
     after_attention: bool,
 ) -> Float[Array, "..."]:
-    """W x for a weight [*out, *in] with so many input axes, which may be a part of the map's."""
+    """Returns W x for a weight [*out, *in] with that many input axes, which may be a shard of the map's."""
     batch, inputs = x.shape[: x.ndim - in_axes], math.prod(x.shape[x.ndim - in_axes :])
     y = linear(x.reshape(*batch, inputs), weight.reshape(-1, inputs), precision, after_attention=after_attention)
     return y.reshape(*batch, *weight.shape[: weight.ndim - in_axes])
-
-
-def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype: jnp.dtype) -> jax.Array:
-    """Initial weights N(0, scale^2) (report section 4.2)."""
-    return (scale * jax.random.normal(rngs.params(), shape, jnp.float32)).astype(dtype)

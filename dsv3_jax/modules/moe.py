@@ -1,55 +1,84 @@
 """DeepSeekMoE: shared experts for every token, routed experts for some (report section 2.1.2, Eq. 12).
 
-Dropless: tokens are sorted by expert and every assignment is computed, so cost follows the assignments and neither
-the number of experts nor their balance loses a token.
+    h'_t = u_t + sum_i FFN^s_i(u_t) + sum_i g_{i,t} FFN^r_i(u_t)      (12)
+
+The block adds u_t. The layer is dropless: tokens are sorted by expert and every assignment is computed, so the cost
+follows the number of assignments and neither the number of experts nor their balance loses a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.modules.balance import Routing, balance_terms
+from dsv3_jax.modules.devices import Devices, ExpertShapes, OneDevice
 from dsv3_jax.modules.feed_forward import FeedForward
-from dsv3_jax.modules.linear import normal
+from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.modules.router import Router
-from dsv3_jax.modules.routing_statistics import Routing, balance_terms, whole_batch
 from dsv3_jax.precision import Precision, grouped_linear, grouped_swiglu_linear, swiglu
 from dsv3_jax.precision.keeping import keep
 
 
-class Experts(nnx.Module):
-    """The routed experts of a layer, one SwiGLU network each, stacked on a leading axis."""
+class RoutedExperts(Protocol):
+    """The routed experts of a mixture: a layer's own, or another arrangement of their weights."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs):
+    def __call__(self, u: Float[Array, "N d"], gates: pallas_kernels.Gates) -> Float[Array, "N d"]: ...
+
+    def of_layer(
+        self, u: Float[Array, "N d"], gates: pallas_kernels.Gates, layer: Int[Array, ""]
+    ) -> Float[Array, "N d"]: ...
+
+
+class Experts(nnx.Module):
+    """The routed experts of a layer, one SwiGLU network each, stacked on a leading axis.
+
+    Args:
+      gate_up, down: weights [E, 2, I, d] and [E, d, I], of `shapes`.
+      precision: recipe of the products.
+      devices: what brings tokens to their experts and back.
+    """
+
+    def __init__(
+        self, gate_up: nnx.Param, down: nnx.Param, shapes: ExpertShapes, *, precision: Precision, devices: Devices
+    ):
+        self.shapes = shapes
         self.precision = precision
-        self.exchange: Any = None  # what carries tokens to experts on other devices; here all are
+        self.devices = devices
+        self.gate_up = gate_up
+        self.down = down
+
+    @classmethod
+    def initial(
+        cls, config: ModelConfig, *, dtype: jnp.dtype, precision: Precision, devices: Devices, rngs: nnx.Rngs
+    ) -> Experts:
+        """Returns experts with random weights."""
         experts, d, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
-        scale = config.initializer_range
-        self.gate_up = nnx.Param(normal(rngs, (experts, 2, width, d), scale, dtype))
-        self.down = nnx.Param(normal(rngs, (experts, d, width), scale, dtype))
+        shapes = ExpertShapes(
+            gate_up=ParameterShape((experts, 2, width, d), ("expert", None, "expert_width", "embed")),
+            down=ParameterShape((experts, d, width), ("expert", "embed", "expert_width")),
+            groups=config.n_group,
+            reached_groups=config.topk_group,
+            fp8=precision.fp8,
+        )
+        gate_up = shapes.gate_up.normal(rngs, config.initializer_range, dtype)
+        down = shapes.down.normal(rngs, config.initializer_range, dtype)
+        return cls(gate_up, down, shapes, precision=precision, devices=devices)
 
     def __call__(self, u: Float[Array, "N d"], gates: pallas_kernels.Gates) -> Float[Array, "N d"]:
-        """sum_i g_i E_i(u) for every token; `gates` has leading axes that flatten to the N tokens."""
-        if self.exchange is not None:
-            return self.exchange(u, gates, self.gate_up[...], self.down[...], self._products)
-        return self._sorted_by_expert(u, gates, self.gate_up[...], self.down[...])
+        """Returns sum_i g_i FFN_i(u) of every token; `gates` has leading axes that flatten to the N tokens."""
+        return self._apply(u, gates, self.gate_up[...], self.down[...])
 
-    def _sorted_by_expert(
+    def _apply(
         self, u: Float[Array, "N d"], gates: pallas_kernels.Gates, gate_up: Float[Array, "E 2 I d"], down: Array
     ) -> Float[Array, "N d"]:
-        experts = gate_up.shape[0]
-        chosen = gates.expert_index.shape[-1]
-        expert_index = gates.expert_index.reshape(-1, chosen)
-        alignment = pallas_kernels.preferred_row_alignment(expert_index.size, experts)
-        rows, permutation = pallas_kernels.permute(u, expert_index, experts, row_alignment=alignment)
-        out = self._products(rows, gate_up, down, permutation.group_sizes, alignment)
-        return pallas_kernels.combine(out, gates.gate.reshape(-1, chosen), permutation)
+        return self.devices.apply_experts(u, gates, gate_up, down, self._products, self.shapes)
 
     def _products(
         self,
@@ -59,7 +88,7 @@ class Experts(nnx.Module):
         group_sizes: Int[Array, " E"],
         row_alignment: int,
     ) -> Float[Array, "M d"]:
-        """E_i of rows sorted by expert."""
+        """Returns FFN_i of rows sorted by expert i."""
         experts, _, width, d = gate_up.shape
         apply: dict[str, Any] = {
             "group_sizes": group_sizes,
@@ -72,19 +101,19 @@ class Experts(nnx.Module):
     def of_layer(
         self, u: Float[Array, "N d"], gates: pallas_kernels.Gates, layer: Int[Array, ""]
     ) -> Float[Array, "N d"]:
-        """The same for decoding, where this module holds the weights of all layers, stacked on a leading axis.
+        """Returns the same while decoding, where this module holds the weights of all layers on a leading axis.
 
-        A few tokens need the weights of a few experts: they are read in place, and neither a layer's other experts
-        nor an order by expert is touched. Many tokens go the usual way.
+        A few tokens need the weights of a few experts: they are gathered from where they are stored, and neither a
+        layer's other experts nor an order by expert is touched. Many tokens are computed as in training.
         """
         layers, experts, _, width, d = self.gate_up.shape
         chosen = gates.expert_index.reshape(-1)
         if chosen.size > experts:
-            return self._sorted_by_expert(u, gates, self.gate_up[...][layer], self.down[...][layer])
+            return self._apply(u, gates, self.gate_up[...][layer], self.down[...][layer])
         dtype = self.precision.dtype
-        place = layer * experts + chosen
-        gate_up = self.gate_up[...].reshape(layers * experts, 2 * width, d)[place].astype(dtype)
-        down = self.down[...].reshape(layers * experts, d, width)[place].astype(dtype)
+        index = layer * experts + chosen
+        gate_up = self.gate_up[...].reshape(layers * experts, 2 * width, d)[index].astype(dtype)
+        down = self.down[...].reshape(layers * experts, d, width)[index].astype(dtype)
         tokens = jnp.repeat(u.astype(dtype), gates.expert_index.shape[-1], axis=0)
         hidden = swiglu(jnp.einsum("sd,sfd->sf", tokens, gate_up).reshape(-1, 2, width))
         out = jnp.einsum("si,sdi->sd", hidden, down).reshape(u.shape[0], -1, d)
@@ -94,12 +123,22 @@ class Experts(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-    """y = Shared(u) + sum over the chosen experts of g_i E_i(u)."""
+    """Computes the two sums of Eq. 12 and the layer's routing statistics."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, precision: Precision, rngs: nnx.Rngs):
-        self.over_ranks: Callable[[Array], Array] = whole_batch  # or what sums over other ranks' parts of the batch
-        self.router = Router(config, dtype=dtype, rngs=rngs)
-        self.experts = Experts(config, dtype=dtype, precision=precision, rngs=rngs)
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: jnp.dtype,
+        precision: Precision,
+        devices: Devices = OneDevice(),
+        rngs: nnx.Rngs,
+    ):
+        self.devices = devices
+        self.router = Router(config, dtype=dtype, devices=devices, rngs=rngs)
+        self.experts: RoutedExperts = Experts.initial(
+            config, dtype=dtype, precision=precision, devices=devices, rngs=rngs
+        )
         self.has_shared_experts = config.n_shared_experts > 0
         if self.has_shared_experts:
             self.shared = FeedForward(
@@ -108,6 +147,7 @@ class MixtureOfExperts(nnx.Module):
                 scale=config.initializer_range,
                 dtype=dtype,
                 precision=precision,
+                devices=devices,
                 rngs=rngs,
             )
 
@@ -118,17 +158,24 @@ class MixtureOfExperts(nnx.Module):
         *,
         expert_layer: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T d"], Routing]:
-        """The layer's output and its routing statistics; tokens outside `token_mask` are computed but not counted.
+        """Returns the layer's output and its routing statistics.
 
-        With `expert_layer` the experts hold all layers' weights and this one's are read from them (decoding).
+        Args:
+          token_mask: False at tokens that are computed but not counted.
+          expert_layer: while decoding, the layer whose experts are read from the stack of all layers' weights.
         """
         gates = self.router(u, token_mask)
         flat = u.reshape(-1, u.shape[-1])
-        routed = self.experts(flat, gates) if expert_layer is None else self.experts.of_layer(flat, gates, expert_layer)
+        with jax.named_scope("routed_experts"):
+            if expert_layer is None:
+                routed = self.experts(flat, gates)
+            else:
+                routed = self.experts.of_layer(flat, gates, expert_layer)
         y = routed.reshape(u.shape).astype(u.dtype)
         if self.has_shared_experts:
-            y = y + self.shared(u)
+            with jax.named_scope("shared_experts"):
+                y = y + self.shared(u)
         sequence_balance, batch_balance = balance_terms(
-            gates.selection_fraction, gates.affinity_mean, token_mask, over_ranks=self.over_ranks
+            gates.selection_fraction, gates.affinity_mean, token_mask, sum_over_batch=self.devices.sum_over_batch
         )
         return y, Routing(load=gates.load, sequence_balance=sequence_balance, batch_balance=batch_balance)

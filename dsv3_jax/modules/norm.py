@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsv3_jax.modules.parameter import ParameterShape
+
 
 class RMSNorm(nnx.Module):
-    """y = w * x / sqrt(mean(x^2) + epsilon), statistics and gain in float32, result in the dtype of x."""
+    """Computes y = w * x / sqrt(mean(x^2) + epsilon), statistics and gain in float32, the result in the dtype of x."""
 
     def __init__(self, width: int, epsilon: float, *, dtype: jnp.dtype):
-        self.weight = nnx.Param(jnp.ones((width,), dtype))
+        self.weight = ParameterShape((width,), axes=()).ones(dtype)
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:

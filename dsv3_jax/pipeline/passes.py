@@ -29,7 +29,7 @@ from dsv3_jax.pipeline.stage import Progress, StageComputation, Sums, on_tensor_
 from dsv3_jax.pipeline.weights import Place
 from dsv3_jax.sharding.rules import BATCH_AXES, batch_spec
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.losses import LossTerms, LossWeights, weighted
+from dsv3_jax.training.losses import LossTerms, LossWeights, total_loss
 from dsv3_jax.training.state import Skeleton
 
 PipelinedPass = Callable[..., tuple[nnx.State, LossTerms]]
@@ -109,7 +109,7 @@ def make_pipelined_pass(
         # The same leaves in the same order; nodes differ in kind where a state was put together from parts.
         gradients = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(joined))
         terms = LossTerms(
-            total=weighted(sums.main, sums.mtp, sums.balance, weights),
+            total=total_loss(sums.main, sums.mtp, sums.balance, weights),
             main=sums.main,
             mtp=sums.mtp,
             balance=sums.balance,

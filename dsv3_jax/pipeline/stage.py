@@ -23,12 +23,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.modules.balance import Routing
 from dsv3_jax.modules.block import BlockInputs
-from dsv3_jax.modules.routing_statistics import Routing
 from dsv3_jax.pipeline.slots import INPUT, WEIGHTS, Lockstep
 from dsv3_jax.sharding.rules import BATCH_AXES, AxisRules, parameter_specs
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.losses import LossWeights, balance_of, prediction_losses, share_of, weighted
+from dsv3_jax.training.losses import LossWeights, balance_of, prediction_losses, share_of, total_loss
 
 _TENSOR_ONLY = AxisRules(embed=(), latent=(), expert=(), layers=())
 
@@ -143,7 +143,7 @@ class StageComputation:
         joined = Routing.join(routing) if routing else None
         balance = self.share(segment_ids) * balance_of(joined, self.config.training.balance)
         load = joined.load if joined else jnp.zeros((0, self.config.model.n_routed_experts), jnp.int32)
-        return weighted(main, mtp, balance, self.weights), Sums(main, mtp, balance, load)
+        return total_loss(main, mtp, balance, self.weights), Sums(main, mtp, balance, load)
 
     def parameters(self, place: Int[Array, ""]) -> nnx.State:
         """Of the MoE layer at a place."""

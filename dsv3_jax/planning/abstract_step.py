@@ -12,14 +12,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.data import DataConfig
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.modules.devices import OneDevice
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.sharding.rules import batch_spec
 from dsv3_jax.training.config import RunConfig, TrainingConfig
-from dsv3_jax.training.layout import Layout
 from dsv3_jax.training.state import Skeleton, new_state
+from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.training.step import StepSettings, make_train_step
 
 
@@ -47,14 +48,14 @@ def run_of(config: PlanConfig) -> RunConfig:
 def traced_step(config: PlanConfig, devices: Sequence[Any]) -> Any:
     """`make_train_step`'s step traced for these devices, ready to be lowered."""
     mesh = make_mesh(config.mesh, devices)
-    layout = Layout(mesh, config.zero, layers=moe_layers_of_stages(config.model, config.mesh.stage))
+    layout = StateLayout(mesh, config.zero, layers=moe_layers_of_stages(config.model, config.mesh.stage))
     run = run_of(config)
 
     def make() -> DeepSeekV3:
         precision = Precision.preset(run.precision)
         remat = run.training.rematerialisation
-        model = DeepSeekV3(config.model, rngs=nnx.Rngs(0), precision=precision, remat=remat)
-        return layout.distribute(model) if config.target.devices > 1 else model
+        devices = layout.devices if config.target.devices > 1 else OneDevice()
+        return DeepSeekV3(config.model, rngs=nnx.Rngs(0), precision=precision, devices=devices, remat=remat)
 
     graph, _, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
     # Router biases, the only other variables, are written anew in every step.

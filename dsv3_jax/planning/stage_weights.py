@@ -12,13 +12,14 @@ import math
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import abstract_model
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.layers import LayerKind
-from dsv3_jax.planning.parameter_shapes import parameter_shapes
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.sharding.ranks import axes_of
 from dsv3_jax.sharding.rules import BATCH_AXES, parameter_specs, rules_over_stages
@@ -61,7 +62,7 @@ def stage_weights(config: PlanConfig) -> tuple[StageWeight, ...]:
 
 @functools.lru_cache(maxsize=256)
 def _stage_weights(model: ModelConfig, mesh: MeshConfig, directions: int, zero: bool) -> tuple[StageWeight, ...]:
-    tree = parameter_shapes(model)
+    tree = nnx.state(abstract_model(model), nnx.Param)
     layers = moe_layers_of_stages(model, mesh.stage)
     # The rules ask a mesh for the sizes of its axes and for nothing else.
     on: Any = AbstractMesh(tuple(mesh.sizes.values()), tuple(mesh.sizes))

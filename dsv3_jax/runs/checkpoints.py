@@ -28,10 +28,11 @@ from flax import nnx
 from dsv3_jax.data import Tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.precision import Precision
 from dsv3_jax.runs.processes import is_first, share
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.layout import Layout
+from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.runs.manifest import find_damage, write_manifest
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.training.state import Skeleton, TrainState, new_state
@@ -152,7 +153,7 @@ def last_whole_checkpoint(folder: RunFolder, report: Callable[[str], None]) -> P
 
 
 def restore(
-    path: Path, config: RunConfig, make_model: Callable[[], DeepSeekV3], layout: Layout | None = None
+    path: Path, config: RunConfig, make_model: Callable[[], DeepSeekV3], layout: StateLayout | None = None
 ) -> tuple[Skeleton, TrainState, Progress]:
     """The state saved in a checkpoint, for a run of the same configuration.
 
@@ -160,7 +161,7 @@ def restore(
       layout: where it shall lie; one device unless given.
     """
     skeleton, abstract = abstract_state(config, make_model)
-    places = _to_arrays((layout or Layout()).of_state(abstract))
+    places = _to_arrays((layout or StateLayout()).of_state(abstract))
     wanted = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
         for name, leaf in _to_arrays(abstract).items()
@@ -197,8 +198,12 @@ def load_checkpoint(folder: str | Path) -> tuple[DeepSeekV3, Tokenizer, int]:
     return skeleton.model(params, state.router_biases), Tokenizer.load(path / "tokenizer"), progress.step
 
 
-def make_model(config: RunConfig) -> DeepSeekV3:
-    """A model with the run's initial weights, made by one compiled program."""
+def make_model(config: RunConfig, devices: Devices = OneDevice()) -> DeepSeekV3:
+    """Returns a model with the run's initial weights, made by one compiled program.
+
+    Args:
+      devices: those the model is given; its weights are on one device until a layout shards them.
+    """
 
     @nnx.jit
     def build() -> DeepSeekV3:
@@ -206,6 +211,7 @@ def make_model(config: RunConfig) -> DeepSeekV3:
             config.model,
             rngs=nnx.Rngs(config.training.seed),
             precision=Precision.preset(config.precision),
+            devices=devices,
             remat=config.training.rematerialisation,
         )
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.data import Data, prepare_data
 from dsv3_jax.runs.checkpoints import load_checkpoint
-from dsv3_jax.training.layout import Layout
+from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.training.state import split_model
 from dsv3_jax.training.step import EvaluationSums, make_evaluation_step
@@ -64,7 +64,7 @@ def evaluate(
     data: Data,
     batch_size: int,
     *,
-    layout: Layout | None = None,
+    layout: StateLayout | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Runs the whole validation set; None when `stop` said so on the way.
@@ -76,7 +76,7 @@ def evaluate(
     """
     tokens, segment_ids = data.validation_rows()
     token_bytes = np.asarray(data.tokenizer.token_bytes, np.int32)
-    feeding = (layout or Layout()).feeding
+    feeding = (layout or StateLayout()).feed
     sums: list[EvaluationSums] = []
     for start in range(0, len(tokens), batch_size):
         if stop():

@@ -34,7 +34,7 @@ from dsv3_jax.training.config import RunConfig
 from dsv3_jax.runs.evaluation import Evaluation, evaluate
 from dsv3_jax.runs.hardware import peak_flops
 from dsv3_jax.runs.interruption import Interruption
-from dsv3_jax.training.layout import Layout
+from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.runs.metrics import JsonLines, Quiet, Record, TensorBoard, Terminal, Writer, read_metrics
 from dsv3_jax.pipeline.passes import check_passes
 from dsv3_jax.runs.plots import plot_expert_load, plot_losses
@@ -96,14 +96,14 @@ def train(
         return runs[0].train()
 
 
-def _layout(config: RunConfig) -> Layout:
+def _layout(config: RunConfig) -> StateLayout:
     """The run's layout over the devices there are, once they are known to suit."""
     sizes = config.mesh.resolve(jax.device_count())
     sizes.check(config.model, config.training.rows_per_pass)
     layers = moe_layers_of_stages(config.model, sizes.stage)
     if sizes.stage > 1:
         check_passes(config, config.training.pipeline_schedule, sizes.stage, sizes.batch_ranks)
-    return Layout.of(sizes, zero=config.training.zero, overlap=config.training.overlap_exchange, layers=layers)
+    return StateLayout.of(sizes, zero=config.training.zero, overlap=config.training.overlap_exchange, layers=layers)
 
 
 class _Run:
@@ -115,12 +115,12 @@ class _Run:
         folder: RunFolder,
         interruption: Interruption,
         initial: Callable[[], DeepSeekV3] | None,
-        layout: Layout,
+        layout: StateLayout,
         vigil: Vigil,
     ):
         self.config, self.folder, self.interruption = config, folder, interruption
         self.layout, self.vigil = layout, vigil
-        self.feeding = layout.feeding
+        self.feed = layout.feed
         self.checkpoints = Checkpoints(folder, keep=config.training.keep_checkpoints)
         self.writers: list[Writer] = []
         found = share(lambda: str(last_whole_checkpoint(folder, print) or ""))
@@ -199,8 +199,8 @@ class _Run:
             self.config.data,
             self.folder.cache,
             tokenizer_folder=tokenizer,
-            shard_index=self.feeding.index,
-            shard_count=self.feeding.count,
+            shard_index=self.feed.index,
+            shard_count=self.feed.count,
             progress=print if is_first() else None,
         )
         size = data.tokenizer.vocab_size
@@ -247,8 +247,8 @@ class _Run:
     def _next_batch(self, size: int) -> tuple[jax.Array, jax.Array]:
         """Tokens and segment ids [A, B, T+1] of the next `size` sequences, of which this process reads its part."""
         passes = size // min(self.config.training.rows_per_pass, size)
-        batch = self.rows.next_rows(size // self.feeding.count)
-        tokens, segment_ids = (self.feeding.put(array.reshape(passes, -1, array.shape[-1])) for array in batch)
+        batch = self.rows.next_rows(size // self.feed.count)
+        tokens, segment_ids = (self.feed.put(array.reshape(passes, -1, array.shape[-1])) for array in batch)
         return tokens, segment_ids
 
     def _record(self, metrics: StepMetrics, settings: Settings, tokens_per_second: float) -> None:

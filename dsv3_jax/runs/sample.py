@@ -9,13 +9,13 @@ from dsv3_jax.data import Data
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.runs.checkpoints import abstract_state, make_model
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.layout import Layout
+from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.training.state import Skeleton, TrainState
 
 _MOST_GATHERED = 4e9  # parameters of a model that is brought together on one device for this
 
 
-def whole_model(skeleton: Skeleton, state: TrainState, config: RunConfig, layout: Layout) -> DeepSeekV3 | None:
+def whole_model(skeleton: Skeleton, state: TrainState, config: RunConfig, layout: StateLayout) -> DeepSeekV3 | None:
     """The model (its running average, where there is one) on one device, or None where it is too large for that.
 
     All processes must ask together.

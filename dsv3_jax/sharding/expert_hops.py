@@ -1,7 +1,7 @@
-"""How rows travel between ranks of the expert axis, forward and backward (report section 3.2.2).
+"""The exchange of rows between ranks of the expert axis, forward and backward (report section 3.2.2).
 
-A hop is an all-to-all among some of the ranks. Rows that go out together come back together, so that the gradient of
-the way there travels as results do, and the gradient of the way back as tokens do, in the formats of section 3.3.3.
+A hop is an all-to-all among some of the ranks. Results return along the route that their rows took. The gradient of a
+dispatch is therefore a combine, and the gradient of a combine is a dispatch, in the formats of section 3.3.3.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ AXIS = "expert"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hop(HopRanks):
-    """Which ranks send to one another, and in what form.
+    """One exchange: its ranks, and the formats of the rows.
 
     Attributes:
-      ragged: the backend sends as many rows to each as there are, instead of equally many to all.
-      tokens, gradients: format of the way there, and of gradients of what comes back; None for that of the rows.
+      ragged: whether the backend sends each rank as many rows as there are, instead of equally many to all.
+      tokens: format of dispatched tokens; None for the rows' own dtype.
+      gradients: format of dispatched gradients of results; None for the rows' own dtype.
     """
 
     ragged: bool = False
@@ -37,27 +38,33 @@ class Hop(HopRanks):
 
     @property
     def index(self) -> Int[Array, ""]:
-        """This rank's among its peers."""
+        """Returns this rank's index among its peers."""
         return lax.axis_index(AXIS) // self.stride % self.peers
 
     def all_to_all(self, x: Array) -> Array:
-        """Equal parts of the leading axis, one to every peer."""
+        """Sends equal parts of the leading axis, one to every peer."""
         return lax.all_to_all(x, AXIS, 0, 0, axis_index_groups=self.groups, tiled=True)
 
-    def ragged_all_to_all(self, rows: Array, room: int, *parts: Array) -> Array:
-        """`parts`: starts and sizes here, starts at the receivers, sizes that arrive; other places are zero."""
-        buffer = jnp.zeros((room, rows.shape[1]), rows.dtype)
+    def ragged_all_to_all(self, rows: Array, buffer_rows: int, *parts: Array) -> Array:
+        """Sends slices of `rows` of different sizes, one to every peer; returns the receive buffer.
+
+        Args:
+          buffer_rows: rows of the receive buffer; those that nothing is written to are zero.
+          parts: per peer, as `lax.ragged_all_to_all` takes them: starts and sizes of the slices, their starts in the
+            receivers' buffers, and the sizes that arrive here.
+        """
+        buffer = jnp.zeros((buffer_rows, rows.shape[1]), rows.dtype)
         parts = tuple(part.astype(jnp.int32) for part in parts)
         return lax.ragged_all_to_all(rows, buffer, *parts, axis_name=AXIS, axis_index_groups=self.groups)
 
 
 class Route(NamedTuple):
-    """Rows sorted by receiver, and where they go. The receive buffer has `slots` places for each sender's.
+    """How many rows, sorted by receiver, each rank sends to each. The receive buffer has `slots` rows per sender.
 
     Attributes:
-      sizes, starts: [receiver] of the rows to send.
-      arriving: [sender] rows that come.
-      starts_there: [sender] where those stand among what the sender sends.
+      sizes, starts: per receiver, number and first index of the rows to send.
+      arriving: per sender, number of rows that arrive.
+      starts_there: per sender, first index of those rows among all that the sender sends.
     """
 
     sizes: Int[Array, " P"]
@@ -76,14 +83,14 @@ class Route(NamedTuple):
 def send(
     hop: Hop, slots: int, rows: Float[Array, "S d"], ids: Int[Array, "S K"], gates: Float[Array, "S K"], route: Route
 ) -> tuple[Float[Array, "M d"], Int[Array, "M K"], Float[Array, "M K"]]:
-    """Rows, with what each is to do there, to the receivers; zeros at places where none arrives.
+    """Dispatches rows with their experts and gates; returns the receive buffers, zero where no row arrived.
 
     Args:
-      slots: the most rows from one rank to another.
+      slots: the most rows that one rank sends to another.
       ids, gates: a row's experts (counted from 1) and their weights, at least float32; 0 for none.
     """
     beside = jnp.concatenate([ids.astype(gates.dtype), gates], axis=1)
-    arrived, beside = _carry_as(hop, slots, hop.tokens, rows, route, beside)
+    arrived, beside = _send_in_format(hop, slots, hop.tokens, rows, route, beside)
     chosen = ids.shape[1]
     return arrived, beside[:, :chosen].astype(ids.dtype), beside[:, chosen:]
 
@@ -100,7 +107,12 @@ def _send_backward(
     route, like_rows = residuals
     rows_bar, _, gates_bar = bars
     count = like_rows.shape[0]
-    return _carry_back(hop, slots, count, rows_bar, route), None, _carry_back(hop, slots, count, gates_bar, route), None
+    return (
+        _send_rows_back(hop, slots, count, rows_bar, route),
+        None,
+        _send_rows_back(hop, slots, count, gates_bar, route),
+        None,
+    )
 
 
 send.defvjp(_send_forward, _send_backward)
@@ -108,8 +120,8 @@ send.defvjp(_send_forward, _send_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def send_back(hop: Hop, slots: int, count: int, rows: Float[Array, "M d"], route: Route) -> Float[Array, "S d"]:
-    """Rows in the places they arrived at, to where they came from: `count` in the order they were sent, then zeros."""
-    return _carry_back(hop, slots, count, rows, route)
+    """Returns rows of the receive buffer to their senders: `count` rows in the order they were sent, then zeros."""
+    return _send_rows_back(hop, slots, count, rows, route)
 
 
 def _send_back_forward(hop: Hop, slots: int, count: int, rows: Array, route: Route) -> tuple[Array, Route]:
@@ -118,42 +130,42 @@ def _send_back_forward(hop: Hop, slots: int, count: int, rows: Array, route: Rou
 
 def _send_back_backward(hop: Hop, slots: int, count: int, route: Route, out_bar: Array) -> tuple[Array, None]:
     del count
-    return _carry_as(hop, slots, hop.gradients, out_bar, route)[0], None
+    return _send_in_format(hop, slots, hop.gradients, out_bar, route)[0], None
 
 
 send_back.defvjp(_send_back_forward, _send_back_backward)
 
 
-def _carry_as(
+def _send_in_format(
     hop: Hop, slots: int, wire: TravelFormat | None, rows: Array, route: Route, beside: Array | None = None
 ) -> tuple[Float[Array, "M d"], Any]:
-    """Rows in that format, and float32 numbers beside them, which go with the scales where there are any."""
+    """Sends rows in the format `wire`, and float32 numbers beside them, together with the scales if there are any."""
     if wire is None:
-        return _carry(hop, slots, rows, route), None if beside is None else _carry(hop, slots, beside, route)
+        return _send_rows(hop, slots, rows, route), None if beside is None else _send_rows(hop, slots, beside, route)
     tiles = wire.quantise(rows)
     width = tiles.scales.shape[1]
-    values = _carry(hop, slots, tiles.values, route)
+    values = _send_rows(hop, slots, tiles.values, route)
     with_scales = tiles.scales if beside is None else jnp.concatenate([tiles.scales, beside], axis=1)
-    with_scales = _carry(hop, slots, with_scales, route)
+    with_scales = _send_rows(hop, slots, with_scales, route)
     arrived = dataclasses.replace(tiles, values=values, scales=with_scales[:, :width])
     return dequantise(arrived).astype(rows.dtype), with_scales[:, width:]
 
 
-def _carry(hop: Hop, slots: int, rows: Float[Array, "S d"], route: Route) -> Float[Array, "M d"]:
-    """Rows sorted by receiver, to places of their sender's."""
-    room = hop.peers * slots
+def _send_rows(hop: Hop, slots: int, rows: Float[Array, "S d"], route: Route) -> Float[Array, "M d"]:
+    """Sends rows, sorted by receiver, into the slots that the receivers have for this sender."""
+    buffer_rows = hop.peers * slots
     if hop.ragged:
         there = jnp.full(hop.peers, hop.index * slots)
-        return hop.ragged_all_to_all(rows, room, route.starts, route.sizes, there, route.arriving)
+        return hop.ragged_all_to_all(rows, buffer_rows, route.starts, route.sizes, there, route.arriving)
     at = jnp.arange(slots)
     source = jnp.minimum(route.starts[:, None] + at, rows.shape[0] - 1)
     sent = (at < route.sizes[:, None])[..., None]
     padded = jnp.where(sent, rows[source], jnp.zeros((), rows.dtype))
-    return hop.all_to_all(padded).reshape(room, -1)
+    return hop.all_to_all(padded).reshape(buffer_rows, -1)
 
 
-def _carry_back(hop: Hop, slots: int, count: int, rows: Float[Array, "M d"], route: Route) -> Float[Array, "S d"]:
-    """From places of their sender's, to their sender."""
+def _send_rows_back(hop: Hop, slots: int, count: int, rows: Float[Array, "M d"], route: Route) -> Float[Array, "S d"]:
+    """Sends each sender the rows of its slots."""
     if hop.ragged:
         here = jnp.arange(hop.peers) * slots
         return hop.ragged_all_to_all(rows, count, here, route.arriving, route.starts_there, route.sizes)

@@ -1,4 +1,4 @@
-"""Which ranks of the expert axis send to one another: one hop, or two where a group of experts has several ranks."""
+"""Which ranks of the expert axis exchange rows: one hop, or two where a group of experts spans several ranks."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HopRanks:
-    """The ranks of one hop.
+    """The ranks that take part in one exchange.
 
     Attributes:
-      ranks: of the whole axis.
-      peers: of them that exchange rows; `stride` ranks lie from one to the next.
-      reached: of the peers by one row at most; None where that may be all.
+      ranks: number of ranks of the expert axis.
+      peers: number of ranks in each set that exchanges rows.
+      stride: distance along the axis from one peer to the next.
+      reached: the most peers that one row is sent to; None where it may be all of them.
     """
 
     ranks: int
@@ -22,24 +23,25 @@ class HopRanks:
 
     @property
     def groups(self) -> list[list[int]] | None:
-        """Every set of peers, if there are several."""
+        """Returns every set of peers, or None where all ranks are one set."""
         if self.peers == self.ranks:
             return None
         span = self.peers * self.stride
-        starts = [first + place for first in range(0, self.ranks, span) for place in range(self.stride)]
+        starts = [first + offset for first in range(0, self.ranks, span) for offset in range(self.stride)]
         return [list(range(start, start + span, self.stride)) for start in starts]
 
     def copies(self, chosen: int) -> int:
-        """Rows to send, at most, for one that is for so many experts."""
+        """Returns the most copies of a row that is for `chosen` experts."""
         return min(chosen, self.peers, self.reached or self.peers)
 
 
 def hops_between(ranks: int, groups: int, reached: int | None = None) -> tuple[HopRanks, ...]:
-    """How a token gets to its experts' ranks (report section 3.2.2); no hop where one rank has them all.
+    """Returns the exchanges that bring a token to its experts (report section 3.2.2); none for a single rank.
 
     Args:
-      groups: of experts, in the order of the ranks.
-      reached: groups that a token has experts of, at most; None where the experts do not lie in the router's order.
+      ranks: number of ranks of the expert axis.
+      groups: number of groups of experts, which follow the order of the ranks.
+      reached: the most groups that a token's experts belong to; None where experts do not follow the router's order.
     """
     if ranks == 1:
         return ()
@@ -47,6 +49,6 @@ def hops_between(ranks: int, groups: int, reached: int | None = None) -> tuple[H
         return (HopRanks(ranks=ranks, peers=ranks),)
     if ranks <= groups:  # a rank has whole groups
         return (HopRanks(ranks=ranks, peers=ranks, reached=reached),)
-    places = ranks // groups
-    across = HopRanks(ranks=ranks, peers=groups, stride=places, reached=reached)
-    return across, HopRanks(ranks=ranks, peers=places)
+    ranks_of_group = ranks // groups
+    across = HopRanks(ranks=ranks, peers=groups, stride=ranks_of_group, reached=reached)
+    return across, HopRanks(ranks=ranks, peers=ranks_of_group)

@@ -1,8 +1,8 @@
-"""Expert parallelism: tokens travel to the ranks that hold their experts, and back (report section 3.2.2).
+"""Expert parallelism: tokens are dispatched to the ranks that hold their experts, and combined (report section 3.2.2).
 
 Every rank of the batch axes has tokens of its own, and every rank of the expert axis some of the experts. No token is
-ever lost: buffers have room for the worst case, all tokens of all ranks choosing one rank's experts, and so that such
-buffers stay small the tokens go in pieces, each of which is computed anew in the backward pass.
+ever dropped: receive buffers are large enough for the worst case, in which all tokens of all ranks choose the experts
+of one rank. So that such buffers stay small, tokens are sent in pieces, and the backward pass recomputes each piece.
 """
 
 from __future__ import annotations
@@ -16,105 +16,39 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 import pallas_kernels
-from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.modules.moe import MixtureOfExperts
+from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
 from dsv3_jax.precision.dispatch import travel_formats
-from dsv3_jax.precision.fp8_recipe import Fp8Recipe
 from dsv3_jax.sharding.expert_hops import Hop
 from dsv3_jax.sharding.expert_layout import hops_between
-from dsv3_jax.sharding.expert_rows import Product, over_hops
-from dsv3_jax.sharding.ranks import SumOnRanks, on_every_rank
-from dsv3_jax.sharding.rules import BATCH_AXES
+from dsv3_jax.sharding.expert_rows import over_hops
+from dsv3_jax.sharding.ranks import on_every_rank
+from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, weight_axes
 
-_ROOM = 2  # rows of a piece's buffers, over those of all tokens under an even load
-
-_GATE_UP = PartitionSpec("expert", None, "tensor", "fsdp")
-_DOWN = PartitionSpec("expert", "fsdp", "tensor")
-
-
-def distribute_experts(model: DeepSeekV3, mesh: Mesh, *, overlap: bool = False) -> None:
-    """Makes every MoE layer of the model exchange its tokens over the mesh's expert axis.
-
-    Args:
-      overlap: see `ExpertExchange`.
-    """
-    blocks = [model.moe_blocks] if model.config.num_moe_layers else []
-    for block in [*blocks, *(module.block for module in model.mtp)]:
-        if isinstance(block.feed_forward, MixtureOfExperts):
-            distribute_layer(block.feed_forward, mesh, overlap=overlap)
-
-
-def distribute_layer(layer: MixtureOfExperts, mesh: Mesh, *, overlap: bool = False) -> None:
-    """The same for one layer."""
-    config = layer.router.config
-    layer.router.gate = GateOnRanks(mesh)
-    layer.over_ranks = SumOnRanks()
-    layer.experts.exchange = ExpertExchange(
-        mesh,
-        groups=config.n_group,
-        reached_groups=config.topk_group,
-        recipe=layer.experts.precision.fp8,
-        overlap=overlap,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class GateOnRanks:
-    """`pallas_kernels.gate` for every rank's own sequences; loads are summed over all."""
-
-    mesh: Mesh
-
-    def __call__(
-        self,
-        logits: Float[Array, "B T E"],
-        bias: Float[Array, " E"] | None,
-        *,
-        token_mask: Bool[Array, "B T"] | None = None,
-        **settings: Any,
-    ) -> pallas_kernels.Gates:
-        batch, whole = PartitionSpec(BATCH_AXES), PartitionSpec()
-
-        def on_a_rank(logits: Array, bias: Array | None, token_mask: Array | None) -> pallas_kernels.Gates:
-            gates = pallas_kernels.gate(logits, bias, token_mask=token_mask, **settings)
-            return dataclasses.replace(gates, load=lax.psum(gates.load, BATCH_AXES))
-
-        return on_every_rank(
-            self.mesh,
-            on_a_rank,
-            in_specs=(batch, whole, batch),
-            out_specs=pallas_kernels.Gates(
-                expert_index=batch,  # pyright: ignore[reportArgumentType]
-                gate=batch,  # pyright: ignore[reportArgumentType]
-                load=whole,  # pyright: ignore[reportArgumentType]
-                affinity_mean=batch,  # pyright: ignore[reportArgumentType]
-                selection_fraction=batch,  # pyright: ignore[reportArgumentType]
-            ),
-        )(logits, bias, token_mask)
+BUFFER_ROWS = 2
+"""The most rows of a piece's receive buffers, over the rows of all of a rank's tokens under an even load."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertExchange:
-    """What a layer's experts hand their tokens to.
+    """Applies the experts of a layer to tokens of all ranks.
 
-    A token travels once to every rank that has some of its experts. Where the groups of node-limited routing are each
-    spread over several ranks it first travels once to every group it reaches, to the rank that has the sender's place
-    there, and from that one to the ranks of its experts; what these return is summed on the way back.
+    One copy of a token is sent to every rank that holds some of its experts. Where each group of node-limited routing
+    is spread over several ranks there are two hops: one copy of the token is sent to each group it reaches, to the rank
+    with the sender's position in that group, and from there to the ranks of its experts. Each rank adds up its experts'
+    weighted outputs and returns one row, which is summed again on the way back.
 
     Attributes:
       mesh: the devices.
-      groups, reached_groups: of experts, and how many of them a token reaches at most: n_group and topk_group.
-      recipe: of FP8, whose field `dispatch` says whether tokens and gradients travel in it.
-      overlap: a rank's tokens go in two halves that do not wait for each other, so that one half can travel while the
-        other is multiplied.
+      shapes: weights, groups and FP8 recipe of the experts.
+      overlap: whether a rank's tokens are sent in two halves that do not wait for each other, so that one half can be
+        sent while the other is multiplied.
     """
 
     mesh: Mesh
-    groups: int = 1
-    reached_groups: int | None = None
-    recipe: Fp8Recipe | None = None
+    shapes: ExpertShapes
     overlap: bool = False
 
     def __call__(
@@ -123,54 +57,57 @@ class ExpertExchange:
         gates: pallas_kernels.Gates,
         gate_up: Float[Array, "E 2 I d"],
         down: Float[Array, "E d I"],
-        product: Product,
+        product: ExpertProduct,
     ) -> Float[Array, "N d"]:
-        """sum_i g_i E_i(u) for every token; tokens lie on the batch axes, experts on the expert axis."""
+        """Returns sum_i g_i E_i(u) of every token; tokens are sharded over the batch axes."""
         chosen = gates.expert_index.shape[-1]
         batch = PartitionSpec(BATCH_AXES)
         exchange = on_every_rank(
             self.mesh,
             functools.partial(self._on_a_rank, product),
-            in_specs=(batch, batch, batch, _GATE_UP, _DOWN),
+            in_specs=(batch, batch, batch, PartitionSpec(*self._gate_up_axes), PartitionSpec(*self._down_axes)),
             out_specs=batch,
         )
         return exchange(u, gates.expert_index.reshape(-1, chosen), gates.gate.reshape(-1, chosen), gate_up, down)
 
     @property
-    def for_any_placement(self) -> ExpertExchange:
-        """The same for experts that do not lie in the order of the router's groups."""
-        return dataclasses.replace(self, reached_groups=None)
-
-    @property
     def hops(self) -> tuple[Hop, ...]:
-        """Over which ranks a token travels, one after the other."""
-        tokens, gradients = travel_formats(self.recipe)
+        """The exchanges between ranks that a token goes through, in their order."""
+        tokens, gradients = travel_formats(self.shapes.fp8)
         return tuple(
             Hop(**vars(hop), ragged=self._ragged, tokens=tokens, gradients=gradients)
-            for hop in hops_between(self.mesh.shape["expert"], self.groups, self.reached_groups)
+            for hop in hops_between(self.mesh.shape["expert"], self.shapes.groups, self.shapes.reached_groups)
         )
 
     @property
+    def _gate_up_axes(self) -> tuple[str | None, ...]:
+        return weight_axes(self.shapes.gate_up, self.mesh, WITHIN_A_STAGE)
+
+    @property
+    def _down_axes(self) -> tuple[str | None, ...]:
+        return weight_axes(self.shapes.down, self.mesh, WITHIN_A_STAGE)
+
+    @property
     def _ragged(self) -> bool:
-        """Whether the backend sends as many rows to each rank as there are, instead of equally many to all."""
+        """Whether the backend can send each rank as many rows as there are, instead of equally many to all."""
         return self.mesh.devices.flat[0].platform != "cpu"
 
     def _on_a_rank(
-        self, product: Product, u: Array, expert_index: Array, gate: Array, gate_up: Array, down: Array
+        self, product: ExpertProduct, u: Array, expert_index: Array, gate: Array, gate_up: Array, down: Array
     ) -> Float[Array, "n d"]:
-        """Its own tokens, in pieces; weights are gathered once for all of them."""
-        gate_up = lax.all_gather(gate_up, "fsdp", axis=3, tiled=True)
-        down = lax.all_gather(down, "fsdp", axis=1, tiled=True)
+        """Applies the experts to this rank's tokens, in pieces; weights are all-gathered once for all of them."""
+        gate_up, down = _gathered(gate_up, self._gate_up_axes), _gathered(down, self._down_axes)
+        width_is_sharded = "tensor" in self._down_axes
         halves = 2 if self.overlap and u.shape[0] % 2 == 0 else 1
         pieces = self._pieces(u.shape[0] // halves, expert_index.shape[1], gate_up.shape[0])
 
         def one(u: Array, expert_index: Array, gate: Array, gate_up: Array, down: Array) -> Array:
             experts = functools.partial(product, gate_up=gate_up, down=down)
             out = over_hops(self.hops, u, expert_index + 1, gate, gate_up.shape[0], experts)
-            return lax.psum(out, "tensor") if self.mesh.shape["tensor"] > 1 else out
+            return lax.psum(out, "tensor") if width_is_sharded else out
 
         def a_piece(parts: tuple[Array, ...]) -> Array:
-            """Its halves one below the other, with nothing between them for one to wait for."""
+            """Applies the experts to both halves of a piece, neither of which waits for the other."""
             out: list[Any] = [
                 _keeping_arguments(one, *(part[half] for part in parts), gate_up, down) for half in range(halves)
             ]
@@ -182,18 +119,23 @@ class ExpertExchange:
         return lax.map(a_piece, parts).reshape(u.shape)
 
     def _pieces(self, tokens: int, chosen: int, experts: int) -> int:
-        """How many, so that the worst case of one takes no more than `_ROOM` times the even load of all."""
+        """Returns the number of pieces with which buffers for one have at most `BUFFER_ROWS` times the even load."""
         worst = self.mesh.shape["expert"] * min(chosen, experts)
-        wanted = -(-worst // (_ROOM * chosen))
+        wanted = -(-worst // (BUFFER_ROWS * chosen))
         return next(pieces for pieces in range(min(wanted, tokens), tokens + 1) if tokens % pieces == 0)
+
+
+def _gathered(weight: Float[Array, "..."], axes: tuple[str | None, ...]) -> Float[Array, "..."]:
+    """Returns the weight with its shards along the fsdp axis all-gathered."""
+    return lax.all_gather(weight, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else weight
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _keeping_arguments(function: Callable[..., Array], *arguments: Array) -> Array:
-    """`function(*arguments)`, computed anew in the backward pass.
+    """Returns `function(*arguments)`, which the backward pass recomputes.
 
-    Not `jax.checkpoint`: the policy of a rematerialised layer around it would keep what bears a name inside, which
-    here has room for the worst case.
+    This is not `jax.checkpoint`, because the policy of a rematerialised layer around it would keep the named values
+    inside, whose buffers are as large as the worst case.
     """
     return function(*arguments)
 
@@ -202,8 +144,8 @@ def _keep_arguments(function: Callable[..., Array], *arguments: Array) -> tuple[
     return function(*arguments), arguments
 
 
-def _compute_anew(function: Callable[..., Array], arguments: tuple[Array, ...], out_bar: Array) -> tuple[Any, ...]:
+def _recompute(function: Callable[..., Array], arguments: tuple[Array, ...], out_bar: Array) -> tuple[Any, ...]:
     return jax.vjp(function, *arguments)[1](out_bar)
 
 
-_keeping_arguments.defvjp(_keep_arguments, _compute_anew)
+_keeping_arguments.defvjp(_keep_arguments, _recompute)

@@ -1,7 +1,8 @@
-"""What a rank does with rows: one copy for every receiver, and at the end one for every expert (report section 3.2.2).
+"""What a rank does with rows that are on their way to experts, and with their results (report section 3.2.2).
 
-A row comes with the experts it is for (`ids`, counted from 1 among those that lie further on; 0 for none) and their
-gates; what goes back is the gate-weighted sum of theirs, one row again.
+Before each hop a row is copied once for every rank it must reach; at the last rank it is copied once for each of its
+experts there. A row is sent with the ids of the experts it is for and with their gates. An id counts from 1 among the
+experts that the remaining hops can reach, and 0 means none. One row returns: the gate-weighted sum of the results.
 """
 
 from __future__ import annotations
@@ -18,16 +19,8 @@ import pallas_kernels
 from dsv3_jax.sharding.expert_hops import Hop, Route, send, send_back
 
 
-class Product(Protocol):
-    """(rows sorted by expert, gate_up, down, group sizes, row alignment) -> rows."""
-
-    def __call__(
-        self, rows: Array, gate_up: Array, down: Array, group_sizes: Array, row_alignment: int
-    ) -> Float[Array, "M d"]: ...
-
-
 class LocalProduct(Protocol):
-    """The same with this rank's weights."""
+    """Computes E_i(row) for rows that are sorted by expert, with this rank's weights."""
 
     def __call__(self, rows: Array, *, group_sizes: Array, row_alignment: int) -> Float[Array, "M d"]: ...
 
@@ -42,11 +35,14 @@ def over_hops(
     *,
     even_load: int | None = None,
 ) -> Float[Array, "n d"]:
-    """sum_i g_i E_i(row) for every row, whose experts lie behind these hops.
+    """Returns sum_i g_i E_i(row) of every row, whose experts are reached by `hops`.
 
     Args:
-      experts: of one rank.
-      even_load: assignments that reach a rank if they are even.
+      hops: the exchanges still to make; none when the rows are at the ranks of their experts.
+      rows, ids, gates: the rows, the ids of their experts (0 for none), and their gates.
+      experts: number of experts per rank.
+      product: applies this rank's experts.
+      even_load: assignments per rank under an even load; all ids of `ids` unless given.
     """
     even_load = even_load or ids.size
     if not hops:
@@ -79,7 +75,7 @@ def _at_home(
     product: LocalProduct,
     even_load: int,
 ) -> Float[Array, "M d"]:
-    """Of rows that are where their experts are."""
+    """Returns sum_i g_i E_i(row) of rows that are at the rank of their experts."""
     if experts < ids.shape[1]:
         ids, gates = _one_slot_an_expert(ids, gates, experts)
     alignment = pallas_kernels.preferred_row_alignment(even_load, experts)
@@ -92,14 +88,14 @@ def _at_home(
 def _one_slot_an_expert(
     ids: Int[Array, "M K"], gates: Float[Array, "M K"], experts: int
 ) -> tuple[Int[Array, "M E"], Float[Array, "M E"]]:
-    """Where there are fewer experts than slots: no room is spent on slots that must be empty."""
+    """Rearranges ids and gates into one entry per expert, for ranks with fewer experts than entries per row."""
     expert = jnp.arange(1, experts + 1)
     chosen = ids[:, None] == expert[:, None]
     return jnp.where(jnp.any(chosen, axis=2), expert, 0), jnp.sum(jnp.where(chosen, gates[:, None], 0), axis=2)
 
 
 def _receivers(ids: Int[Array, "n K"], peers: int, behind: int, copies: int) -> Int[Array, "n R"]:
-    """The different peers that have any of a row's experts, in order; `peers` fills up."""
+    """Returns the distinct peers that lead to any of a row's experts, in order, padded with `peers`."""
     of_slot = jnp.sort(jnp.where(ids > 0, (ids - 1) // behind, peers), axis=1)
     again = jnp.pad(of_slot[:, 1:] == of_slot[:, :-1], ((0, 0), (1, 0)))
     return jnp.sort(jnp.where(again, peers, of_slot), axis=1)[:, :copies]
@@ -107,9 +103,10 @@ def _receivers(ids: Int[Array, "n K"], peers: int, behind: int, copies: int) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(copies: int, rows: Float[Array, "S d"], order: pallas_kernels.Permutation) -> Float[Array, "n d"]:
-    """Of the rows of every token's copies, added up in float32.
+    """Returns the sum of the results of each row's copies, accumulated in float32.
 
-    Its gradient needs no row, unlike that of `combine`: when a piece is computed anew, none has to come back.
+    Unlike the gradient of `combine`, its gradient needs none of the rows: recomputing a piece in the backward pass does
+    not send results back.
     """
     ones = jnp.ones((rows.shape[0] // copies, copies), jnp.float32)
     return pallas_kernels.combine(rows, ones, order)

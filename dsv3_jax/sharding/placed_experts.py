@@ -1,4 +1,4 @@
-"""A loaded model with its experts as a placement holds them: physical experts, some of them copies (section 3.4)."""
+"""A loaded model whose experts are arranged by a placement: physical experts, some of them copies (section 3.4)."""
 
 from __future__ import annotations
 
@@ -12,45 +12,50 @@ import pallas_kernels
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.moe import Experts, MixtureOfExperts
+from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.sharding.placement import Placement
 
 
 class ExpertCopies(nnx.Variable):
-    """Where the copies of each logical expert are, and how many: no parameter."""
+    """Tables that say which physical experts are copies of each logical expert, and how many there are."""
 
 
-class PlacedExperts(Experts):
-    """Physical experts behind a router that knows logical ones; a token's place in the batch chooses the copy.
+class PlacedExperts(nnx.Module):
+    """Physical experts behind a router that chooses logical ones; a token's index in the batch chooses the copy.
 
     Arrays of stacked layers have a leading layer axis, as the model's own.
+
+    Args:
+      experts: the model's own experts, one per logical expert.
+      logical: int32, the logical expert of each physical expert.
+      copies, counts: int32, the physical experts of each logical one, and how many of these are used.
     """
 
     def __init__(self, experts: Experts, logical: Int[Array, "*L P"], copies: Array, counts: Array):
-        self.precision = experts.precision
-        # A placement need not keep the router's groups together: a token may go to more of them than the router says.
-        self.exchange = experts.exchange and experts.exchange.for_any_placement
-        self.gate_up = nnx.Param(_gather(experts.gate_up[...], logical))
-        self.down = nnx.Param(_gather(experts.down[...], logical))
+        self.physical = _rearranged(experts, logical)
         self.copies = ExpertCopies(copies)
         self.counts = ExpertCopies(counts)
 
     def __call__(self, u: Float[Array, "N d"], gates: pallas_kernels.Gates) -> Float[Array, "N d"]:
-        return super().__call__(u, _to_physical(gates, self.copies[...], self.counts[...]))
+        """Returns sum_i g_i FFN_i(u) of every token."""
+        return self.physical(u, _to_physical(gates, self.copies[...], self.counts[...]))
 
     def of_layer(
         self, u: Float[Array, "N d"], gates: pallas_kernels.Gates, layer: Int[Array, ""]
     ) -> Float[Array, "N d"]:
-        return super().of_layer(u, _to_physical(gates, self.copies[...][layer], self.counts[...][layer]), layer)
+        """Returns the same while decoding, where the arrays hold all layers."""
+        physical = _to_physical(gates, self.copies[...][layer], self.counts[...][layer])
+        return self.physical.of_layer(u, physical, layer)
 
 
 def with_placed_experts(model: DeepSeekV3, placement: Placement) -> DeepSeekV3:
-    """The same model, for inference, with the placement's physical experts; its outputs are the model's.
+    """Returns a copy of the model, for inference, with the placement's physical experts; its outputs are the model's.
 
     Args:
-      placement: one row a MoE layer, the MTP blocks' last.
+      placement: one row per MoE layer, then one per MTP block.
 
     Raises:
-      ConfigError: a placement of other layers or experts.
+      ConfigError: the placement is for other layers or experts.
     """
     config = model.config
     wanted = (config.num_moe_layers + config.num_nextn_predict_layers, config.n_routed_experts)
@@ -63,19 +68,35 @@ def with_placed_experts(model: DeepSeekV3, placement: Placement) -> DeepSeekV3:
     tables = [jnp.asarray(table, jnp.int32) for table in (placement.logical, placement.copies, placement.counts)]
     main = config.num_moe_layers
     if main:
-        _replace(placed.moe_blocks.feed_forward, [table[:main] for table in tables])
+        _place(placed.moe_blocks.feed_forward, [table[:main] for table in tables])
     for depth, module in enumerate(placed.mtp):
-        _replace(module.block.feed_forward, [table[main + depth] for table in tables])
+        _place(module.block.feed_forward, [table[main + depth] for table in tables])
     return placed
 
 
-def _replace(layer: nnx.Module, tables: list[Array]) -> None:
-    if isinstance(layer, MixtureOfExperts):
-        layer.experts = PlacedExperts(layer.experts, *tables)
+def _place(layer: nnx.Module, tables: list[Array]) -> None:
+    assert isinstance(layer, MixtureOfExperts)
+    assert isinstance(layer.experts, Experts)
+    layer.experts = PlacedExperts(layer.experts, *tables)
+
+
+def _rearranged(experts: Experts, logical: Int[Array, "*L P"]) -> Experts:
+    """Returns the physical experts.
+
+    A placement need not keep the router's groups together: a token may reach more groups than the router says.
+    """
+
+    def shape_of(own: ParameterShape) -> ParameterShape:
+        return dataclasses.replace(own, shape=(logical.shape[-1], *own.shape[1:]))
+
+    own = experts.shapes
+    shapes = dataclasses.replace(own, gate_up=shape_of(own.gate_up), down=shape_of(own.down), reached_groups=None)
+    gate_up, down = (nnx.Param(_gather(weight[...], logical)) for weight in (experts.gate_up, experts.down))
+    return Experts(gate_up, down, shapes, precision=experts.precision, devices=experts.devices)
 
 
 def _gather(weights: Array, logical: Int[Array, "*L P"]) -> Array:
-    """Experts of each physical place; stacked layers each by their own row."""
+    """Returns the weights of each physical expert; stacked layers are gathered each by its own row."""
     if logical.ndim == 1:
         return weights[logical]
     return weights[jnp.arange(len(logical))[:, None], logical]
@@ -84,7 +105,7 @@ def _gather(weights: Array, logical: Int[Array, "*L P"]) -> Array:
 def _to_physical(
     gates: pallas_kernels.Gates, copies: Int[Array, "E R"], counts: Int[Array, " E"]
 ) -> pallas_kernels.Gates:
-    """Logical experts become copies of theirs, in turn by the token's place."""
+    """Replaces logical experts by copies of theirs, which take turns by the token's index in the batch."""
     expert = gates.expert_index
     token = jnp.arange(expert.size // expert.shape[-1], dtype=expert.dtype).reshape(*expert.shape[:-1], 1)
     return dataclasses.replace(gates, expert_index=copies[expert, token % counts[expert]].astype(expert.dtype))

@@ -1,8 +1,7 @@
-"""Functions of one rank, run on every rank of a mesh: under a plain program, or inside one that is a rank's already."""
+"""Runs a function of one rank on every rank of a mesh, from a plain program or from one that is a rank's already."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Set
 from typing import Any
 
@@ -15,21 +14,23 @@ from dsv3_jax.sharding.rules import BATCH_AXES
 
 
 def on_every_rank(mesh: Mesh, function: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`jax.shard_map` over every axis of the mesh that no `shard_map` around it has taken already.
+    """Returns `function` under a `jax.shard_map` over every axis of the mesh that is not manual already.
 
-    A pipeline takes the stage axis and those of the batch: inside it arrays are a rank's own parts along these.
+    A pipeline stage's program is manual over the stage axis and the batch axes: its arrays are a rank's own shards
+    along these, and axes of the specs that are manual already are dropped.
     """
     around = jax.sharding.get_abstract_mesh()
-    taken = set(around.manual_axes)
-    left = set(mesh.axis_names) - taken
+    manual = set(around.manual_axes)
+    left = set(mesh.axis_names) - manual
     if not left:
         return function
     in_specs, out_specs = (
-        jax.tree.map(lambda spec: without_axes(spec, taken), specs, is_leaf=_is_spec) for specs in (in_specs, out_specs)
+        jax.tree.map(lambda spec: without_axes(spec, manual), specs, is_leaf=_is_spec)
+        for specs in (in_specs, out_specs)
     )
     return jax.shard_map(
         function,
-        mesh=around if taken else mesh,
+        mesh=around if manual else mesh,
         in_specs=in_specs,
         out_specs=out_specs,
         axis_names=left,
@@ -38,25 +39,23 @@ def on_every_rank(mesh: Mesh, function: Callable[..., Any], *, in_specs: Any, ou
 
 
 def without_axes(spec: PartitionSpec, axes: Set[str]) -> PartitionSpec:
-    """The spec of what is left when arrays are parts along `axes` already."""
+    """Returns the spec without `axes`, along which arrays are a rank's own shards already."""
     return PartitionSpec(*[tuple(axis for axis in axes_of(entry) if axis not in axes) or None for entry in spec])
 
 
 def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """Mesh axes of one dimension of a PartitionSpec."""
+    """Returns the mesh axes of one dimension of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
-@dataclasses.dataclass(frozen=True)
-class SumOnRanks:
-    """Sums over the whole batch, of values that are sums over a rank's part of it where the batch axes are taken.
+def sum_over_batch(x: Array) -> Array:
+    """Returns the sum over the whole batch, where `x` is a sum over a rank's own sequences or over the batch already.
 
-    Every rank has the sum then; of a loss that is made of it each must take its share, one part of as many as ranks.
+    In a program that is manual over the batch axes, such as a pipeline stage, `x` covers this rank's sequences only.
+    All ranks get the sum: a loss that contains it must count each rank's share of it, one part in the number of ranks.
     """
-
-    def __call__(self, x: Array) -> Array:
-        taken = jax.sharding.get_abstract_mesh().manual_axes
-        return lax.psum(x, BATCH_AXES) if set(BATCH_AXES) <= set(taken) else x
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return lax.psum(x, BATCH_AXES) if set(BATCH_AXES) <= set(manual) else x
 
 
 def _is_spec(leaf: Any) -> bool:

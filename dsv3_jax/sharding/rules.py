@@ -1,6 +1,7 @@
-"""Which dimension of every parameter lies on which axis of the mesh: logical names by path, and one table of rules.
+"""From the logical axes that parameters carry to the axes of a mesh: one table of rules, and what follows from it.
 
-Optimizer moments, the running average and everything else shaped like the parameters follow the same paths.
+Parameters declare their logical axes where they are made (`dsv3_jax.modules.parameter`). Optimizer moments, gradients,
+the running average and everything else that is mapped from the parameters carry the same axes.
 """
 
 from __future__ import annotations
@@ -11,25 +12,32 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from dsv3_jax.modules.parameter import ParameterShape
 
 Tree = Any
-"""A pytree of arrays or of their shapes."""
+"""A pytree that contains nnx Variables of arrays or of their shapes: parameters, or a whole train state."""
 
 BATCH_AXES = ("data", "fsdp", "expert")
+"""Mesh axes over which the sequences of a batch are sharded."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AxisRules:
-    """Mesh axes of every logical axis; one that does not divide a dimension, or is used by an earlier one, is left out.
+    """Mesh axes of every logical axis.
+
+    An axis that does not divide a dimension, or that shards an earlier dimension of the same array, is left out.
 
     Attributes:
-      embed: the hidden size, in every matrix one side; what FSDP divides, and the stages where they do not divide the
-        layers evenly.
-      wide: heads, feed-forward widths and the vocabulary: what tensor parallelism divides.
-      latent: outputs of the down-projections, routers.
-      expert: routed experts.   expert_width: their inner width.
-      layers: the stacked layers.
+      embed: the hidden size, one side of every matrix: FSDP, and pipeline stages where they do not divide the layers
+        evenly.
+      wide: heads, feed-forward widths and the vocabulary: tensor parallelism.
+      latent: outputs of the down-projections and of routers.
+      expert: routed experts.
+      expert_width: the inner width of routed experts.
+      layers: stacked layers.
     """
 
     embed: tuple[str, ...] = ("fsdp", "stage")
@@ -41,61 +49,50 @@ class AxisRules:
 
 
 ZERO = AxisRules(embed=("fsdp", "stage", "data"), wide=("tensor", "expert"), latent=("expert",))
-"""Of optimizer state: divided over replicas of the parameters too, over which nothing is multiplied (ZeRO-1)."""
+"""Rules of optimizer state that is sharded over the replicas of its parameters too (ZeRO-1)."""
 
 WITHIN_A_STAGE = AxisRules(embed=("fsdp",), layers=())
-"""Of parameters that a pipeline stage works with: all of its own layers and of what every stage has."""
-
-# The last dimensions of a leaf, by the end of its path; stacked layers have one more in front.
-_DIMENSIONS: dict[tuple[str, ...], tuple[str | None, ...]] = {
-    ("embedding", "weight"): ("wide", "embed"),
-    ("head", "weight"): ("wide", "embed"),
-    ("q_a", "weight"): ("latent", "embed"),
-    # Latents are narrow: FSDP divides that side of their up-projections.
-    ("q_b", "weight"): ("wide", None, "embed"),
-    ("kv_a", "weight"): ("latent", "embed"),
-    ("kv_b", "weight"): ("wide", None, "embed"),
-    ("o", "weight"): ("embed", "wide", None),
-    ("gate_up", "weight"): (None, "wide", "embed"),
-    ("down", "weight"): ("embed", "wide"),
-    ("router", "weight"): ("latent", "embed"),
-    ("projection", "weight"): ("latent", "embed"),
-    ("experts", "gate_up"): ("expert", None, "expert_width", "embed"),
-    ("experts", "down"): ("expert", "embed", "expert_width"),
-}
-_STACKED = ("dense_blocks", "moe_blocks")
+"""Rules of the weights that a pipeline stage computes with: all of its own layers, and all that every stage has."""
 
 
 def rules_over_stages(layers: Sequence[int], zero: bool = False) -> AxisRules:
-    """The rules where pipeline stages hold so many of the stacked MoE layers each (report section 3.2.1).
+    """Returns the rules of parameters where each pipeline stage holds `layers` stacked MoE layers (report 3.2.1).
 
-    Equal parts of a stack are what the stages hold only where they hold equally many; elsewhere every matrix is cut
-    over the stages by its width.
+    A stack is sharded over the stages by layers only where all stages hold equally many. Otherwise every matrix is
+    sharded over the stages along its hidden dimension.
 
     Args:
-      layers: one number a stage, or none.
-      zero: of optimizer state that is divided over replicas, instead of parameters.
+      layers: one number per stage, or none.
+      zero: whether the rules are for optimizer state that is sharded over replicas.
     """
     rules = ZERO if zero else AxisRules()
     return rules if len(set(layers)) <= 1 else dataclasses.replace(rules, layers=())
 
 
-def parameter_specs(tree: Tree, mesh: Mesh, rules: AxisRules | None = None) -> Tree:
-    """A PartitionSpec for every leaf: a tree of parameters, or a whole train state.
+def parameter_specs(tree: Tree, mesh: Mesh | AbstractMesh, rules: AxisRules | None = None) -> Tree:
+    """Returns the PartitionSpec of each leaf of `tree`.
 
-    Args:
-      tree: arrays or `jax.ShapeDtypeStruct`s, their paths as in ARCHITECTURE.md.
+    A leaf outside a Variable, or whose Variable declares no axes, is replicated.
     """
     rules = rules or AxisRules()
 
-    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
-        return _spec(_names(path), leaf.shape, mesh, rules)
+    def specs(node: Any) -> Any:
+        if not isinstance(node, nnx.Variable):
+            return PartitionSpec()
+        axes = node.get_metadata().get("out_sharding") or ()
+        return jax.tree.map(lambda leaf: _spec(axes, leaf.shape, mesh, rules), node)
 
-    return jax.tree_util.tree_map_with_path(spec, tree)
+    return jax.tree.map(specs, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def weight_axes(shape: ParameterShape, mesh: Mesh | AbstractMesh, rules: AxisRules) -> tuple[str | None, ...]:
+    """Returns the one mesh axis, or None, of every dimension of a layer's weight under rules that name one at most."""
+    spec = _spec(shape.axes, shape.shape, mesh, rules)
+    return (*spec, *[None] * (len(shape.shape) - len(spec)))
 
 
 def shardings(tree: Tree, mesh: Mesh, rules: AxisRules | None = None) -> Tree:
-    """The same as NamedShardings."""
+    """Returns the NamedSharding of each leaf of `tree`, as `parameter_specs` has its PartitionSpec."""
     specs = parameter_specs(tree, mesh, rules)
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)
@@ -103,22 +100,15 @@ def shardings(tree: Tree, mesh: Mesh, rules: AxisRules | None = None) -> Tree:
 
 
 def batch_spec(leading: int = 0) -> PartitionSpec:
-    """Of a batch [..., B, T] with so many dimensions before B."""
+    """Returns the PartitionSpec of a batch [..., B, T] with that many dimensions before B."""
     return PartitionSpec(*[None] * leading, BATCH_AXES)
 
 
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """Names along a path, without the attribute in which a Variable keeps its array."""
-    names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
-    return tuple(name for name in names if name != "value")
-
-
-def _spec(names: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, rules: AxisRules) -> PartitionSpec:
-    dimensions = _DIMENSIONS.get(names[-2:])
-    if dimensions is None or len(shape) < len(dimensions):
+def _spec(
+    logical: Sequence[str | None], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: AxisRules
+) -> PartitionSpec:
+    if len(logical) != len(shape):  # no axes, or an array beside the weight itself, such as FP8 scales
         return PartitionSpec()
-    stacked = len(shape) > len(dimensions) and any(name in _STACKED for name in names)
-    logical = (("layers",) if stacked else (None,)) * (len(shape) - len(dimensions)) + dimensions
     used: set[str] = set()
     parts = []
     for name, size in zip(logical, shape, strict=True):

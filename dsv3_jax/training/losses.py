@@ -1,4 +1,11 @@
-"""The training objective: cross-entropy, multi-token prediction and expert balance (report Eq. 17-25)."""
+"""The training objective: cross-entropy, multi-token prediction (report Eq. 24-25) and expert balance.
+
+    L^k_MTP = -1/T sum_i log P^k_i[t_i]       (24)
+    L_MTP   = lambda / D sum_k L^k_MTP        (25)
+    L       = L_main + L_MTP + L_Bal
+
+The balance loss L_Bal (Eq. 17-20) is described in `dsv3_jax.modules.balance`; here it is weighted by alpha.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +17,19 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.modules.routing_statistics import Routing
+from dsv3_jax.modules.balance import Routing
 from dsv3_jax.training.config import Balance
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """Weights of the terms beside the main cross-entropy: alpha and lambda."""
+    """Weights of the terms that are added to the main cross-entropy.
+
+    Attributes:
+      balance: alpha.
+      mtp: lambda.
+    """
 
     balance: Float[Array, ""]
     mtp: Float[Array, ""]
@@ -29,11 +41,11 @@ class LossTerms:
     """Terms of the objective over one pass, in nats.
 
     Attributes:
-      total: what is differentiated.
+      total: the loss that is differentiated.
       main: cross-entropy of the main head, summed and divided by `real_tokens`.
-      mtp: one a depth: the sum over its T-k positions divided by `real_tokens`, as in Eq. 24.
+      mtp: one number per depth: the sum over its T-k positions divided by `real_tokens` (Eq. 24).
       balance: unweighted balance term, summed over layers.
-      load: assignments a layer and expert.
+      load: int32, assignments to each expert of each layer.
     """
 
     total: Float[Array, ""]
@@ -46,7 +58,7 @@ class LossTerms:
 def target_weights(
     segment_ids: Int[Array, "B T1"], ahead: int, *, isolate_segments: bool
 ) -> Float[Array, "B T1-ahead"]:
-    """1 where the token `ahead` places on is a target: it is not padding and, where asked, of the same segment."""
+    """Returns 1 where the token `ahead` positions later is a target: no padding and, if asked, of the same segment."""
     targets = segment_ids[:, ahead:]
     counted = targets != 0
     if isolate_segments:
@@ -57,10 +69,10 @@ def target_weights(
 def cross_entropies(
     model: DeepSeekV3, hidden: Float[Array, "B T d"], targets: Int[Array, "B T"], chunk: int
 ) -> Float[Array, "B T"]:
-    """-log P(target) of every position, in float32, holding the logits of about `chunk` tokens at a time.
+    """Returns -log P(target) of every position in float32, computing the logits of about `chunk` tokens at a time.
 
-    The pieces are stretches of all the sequences, so that every device of a mesh, which has whole sequences, takes part
-    in each.
+    Each piece is a range of positions of all sequences, so that every device of a mesh, which has whole sequences,
+    takes part in each piece.
     """
 
     def of(hidden: Float[Array, "*N d"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
@@ -93,11 +105,15 @@ def objective(
     isolate_segments: bool,
     chunk: int,
 ) -> LossTerms:
-    """The loss of one pass.
+    """Returns the loss of one pass and its terms.
 
     Args:
-      tokens, segment_ids: T+1 tokens a row: inputs are the first T, targets the last T; segment 0 is padding.
-      real_tokens: what sums are divided by: the targets of the whole batch, all its passes together.
+      tokens, segment_ids: int32, T+1 tokens per row: inputs are the first T, targets the last T; segment 0 is padding.
+      weights: alpha and lambda.
+      real_tokens: the number of targets in the whole batch, all its passes together, by which sums are divided.
+      balance: which balance term is used.
+      isolate_segments: whether attention and targets stay inside a segment.
+      chunk: about how many tokens' logits are held at a time.
     """
     inputs = tokens[:, :-1]
     features = model.features(inputs, segment_ids=segment_ids[:, :-1], isolate_segments=isolate_segments)
@@ -112,7 +128,7 @@ def objective(
     )
     balance_term = share_of(segment_ids, real_tokens) * balance_of(features.routing, balance)
     load = features.routing.load if features.routing is not None else jnp.zeros((0, 1), jnp.int32)
-    total = weighted(main, mtp, balance_term, weights)
+    total = total_loss(main, mtp, balance_term, weights)
     return LossTerms(total=total, main=main, mtp=mtp, balance=balance_term, load=load)
 
 
@@ -126,7 +142,11 @@ def prediction_losses(
     isolate_segments: bool,
     chunk: int,
 ) -> tuple[Float[Array, ""], Float[Array, " D"]]:
-    """Cross-entropy of the main head and of every MTP depth, from the hidden states of each, the main head's first."""
+    """Returns the cross-entropy of the main head, and L^k_MTP of every depth (Eq. 24).
+
+    Args:
+      hidden: hidden states of the main head, then of each depth; the others as for `objective`.
+    """
     losses = []
     for k, states in enumerate(hidden, start=1):
         each = cross_entropies(model, states, tokens[:, k:], chunk)
@@ -136,19 +156,24 @@ def prediction_losses(
 
 
 def share_of(segment_ids: Int[Array, "B T1"], real_tokens: Float[Array, ""]) -> Float[Array, ""]:
-    """A pass's share of the batch: balance statistics are means over a pass, and their sums over passes means again."""
+    """Returns a pass's share of the batch, with which balance terms, which are means over a pass, are averaged."""
     return jnp.sum(segment_ids[:, 1:] != 0) / real_tokens
 
 
-def weighted(
+def mtp_loss(mtp: Float[Array, " D"], weight: Float[Array, ""]) -> Float[Array, ""]:
+    """Returns L_MTP (Eq. 25): lambda times the mean over the MTP depths; zero without any."""
+    return weight / max(mtp.shape[0], 1) * jnp.sum(mtp)
+
+
+def total_loss(
     main: Float[Array, ""], mtp: Float[Array, " D"], balance: Float[Array, ""], weights: LossWeights
 ) -> Float[Array, ""]:
-    """The total: the main loss, lambda times the mean over the MTP depths, alpha times the balance term."""
-    return main + weights.mtp / max(mtp.shape[0], 1) * jnp.sum(mtp) + weights.balance * balance
+    """Returns L: the main loss, L_MTP, and alpha times the balance term."""
+    return main + mtp_loss(mtp, weights.mtp) + weights.balance * balance
 
 
 def balance_of(routing: Routing | None, balance: Balance) -> Float[Array, ""]:
-    """The balance term summed over layers: sequence-wise (Eq. 17), over the whole pass (section 4.5.3), or none."""
+    """Returns the balance term summed over layers: per sequence (Eq. 17), of the pass (section 4.5.3), or zero."""
     if routing is None or balance == "none":
         return jnp.zeros(())
     return jnp.sum(routing.sequence_balance if balance == "sequence" else routing.batch_balance)

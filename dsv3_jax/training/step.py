@@ -13,13 +13,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from dsv3_jax.modules.balance import dead_experts, max_violation, update_biases
 from dsv3_jax.pipeline.passes import make_pipelined_pass
-from dsv3_jax.training.balance import dead_experts, max_violation, update_biases
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.layout import Layout
 from dsv3_jax.training.losses import LossTerms, LossWeights, cross_entropies, objective, target_weights
 from dsv3_jax.training.optimizer import make_optimizer, update_average
 from dsv3_jax.training.state import Skeleton, TrainState
+from dsv3_jax.training.state_layout import StateLayout
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +53,7 @@ class StepMetrics:
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
-def make_train_step(skeleton: Skeleton, config: RunConfig, layout: Layout | None = None) -> TrainStep:
+def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout | None = None) -> TrainStep:
     """The jitted step: (state, tokens [A, B, T+1], segment_ids [A, B, T+1], settings) -> (state, metrics).
 
     A passes of B sequences are accumulated in float32. The state is donated. Where the loss or the gradient is not
@@ -62,7 +62,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: Layout | None
     Args:
       layout: of state and batch; one device unless given.
     """
-    layout = layout or Layout()
+    layout = layout or StateLayout()
     training = config.training
     optimizer = make_optimizer(training, config.moment_dtype)
     isolate = config.data.isolate_documents
@@ -192,10 +192,10 @@ class EvaluationSums:
 
 
 def make_evaluation_step(
-    skeleton: Skeleton, config: RunConfig, layout: Layout | None = None
+    skeleton: Skeleton, config: RunConfig, layout: StateLayout | None = None
 ) -> Callable[..., EvaluationSums]:
     """The jitted pass: (params, biases, tokens [B, T+1], segment_ids, bytes of each token id [V]) -> sums."""
-    layout = layout or Layout()
+    layout = layout or StateLayout()
     isolate = config.data.isolate_documents
     chunk = config.training.loss_chunk * layout.batch_ranks
 

@@ -172,7 +172,7 @@ def test_layers_laid_out_whole_equal_the_loop(model, gradient, tokens, monkeypat
         return jnp.mean(nnx.merge(graph, params, rest)(tokens).logits ** 2)
 
     looped = str(jax.make_jaxpr(loss)(params))
-    monkeypatch.setattr("dsv3_jax.model._MOST_UNROLLED_LAYERS", 8)
+    monkeypatch.setattr("dsv3_jax.model.MOST_UNROLLED_LAYERS", 8)
     assert "unroll=2" in str(jax.make_jaxpr(lambda params: loss(params))(params))
     assert "unroll=2" not in looped
     for ours, theirs in zip(

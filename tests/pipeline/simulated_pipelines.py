@@ -21,15 +21,16 @@ from dsv3_jax import model as model_module
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.pipeline.executor import run_lockstep
 from dsv3_jax.pipeline.passes import make_pipelined_pass
 from dsv3_jax.pipeline.schedules import make_schedule
 from dsv3_jax.pipeline.slots import INPUT, WEIGHTS, lockstep
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
+from dsv3_jax.sharding.on_mesh import OnMesh
 from dsv3_jax.sharding.rules import batch_spec, shardings
 from dsv3_jax.training.config import RunConfig, TrainingConfig
-from dsv3_jax.training.layout import Layout
 from dsv3_jax.training.losses import LossWeights, objective
 from dsv3_jax.training.state import split_model
 from dsv3_jax.training.step import accumulate
@@ -117,16 +118,16 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     return tokens, segment_ids
 
 
-def make_model() -> DeepSeekV3:
-    """Weights large enough for experts to differ in their load."""
-    model = small_model(MODEL, 0, precision=EXACT, param_dtype=jnp.float64)
+def make_model(devices: Devices) -> DeepSeekV3:
+    """A model whose weights are large enough for experts to differ in their load."""
+    model = small_model(MODEL, 0, precision=EXACT, param_dtype=jnp.float64, devices=devices)
     _, params, _ = nnx.split(model, nnx.Param, ...)
     nnx.update(model, jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, params))
     return model
 
 
 def unpipelined() -> Any:
-    skeleton, params, biases = split_model(make_model())
+    skeleton, params, biases = split_model(make_model(OneDevice()))
     tokens, segment_ids = batch()
     real = jnp.sum(segment_ids[..., 1:] != 0).astype(jnp.float64)
 
@@ -153,10 +154,7 @@ def pipelined(text: str, name: Any) -> Any:
     sizes = MeshConfig.parse(text)
     count = math.prod(sizes.sizes.values())
     mesh = make_mesh(sizes, jax.devices()[:count])
-    model = make_model()
-    if count > sizes.stage:
-        Layout(mesh).distribute(model)
-    skeleton, params, biases = split_model(model)
+    skeleton, params, biases = split_model(make_model(OnMesh(mesh) if count > sizes.stage else OneDevice()))
     params = jax.device_put(params, shardings(params, mesh))
     real = jnp.sum(batch()[1][..., 1:] != 0).astype(jnp.float64)
     tokens, segment_ids = jax.device_put(batch(), NamedSharding(mesh, batch_spec(1)))

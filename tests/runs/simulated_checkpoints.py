@@ -16,7 +16,7 @@ from small_runs import assert_trees_equal, small_run
 
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.runs.checkpoints import Checkpoints, Progress, restore
-from dsv3_jax.training.layout import Layout
+from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.starting_state import distributed_model, starting_state
 
@@ -28,7 +28,7 @@ def main(path: str) -> None:
     config = small_run()
     folder = RunFolder(Path(path))
     folder.tokenizer.mkdir(parents=True)
-    layout = Layout.of(MeshConfig.parse(SAVED))
+    layout = StateLayout.of(MeshConfig.parse(SAVED))
     _, state = starting_state(config, layout, lambda: small_model(config.model, 0))
     random = np.random.default_rng(0)
 
@@ -41,7 +41,7 @@ def main(path: str) -> None:
     checkpoints.close()
     results = {}
     for text in RESTORED:
-        layout = Layout.of(MeshConfig.parse(text)) if text else Layout()
+        layout = StateLayout.of(MeshConfig.parse(text)) if text else StateLayout()
         make = functools.partial(distributed_model, config, layout)
         _, restored, progress = restore(folder.checkpoints / "00000003", config, make, layout)
         assert_trees_equal(state, restored)
@@ -51,7 +51,7 @@ def main(path: str) -> None:
     print(json.dumps(results))
 
 
-def _layouts_agree(state: Any, layout: Layout) -> bool:
+def _layouts_agree(state: Any, layout: StateLayout) -> bool:
     wanted = jax.tree.leaves(layout.of_state(state))
     return all(
         leaf.sharding.is_equivalent_to(place, leaf.ndim)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any
 from unittest import mock
@@ -15,24 +14,26 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.moe import MixtureOfExperts
 from dsv3_jax.precision import Precision
-from dsv3_jax.sharding.expert_parallel import ExpertExchange, distribute_layer
+from dsv3_jax.sharding.expert_parallel import ExpertExchange
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
+from dsv3_jax.sharding.on_mesh import OnMesh
 from dsv3_jax.sharding.rules import BATCH_AXES, shardings
 
 # Rows of one whole tile and a part of one; four experts a group, a token reaches two of four groups.
 CONFIG = ModelConfig.preset("tiny", hidden_size=160, n_routed_experts=16, num_experts_per_tok=4)
-# Mesh, and what is changed in the layer's exchange.
+# Mesh, and options of the devices.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "two hops, ragged": ("expert=8", {}),
     "ranks with two groups, in halves": ("fsdp=2,expert=2,tensor=2", {"overlap": True}),
 }
 
 
-def new_layer() -> MixtureOfExperts:
+def new_layer(devices: Devices) -> MixtureOfExperts:
     layer = MixtureOfExperts(
-        CONFIG, dtype=jnp.dtype("float32"), precision=Precision.preset("float32"), rngs=nnx.Rngs(0)
+        CONFIG, dtype=jnp.dtype("float32"), precision=Precision.preset("float32"), devices=devices, rngs=nnx.Rngs(0)
     )
     layer.router.bias[...] = jnp.arange(CONFIG.n_routed_experts) * 0.05  # an uneven load
     return layer
@@ -40,10 +41,7 @@ def new_layer() -> MixtureOfExperts:
 
 def compute(mesh: Any, u: Any, changes: dict[str, Any]) -> tuple[Any, Any, Any]:
     """Output, load, and gradients of weights and input."""
-    layer = new_layer()
-    if mesh is not None:
-        distribute_layer(layer, mesh)
-        layer.experts.exchange = dataclasses.replace(layer.experts.exchange, **changes)
+    layer = new_layer(OneDevice() if mesh is None else OnMesh(mesh, **changes))
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
     params = jax.tree.map(lambda leaf: 10 * leaf, params)
     if mesh is not None:

@@ -17,18 +17,20 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.feed_forward import FeedForward
 from dsv3_jax.precision import Precision
-from dsv3_jax.sharding.linear_on_ranks import distribute_linear_maps
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
+from dsv3_jax.sharding.on_mesh import OnMesh
 from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, shardings
 
 ROWS, LENGTH, HIDDEN, WIDTH = 4, 128, 96, 256  # 96 / 4: parts of the weight that are no whole blocks
 
 
-def make(recipe: str) -> FeedForward:
+def make(recipe: str, devices: Devices = OneDevice()) -> FeedForward:
+    precision = Precision.preset(recipe)
     return FeedForward(
-        HIDDEN, WIDTH, scale=0.1, dtype=jnp.float32, precision=Precision.preset(recipe), rngs=nnx.Rngs(0)
+        HIDDEN, WIDTH, scale=0.1, dtype=jnp.float32, precision=precision, devices=devices, rngs=nnx.Rngs(0)
     )
 
 
@@ -52,8 +54,7 @@ def compute(module: FeedForward, place: Any = lambda params, x: (params, x)) -> 
 def on_mesh(recipe: str, text: str) -> tuple[list[np.ndarray], float]:
     sizes = MeshConfig.parse(text)
     mesh = make_mesh(sizes, jax.devices()[: np.prod(list(sizes.sizes.values()))])
-    module = make(recipe)
-    distribute_linear_maps(module, mesh)
+    module = make(recipe, OnMesh(mesh))
 
     def place(params: nnx.State, x: np.ndarray) -> tuple[Any, Any]:
         batch = NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -16,10 +16,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.modules.devices import OneDevice
 from dsv3_jax.modules.moe import MixtureOfExperts
 from dsv3_jax.precision import Precision
-from dsv3_jax.sharding.expert_parallel import distribute_layer
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
+from dsv3_jax.sharding.on_mesh import OnMesh
 from dsv3_jax.sharding.rules import BATCH_AXES
 
 CONFIG = ModelConfig.preset("tiny")
@@ -28,11 +29,13 @@ STAGES = 2
 
 def new_layer(mesh: Any = None) -> Any:
     layer = MixtureOfExperts(
-        CONFIG, dtype=jnp.dtype("float32"), precision=Precision.preset("float32"), rngs=nnx.Rngs(0)
+        CONFIG,
+        dtype=jnp.dtype("float32"),
+        precision=Precision.preset("float32"),
+        devices=OneDevice() if mesh is None else OnMesh(mesh),
+        rngs=nnx.Rngs(0),
     )
     layer.router.bias[...] = jnp.arange(CONFIG.n_routed_experts) * 0.05  # an uneven load
-    if mesh is not None:
-        distribute_layer(layer, mesh)
     return nnx.split(layer, nnx.Param, ...)
 
 

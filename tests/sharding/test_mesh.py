@@ -61,7 +61,7 @@ def test_what_does_not_make_up_the_devices(text: str, devices: int, message: str
 def elements_a_device(rules: AxisRules, sizes: dict[str, int]) -> int:
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     params = nnx.state(nnx.eval_shape(lambda: DeepSeekV3(V3, rngs=nnx.Rngs(0))), nnx.Param)
-    specs = parameter_specs(params, mesh, rules)  # pyright: ignore[reportArgumentType]
+    specs = parameter_specs(params, mesh, rules)
     found = jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
     total = 0
     for leaf, spec in zip(jax.tree.leaves(params), found, strict=True):

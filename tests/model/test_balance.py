@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.training.balance import dead_experts, max_violation, update_biases
+from dsv3_jax.modules.balance import dead_experts, max_violation, update_biases
 
 LOADS = st.lists(st.integers(0, 1000), min_size=2, max_size=12)
 

@@ -1,0 +1,179 @@
+"""What a model asks of the devices it runs on, and the answer of one device.
+
+A model is given a `Devices` object when it is made. `OneDevice` computes everything where it is called;
+`dsv3_jax.sharding.on_mesh.OnMesh` computes the same on the sharded arrays of a mesh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array, Bool, Float, Int
+
+import pallas_kernels
+from dsv3_jax.modules.parameter import ParameterShape
+from dsv3_jax.precision import Fp8Recipe
+
+Tree = Any
+"""A pytree that contains nnx Variables."""
+
+
+class ExpertProduct(Protocol):
+    """Computes E_i(row) for rows that are sorted by expert: `group_sizes[i]` rows for expert i."""
+
+    def __call__(
+        self,
+        rows: Float[Array, "M d"],
+        gate_up: Float[Array, "E 2 I d"],
+        down: Float[Array, "E d I"],
+        group_sizes: Int[Array, " E"],
+        row_alignment: int,
+    ) -> Float[Array, "M d"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertShapes:
+    """What the exchange of tokens between devices must know of a layer's experts.
+
+    Attributes:
+      gate_up, down: shapes and logical axes of the weights.
+      groups: contiguous groups of experts that node-limited routing chooses from (n_group).
+      reached_groups: the most groups that one token's experts belong to (topk_group); None where experts are not
+        placed in the order of the groups.
+      fp8: the FP8 recipe whose field `dispatch` says whether tokens are sent in FP8; None without FP8.
+    """
+
+    gate_up: ParameterShape
+    down: ParameterShape
+    groups: int
+    reached_groups: int | None
+    fp8: Fp8Recipe | None
+
+
+class Devices(Protocol):
+    """The operations of a model that depend on where its arrays are."""
+
+    def multiply(
+        self,
+        product: Callable[[Array, Array], Array],
+        x: Float[Array, "..."],
+        weight: Float[Array, "..."],
+        shape: ParameterShape,
+        *,
+        batch_axes: int,
+        in_axes: int,
+        gather_dtype: jnp.dtype,
+    ) -> Float[Array, "..."]:
+        """Returns product(x, weight).
+
+        Args:
+          product: a linear map; it may be called with a shard of the tokens and of the weight's outputs or inputs.
+          x: [*batch, ..., *in].
+          weight: [*out, *in], of `shape`.
+          batch_axes: number of batch dimensions of `x` and of the result; the first is the sequences.
+          in_axes: number of input dimensions of the weight.
+          gather_dtype: dtype in which shards of the weight are all-gathered.
+        """
+        ...
+
+    def look_up(
+        self, table: Float[Array, "V d"], tokens: Int[Array, "B T"], shape: ParameterShape, dtype: jnp.dtype
+    ) -> Float[Array, "B T d"]:
+        """Returns the table's rows of the tokens, in `dtype`."""
+        ...
+
+    def gate(
+        self,
+        logits: Float[Array, "B T E"],
+        bias: Float[Array, " E"] | None,
+        token_mask: Bool[Array, "B T"] | None,
+        **settings: Any,
+    ) -> pallas_kernels.Gates:
+        """Returns what `pallas_kernels.gate` returns for these arguments, with the whole batch's load."""
+        ...
+
+    def apply_experts(
+        self,
+        u: Float[Array, "N d"],
+        gates: pallas_kernels.Gates,
+        gate_up: Float[Array, "E 2 I d"],
+        down: Float[Array, "E d I"],
+        product: ExpertProduct,
+        shapes: ExpertShapes,
+    ) -> Float[Array, "N d"]:
+        """Returns sum_i g_i E_i(u) of every token; `gates` has leading axes that flatten to the N tokens."""
+        ...
+
+    def sum_over_batch(self, x: Array) -> Array:
+        """Returns the sum over the whole batch, from a sum over the sequences that this program sees."""
+        ...
+
+    def shardings(self, tree: Tree) -> Tree:
+        """Returns the Sharding with which each array of `tree` (parameters, or their shapes) is kept."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class OneDevice:
+    """One device, which holds every array whole."""
+
+    def multiply(
+        self,
+        product: Callable[[Array, Array], Array],
+        x: Float[Array, "..."],
+        weight: Float[Array, "..."],
+        shape: ParameterShape,
+        *,
+        batch_axes: int,
+        in_axes: int,
+        gather_dtype: jnp.dtype,
+    ) -> Float[Array, "..."]:
+        """Returns product(x, weight)."""
+        return product(x, weight)
+
+    def look_up(
+        self, table: Float[Array, "V d"], tokens: Int[Array, "B T"], shape: ParameterShape, dtype: jnp.dtype
+    ) -> Float[Array, "B T d"]:
+        """Returns the table's rows of the tokens, in `dtype`."""
+        return table[tokens].astype(dtype)
+
+    def gate(
+        self,
+        logits: Float[Array, "B T E"],
+        bias: Float[Array, " E"] | None,
+        token_mask: Bool[Array, "B T"] | None,
+        **settings: Any,
+    ) -> pallas_kernels.Gates:
+        """Returns experts, gates and statistics of every token."""
+        return pallas_kernels.gate(logits, bias, token_mask=token_mask, **settings)
+
+    def apply_experts(
+        self,
+        u: Float[Array, "N d"],
+        gates: pallas_kernels.Gates,
+        gate_up: Float[Array, "E 2 I d"],
+        down: Float[Array, "E d I"],
+        product: ExpertProduct,
+        shapes: ExpertShapes,
+    ) -> Float[Array, "N d"]:
+        """Returns sum_i g_i E_i(u): tokens are sorted by expert, multiplied, and their results added up per token."""
+        experts, chosen = gate_up.shape[0], gates.expert_index.shape[-1]
+        expert_index = gates.expert_index.reshape(-1, chosen)
+        alignment = pallas_kernels.preferred_row_alignment(expert_index.size, experts)
+        rows, permutation = pallas_kernels.permute(u, expert_index, experts, row_alignment=alignment)
+        out = product(rows, gate_up, down, permutation.group_sizes, alignment)
+        return pallas_kernels.combine(out, gates.gate.reshape(-1, chosen), permutation)
+
+    def sum_over_batch(self, x: Array) -> Array:
+        """Returns `x`: the sequences at hand are the batch."""
+        return x
+
+    def shardings(self, tree: Tree) -> Tree:
+        """Returns the default device for every array."""
+        sharding = SingleDeviceSharding(jax.local_devices()[0])
+        return jax.tree.map(lambda _: sharding, tree)

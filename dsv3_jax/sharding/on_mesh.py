@@ -1,0 +1,89 @@
+"""`OnMesh`: what a model asks of its devices, on the sharded arrays of a mesh (report section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+import pallas_kernels
+from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
+from dsv3_jax.modules.parameter import ParameterShape
+from dsv3_jax.sharding.embedding_lookup import look_up_on_ranks
+from dsv3_jax.sharding.expert_parallel import ExpertExchange
+from dsv3_jax.sharding.gate_on_ranks import gate_on_ranks
+from dsv3_jax.sharding.linear_on_ranks import multiply_on_ranks
+from dsv3_jax.sharding.ranks import sum_over_batch
+from dsv3_jax.sharding.rules import Tree, rules_over_stages, shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """The devices of a mesh. Tokens are sharded over the batch axes; weights as `shardings` says.
+
+    Attributes:
+      mesh: a mesh with all axes of `dsv3_jax.sharding.mesh.AXES`.
+      layers: how many MoE layers each pipeline stage holds; one number without stages, or none.
+      overlap: whether a rank's tokens are sent to experts in two halves, so that one half is sent while the other is
+        multiplied.
+    """
+
+    mesh: Mesh
+    layers: tuple[int, ...] = ()
+    overlap: bool = False
+
+    def multiply(
+        self,
+        product: Callable[[Array, Array], Array],
+        x: Float[Array, "..."],
+        weight: Float[Array, "..."],
+        shape: ParameterShape,
+        *,
+        batch_axes: int,
+        in_axes: int,
+        gather_dtype: jnp.dtype,
+    ) -> Float[Array, "..."]:
+        """Returns product(x, weight), computed by every rank for its own tokens."""
+        return multiply_on_ranks(
+            self.mesh, product, x, weight, shape, batch_axes=batch_axes, in_axes=in_axes, gather_dtype=gather_dtype
+        )
+
+    def look_up(
+        self, table: Float[Array, "V d"], tokens: Int[Array, "B T"], shape: ParameterShape, dtype: jnp.dtype
+    ) -> Float[Array, "B T d"]:
+        """Returns the table's rows of the tokens, in `dtype`."""
+        return look_up_on_ranks(self.mesh, table, tokens, shape, dtype)
+
+    def gate(
+        self,
+        logits: Float[Array, "B T E"],
+        bias: Float[Array, " E"] | None,
+        token_mask: Bool[Array, "B T"] | None,
+        **settings: Any,
+    ) -> pallas_kernels.Gates:
+        """Returns experts, gates and statistics of every token; the load is the whole batch's."""
+        return gate_on_ranks(self.mesh, logits, bias, token_mask, **settings)
+
+    def apply_experts(
+        self,
+        u: Float[Array, "N d"],
+        gates: pallas_kernels.Gates,
+        gate_up: Float[Array, "E 2 I d"],
+        down: Float[Array, "E d I"],
+        product: ExpertProduct,
+        shapes: ExpertShapes,
+    ) -> Float[Array, "N d"]:
+        """Returns sum_i g_i E_i(u): tokens are dispatched to the ranks of their experts, and results combined."""
+        return ExpertExchange(self.mesh, shapes, self.overlap)(u, gates, gate_up, down, product)
+
+    def sum_over_batch(self, x: Array) -> Array:
+        """Returns the sum over the whole batch, from a sum over the sequences that this program sees."""
+        return sum_over_batch(x)
+
+    def shardings(self, tree: Tree) -> Tree:
+        """Returns the NamedSharding with which each array of `tree` (parameters, or their shapes) is kept."""
+        return shardings(tree, self.mesh, rules_over_stages(self.layers))
