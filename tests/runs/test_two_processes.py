@@ -29,7 +29,7 @@ _OPTIONS = {
     "training.ema-decay": 0,
     "training.log-every": 1,
     "training.checkpoint-every": 3,
-    "runs.sample-tokens": 0,
+    "training.sample-tokens": 0,
 }
 
 
