@@ -40,7 +40,7 @@ from dsv3_jax.pipeline.passes import check_passes
 from dsv3_jax.runs.plots import plot_expert_load, plot_losses
 from dsv3_jax.runs.folder import RunFolder, write_atomically
 from dsv3_jax.runs.sample import sample_text, whole_model
-from dsv3_jax.training.schedules import Settings
+from dsv3_jax.training.schedules import ScheduledValues
 from dsv3_jax.runs.starting_state import distributed_model, starting_state
 from dsv3_jax.training.step import StepMetrics, StepSettings, make_evaluation_step, make_train_step
 
@@ -251,7 +251,7 @@ class _Run:
         tokens, segment_ids = (self.feeding.put(array.reshape(passes, -1, array.shape[-1])) for array in batch)
         return tokens, segment_ids
 
-    def _record(self, metrics: StepMetrics, settings: Settings, tokens_per_second: float) -> None:
+    def _record(self, metrics: StepMetrics, settings: ScheduledValues, tokens_per_second: float) -> None:
         self.loads.append(np.asarray(metrics.load))
         record: Record = {
             "step": self.progress.step,
@@ -368,7 +368,7 @@ def layer_names(config: RunConfig) -> list[str]:
     return names + [f"MTP {k}" if depth > 1 else "MTP" for k in range(1, depth + 1)]
 
 
-def _scalars(settings: Settings) -> StepSettings:
+def _scalars(settings: ScheduledValues) -> StepSettings:
     return StepSettings(
         learning_rate=jnp.float32(settings.learning_rate),
         bias_update_speed=jnp.float32(settings.bias_update_speed),
