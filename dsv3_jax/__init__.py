@@ -2,14 +2,16 @@
 
     import dsv3_jax as dsv3
 
-    cfg = dsv3.ModelConfig.preset("nano")
+    cfg = dsv3.ModelConfig.preset("nano")        # dsv3.presets() lists the names
     model = dsv3.DeepSeekV3(cfg, rngs=nnx.Rngs(0))
-    out = model(tokens)                          # logits, mtp_logits, routing
+    out = model(tokens)                          # out.logits, out.mtp_logits, out.routing
     dsv3.generate(model, tokens, max_new_tokens=64)
-    dsv3.load_checkpoint("runs/nano")            # model, tokenizer, step
+
+    dsv3.train(dsv3.default_run("nano"))         # into runs/nano, as `dsv3 train` does
+    model, tokenizer, step = dsv3.load_checkpoint("runs/nano")
     dsv3.load_hf(folder); dsv3.save_hf(model, folder)
 
-Names are resolved on first use, so that a command that only parses its arguments starts at once.
+A name is imported on first use, so that a command that only parses its arguments starts at once.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ if TYPE_CHECKING:
     from dsv3_jax.inference.generate import generate
     from dsv3_jax.interop import load_hf, save_hf
     from dsv3_jax.model import DeepSeekV3, ModelOutput, router_biases, set_router_biases
+    from dsv3_jax.model_presets import presets
     from dsv3_jax.precision import Precision
-    from dsv3_jax.presets import presets
     from dsv3_jax.runs.checkpoints import load_checkpoint
+    from dsv3_jax.runs.loop import train
+    from dsv3_jax.training.defaults import default_run
 
 _HOMES = {
     "ConfigError": "dsv3_jax.errors",
@@ -35,13 +39,15 @@ _HOMES = {
     "Precision": "dsv3_jax.precision",
     "RopeScaling": "dsv3_jax.config",
     "UserError": "dsv3_jax.errors",
+    "default_run": "dsv3_jax.training.defaults",
     "generate": "dsv3_jax.inference.generate",
     "load_checkpoint": "dsv3_jax.runs.checkpoints",
     "load_hf": "dsv3_jax.interop",
-    "presets": "dsv3_jax.presets",
+    "presets": "dsv3_jax.model_presets",
     "router_biases": "dsv3_jax.model",
     "save_hf": "dsv3_jax.interop",
     "set_router_biases": "dsv3_jax.model",
+    "train": "dsv3_jax.runs.loop",
 }
 
 __all__ = [
@@ -52,6 +58,7 @@ __all__ = [
     "Precision",
     "RopeScaling",
     "UserError",
+    "default_run",
     "generate",
     "load_checkpoint",
     "load_hf",
@@ -59,6 +66,7 @@ __all__ = [
     "router_biases",
     "save_hf",
     "set_router_biases",
+    "train",
 ]
 
 

@@ -1,7 +1,7 @@
-"""Every architectural number of a DeepSeek-V3 model, checked when it is set.
+"""`ModelConfig` holds every number of a model's architecture and checks it when it is set.
 
-Field names are those of the published `config.json` files, so that a reader of either knows both. Report: sections
-2.1 (architecture), 4.2 (the 671B model's values), 4.3 (YaRN).
+Field names are those of the published `config.json` files. Report: sections 2.1 (architecture), 4.2 (values of the
+671B model) and 4.3 (YaRN).
 """
 
 from __future__ import annotations
@@ -10,28 +10,31 @@ import dataclasses
 import difflib
 from typing import Any, Literal, get_args
 
+from dsv3_jax.counts import count_parameters
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.model_presets import PRESETS
 
 ScoringFunction = Literal["sigmoid", "softmax"]
 TopKMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
 
-# Nothing published comes near these; a configuration beyond them is a broken file, not a model.
+# No published model comes near these sizes: a larger one means that the file is broken.
 _LARGEST_DIMENSION = 2**24
 _LARGEST_LAYER_COUNT = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """YaRN context extension (report section 4.3), applied at every position once present.
+    """The settings of YaRN context extension (report section 4.3). When present, YaRN applies at every position.
 
     Attributes:
-      factor: s, the ratio of the extended context to the original one.
-      original_max_position_embeddings: context length of pre-training.
-      beta_fast, beta_slow: rotations within the original context above which a frequency is kept as it is, and
-        below which it is divided by `factor`; linear in between.
-      mscale, mscale_all_dim: the attention temperature. The softmax scale is multiplied by
-        m(factor, mscale_all_dim)^2 and cos/sin by m(factor, mscale) / m(factor, mscale_all_dim), where
+      factor: s, extended context length divided by the original one.
+      original_max_position_embeddings: context length of pre-training, in tokens.
+      beta_fast: a frequency with more rotations than this within the original context is left unchanged.
+      beta_slow: a frequency with fewer rotations than this is divided by `factor`. Between `beta_slow` and `beta_fast`
+        the two are interpolated linearly.
+      mscale: cos and sin are multiplied by m(factor, mscale) / m(factor, mscale_all_dim), where
         m(s, a) = 0.1 a ln(s) + 1.
+      mscale_all_dim: the softmax scale of attention is multiplied by m(factor, mscale_all_dim)^2.
     """
 
     factor: float
@@ -57,35 +60,40 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The architecture of one model.
+    """The architecture of one model. Letters are the report's symbols; all widths count vector elements.
 
     Attributes:
-      vocab_size: V, rows of the embedding and of the output head.
-      hidden_size: d, width of the residual stream.
-      num_hidden_layers: L, without the MTP modules.
-      first_k_dense_replace: the first layers, whose feed-forward network is dense.
-      intermediate_size: width of the dense feed-forward networks.
-      num_attention_heads: H.
-      q_lora_rank: d_c', rank of the query compression; None projects queries straight from the hidden state.
-      kv_lora_rank: d_c, rank of the joint key-value compression; what decoding caches.
-      qk_nope_head_dim, qk_rope_head_dim, v_head_dim: per-head widths: position-free and rotary parts of queries
-        and keys, and values.
-      n_routed_experts: N_r.   n_shared_experts: N_s.   num_experts_per_tok: K_r.
-      moe_intermediate_size: width of one expert.
-      n_group, topk_group: node-limited routing: experts fall into `n_group` contiguous groups, of which a token
-        reaches at most `topk_group`.
-      scoring_func: affinity of a token to an expert: "sigmoid" (V3) or "softmax" (V2).
-      topk_method: "noaux_tc" (V3: selection by affinity plus bias, group score = sum of the two largest),
-        "greedy" (V2-Lite: no bias, no groups) or "group_limited_greedy" (V2: no bias, group score = largest).
-      norm_topk_prob: gates of the chosen experts are divided by their sum.
-      routed_scaling_factor: the gates' last multiplier.
-      num_nextn_predict_layers: D, the depth of multi-token prediction; 0 leaves it out.
-      mtp_hidden_after_final_norm: MTP receives the main model's hidden state after its final norm, which is what
-        the published weights expect (the report does not say); False hands over the bare residual stream.
-      max_position_embeddings: the longest context.
-      rope_theta: base of the rotary frequencies.   rope_scaling: YaRN, or None.
-      rms_norm_eps: epsilon of every RMSNorm but the two on MLA's latents, which take `latent_norm_eps`
-        (the published modelling code fixes those at 1e-6 whatever `rms_norm_eps` says).
+      vocab_size: V, number of rows of the embedding and of the output head.
+      hidden_size: d, width of the hidden state that runs through all layers.
+      num_hidden_layers: L, number of transformer layers, not counting the MTP modules.
+      first_k_dense_replace: number of leading layers that use a dense feed-forward network instead of experts.
+      intermediate_size: hidden width of the dense feed-forward networks.
+      num_attention_heads: number of attention heads (n_h).
+      q_lora_rank: d_c', rank of the query compression; None projects queries directly from the hidden state.
+      kv_lora_rank: d_c, rank of the joint key-value compression, which is what decoding caches.
+      qk_nope_head_dim: width per head of the part of queries and keys without position (d_h).
+      qk_rope_head_dim: width per head of the part of queries and keys that RoPE rotates (d_h^R); must be even.
+      v_head_dim: width per head of the values.
+      n_routed_experts: N_r, routed experts per MoE layer.
+      n_shared_experts: N_s, shared experts per MoE layer, which every token uses.
+      num_experts_per_tok: K_r, routed experts chosen per token.
+      moe_intermediate_size: hidden width of one expert.
+      n_group: number of equal groups the routed experts are split into for node-limited routing; 1 for no limit.
+      topk_group: M, number of groups whose experts a token may use.
+      scoring_func: how a token's affinity to an expert is computed: "sigmoid" (V3) or "softmax" (V2).
+      topk_method: how experts are chosen: "noaux_tc" (V3: by affinity plus router bias; a group scores the sum of its
+        two largest), "greedy" (V2-Lite: by affinity, no groups) or "group_limited_greedy" (V2: by affinity; a group
+        scores its largest).
+      norm_topk_prob: divide the gates of the chosen experts by their sum.
+      routed_scaling_factor: factor that the gates are multiplied by last.
+      num_nextn_predict_layers: D, number of multi-token prediction (MTP) modules; 0 for none.
+      mtp_hidden_after_final_norm: give the MTP module the main model's hidden state after its final norm, as the
+        published weights expect (the report does not say); False gives it the state before that norm.
+      max_position_embeddings: longest context, in tokens.
+      rope_theta: base of the RoPE frequencies.
+      rope_scaling: YaRN settings, or None for plain RoPE.
+      rms_norm_eps: epsilon of every RMSNorm except the two on MLA's latents.
+      latent_norm_eps: epsilon of the two RMSNorms on MLA's latents. The published code fixes it at 1e-6.
       initializer_range: standard deviation of the initial weights (report section 4.2).
     """
 
@@ -143,19 +151,23 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
-        """The configuration called `name` (see `dsv3_jax.presets`), with fields replaced by `overrides`.
+        """Returns the configuration called `name` with fields replaced by `overrides`.
+
+        `dsv3_jax.presets()` lists the names.
 
         Raises:
-          ConfigError: unknown preset or field, with the nearest names that exist.
+          ConfigError: there is no such preset or field; the message suggests the nearest names.
         """
-        from dsv3_jax.presets import PRESETS
-
         if name not in PRESETS:
             raise ConfigError(f"preset '{name}' does not exist; {_suggest(name, list(PRESETS))}")
-        return PRESETS[name].replace(**overrides)
+        return cls.from_dict(PRESETS[name]).replace(**overrides)
 
     def replace(self, **overrides: Any) -> ModelConfig:
-        """A copy with some fields changed and everything checked again."""
+        """Returns a copy with some fields changed, checked as a whole.
+
+        Raises:
+          ConfigError: there is no such field, or the values contradict each other.
+        """
         fields = [field.name for field in dataclasses.fields(self)]
         for name in overrides:
             if name not in fields:
@@ -163,12 +175,16 @@ class ModelConfig:
         return dataclasses.replace(self, **overrides)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Returns the fields as nested dictionaries of plain values, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """The inverse of `to_dict`; an unknown or missing field is a ConfigError that names it."""
+        """Makes a configuration from what `to_dict` returns.
+
+        Raises:
+          ConfigError: a field is unknown or missing; the message names it.
+        """
         values = dict(values)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         for name in values:
@@ -185,51 +201,45 @@ class ModelConfig:
 
     @property
     def num_dense_layers(self) -> int:
-        """L_d."""
+        """Number of layers with a dense feed-forward network."""
         return self.first_k_dense_replace
 
     @property
     def num_moe_layers(self) -> int:
-        """L_m, without the MTP blocks."""
+        """Number of layers with experts, not counting the MTP modules."""
         return self.num_hidden_layers - self.first_k_dense_replace
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of one head's query and key: position-free part, then rotary part."""
+        """Width of one head's query and key: the part without position, then the part that RoPE rotates."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def has_router_bias(self) -> bool:
-        """Whether there are experts, and they are selected with the bias of auxiliary-loss-free balancing."""
+        """Whether experts are chosen with the router bias of auxiliary-loss-free balancing (eq. 16)."""
         return self.topk_method == "noaux_tc" and self.num_moe_layers + self.num_nextn_predict_layers > 0
 
-    # Counts (dsv3_jax.counts has them term by term) ---------------------------------------------------------
+    # Counts (`dsv3_jax.counts` has them term by term) -------------------------------------------------------
 
     def num_parameters(self, *, mtp: bool = False) -> int:
-        """Parameters of the main model, router biases included; with `mtp`, also those only the MTP modules have."""
-        from dsv3_jax.counts import count_parameters
+        """Returns the number of parameters, router biases included.
 
+        Args:
+          mtp: also count the parameters that only the MTP modules have.
+        """
         counts = count_parameters(self)
         return counts.total + (counts.mtp_total if mtp else 0)
 
     def num_active_parameters(self) -> int:
-        """Parameters that one token passes through in the main model, embedding and head included (671B: 37B)."""
-        from dsv3_jax.counts import count_parameters
-
+        """Returns the parameters of the main model that one token uses, embedding and head included (671B: 37B)."""
         return count_parameters(self).active
-
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Floating point operations a token of one training step (forward and backward), causal attention."""
-        from dsv3_jax.counts import count_flops
-
-        return count_flops(self, sequence_length).training
 
 
 def _check_size(name: str, value: Any, smallest: int = 1, largest: int = _LARGEST_DIMENSION) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(f"{name} must be a whole number, not {value!r}")
     if not smallest <= value <= largest:
-        raise ConfigError(f"{name} must lie between {smallest} and {largest}, not {value}")
+        raise ConfigError(f"{name} must be between {smallest} and {largest}, not {value}")
 
 
 def _check_sizes(config: ModelConfig) -> None:
@@ -269,7 +279,7 @@ def _check_choices(config: ModelConfig) -> None:
 def _check_routing(config: ModelConfig) -> None:
     experts, groups, kept = config.n_routed_experts, config.n_group, config.topk_group
     if experts % groups:
-        raise ConfigError(f"n_routed_experts ({experts}) must be divisible into n_group ({groups}) groups")
+        raise ConfigError(f"n_routed_experts ({experts}) must be a multiple of n_group ({groups})")
     if kept > groups:
         raise ConfigError(f"topk_group ({kept}) must not exceed n_group ({groups})")
     reachable = kept * (experts // groups)
@@ -284,7 +294,7 @@ def _check_routing(config: ModelConfig) -> None:
             "noaux_tc scores a group by its two best"
         )
     if config.topk_method == "greedy" and groups != 1:
-        raise ConfigError(f"topk_method greedy knows no groups: n_group must be 1, not {groups}")
+        raise ConfigError(f"topk_method greedy uses no groups: n_group must be 1, not {groups}")
 
 
 def _suggest(name: str, choices: list[str]) -> str:

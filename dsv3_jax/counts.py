@@ -1,33 +1,35 @@
-"""Parameters and floating point operations, counted from the configuration term by term, without allocating.
+"""Counts parameters and floating-point operations from the configuration, term by term, without allocating arrays.
 
-Conventions. Parameters include router biases (they are in the published checkpoints). "Active" are those one token
-passes through: all but the routed experts it was not sent to. A product of an [m, k] with a [k, n] matrix counts
-2mkn operations; a training step costs three forward passes (one forward, two for the gradients); norms, softmax and
-activation functions are left out, as is usual. Report: Table 1 and section 4.2; MFU figures use the causal count.
+Conventions. Parameters include router biases (the published checkpoints contain them). "Active" parameters are those
+one token uses: all but the routed experts that were not chosen for it. A product of an [m, k] with a [k, n] matrix
+counts 2mkn operations. A training step costs three forward passes: one forward, and two for the gradients. Norms,
+softmax and activation functions are not counted, as is usual. Report: Table 1 and section 4.2.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from dsv3_jax.config import ModelConfig
+if TYPE_CHECKING:
+    from dsv3_jax.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockParameters:
-    """Parameters of the pieces a transformer block is made of."""
+    """Numbers of parameters of the parts of one transformer block."""
 
-    attention: int  # MLA projections and the norms on its latents
+    attention: int  # the projections of MLA and the norms on its latents
     norms: int  # the two RMSNorms of a block
     dense_feed_forward: int
-    router: int  # weights and, where experts are selected with one, biases
+    router: int  # weights and, with `topk_method` noaux_tc, biases
     routed_expert: int  # one expert
     shared_experts: int  # all shared experts together
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCounts:
-    """Parameters of a whole model."""
+    """Numbers of parameters of a whole model."""
 
     block: BlockParameters
     embedding: int
@@ -38,36 +40,40 @@ class ParameterCounts:
     moe_layer_active: int
     mtp_module: int  # one MTP module without the embedding and head it shares
     total: int  # main model
-    active: int  # main model, one token
-    mtp_total: int  # all D modules
-    mtp_active: int
+    active: int  # main model, used by one token
+    mtp_total: int  # all D MTP modules
 
 
 @dataclasses.dataclass(frozen=True)
 class FlopCounts:
-    """Operations a token. `terms` are forward operations of the main model over all its layers."""
+    """Floating-point operations per token.
+
+    Attributes:
+      terms: forward operations of the main model, summed over its layers, by part of the model.
+      mtp_forward: forward operations of all D MTP modules, including their use of the shared output head.
+    """
 
     terms: dict[str, float]
-    mtp_forward: float  # all D modules, their pass through the shared head included
+    mtp_forward: float
 
     @property
     def forward(self) -> float:
-        """Main model, one forward pass."""
+        """Operations of one forward pass of the main model."""
         return sum(self.terms.values())
 
     @property
     def training(self) -> float:
-        """Main model, forward and backward."""
+        """Operations of a forward and backward pass of the main model."""
         return 3 * self.forward
 
     @property
     def training_with_mtp(self) -> float:
-        """Main model and MTP modules, forward and backward."""
+        """Operations of a forward and backward pass of the main model and the MTP modules."""
         return 3 * (self.forward + self.mtp_forward)
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
-    """Parameters of the model that `config` describes; equal to what the model allocates."""
+    """Returns the numbers of parameters of the model that `config` describes, equal to what that model allocates."""
     block = _count_block(config)
     d = config.hidden_size
     experts = config.n_routed_experts * block.routed_expert
@@ -76,7 +82,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     moe_layer = around_experts + experts
     moe_layer_active = around_experts + config.num_experts_per_tok * block.routed_expert
     embedding = head = config.vocab_size * d
-    joining = 2 * d * d + 3 * d  # the projection of [embedding; hidden], and three norms
+    joining = 2 * d * d + 3 * d  # the projection of [embedding; hidden state], and three norms
     depth = config.num_nextn_predict_layers
     outer = embedding + head + d
     dense_layers = config.num_dense_layers * dense_layer
@@ -92,14 +98,14 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
         total=outer + dense_layers + config.num_moe_layers * moe_layer,
         active=outer + dense_layers + config.num_moe_layers * moe_layer_active,
         mtp_total=depth * (joining + moe_layer),
-        mtp_active=depth * (joining + moe_layer_active),
     )
 
 
 def count_flops(config: ModelConfig, sequence_length: int, *, causal: bool = True) -> FlopCounts:
-    """Operations a token of a forward pass over sequences of `sequence_length` tokens.
+    """Returns the operations per token for sequences of `sequence_length` tokens.
 
-    With `causal`, attention costs a token the (sequence_length / 2) keys it sees on average; otherwise all of them.
+    Args:
+      causal: count the sequence_length / 2 keys that a token attends to on average; False counts all sequence_length.
     """
     block = _count_block(config)
     d, heads = config.hidden_size, config.num_attention_heads

@@ -1,11 +1,11 @@
-"""The one exception a user is meant to see."""
+"""The errors that are shown to users as one line, without a traceback."""
 
 
 class UserError(ValueError):
-    """Something the user can mend: one sentence that says what, where and how.
+    """An error that the user can correct. Its message is one sentence: what is wrong, where, and what to do.
 
-    Subclasses ValueError so that library callers can catch it as the plain built-in; the command line
-    prints the sentence to stderr and exits with code 2.
+    It subclasses ValueError so that callers of the library can catch the built-in. The command line prints the message
+    to stderr and exits with code 2.
     """
 
 

@@ -33,7 +33,7 @@ from dsv3_jax.runs.loop import train
 from dsv3_jax.runs.metrics import read_metrics
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
-from dsv3_jax.training.schedules import Schedule
+from dsv3_jax.training.schedules import TrainingSchedule
 
 RESULTS = Path(__file__).parent / "results"
 SCALES = ("tiny", "small", "1b")
@@ -108,7 +108,7 @@ def run_of(options: Options, seed: int, *, steps: int, **training: Any) -> RunCo
             training=TrainingConfig(
                 steps=options.steps or steps,
                 batch_size=8,
-                schedule=Schedule(**(plan | {"bias_update_speed": 0.005} | schedule)),
+                schedule=TrainingSchedule(**(plan | {"bias_update_speed": 0.005} | schedule)),
                 **(common | training),
             ),
             precision="float32",

@@ -53,7 +53,7 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.runs.checkpoints import make_model
 from dsv3_jax.runs.folder import RunFolder
-from dsv3_jax.training.schedules import Schedule
+from dsv3_jax.training.schedules import TrainingSchedule
 
 FACTOR = 40.0  # s
 GRIDS = ("pre-trained", "YaRN, untrained", "YaRN, phase 1", "YaRN, phase 2", "phase 2 without YaRN")
@@ -115,12 +115,12 @@ def run_of_phase(options: Options, plan: Plan, seed: int, phase: int, yarn: bool
     """Pre-training (phase 0) or one of the two phases; those keep the last learning rate of pre-training."""
     length = plan.lengths[phase]
     common: dict[str, Any] = {"ramp_until": 0.0, "ramp_from": 1.0, "balance_weight": 0.0}
-    last = Schedule().last_rate
-    schedule = Schedule(
+    last = TrainingSchedule().last_rate
+    schedule = TrainingSchedule(
         learning_rate=plan.learning_rate, warmup_until=0.05, constant_until=0.6, bias_update_speed=0.005, **common
     )
     if phase:
-        schedule = Schedule(
+        schedule = TrainingSchedule(
             learning_rate=plan.learning_rate * last,
             warmup_until=0.0,
             constant_until=1.0,

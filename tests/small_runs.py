@@ -15,7 +15,7 @@ from small_models import small_model
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.training.config import RunConfig, TrainingConfig
-from dsv3_jax.training.schedules import Schedule
+from dsv3_jax.training.schedules import TrainingSchedule
 from dsv3_jax.training.state import Skeleton, TrainState, new_state
 from dsv3_jax.training.step import StepSettings, TrainStep, make_train_step
 
@@ -46,7 +46,7 @@ def small_run(corpus: Path | str = "unused", **training: Any) -> RunConfig:
         "steps": 6,
         "batch_size": 4,
         "micro_batch_size": 2,
-        "schedule": Schedule(learning_rate=1e-2, warmup_until=0.2, ramp_until=0.0, ramp_from=1.0),
+        "schedule": TrainingSchedule(learning_rate=1e-2, warmup_until=0.2, ramp_until=0.0, ramp_from=1.0),
         "log_every": 1,
         "checkpoint_every": 2,
         "sample_tokens": 0,

@@ -116,7 +116,7 @@ def _tokenizer(source: Path, named: str | None, config: ModelConfig) -> Tokenize
 
 def _write_run(folder: Path, model: object, tokenizer: Tokenizer, config: ModelConfig) -> None:
     """A run's folder at step 0: configuration, tokenizer and one checkpoint."""
-    from dsv3_jax.runs.checkpoints import Checkpoints, Progress
+    from dsv3_jax.runs.checkpoints import Checkpoints, RunPosition
     from dsv3_jax.runs.folder import RunFolder
     from dsv3_jax.training.state import new_state
 
@@ -126,7 +126,7 @@ def _write_run(folder: Path, model: object, tokenizer: Tokenizer, config: ModelC
     tokenizer.save(run.tokenizer)
     _, state = new_state(model, run_config)  # pyright: ignore[reportArgumentType]
     checkpoints = Checkpoints(run, keep=1)
-    checkpoints.save(state, Progress(step=0, tokens=0, data={}), run_config)
+    checkpoints.save(state, RunPosition(step=0, tokens=0, data={}), run_config)
     checkpoints.close()
 
 

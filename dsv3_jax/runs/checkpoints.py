@@ -1,11 +1,10 @@
-"""Checkpoints: one atomic unit from which a run goes on exactly.
+"""Checkpoints, from which a run resumes exactly.
 
-checkpoints/<step>/ holds the arrays (orbax: parameters, optimizer, average, router biases, key, counters), run.json
-(tokens seen, state of the data iterator), config.json, tokenizer/ and manifest.json with a SHA-256 of every file. It
-is written beside itself under a hidden name and renamed when whole, so whatever carries a step's name is complete.
-Saving is asynchronous: the arrays are copied out, and training goes on while a thread writes. Of several processes,
-which share the folder, each writes the arrays it has, and the first does the rest. Arrays come back laid out as the run
-that restores them asks, whatever mesh saved them.
+checkpoints/<step>/ holds arrays/ (written by orbax: parameters, optimizer, average, router biases, key, counters),
+run.json (step, tokens, position in the data), config.json, tokenizer/ and manifest.json with the SHA-256 of every file.
+A checkpoint is written under a hidden name and renamed when it is complete. Saving is asynchronous: the arrays are
+copied to host memory, and a thread writes them while training continues. Several processes share the folder: each
+writes its own shards of the arrays, and the first writes the other files. A checkpoint can be restored on any mesh.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.precision import Precision
-from dsv3_jax.runs.processes import is_first, share
-from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.state_layout import StateLayout
-from dsv3_jax.runs.manifest import find_damage, write_manifest
+from dsv3_jax.runs.agreement import is_first, share
 from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.runs.manifest import find_damage, write_manifest
+from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.state import Skeleton, TrainState, new_state
+from dsv3_jax.training.state_layout import StateLayout
 
 
 @dataclasses.dataclass(frozen=True)
-class Progress:
-    """What a run knows beside its arrays.
+class RunPosition:
+    """Where a run stands. It is saved as run.json beside the arrays.
 
     Attributes:
-      step: steps tried.
+      step: steps taken, including those whose update was skipped.
       tokens: tokens seen.
-      data: state of the data iterator.
+      data: state of the data iterator (`TrainIterator.state`).
     """
 
     step: int
@@ -54,11 +53,11 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """Saves the checkpoints of one run.
 
     Args:
       folder: the run.
-      keep: how many are kept.
+      keep: number of newest checkpoints to keep; older ones are deleted.
     """
 
     def __init__(self, folder: RunFolder, *, keep: int):
@@ -68,33 +67,37 @@ class Checkpoints:
         self._error: BaseException | None = None
         self._arrays = ocp.StandardCheckpointer()
 
-    def save(self, state: TrainState, progress: Progress, config: RunConfig) -> None:
-        """Starts saving; returns when the arrays are copied and the state may change.
+    def save(self, state: TrainState, position: RunPosition, config: RunConfig) -> None:
+        """Starts to save a checkpoint, and returns when the arrays are copied, so that the state may change.
 
         Raises:
-          UserError: this or the previous save failed (a full disk, say).
+          UserError: this or the previous save failed, for instance because the disk is full.
         """
-        self.wait()  # also for the other processes' sake: the first one has ended its save when they come to theirs
-        final = self._folder.checkpoints / f"{progress.step:08d}"
-        temporary = self._folder.checkpoints / f".writing-{progress.step:08d}"
+        self.wait()  # all processes wait here, so the first has ended its previous save before any starts the next
+        final = self._folder.checkpoints / f"{position.step:08d}"
+        temporary = self._folder.checkpoints / f".writing-{position.step:08d}"
         try:
-            share(lambda: self._make_room(temporary))
+            share(lambda: self._make_folder(temporary))
             self._arrays.save((temporary / "arrays").absolute(), _to_arrays(state))
         except (OSError, ValueError) as error:
             raise _save_error(self._folder, error) from error
         self._writer = threading.Thread(
-            target=self._finish, args=(temporary, final, progress, config), name="checkpoint-writer"
+            target=self._finish, args=(temporary, final, position, config), name="checkpoint-writer"
         )
         self._writer.start()
 
-    def _make_room(self, temporary: Path) -> None:
+    def _make_folder(self, temporary: Path) -> None:
         self._folder.checkpoints.mkdir(exist_ok=True)
         for leftover in self._folder.checkpoints.glob(".writing-*"):
             shutil.rmtree(leftover)
         temporary.mkdir()
 
     def wait(self) -> None:
-        """Waits for the save under way, if any, and raises what it failed with."""
+        """Waits for the save that is in progress, if any.
+
+        Raises:
+          UserError: the save failed.
+        """
         if self._writer is not None:
             self._writer.join()
             self._writer = None
@@ -103,18 +106,18 @@ class Checkpoints:
             raise _save_error(self._folder, error) from error
 
     def close(self) -> None:
-        """Waits, and lets go of the writer."""
+        """Waits for the save that is in progress and closes the orbax checkpointer."""
         try:
             self.wait()
         finally:
             self._arrays.close()
 
-    def _finish(self, temporary: Path, final: Path, progress: Progress, config: RunConfig) -> None:
+    def _finish(self, temporary: Path, final: Path, position: RunPosition, config: RunConfig) -> None:
         try:
             self._arrays.wait_until_finished()
             if not is_first():
                 return
-            (temporary / "run.json").write_text(json.dumps(dataclasses.asdict(progress)))
+            (temporary / "run.json").write_text(json.dumps(dataclasses.asdict(position)))
             (temporary / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
             shutil.copytree(self._folder.tokenizer, temporary / "tokenizer")
             write_manifest(temporary)
@@ -128,78 +131,85 @@ class Checkpoints:
 
 
 def list_checkpoints(folder: RunFolder) -> list[Path]:
-    """Checkpoints that carry a step's name, oldest first."""
+    """Returns the complete checkpoints, oldest first."""
     if not folder.checkpoints.is_dir():
         return []
     return sorted(path for path in folder.checkpoints.iterdir() if path.name.isdigit())
 
 
 def last_whole_checkpoint(folder: RunFolder, report: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose every file is as written; damaged ones on the way are reported by name.
+    """Returns the newest checkpoint whose files are all undamaged, or None where there is no checkpoint.
+
+    Args:
+      report: is called with a line about each damaged checkpoint that is newer.
 
     Raises:
-      UserError: there are checkpoints, and all are damaged.
+      UserError: all checkpoints are damaged.
     """
     checkpoints = list_checkpoints(folder)
     for index, path in reversed(list(enumerate(checkpoints))):
         damage = find_damage(path)
         if damage is None:
             return path
-        before = f"; trying {checkpoints[index - 1].name} before it" if index else ""
+        before = f"; trying the one before it, {checkpoints[index - 1].name}" if index else ""
         report(f"checkpoint {path} cannot be used: {damage}{before}")
     if checkpoints:
-        raise UserError(f"no checkpoint in {folder.checkpoints} is whole; start anew with another --out")
+        raise UserError(f"all checkpoints in {folder.checkpoints} are damaged; start a new run with another --out")
     return None
 
 
 def restore(
     path: Path, config: RunConfig, make_model: Callable[[], DeepSeekV3], layout: StateLayout | None = None
-) -> tuple[Skeleton, TrainState, Progress]:
-    """The state saved in a checkpoint, for a run of the same configuration.
+) -> tuple[Skeleton, TrainState, RunPosition]:
+    """Restores a checkpoint of a run of the same configuration.
 
     Args:
-      layout: where it shall lie; one device unless given.
+      make_model: makes a model of the run; only its structure is used.
+      layout: the devices to restore to; one device if not given.
     """
     skeleton, abstract = abstract_state(config, make_model)
-    places = _to_arrays((layout or StateLayout()).of_state(abstract))
+    shardings = _to_arrays((layout or StateLayout()).of_state(abstract))
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
         for name, leaf in _to_arrays(abstract).items()
     }
     with ocp.StandardCheckpointer() as arrays:
         restored = arrays.restore((path / "arrays").absolute(), wanted)
-    progress = Progress(**json.loads((path / "run.json").read_text()))
-    return skeleton, _from_arrays(abstract, restored), progress
+    position = RunPosition(**json.loads((path / "run.json").read_text()))
+    return skeleton, _from_arrays(abstract, restored), position
 
 
 def abstract_state(config: RunConfig, make_model: Callable[[], DeepSeekV3]) -> tuple[Skeleton, TrainState]:
-    """Skeleton, and shapes and dtypes of the state, without allocating it."""
+    """Returns the skeleton of a run's model, and its state with shapes and dtypes in place of arrays."""
     graph, _, rest = nnx.split(nnx.eval_shape(make_model), nnx.Param, ...)
     constants = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
     return Skeleton(graph, constants), jax.eval_shape(lambda: new_state(make_model(), config)[1])
 
 
 def load_checkpoint(folder: str | Path) -> tuple[DeepSeekV3, Tokenizer, int]:
-    """The model a run has reached, its tokenizer and its step.
+    """Loads the newest undamaged checkpoint of a run. A warning names each newer checkpoint that is damaged.
 
-    The weights are the running average where the run keeps one; the newest whole checkpoint is used, with a warning
-    where a newer one is damaged.
+    Args:
+      folder: the run's folder.
+
+    Returns:
+      The model, the tokenizer and the step. The weights are the running average, if the run keeps one.
 
     Raises:
-      UserError: no run, or no whole checkpoint.
+      UserError: the folder holds no run, or no checkpoint that can be used.
     """
     run = RunFolder(Path(folder))
     config = run.read_config()
     path = last_whole_checkpoint(run, warnings.warn)
     if path is None:
-        raise UserError(f"{run.path} holds no checkpoint yet; let dsv3 train reach its first one")
-    skeleton, state, progress = restore(path, config, lambda: make_model(config))
+        raise UserError(f"{run.path} holds no checkpoint yet; wait until dsv3 train has saved its first one")
+    skeleton, state, position = restore(path, config, lambda: make_model(config))
     params = state.params if state.average is None else state.average
-    return skeleton.model(params, state.router_biases), Tokenizer.load(path / "tokenizer"), progress.step
+    return skeleton.model(params, state.router_biases), Tokenizer.load(path / "tokenizer"), position.step
 
 
 def make_model(config: RunConfig, devices: Devices = OneDevice()) -> DeepSeekV3:
-    """Returns a model with the run's initial weights, made by one compiled program.
+    """Makes a model with the run's initial weights, by one compiled program.
 
     Args:
       devices: those the model is given; its weights are on one device until a layout shards them.
@@ -219,7 +229,7 @@ def make_model(config: RunConfig, devices: Devices = OneDevice()) -> DeepSeekV3:
 
 
 def _to_arrays(state: TrainState) -> dict[str, Any]:
-    """The state (or its shapes or shardings) as a flat dictionary by path, which is what the array store is given."""
+    """Returns the state (or its shapes or shardings) as a flat dictionary by path, which is what orbax stores."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {_name(path): _plain(leaf) for path, leaf in flat}
 
@@ -251,4 +261,6 @@ def _plain(leaf: Any) -> Any:
 
 def _save_error(folder: RunFolder, error: BaseException) -> UserError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return UserError(f"a checkpoint could not be written to {folder.checkpoints}: {reason}; earlier ones are intact")
+    return UserError(
+        f"a checkpoint could not be written to {folder.checkpoints}: {reason}; earlier checkpoints are intact"
+    )

@@ -1,4 +1,4 @@
-"""Validation: loss and bits per byte of the main and MTP heads, and how often MTP drafts would be accepted."""
+"""Evaluation on the validation set: loss, bits per byte, and how often drafts of the MTP module would be accepted."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.data import Data, prepare_data
 from dsv3_jax.runs.checkpoints import load_checkpoint
-from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.training.state import split_model
+from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.training.step import EvaluationSums, make_evaluation_step
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadResult:
-    """One head on the validation text."""
+    """The result of one output head on the validation set."""
 
-    loss: float  # nats a token
-    bits_per_byte: float
+    loss: float  # mean cross-entropy, nats per token
+    bits_per_byte: float  # the same loss in bits per byte of text
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A model on the validation text.
+    """The result of a model on the validation set.
 
     Attributes:
-      main: the main head.   mtp: one result a depth.
-      mtp_acceptance: a depth: share of positions where the MTP head's first choice is what the main head, one token
-        later, chooses too: the drafts that greedy self-speculation would accept.
-      text_entropy, text_gzip: bits a byte of the same text by its byte frequencies alone, and by gzip.
+      main: result of the main head.
+      mtp: results of the MTP heads, one per depth.
+      mtp_acceptance: per depth, the fraction of positions where the MTP head's most likely token is also the main
+        head's, one token later. These are the drafts that greedy self-speculation would accept.
+      text_entropy: baseline, bits per byte of a code that knows only how frequent each byte is.
+      text_gzip: baseline, bits per byte of the text compressed by gzip.
     """
 
     main: HeadResult
@@ -46,7 +48,7 @@ class Evaluation:
     text_gzip: float
 
     def describe(self) -> str:
-        """One line for people."""
+        """Returns the result as one line of text."""
         parts = [f"validation loss {self.main.loss:.4f}, {self.main.bits_per_byte:.4f} bits per byte"]
         for depth, (result, accepted) in enumerate(zip(self.mtp, self.mtp_acceptance, strict=True), start=1):
             name = "MTP" if len(self.mtp) == 1 else f"MTP {depth}"
@@ -55,6 +57,13 @@ class Evaluation:
                 f"{accepted:.1%} of drafts accepted"
             )
         return "; ".join(parts)
+
+    def describe_baselines(self) -> str:
+        """Returns what the bits per byte can be compared with, as one line of text."""
+        return (
+            f"baselines on the validation text: unigram bytes {self.text_entropy:.4f}, gzip {self.text_gzip:.4f} "
+            "bits per byte (lower is better)"
+        )
 
 
 def evaluate(
@@ -67,12 +76,18 @@ def evaluate(
     layout: StateLayout | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Runs the whole validation set; None when `stop` said so on the way.
+    """Evaluates a model on the whole validation set.
 
     Args:
-      step: of `make_evaluation_step`.
-      batch_size: rows a pass; the last pass is filled up with padding.
-      layout: the one that `step` was made for.
+      step: made by `make_evaluation_step`.
+      params: the model's parameters.
+      biases: the model's router biases.
+      batch_size: rows per pass; the last pass is filled up with padding.
+      layout: the layout that `step` was made for; one device if not given.
+      stop: is asked before each pass whether to stop.
+
+    Returns:
+      The result, or None where `stop` returned True.
     """
     tokens, segment_ids = data.validation_rows()
     token_bytes = np.asarray(data.tokenizer.token_bytes, np.int32)
@@ -100,10 +115,13 @@ def evaluate(
 
 
 def evaluate_run(path: Path) -> tuple[int, Evaluation]:
-    """Step and validation of the newest whole checkpoint of a run.
+    """Evaluates the newest undamaged checkpoint of a run.
+
+    Returns:
+      The checkpoint's step, and the result.
 
     Raises:
-      UserError: no run, no whole checkpoint, or its data is gone or has changed.
+      UserError: the folder holds no run or no checkpoint that can be used, or the corpus is missing or has changed.
     """
     folder = RunFolder(path)
     config = folder.read_config()

@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, its lock, and whether a second start belongs to the same run."""
+"""The folder of a run: its files, its lock, and the check that a run is resumed with the same configuration."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.sharding.mesh import AXES
 from dsv3_jax.training.config import RunConfig
 
-# What may differ when a run goes on: it changes what is watched and kept, and where, not what is computed.
-_FREE = {
+# Fields that may change when a run is resumed: they change what is reported and kept, and on which devices, but not
+# what is computed.
+_MAY_CHANGE = {
     "training.log_every",
     "training.evaluate_every",
     "training.checkpoint_every",
@@ -34,10 +35,11 @@ _FREE = {
 
 
 class RunFolder:
-    """Paths of a run.
+    """The files of a run: config.json, tokenizer/, metrics.jsonl, tensorboard/, checkpoints/<step>/, loss.png,
+    expert_load.png, sample.txt, summary.json, cache/ (the tokenised corpus) and lock.
 
-    config.json, tokenizer/, metrics.jsonl, tensorboard/, checkpoints/<step>/, loss.png, expert_load.png, sample.txt,
-    summary.json, cache/ (tokenised corpus) and lock.
+    Args:
+      path: the folder; it need not exist.
     """
 
     def __init__(self, path: Path):
@@ -56,14 +58,14 @@ class RunFolder:
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run was started here."""
+        """Whether the folder holds a run."""
         return self.config.exists()
 
     def read_config(self) -> RunConfig:
-        """The configuration of the run that was started here.
+        """Reads the configuration of the run.
 
         Raises:
-          UserError: there is none, or it cannot be read.
+          UserError: the folder holds no run, or its configuration cannot be read.
         """
         try:
             return RunConfig.from_dict(json.loads(self.config.read_text()))
@@ -73,29 +75,29 @@ class RunFolder:
             raise UserError(f"{self.config} cannot be read: {error}") from error
 
     def write_config(self, config: RunConfig) -> None:
-        """Writes the whole resolved configuration."""
+        """Writes the configuration of a new run."""
         write_atomically(self.config, json.dumps(config.to_dict(), indent=1) + "\n")
 
     def check_same_run(self, config: RunConfig) -> None:
-        """Refuses to go on with another configuration than the run was started with.
+        """Checks that `config` computes the same as the configuration the run was started with.
 
         Raises:
-          UserError: names the first field that differs, with both values.
+          UserError: it does not; the message names the first field that differs, with both values.
         """
         started, wanted = _flat(self.read_config().to_dict()), _flat(config.to_dict())
         for name, value in wanted.items():
-            if name not in _FREE and started.get(name) != value:
+            if name not in _MAY_CHANGE and started.get(name) != value:
                 raise UserError(
                     f"{self.path} holds a run with {name} = {started.get(name)!r}, not {value!r}: "
-                    "give that value to go on with it, or another --out to start anew"
+                    "give that value to resume it, or another --out to start a new run"
                 )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps every other trainer out of the folder, which is made if need be.
+        """Makes the folder if needed, and locks it against other training processes while the block runs.
 
         Raises:
-          UserError: another process trains here, or the folder cannot be written.
+          UserError: another process trains in the folder, or it cannot be written.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -115,19 +117,19 @@ class RunFolder:
             os.close(descriptor)
 
     @contextmanager
-    def emptied_if_no_run_starts(self) -> Iterator[None]:
-        """A new folder is taken away again when what is done in the block is refused."""
-        ours = not self.holds_run and {entry.name for entry in self.path.iterdir()} <= {self.lock.name}
+    def removed_if_no_run_starts(self) -> Iterator[None]:
+        """Removes a folder that was new if the block raises UserError before a run has started in it."""
+        new = not self.holds_run and {entry.name for entry in self.path.iterdir()} <= {self.lock.name}
         try:
             yield
         except UserError:
-            if ours and not self.holds_run:
+            if new and not self.holds_run:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old content or the new, never a part."""
+    """Writes a file so that a reader sees either the old content or the whole new content."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w") as file:
         file.write(text)
@@ -137,6 +139,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested dictionaries by dotted name, such as `training.steps`."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):

@@ -1,10 +1,10 @@
-"""What a known accelerator can do, for the model FLOPs utilisation."""
+"""Peak rates of known accelerators, for the model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
 import jax
 
-# Dense bfloat16 products, operations a second, from the vendors' data sheets.
+# Operations per second of dense bfloat16 products, from the vendors' data sheets, by a part of the device's name.
 _PEAKS = {
     "H100": 989e12,
     "H200": 989e12,
@@ -20,5 +20,5 @@ _PEAKS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak bfloat16 operations a second of a device, or None where it is not known (a CPU, say)."""
+    """Returns the peak bfloat16 operations per second of a device, or None where it is not known, as for CPUs."""
     return next((peak for name, peak in _PEAKS.items() if name in device.device_kind), None)

@@ -1,8 +1,7 @@
-"""Ctrl-C and SIGTERM: finish the step, save, say how to go on.
+"""Handling of Ctrl-C and SIGTERM: the run ends its step, saves a checkpoint and says how to resume.
 
-Without a cluster's coordinator nothing else saves a run that is told to stop. The first signal only sets a flag,
-which the loop reads between steps and between evaluation batches (a signal during compilation is seen right after
-it); the second one ends the process at once.
+The first signal only sets a flag, which the training loop reads between steps and between evaluation batches. (A
+signal during compilation is noticed right after it.) A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from types import FrameType, TracebackType
 
 
 class Interruption:
-    """Context manager that turns the first signal into a request.
+    """A context manager that turns the first signal into a request to stop.
 
     Attributes:
       signal_number: the signal received, or None.
@@ -38,12 +37,12 @@ class Interruption:
 
     @property
     def requested(self) -> bool:
-        """Whether to stop at the next safe place."""
+        """Whether a signal was received, so that the run should stop and save."""
         return self.signal_number is not None
 
     @property
     def exit_code(self) -> int:
-        """128 plus the signal's number, as shells report it: 130 for Ctrl-C, 143 for SIGTERM."""
+        """128 plus the signal's number, as shells report it: 130 after Ctrl-C, 143 after SIGTERM."""
         return 128 + (self.signal_number or 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

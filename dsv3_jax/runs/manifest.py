@@ -1,6 +1,6 @@
-"""SHA-256 digests of a checkpoint's files.
+"""The manifest of a checkpoint: the SHA-256 of each of its files.
 
-The array store notices truncation, but loads a flipped bit as silently wrong numbers; the digests notice both.
+Orbax notices a file that is cut short, but loads a flipped bit as a wrong number. The digests detect both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ NAME = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Digests every file below `folder` and writes the list into it, everything flushed to disk."""
+    """Writes the SHA-256 of every file below `folder` into `folder`/manifest.json, and flushes all files to disk."""
     digests = {}
     for path in _files(folder):
         digests[str(path.relative_to(folder))] = _digest(path)
@@ -25,7 +25,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None when every file is what was written."""
+    """Returns what is wrong with a checkpoint, naming the file, or None where every file is as it was written."""
     try:
         digests = json.loads((folder / NAME).read_text())["sha256"]
     except FileNotFoundError:
@@ -41,7 +41,7 @@ def find_damage(folder: Path) -> str | None:
         if _digest(folder / name) != digest:
             return f"{name} is damaged"
     extra = sorted(present - digests.keys())
-    return f"{extra[0]} does not belong there" if extra else None
+    return f"{extra[0]} is not part of the checkpoint" if extra else None
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a JSON line a step, TensorBoard, and the terminal."""
+"""Where a run's numbers are written: metrics.jsonl (one line per step), TensorBoard files, and the terminal."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ Record = dict[str, Any]
 
 
 class Writer(Protocol):
-    """Something that records steps."""
+    """A place that records are written to."""
 
     def write(self, record: Record) -> None:
-        """One step's numbers; `step` is among them."""
+        """Writes the numbers of one step, or of an evaluation. `record["step"]` is the step."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes the files."""
+        ...
 
 
 class JsonLines:
-    """metrics.jsonl: every number at full precision, so that two runs can be compared bit for bit.
+    """Writes metrics.jsonl: all numbers at full precision, so that two runs can be compared bit for bit.
 
     Args:
       path: the file.
-      last_step: the step that a resumed run goes on from; later lines, of work that was lost, are dropped.
+      last_step: the step that a run is resumed from. Lines of later steps are dropped; they will be written again.
     """
 
     def __init__(self, path: Path, last_step: int):
+        self.path = path
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= last_step]
         write_atomically(path, "".join(kept))
         self._file = path.open("a", buffering=1)
@@ -49,7 +52,12 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard; steps after `last_step` of an earlier start are purged."""
+    """Writes scalars for TensorBoard.
+
+    Args:
+      folder: where the files are written.
+      last_step: the step that a run is resumed from. Later steps of an earlier start are purged.
+    """
 
     def __init__(self, folder: Path, last_step: int):
         from tensorboardX import SummaryWriter
@@ -66,12 +74,12 @@ class TensorBoard:
 
 
 class Terminal:
-    """A progress bar on a terminal, a line every `log_every` steps elsewhere.
+    """Shows a progress bar where the output is a terminal, and prints a line every `log_every` steps elsewhere.
 
     Args:
-      steps: of the whole run.
-      start: step the run goes on from.
-      log_every: steps between lines where the output is no terminal; 0 for none.
+      steps: number of steps of the whole run.
+      start: step that the run starts or resumes from.
+      log_every: steps between lines; 0 for no lines.
     """
 
     def __init__(self, steps: int, start: int, log_every: int):
@@ -99,7 +107,7 @@ class Terminal:
             self.say(f"step {step}/{self._steps}  {text}  {self._time_left(step)} left")
 
     def say(self, text: str) -> None:
-        """A line of text above the bar."""
+        """Prints a line of text, above the progress bar if there is one."""
         self.console.print(text, markup=False)
 
     def close(self) -> None:
@@ -112,28 +120,15 @@ class Terminal:
         return f"{seconds // 60}:{seconds % 60:02d}"
 
 
-class Quiet:
-    """What processes other than the first say: nothing."""
-
-    def write(self, record: Record) -> None:
-        """Does nothing."""
-
-    def say(self, text: str) -> None:
-        """Does nothing."""
-
-    def close(self) -> None:
-        """Does nothing."""
-
-
 def describe(record: Record) -> str:
-    """One step in a few words."""
-    # Not the total: it jumps where the schedule lowers the weight of MTP.
+    """Returns the numbers of one step as a short line of text."""
+    # The main loss, because the total loss jumps where the schedule lowers the weight of the MTP loss.
     parts = [f"loss {record['main_loss']:.3f}"]
     if "mtp_loss" in record:
         parts.append(f"mtp {record['mtp_loss']:.3f}")
     parts += [
         f"{record['tokens_per_second']:,.0f} tokens/s",
-        f"gradient {record['gradient_norm']:.2f}",
+        f"gradient norm {record['gradient_norm']:.2f}",
         f"MaxVio {record['max_violation']:.2f}",
     ]
     if "mfu" in record:
@@ -142,12 +137,12 @@ def describe(record: Record) -> str:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl."""
+    """Returns the records of a metrics.jsonl."""
     return [json.loads(line) for line in _lines(path)]
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Whole lines only: a process killed while writing may leave half of one."""
+    """Yields the complete lines: a process that is killed while writing may leave an incomplete one."""
     if not path.exists():
         return
     with path.open() as file:
@@ -157,7 +152,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _json_number(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become their names."""
+    """Returns NaN and infinity as strings, because JSON has no such numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

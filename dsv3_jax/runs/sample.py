@@ -1,4 +1,4 @@
-"""What a trained model writes: a sample at the end of a run."""
+"""A sample of text from the trained model, written at the end of a run."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import jax
 from flax import nnx
 
 from dsv3_jax.data import Data
+from dsv3_jax.inference import Sampler, complete
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.runs.checkpoints import abstract_state, make_model
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.training.state import Skeleton, TrainState
+from dsv3_jax.training.state_layout import StateLayout
 
-_MOST_GATHERED = 4e9  # parameters of a model that is brought together on one device for this
+_LARGEST_GATHERED = 4e9  # parameters; a larger model is not gathered on one device
 
 
 def whole_model(skeleton: Skeleton, state: TrainState, config: RunConfig, layout: StateLayout) -> DeepSeekV3 | None:
-    """The model (its running average, where there is one) on one device, or None where it is too large for that.
+    """Gathers the model on one device. All processes must call this together.
 
-    All processes must ask together.
+    Returns:
+      The model, with the running average of the weights if the run keeps one; None where it has more than 4 billion
+      parameters and is spread over several devices.
     """
     params: nnx.State = state.params if state.average is None else state.average
     if layout.mesh is None:
         return skeleton.model(params, state.router_biases)
-    if config.model.num_parameters(mtp=True) > _MOST_GATHERED:
+    if config.model.num_parameters(mtp=True) > _LARGEST_GATHERED:
         return None
     whole = layout.on_one_device((params, state.router_biases))
     plain, _ = abstract_state(config, lambda: make_model(config))
@@ -31,9 +34,7 @@ def whole_model(skeleton: Skeleton, state: TrainState, config: RunConfig, layout
 
 
 def sample_text(model: DeepSeekV3, data: Data, config: RunConfig) -> str:
-    """The start of a validation text, and what the model makes of it."""
-    from dsv3_jax.inference import Sampler, complete
-
+    """Returns the first 24 tokens of a validation text, then `|`, then the model's continuation, as text."""
     tokens, segment_ids = data.validation_rows()
     prompt = tokens[0][segment_ids[0] == segment_ids[0][0]][:24].tolist()
     room = config.model.max_position_embeddings - len(prompt)

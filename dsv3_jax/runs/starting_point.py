@@ -10,8 +10,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.runs.checkpoints import load_checkpoint, make_model
-from dsv3_jax.training.config import RunConfig
 from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.training.config import RunConfig
 
 
 def architecture_of_source(source: Path) -> ModelConfig:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.runs.checkpoints import abstract_state, make_model
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.training.state import Skeleton, TrainState, new_state
+from dsv3_jax.training.state_layout import StateLayout
 
 
 def distributed_model(config: RunConfig, layout: StateLayout) -> DeepSeekV3:

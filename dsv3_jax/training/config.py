@@ -1,4 +1,4 @@
-"""Everything a run is: the model, the data, the training and its numbers, checked together."""
+"""The configuration of a run: model, data, training, precision and mesh, checked together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dsv3_jax.modules.rematerialisation import REMATERIALISATIONS
 from dsv3_jax.pipeline.schedules import ScheduleName
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.training.schedules import Schedule, tokens_of_run
+from dsv3_jax.training.schedules import TrainingSchedule, tokens_of_run
 
 Balance = Literal["sequence", "batch", "none"]
 
@@ -22,35 +22,44 @@ class TrainingConfig:
     """How a model is trained (report section 4.2).
 
     Attributes:
-      steps: optimizer steps of the run.
-      batch_size: sequences a step, once the ramp is over.
-      micro_batch_size: sequences a forward pass; 0 for the whole batch. Gradients are added up in float32.
-      seed: of the initial weights.
-      schedule: learning rate, batch ramp, gamma, alpha and lambda over the run.
-      balance: the auxiliary balance loss: within each sequence (the report's), over the batch, or none.
-      beta1, beta2, epsilon, weight_decay: AdamW; norm gains are not decayed. (The report gives no epsilon.)
-      gradient_clip: largest global norm of the gradient.
-      moment_dtype: of both of AdamW's moments: "float32", "bfloat16" (report section 3.3.3), or "recipe": the one that
-        the precision recipe names, bfloat16 beside FP8 products and float32 otherwise.
-      ema_decay: of the running average of the weights; 0 for none. (The report gives no value.)
-      rematerialisation: name of a policy of `dsv3_jax.modules.rematerialisation`.
-      loss_chunk: tokens whose logits a device holds at a time.
-      overlap_exchange: on a mesh with an expert axis, a pass goes through the experts in two halves, so that one can
-        travel while the other is computed (section 3.2.1).
-      pipeline_schedule: of the stages of a mesh: "dualpipe", "zb1p" or "1f1b" (section 3.2.1); passes are its
-        micro-batches.
-      zero: on a mesh, optimizer state is divided over the replicas of its parameters (ZeRO-1).
-      log_every, evaluate_every, checkpoint_every: steps; 0 for only at the ends.
-      keep_checkpoints: how many are kept.
-      max_nonfinite_steps: stop after so many steps in a row with a loss or gradient that is not finite.
-      sample_tokens: length of the text sampled at the end; 0 for none.
+      steps: number of optimizer steps of the run.
+      batch_size: sequences per step, after the batch size has stopped growing.
+      micro_batch_size: sequences per forward pass; a step adds up the gradients of its passes in float32. 0 for the
+        whole batch in one pass.
+      seed: random seed of the initial weights.
+      schedule: learning rate, batch size, gamma, alpha and lambda over the run.
+      balance: auxiliary balance loss, computed within each sequence (as the report), over the batch, or not at all.
+      beta1: decay of AdamW's first moment, per step.
+      beta2: decay of AdamW's second moment, per step.
+      epsilon: AdamW's epsilon. (The report gives none.)
+      weight_decay: AdamW's weight decay; the gains of norms are not decayed.
+      gradient_clip: largest global norm of the gradient; a larger gradient is scaled down to it.
+      moment_dtype: dtype of AdamW's moments: "float32", "bfloat16" (report section 3.3.3), or "recipe", which is
+        bfloat16 with FP8 precision and float32 otherwise.
+      ema_decay: decay per step of the running average of the weights, which evaluation and checkpoint readers use; 0
+        for no average. (The report gives no value.)
+      rematerialisation: what to recompute in the backward pass: none, report, products or full. More recomputation
+        takes less memory and more time.
+      loss_chunk: number of tokens whose logits a device holds at a time.
+      overlap_exchange: with a mesh.expert axis, send each pass through the experts in two halves, so that one half is
+        exchanged between devices while the other is computed (report section 3.2.1).
+      pipeline_schedule: order of the passes with mesh.stage above 1: "dualpipe", "zb1p" or "1f1b" (report section
+        3.2.1). Its micro-batches have micro_batch_size sequences.
+      zero: on a mesh, shard the optimizer state over the replicas of its parameters (ZeRO-1).
+      log_every: print a line every so many steps where the output is not a terminal (a terminal shows a progress bar);
+        0 for no lines.
+      evaluate_every: evaluate on the validation set every so many steps; 0 for only at the start and the end.
+      checkpoint_every: save a checkpoint every so many steps; 0 for only at the end.
+      keep_checkpoints: number of newest checkpoints to keep; older ones are deleted.
+      max_nonfinite_steps: stop after this many steps in a row whose loss or gradient is infinite or NaN.
+      sample_tokens: number of tokens of sample text to generate at the end; 0 for none.
     """
 
     steps: int = 300
     batch_size: int = 8
     micro_batch_size: int = 0
     seed: int = 0
-    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    schedule: TrainingSchedule = dataclasses.field(default_factory=TrainingSchedule)
     balance: Balance = "sequence"
     beta1: float = 0.9
     beta2: float = 0.95
@@ -97,7 +106,7 @@ class TrainingConfig:
             )
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"training.{name} must lie between 0 and 1, not {getattr(self, name)}")
+                raise ConfigError(f"training.{name} must be at least 0 and below 1, not {getattr(self, name)}")
         for name in ("epsilon", "gradient_clip"):
             if not getattr(self, name) > 0.0:
                 raise ConfigError(f"training.{name} must be positive, not {getattr(self, name)}")
@@ -106,17 +115,21 @@ class TrainingConfig:
 
     @property
     def rows_per_pass(self) -> int:
-        """Sequences of one forward pass."""
+        """Number of sequences of one forward pass over all devices."""
         return self.micro_batch_size or self.batch_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run. Its JSON form lies beside the results and inside every checkpoint.
+    """The configuration of a run. Its JSON form is in the run's folder and inside every checkpoint.
 
     Attributes:
-      mesh: of the devices, which may be others when a run goes on; parameters and batch are divided over all of them
-        unless it says otherwise.
+      preset: name of the preset whose defaults the run started from.
+      model: the architecture.
+      data: the corpus, the tokenizer and how rows are made.
+      training: the optimizer, the schedules and what is logged and saved.
+      precision: name of the precision recipe (`Precision.preset`).
+      mesh: number of devices along each mesh axis, by default all along fsdp. It may change when a run is resumed.
     """
 
     preset: str
@@ -144,11 +157,19 @@ class RunConfig:
             )
 
     def batch_multiple(self, batch_ranks: int = 1) -> int:
-        """What the sequences of a step are a multiple of while the batch grows, with so many parts of a batch."""
+        """Returns the number that the sequences of a step are a multiple of while the batch grows.
+
+        Args:
+          batch_ranks: number of parts that the mesh splits a batch into.
+        """
         return self.training.rows_per_pass if self.training.micro_batch_size else batch_ranks
 
     def total_tokens(self, batch_ranks: int = 1) -> int:
-        """Tokens the run sees, with so many parts of a batch."""
+        """Returns the number of tokens of the whole run.
+
+        Args:
+          batch_ranks: number of parts that the mesh splits a batch into.
+        """
         training = self.training
         multiple = self.batch_multiple(batch_ranks)
         return tokens_of_run(
@@ -157,20 +178,24 @@ class RunConfig:
 
     @property
     def moment_dtype(self) -> str:
-        """Of AdamW's moments: the training configuration's, or that of the precision recipe."""
+        """Dtype of AdamW's moments: `training.moment_dtype`, or the precision recipe's where that says "recipe"."""
         chosen = self.training.moment_dtype
         return Precision.preset(self.precision).moment_dtype if chosen == "recipe" else chosen
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Returns the fields as nested dictionaries of plain values, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RunConfig:
-        """The inverse of `to_dict`."""
+        """Makes a configuration from what `to_dict` returns.
+
+        Raises:
+          ConfigError: a field is missing, unknown or wrong.
+        """
         try:
             training = dict(values["training"])
-            training["schedule"] = Schedule(**training["schedule"])
+            training["schedule"] = TrainingSchedule(**training["schedule"])
             return cls(
                 preset=values["preset"],
                 model=ModelConfig.from_dict(values["model"]),

@@ -1,4 +1,4 @@
-"""What each preset is trained with unless told otherwise."""
+"""The default data and training settings of each preset."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.training.config import RunConfig, TrainingConfig
-from dsv3_jax.training.schedules import Schedule
+from dsv3_jax.training.schedules import TrainingSchedule
 
-# A run of a few hundred steps wants a longer warm-up than the report's 0.2%, no batch ramp, and a faster bias: in 0.001
-# a step it could travel only a few tenths.
+# Differences from the report's schedule for a run of a few hundred steps: a longer warm-up than its 0.2% of the tokens,
+# and no growing batch. Some presets also change router biases faster: in 400 steps of 0.001 a bias can change by 0.4.
 _SHORT = {
     "warmup_until": 0.05,
     "constant_until": 0.6,
@@ -21,7 +21,7 @@ _SHORT = {
 _RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "tiny": {
         "data": {"sequence_length": 64, "vocab_size": 320},
-        "training": {"steps": 40, "batch_size": 4, "schedule": Schedule(learning_rate=3e-3, **_SHORT)},
+        "training": {"steps": 40, "batch_size": 4, "schedule": TrainingSchedule(learning_rate=3e-3, **_SHORT)},
     },
     "nano": {
         "data": {"sequence_length": 256, "vocab_size": 4096},
@@ -29,7 +29,7 @@ _RUNS: dict[str, dict[str, dict[str, Any]]] = {
             "steps": 400,
             "evaluate_every": 100,
             "batch_size": 8,
-            "schedule": Schedule(learning_rate=3e-3, bias_update_speed=0.003, **_SHORT),
+            "schedule": TrainingSchedule(learning_rate=3e-3, bias_update_speed=0.003, **_SHORT),
         },
     },
     "mini": {
@@ -37,7 +37,7 @@ _RUNS: dict[str, dict[str, dict[str, Any]]] = {
         "training": {
             "steps": 3000,
             "batch_size": 16,
-            "schedule": Schedule(learning_rate=1.5e-3, bias_update_speed=0.002, **_SHORT),
+            "schedule": TrainingSchedule(learning_rate=1.5e-3, bias_update_speed=0.002, **_SHORT),
             "evaluate_every": 500,
         },
     },
@@ -47,7 +47,7 @@ _RUNS: dict[str, dict[str, dict[str, Any]]] = {
             "steps": 20000,
             "batch_size": 128,
             "micro_batch_size": 16,
-            "schedule": Schedule(learning_rate=6e-4),
+            "schedule": TrainingSchedule(learning_rate=6e-4),
             "rematerialisation": "products",
             "evaluate_every": 1000,
             "checkpoint_every": 500,
@@ -57,10 +57,10 @@ _RUNS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def default_run(preset: str) -> RunConfig:
-    """The default run of a preset: the report's own schedule where the preset has none of its own.
+    """Returns the default run of a preset; presets without settings of their own use the report's schedule.
 
     Raises:
-      ConfigError: unknown preset.
+      ConfigError: there is no such preset.
     """
     model = ModelConfig.preset(preset)
     run = _RUNS.get(preset, {})

@@ -1,7 +1,7 @@
-"""The schedules of section 4.2 of the report, as data.
+"""The schedules of section 4.2 of the report: learning rate, batch size, and the weights of bias update and losses.
 
-Everything is piecewise in the tokens seen, written as a fraction of the run, so that the same data scales down to any
-run length. The defaults are the report's own 14.8T-token run.
+Every schedule is piecewise in the tokens seen. Its phases end at fractions of the run's tokens, so that the same
+schedule can be used for a run of any length. The defaults are those of the report's run of 14.8T tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 from dsv3_jax.errors import ConfigError
 
 REPORT_TOKENS = 14.8e12
-"""Tokens of the report's run."""
+"""Number of tokens of the report's run."""
 
 
 def _fraction(tokens: float) -> float:
@@ -21,8 +21,16 @@ def _fraction(tokens: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the schedules say at one moment."""
+class ScheduledValues:
+    """The values of all schedules at one step.
+
+    Attributes:
+      learning_rate: of AdamW.
+      batch_size: sequences of the step.
+      bias_update_speed: gamma, the change of a router bias per step.
+      balance_weight: alpha, the weight of the auxiliary balance loss.
+      mtp_weight: lambda, the weight of the MTP loss.
+    """
 
     learning_rate: float
     batch_size: int
@@ -32,21 +40,26 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Phases of a run; every `*_until` is a fraction of the run's tokens.
+class TrainingSchedule:
+    """The phases of a run. Every `*_until` is a fraction of the run's tokens, from 0 to 1.
 
     Attributes:
-      learning_rate: the peak.
-      warmup_until: end of the linear rise from 0 (2,000 steps of the smallest batch in the report).
-      constant_until: end of the peak.
-      cosine_until, cosine_to: end of the cosine decay, and its end as a share of the peak (2.2e-5).
-      final_until: end of the constant phase after it.
-      last_rate: learning rate after that, as a share of the peak (7.3e-6).
-      ramp_until, ramp_from: end of the linear rise of the batch size, and its start as a share of the full batch
-        (3,072 of 15,360 sequences).
-      bias_update_speed, bias_update_until: gamma, and when it becomes 0.
+      learning_rate: peak learning rate.
+      warmup_until: fraction of the run's tokens at which the linear warm-up of the learning rate from 0 ends (the
+        report: 2,000 steps of the smallest batch).
+      constant_until: fraction of the run's tokens at which the peak learning rate ends and the cosine decay starts.
+      cosine_until: fraction of the run's tokens at which the cosine decay ends.
+      cosine_to: learning rate at the end of the cosine decay, as a fraction of the peak (the report: 2.2e-5 absolute).
+      final_until: fraction of the run's tokens until which the learning rate stays at `cosine_to`.
+      last_rate: learning rate for the rest of the run, as a fraction of the peak (the report: 7.3e-6 absolute).
+      ramp_until: fraction of the run's tokens at which the batch size stops growing.
+      ramp_from: batch size at the start, as a fraction of the full batch (the report: 3,072 of 15,360 sequences).
+      bias_update_speed: gamma, by how much a router bias changes per step.
+      bias_update_until: fraction of the run's tokens after which gamma is 0.
       balance_weight: alpha, weight of the auxiliary balance loss.
-      mtp_weight, mtp_weight_until, mtp_weight_after: lambda before and after its step.
+      mtp_weight: lambda, weight of the MTP loss in the first part of the run.
+      mtp_weight_until: fraction of the run's tokens after which the weight is `mtp_weight_after`.
+      mtp_weight_after: lambda in the rest of the run.
     """
 
     learning_rate: float = 2.2e-4
@@ -70,18 +83,20 @@ class Schedule:
         values = [0.0, *(getattr(self, name) for name in phases), 1.0]
         for name, (before, value) in zip(phases, itertools.pairwise(values), strict=False):
             if not before <= value <= 1.0:
-                raise ConfigError(f"schedule.{name} must lie between {before:.6g} and 1, not {value:.6g}")
+                raise ConfigError(f"training.schedule.{name} must be between {before:.6g} and 1, not {value:.6g}")
         for name in ("ramp_until", "bias_update_until", "mtp_weight_until", "cosine_to", "last_rate"):
             if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"schedule.{name} must lie between 0 and 1, not {getattr(self, name)}")
+                raise ConfigError(f"training.schedule.{name} must be between 0 and 1, not {getattr(self, name)}")
         if not 0.0 < self.ramp_from <= 1.0:
-            raise ConfigError(f"schedule.ramp_from must be above 0 and at most 1, not {self.ramp_from}")
+            raise ConfigError(f"training.schedule.ramp_from must be above 0 and at most 1, not {self.ramp_from}")
         for name in ("learning_rate", "bias_update_speed", "balance_weight", "mtp_weight", "mtp_weight_after"):
             if not 0.0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"schedule.{name} must not be negative or infinite, not {getattr(self, name)}")
+                raise ConfigError(
+                    f"training.schedule.{name} must not be negative or infinite, not {getattr(self, name)}"
+                )
 
     def rate_at(self, progress: float) -> float:
-        """Learning rate after `progress` of the run's tokens."""
+        """Returns the learning rate at `progress`, the fraction of the run's tokens already seen."""
         if progress < self.warmup_until:
             return self.learning_rate * progress / self.warmup_until
         if progress < self.constant_until:
@@ -93,15 +108,23 @@ class Schedule:
         return self.learning_rate * (self.cosine_to if progress < self.final_until else self.last_rate)
 
     def batch_at(self, progress: float, full_batch: int, multiple: int = 1) -> int:
-        """Sequences of the batch at `progress`, rounded to a multiple of `multiple`; the report gives no ramp shape."""
+        """Returns the number of sequences of a step at `progress`, rounded to a multiple of `multiple`.
+
+        The batch grows linearly; the report does not say how it grows.
+        """
         if progress >= self.ramp_until:
             return full_batch
         share = self.ramp_from + (1.0 - self.ramp_from) * progress / self.ramp_until
         return min(full_batch, max(multiple, round(share * full_batch / multiple) * multiple))
 
-    def at(self, progress: float, full_batch: int, multiple: int = 1) -> Settings:
-        """Everything at `progress`, the share of the run's tokens already seen."""
-        return Settings(
+    def at(self, progress: float, full_batch: int, multiple: int = 1) -> ScheduledValues:
+        """Returns all values at `progress`, the fraction of the run's tokens already seen.
+
+        Args:
+          full_batch: sequences of a step at the end of the ramp.
+          multiple: a smaller batch is rounded to a multiple of this.
+        """
+        return ScheduledValues(
             learning_rate=self.rate_at(progress),
             batch_size=self.batch_at(progress, full_batch, multiple),
             bias_update_speed=self.bias_update_speed if progress < self.bias_update_until else 0.0,
@@ -110,12 +133,10 @@ class Schedule:
         )
 
 
-DEEPSEEK_V3 = Schedule()
-"""The report's own schedule."""
-
-
-def tokens_of_run(schedule: Schedule, steps: int, full_batch: int, sequence_length: int, multiple: int = 1) -> int:
-    """Tokens of a run of exactly `steps` steps, the batch ramp included."""
+def tokens_of_run(
+    schedule: TrainingSchedule, steps: int, full_batch: int, sequence_length: int, multiple: int = 1
+) -> int:
+    """Returns the number of tokens of a run of exactly `steps` steps, with its smaller batches at the start."""
     full = steps * full_batch * sequence_length
     if schedule.ramp_until == 0.0 or schedule.ramp_from == 1.0:
         return full
@@ -128,7 +149,7 @@ def tokens_of_run(schedule: Schedule, steps: int, full_batch: int, sequence_leng
         return taken
 
     low, high = 1, full
-    while low < high:  # the fewest tokens that take all the steps
+    while low < high:  # a search for the fewest tokens that take all the steps
         middle = (low + high) // 2
         if steps_taken(middle) < steps:
             low = middle + 1

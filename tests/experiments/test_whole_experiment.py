@@ -15,8 +15,7 @@ from types import ModuleType
 import pytest
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.runs import loop as trainer_module
-from dsv3_jax.runs.metrics import read_metrics
+from dsv3_jax.runs.metrics import JsonLines, Record, read_metrics
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STEPS = 2
@@ -78,15 +77,15 @@ def finished(experiment: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("experiment")
     write_corpus(folder / "runs" / "corpus.jsonl")
     command = ["--steps", str(STEPS), "--seeds", "0", "--out", str(folder / "out"), "--runs", str(folder / "runs")]
-    record, train = trainer_module._Run._record, sys.modules["ablation"].train
+    write, train = JsonLines.write, sys.modules["ablation"].train
 
-    def stopping(run, *arguments) -> None:
-        record(run, *arguments)
-        if run.folder.path.name == f"{STOPPED}-0":
+    def stopping(file: JsonLines, record: Record) -> None:
+        write(file, record)
+        if file.path.parent.name == f"{STOPPED}-0" and "loss" in record:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module._Run, "_record", stopping)
+        patch.setattr(JsonLines, "write", stopping)
         with pytest.raises(SystemExit) as stop:
             experiment.main(command)
     left = sorted(path.parent.name for path in folder.glob("*/*/summary.json"))

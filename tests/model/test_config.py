@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dsv3_jax.config import ModelConfig, RopeScaling
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.presets import presets
+from dsv3_jax.model_presets import presets
 
 
 @pytest.mark.parametrize(

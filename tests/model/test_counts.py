@@ -10,8 +10,8 @@ from flax import nnx
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.counts import count_flops, count_parameters
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.model_presets import presets
 from dsv3_jax.modules import attention_core
-from dsv3_jax.presets import presets
 
 
 def test_v3_has_the_published_counts():

@@ -14,11 +14,11 @@ import numpy as np
 from small_models import small_model
 from small_runs import assert_trees_equal, small_run
 
-from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.runs.checkpoints import Checkpoints, Progress, restore
-from dsv3_jax.training.state_layout import StateLayout
+from dsv3_jax.runs.checkpoints import Checkpoints, RunPosition, restore
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.starting_state import distributed_model, starting_state
+from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.training.state_layout import StateLayout
 
 SAVED = "fsdp=2,expert=2,tensor=2"
 RESTORED = ("data=8", "stage=2,fsdp=2,expert=2", "")
@@ -37,7 +37,7 @@ def main(path: str) -> None:
 
     state = dataclasses.replace(state, optimizer=jax.tree.map(drawn, state.optimizer))
     checkpoints = Checkpoints(folder, keep=1)
-    checkpoints.save(state, Progress(3, 96, {"rows_taken": 12}), config)
+    checkpoints.save(state, RunPosition(3, 96, {"rows_taken": 12}), config)
     checkpoints.close()
     results = {}
     for text in RESTORED:
@@ -45,7 +45,7 @@ def main(path: str) -> None:
         make = functools.partial(distributed_model, config, layout)
         _, restored, progress = restore(folder.checkpoints / "00000003", config, make, layout)
         assert_trees_equal(state, restored)
-        assert progress == Progress(3, 96, {"rows_taken": 12})
+        assert progress == RunPosition(3, 96, {"rows_taken": 12})
         first = jax.tree.leaves(restored.params)[0]
         results[text] = {"devices": len(first.sharding.device_set), "layout": _layouts_agree(restored, layout)}
     print(json.dumps(results))

@@ -18,21 +18,22 @@ import jax
 import pytest
 from small_runs import assert_trees_equal, small_run, write_corpus
 
+import dsv3_jax as dsv3
 from dsv3_jax.errors import UserError
-from dsv3_jax.runs import loop as trainer_module
+from dsv3_jax.runs import loop
 from dsv3_jax.runs.checkpoints import (
     Checkpoints,
-    Progress,
+    RunPosition,
     list_checkpoints,
     load_checkpoint,
     make_model,
     restore,
 )
-from dsv3_jax.training.config import RunConfig
-from dsv3_jax.runs.metrics import read_metrics
 from dsv3_jax.runs.folder import RunFolder
-from dsv3_jax.training.state import TrainState
 from dsv3_jax.runs.loop import Outcome, train
+from dsv3_jax.runs.metrics import JsonLines, Record, read_metrics
+from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.state import TrainState
 
 TIMED = ("tokens_per_second", "mfu")
 
@@ -59,7 +60,7 @@ def traced_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("make_train_step", "make_evaluation_step"):
-            patch.setattr(trainer_module, name, sharing(name, getattr(trainer_module, name)))
+            patch.setattr(loop, name, sharing(name, getattr(loop, name)))
         yield
 
 
@@ -77,7 +78,7 @@ def copy(uninterrupted: Path, tmp_path: Path) -> Path:
     return shutil.copytree(uninterrupted, tmp_path / "run")
 
 
-def final_state(folder: Path, config: RunConfig, step: int = 6) -> tuple[TrainState, Progress]:
+def final_state(folder: Path, config: RunConfig, step: int = 6) -> tuple[TrainState, RunPosition]:
     path = RunFolder(folder).checkpoints / f"{step:08d}"
     _, state, progress = restore(path, config, lambda: make_model(config))
     return state, progress
@@ -96,16 +97,16 @@ def assert_same_end(folder: Path, uninterrupted: Path, config: RunConfig) -> Non
     assert numbers(folder) == numbers(uninterrupted)
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals) -> None:
-    """Sends this process a signal right after a step's numbers are written."""
-    record = trainer_module._Run._record
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, kind: str, number: signal.Signals) -> None:
+    """Sends this process a signal right after a record of `step` that has the field `kind` is written."""
+    write = JsonLines.write
 
-    def recording(run, *args) -> None:
-        record(run, *args)
-        if run.progress.step == step:
+    def writing(file: JsonLines, record: Record) -> None:
+        write(file, record)
+        if record["step"] == step and kind in record:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(trainer_module._Run, "_record", recording)
+    monkeypatch.setattr(JsonLines, "write", writing)
 
 
 def test_a_finished_run_has_its_results(uninterrupted: Path):
@@ -132,7 +133,7 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(
 ):
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        stop_at(patch, step, number)
+        stop_after(patch, step, "loss", number)
         outcome = train(config, tmp_path)
     assert outcome.exit_code == 128 + number
     assert f"saved at step {step} of 6" in capsys.readouterr().out
@@ -144,13 +145,13 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(
 
 
 def test_a_signal_while_evaluating_saves(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    evaluate = trainer_module.evaluate
+    evaluate = loop.evaluate
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(trainer_module, "evaluate", interrupted)
+    monkeypatch.setattr(loop, "evaluate", interrupted)
     assert train(config, tmp_path).exit_code == 143
     assert [path.name for path in list_checkpoints(RunFolder(tmp_path))] == ["00000000"]
 
@@ -158,15 +159,8 @@ def test_a_signal_while_evaluating_saves(config: RunConfig, tmp_path: Path, monk
 def test_a_run_stopped_before_its_first_step_records_its_start_once(
     config: RunConfig, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    evaluate = trainer_module._Run._evaluate
-
-    def evaluating(run, **kwargs):
-        result = evaluate(run, **kwargs)
-        os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
     with monkeypatch.context() as patch:
-        patch.setattr(trainer_module._Run, "_evaluate", evaluating)
+        stop_after(patch, 0, "validation_loss", signal.SIGTERM)
         assert train(config, tmp_path).exit_code == 143
     assert train(config, tmp_path).exit_code == 0
     assert_same_end(tmp_path, uninterrupted, config)
@@ -208,7 +202,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     printed = " ".join(capsys.readouterr().out.split())
     assert str(largest.relative_to(newest)) in printed
     assert "00000004" in printed
-    assert "going on from step 4" in printed
+    assert "resuming from step 4" in printed
     assert_same_end(copy, uninterrupted, config)
 
 
@@ -225,7 +219,7 @@ def test_loading_without_a_whole_checkpoint_is_one_line(copy: Path):
         (path / "manifest.json").unlink()
     with pytest.warns(UserWarning, match="manifest"), pytest.raises(UserError) as error:
         load_checkpoint(copy)
-    assert "no checkpoint" in str(error.value)
+    assert "are damaged" in str(error.value)
     shutil.rmtree(RunFolder(copy).checkpoints)
     with pytest.raises(UserError, match="holds no checkpoint"):
         load_checkpoint(copy)
@@ -248,14 +242,14 @@ def test_a_changed_corpus_is_named(copy: Path, config: RunConfig):
 def test_nonfinite_steps_in_a_row_stop_the_run_with_its_checkpoint_intact(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    scalars = trainer_module._scalars
+    settings = loop.step_settings
     monkeypatch.setattr(
-        trainer_module,
-        "_scalars",
-        lambda settings: (
-            dataclasses.replace(scalars(settings), mtp_weight=jax.numpy.float32(float("nan")))
-            if settings.learning_rate < config.training.schedule.learning_rate
-            else scalars(settings)
+        loop,
+        "step_settings",
+        lambda values: (
+            dataclasses.replace(settings(values), mtp_weight=jax.numpy.float32(float("nan")))
+            if values.learning_rate < config.training.schedule.learning_rate
+            else settings(values)
         ),
     )
     # The warm-up steps before the peak and the decay after it are poisoned.
@@ -263,7 +257,7 @@ def test_nonfinite_steps_in_a_row_stop_the_run_with_its_checkpoint_intact(
     outcome = train(limited, tmp_path)
     assert outcome.exit_code == 3
     printed = capsys.readouterr().out
-    assert "not finite, so nothing was applied" in printed
+    assert "not finite, so this update was skipped" in printed
     assert "2 steps in a row" in printed
     records = [record for record in read_metrics(tmp_path / "metrics.jsonl") if "loss" in record]
     assert records[-1]["loss"] == "nan"
@@ -352,3 +346,13 @@ def test_an_outcome_reports_validation(copy: Path, config: RunConfig):
     assert outcome.start is not None
     assert outcome.end is not None
     assert outcome.start == outcome.end
+
+
+def test_the_public_function_trains_into_a_folder_named_after_the_preset(
+    config: RunConfig, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert dsv3.train(config).exit_code == 0
+    assert_same_end(tmp_path / "runs" / config.preset, uninterrupted, config)
+    with pytest.raises(UserError, match=r"training\.seed = 0, not 1: give that value to resume it, or another --out"):
+        dsv3.train(dataclasses.replace(config, training=dataclasses.replace(config.training, seed=1)))

@@ -13,11 +13,11 @@ import pytest
 from small_runs import small_run
 
 from dsv3_jax.errors import ConfigError, UserError
-from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.defaults import default_run
+from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.metrics import JsonLines, read_metrics
 from dsv3_jax.runs.plots import plot_expert_load, plot_losses
-from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.defaults import default_run
 
 
 def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -160,3 +160,16 @@ def test_plots_of_a_run_are_pictures(tmp_path: Path):
     plot_expert_load(records, np.arange(1, 9).reshape(2, 4), ["layer 1", "MTP"], tmp_path / "load.png", "a run")
     for name in ("loss", "load"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_drawing_leaves_the_backend_of_a_notebook_alone(tmp_path: Path):
+    """In another process, whose backend is named before and asked for afterwards."""
+    program = (
+        "import matplotlib; matplotlib.use('svg'); from pathlib import Path\n"
+        "from dsv3_jax.runs.plots import plot_losses\n"
+        f"plot_losses([{{'step': 1, 'main_loss': 2.0}}], Path({str(tmp_path / 'loss.png')!r}), 'a run')\n"
+        "print(matplotlib.get_backend())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
+    assert ended.stdout == "svg\n"
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

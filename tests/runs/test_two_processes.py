@@ -29,7 +29,7 @@ _OPTIONS = {
     "training.ema-decay": 0,
     "training.log-every": 1,
     "training.checkpoint-every": 3,
-    "runs.sample-tokens": 0,
+    "training.sample-tokens": 0,
 }
 
 
@@ -86,8 +86,8 @@ def test_a_peer_that_hangs_is_waited_for_only_so_long(folder: Path) -> None:
         assert processes[0].wait(120) == 4
     finally:
         processes[1].kill()
-    assert "process 0 of 2: nothing has moved for 20 s: another process has died or hangs" in last_line(folder, 0)
-    assert "the same command goes on from step" in last_line(folder, 0)
+    assert "process 0 of 2: no step has ended for 20 s, so another process has died or hangs" in last_line(folder, 0)
+    assert "run the same command to resume from step" in last_line(folder, 0)
 
 
 def test_killed_process_ends_the_other_and_the_run_goes_on(folder: Path) -> None:
@@ -98,14 +98,14 @@ def test_killed_process_ends_the_other_and_the_run_goes_on(folder: Path) -> None
     first[1].send_signal(signal.SIGKILL)
     assert first[0].wait(90) == 4
     assert "another process has died or hangs" in last_line(folder, 0)
-    assert "the same command goes on from step" in last_line(folder, 0)
+    assert "run the same command to resume from step" in last_line(folder, 0)
     before = losses(folder)
 
     second = start(folder, 2, 60, steps=1000)
     wait_for_step(folder, max(before) + 1, second)
     again = losses(folder)
     assert {step: again[step] for step in before} == before
-    assert "going on from step" in (folder / "log0").read_text()
+    assert "resuming from step" in (folder / "log0").read_text()
 
     second[1].send_signal(signal.SIGTERM)  # one is told to stop, and both stop at the same step
     assert [process.wait(90) for process in second] == [143, 143]

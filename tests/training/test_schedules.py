@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.training.schedules import DEEPSEEK_V3, REPORT_TOKENS, Schedule, tokens_of_run
+from dsv3_jax.training.schedules import REPORT_TOKENS, TrainingSchedule, tokens_of_run
 
 T = 1e12
+REPORT = TrainingSchedule()
 
 
 def at(tokens: float):
-    return DEEPSEEK_V3.at(tokens / REPORT_TOKENS, full_batch=15360)
+    return REPORT.at(tokens / REPORT_TOKENS, full_batch=15360)
 
 
 @pytest.mark.parametrize(
@@ -53,16 +54,16 @@ def test_balance_and_mtp_weights_of_the_report():
 
 
 def test_scales_to_another_peak_and_keeps_its_shape():
-    short = dataclasses.replace(DEEPSEEK_V3, learning_rate=3e-3)
+    short = dataclasses.replace(REPORT, learning_rate=3e-3)
     for progress in (0.001, 0.3, 0.8, 0.97, 0.999):
-        assert short.rate_at(progress) / DEEPSEEK_V3.rate_at(progress) == pytest.approx(3e-3 / 2.2e-4)
+        assert short.rate_at(progress) / REPORT.rate_at(progress) == pytest.approx(3e-3 / 2.2e-4)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(0, 1), st.integers(1, 4), st.integers(1, 64))
 def test_a_batch_is_whole_passes_within_the_full_batch(progress: float, passes: int, rows: int):
     full = passes * rows
-    size = DEEPSEEK_V3.batch_at(progress, full, rows)
+    size = REPORT.batch_at(progress, full, rows)
     assert size % rows == 0
     assert rows <= size <= full
 
@@ -70,7 +71,7 @@ def test_a_batch_is_whole_passes_within_the_full_batch(progress: float, passes: 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 8), st.floats(0.05, 1.0))
 def test_tokens_of_a_run_make_exactly_its_steps(steps: int, passes: int, ramp_until: float):
-    schedule = dataclasses.replace(DEEPSEEK_V3, ramp_until=ramp_until, ramp_from=0.25)
+    schedule = dataclasses.replace(REPORT, ramp_until=ramp_until, ramp_from=0.25)
     total = tokens_of_run(schedule, steps, passes * 2, 16, 2)
     seen = taken = 0
     while seen < total:
@@ -93,5 +94,5 @@ def test_tokens_of_a_run_make_exactly_its_steps(steps: int, passes: int, ramp_un
 )
 def test_a_wrong_schedule_names_its_field(field: str, value: float):
     with pytest.raises(ConfigError) as error:
-        Schedule(**{field: value})
+        TrainingSchedule(**{field: value})
     assert f"schedule.{field}" in str(error.value)

@@ -1,0 +1,105 @@
+"""The start of a run: its devices, its data, and its state, either new or from the newest checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from dsv3_jax.data import Data, TrainIterator, prepare_data
+from dsv3_jax.errors import UserError
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.pipeline.passes import check_passes
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
+from dsv3_jax.runs.agreement import first_process_first, is_first, share
+from dsv3_jax.runs.checkpoints import RunPosition, last_whole_checkpoint, restore
+from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.runs.starting_state import distributed_model, starting_state
+from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.state import Skeleton, TrainState
+from dsv3_jax.training.state_layout import StateLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class RunStart:
+    """What a run starts or resumes from.
+
+    Attributes:
+      data: the tokenised corpus and its tokenizer.
+      rows: this process's training rows, at the next row to read.
+      skeleton: the model without its parameters.
+      state: parameters, optimizer and the rest, on the devices.
+      position: step, tokens and data position.
+      saved_step: step of the newest checkpoint; -1 where there is none.
+    """
+
+    data: Data
+    rows: TrainIterator
+    skeleton: Skeleton
+    state: TrainState
+    position: RunPosition
+    saved_step: int
+
+
+def run_layout(config: RunConfig) -> StateLayout:
+    """Returns the run's layout over all devices.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, the model or the batch.
+    """
+    sizes = config.mesh.resolve(jax.device_count())
+    sizes.check(config.model, config.training.rows_per_pass)
+    layers = moe_layers_of_stages(config.model, sizes.stage)
+    if sizes.stage > 1:
+        check_passes(config, config.training.pipeline_schedule, sizes.stage, sizes.batch_ranks)
+    return StateLayout.of(sizes, zero=config.training.zero, overlap=config.training.overlap_exchange, layers=layers)
+
+
+def start_or_resume(
+    config: RunConfig, folder: RunFolder, layout: StateLayout, initial_model: Callable[[], DeepSeekV3] | None
+) -> RunStart:
+    """Prepares the data, then restores the newest whole checkpoint or makes a new state.
+
+    Raises:
+      UserError: the data or all checkpoints cannot be used.
+    """
+    checkpoint = share(lambda: str(last_whole_checkpoint(folder, print) or ""))
+    holds_run = share(lambda: folder.holds_run)
+    data = first_process_first(lambda: _prepare_data(config, folder, layout, holds_run))
+    rows = data.train_iterator()
+    if checkpoint:
+        make = functools.partial(distributed_model, config, layout)
+        skeleton, state, position = restore(Path(checkpoint), config, make, layout)
+        rows.set_state(position.data)
+    else:
+        skeleton, state = starting_state(config, layout, initial_model)
+        position = RunPosition(step=0, tokens=0, data=rows.state())
+    if is_first() and not holds_run:  # written last, so that a start that fails leaves no run in the folder
+        folder.write_config(config)
+    return RunStart(data, rows, skeleton, state, position, position.step if checkpoint else -1)
+
+
+def _prepare_data(config: RunConfig, folder: RunFolder, layout: StateLayout, holds_run: bool) -> Data:
+    # Without config.json an earlier start failed, and the tokenizer it left may belong to other options.
+    tokenizer = folder.tokenizer if holds_run or not is_first() else None
+    feeding = layout.feed
+    data = prepare_data(
+        config.data,
+        folder.cache,
+        tokenizer_folder=tokenizer,
+        shard_index=feeding.index,
+        shard_count=feeding.count,
+        progress=print if is_first() else None,
+    )
+    size = data.tokenizer.vocab_size
+    if size > config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {size} ids, more than model.vocab_size ({config.model.vocab_size}): "
+            f"give --model.vocab-size {size} or a smaller tokenizer"
+        )
+    if tokenizer is None:
+        data.tokenizer.save(folder.tokenizer)
+    return data

@@ -1,0 +1,31 @@
+"""The names of `dsv3_jax`, in a new process: what is imported first must not decide what a name stands for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+
+def run(program: str) -> str:
+    """What a program prints, in a process of its own."""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_every_public_name_is_what_it_says_whatever_was_imported_before():
+    program = (
+        "import importlib, pkgutil, types, dsv3_jax\n"
+        "dsv3_jax.ModelConfig.preset('tiny')\n"
+        "for module in pkgutil.iter_modules(dsv3_jax.__path__):\n"
+        "    importlib.import_module(f'dsv3_jax.{module.name}')\n"
+        "from dsv3_jax import *\n"
+        "names = {name: globals()[name] for name in dsv3_jax.__all__}\n"
+        "assert not [name for name, value in names.items() if isinstance(value, types.ModuleType)], names\n"
+        "print(*presets())\n"
+    )
+    assert "nano" in run(program).split()
+
+
+def test_importing_the_package_does_not_import_jax():
+    assert run("import sys, dsv3_jax; dsv3_jax.ModelConfig.preset('tiny'); print('jax' in sys.modules)") == "False\n"
