@@ -1,8 +1,8 @@
-"""Causal softmax attention with keys and values at hand: softmax(scale * q k^T) v, logits and softmax in float32.
+"""Causal softmax attention with expanded keys and values: softmax(scale * q k^T) v, logits and softmax in float32.
 
-The queries of a short sequence are cut into a few chunks, each of which sees only the keys before its end, so that down
-to half the products of a full square are made; all logits are kept for the backward pass. A long sequence is worked
-through tile by tile (`tiled_attention`), so that the logits of one tile at most are held at a time.
+The queries of a short sequence are split into a few chunks, each of which multiplies only the keys before its end, so
+that as little as half the products of the full square are computed; all logits are kept for the backward pass. A long
+sequence is computed tile by tile (`tiled_attention`), so that the logits of at most one tile are held at a time.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.modules.tiled_attention import tiled_attention
 
-_CHUNKS = 2  # of a short sequence: 3/4 of the square is computed, and the program stays small
-_LARGEST_CHUNK = 512  # queries; a tile of 512 x 512 logits of a head is 1 MB in float32
-_CHUNK_MULTIPLE = 128  # chunks of a long sequence have the widths that matrix units like
-_KEPT_LENGTH = 1024  # up to here the logits are kept for the backward pass
+CHUNKS = 2  # of a short sequence: 3/4 of the square is computed, and the program stays small
+LARGEST_CHUNK = 512  # queries; a tile of 512 x 512 logits of a head takes 1 MB in float32
+CHUNK_MULTIPLE = 128  # chunks of a long sequence have the widths that matrix units like
+KEPT_LENGTH = 1024  # sequences up to this length keep their logits for the backward pass
 
 
 def causal_attention(
@@ -28,22 +28,22 @@ def causal_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     query_chunk: int | None = None,
 ) -> Float[Array, "B T H v"]:
-    """Attention of every position to itself and those before it.
+    """Computes attention of every position to itself and the positions before it (report Eq. 10).
 
     Args:
-      queries, keys, values: dtype of the computation; head widths of keys and values may differ.
+      queries, keys, values: arrays in the dtype of the computation; head widths of keys and values may differ.
       scale: multiplier of the logits.
       segment_ids: when given, positions attend only within equal ids.
-      query_chunk: queries handled at a time (in a long sequence also keys); a choice by length unless given.
+      query_chunk: queries (in a long sequence also keys) computed at a time; chosen by the length unless given.
 
     Returns:
-      The dtype of `values`.
+      The attended values, in the dtype of `values`.
     """
     length = queries.shape[1]
-    if length > _KEPT_LENGTH:
-        chunk = query_chunk or _even_chunk(length)
+    if length > KEPT_LENGTH:
+        chunk = query_chunk or even_chunk(length)
         return tiled_attention(queries, keys, values, segment_ids, scale, chunk)
-    chunk = query_chunk or min(max(-(-length // _CHUNKS), 16), _LARGEST_CHUNK)
+    chunk = query_chunk or min(max(-(-length // CHUNKS), 16), LARGEST_CHUNK)
     parts = []
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
@@ -53,10 +53,10 @@ def causal_attention(
     return jnp.concatenate(parts, axis=1)
 
 
-def _even_chunk(length: int) -> int:
-    """The largest chunks allowed, or less where that leaves less room empty behind the end: 1,025 is 3 times 384."""
-    even = -(-length // -(-length // _LARGEST_CHUNK))
-    return -(-even // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
+def even_chunk(length: int) -> int:
+    """Returns the chunk of a long sequence: the largest, or less where that needs less padding (1,025 is 3 x 384)."""
+    even = -(-length // -(-length // LARGEST_CHUNK))
+    return -(-even // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
 
 
 def _attend(
@@ -68,7 +68,7 @@ def _attend(
     scale: float,
     start: int,
 ) -> Float[Array, "B Q H v"]:
-    """Attention of the queries at positions start, start + 1, ... to the keys at positions 0 .. S-1."""
+    """Computes attention of the queries at positions start, start + 1, ... to the keys at positions 0 .. S-1."""
     wide = jnp.promote_types(queries.dtype, jnp.float32)
     logits = jnp.einsum("bqhc,bshc->bhqs", queries, keys, preferred_element_type=wide) * scale
     query_count, key_count = logits.shape[-2:]

@@ -1,4 +1,4 @@
-"""What decoding remembers: MLA's compressed latents and the shared rotary key, nothing a head (section 2.1.1)."""
+"""The cache of decoding: MLA's compressed latents and the shared rotary key, nothing per head (section 2.1.1)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LatentCache:
-    """Per layer, sequence and position: c^KV after its norm, and k^R after its rotation.
+    """Holds, for each layer, sequence and position, c^KV after its norm and k^R after its rotation.
 
-    512 + 64 numbers a token and layer at the 671B model's sizes. The layer axis counts the main model's layers and
-    then the MTP blocks, where room was asked for them.
+    These are 512 + 64 numbers per token and layer at the 671B model's sizes. The layer axis has the main model's layers
+    and then, if the cache was made with them, the MTP blocks.
     """
 
     latent: Float[Array, "L B S kv_rank"]
@@ -25,7 +25,7 @@ class LatentCache:
     def empty(
         cls, layers: int, batch: int, length: int, kv_rank: int, rope_width: int, dtype: jnp.dtype
     ) -> LatentCache:
-        """A cache of zeros with room for `length` positions."""
+        """Returns a cache of zeros for `length` positions."""
         return cls(
             latent=jnp.zeros((layers, batch, length, kv_rank), dtype),
             rope_key=jnp.zeros((layers, batch, length, rope_width), dtype),
@@ -38,7 +38,7 @@ class LatentCache:
         latent: Float[Array, "B T kv_rank"],
         rope_key: Float[Array, "B T rope"],
     ) -> LatentCache:
-        """A cache with new entries of one layer; positions beyond its length are dropped."""
+        """Returns the cache with new entries of one layer; positions beyond its length are dropped."""
         rows = jnp.arange(positions.shape[0])[:, None]
         return LatentCache(
             latent=self.latent.at[layer, rows, positions].set(latent.astype(self.latent.dtype), mode="drop"),

@@ -1,4 +1,4 @@
-"""What the backward pass recomputes instead of keeping (report section 3.2.3), as policies with names."""
+"""Named policies of what the backward pass recomputes instead of keeping it (report section 3.2.3)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import jax
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.precision.keeping import KEPT
 
-# None: keep everything. The report's policy names what it keeps: a policy that names what it drops keeps the unnamed
-# value that each name was given to, and drops nothing.
+# None keeps everything. The report's policy names what it keeps: a policy that names what it drops would still keep the
+# unnamed value that each name was given to.
 _POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
     "report": jax.checkpoint_policies.save_only_these_names(KEPT),
@@ -21,13 +21,16 @@ _POLICIES: dict[str, Callable[..., Any] | None] = {
 }
 
 REMATERIALISATIONS = tuple(_POLICIES)
-"""none: everything is kept.  report: RMSNorm and SwiGLU outputs, MLA up-projections and the attention core are
-recomputed; the latents, attention's output, expert products and the router's logits are kept.
-products: only results of weight products are kept.  full: only each block's input is kept."""
+"""The policies.
+
+none: everything is kept.  report: RMSNorm and SwiGLU outputs, MLA up-projections and the attention core are recomputed;
+the latents, the attention's output, expert products and the router's logits are kept.  products: only the results of
+products with weights are kept.  full: only each block's input is kept.
+"""
 
 
 def rematerialise(function: Callable[..., Any], policy: str) -> Callable[..., Any]:
-    """`function` under the named policy.
+    """Returns `function` with the named policy applied to its backward pass.
 
     Raises:
       ConfigError: no policy has that name.
@@ -37,5 +40,5 @@ def rematerialise(function: Callable[..., Any], policy: str) -> Callable[..., An
         raise ConfigError(f"rematerialisation '{policy}' does not exist; choose {near[0]}")
     if policy == "none":
         return function
-    # Inside a scanned layer the loop itself keeps XLA from merging the recomputation away.
+    # Inside a scanned layer the loop itself keeps XLA from merging the recomputation with the first computation.
     return jax.checkpoint(function, policy=_POLICIES[policy], prevent_cse=False)

@@ -1,7 +1,7 @@
 """Decoupled rotary position embedding and its YaRN extension (report sections 2.1.1 and 4.3).
 
-Pairs are interleaved: (x[2i], x[2i+1]) turn by the angle position * w_i. The published weights of V2, V3, R1,
-Moonlight and Kimi-K2 are in this layout.
+Pairs are interleaved: (x[2i], x[2i+1]) is rotated by the angle position * w_i. The published weights of V2, V3, R1,
+Moonlight and Kimi-K2 have this order.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from dsv3_jax.config import ModelConfig, RopeScaling
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """Cosine and sine of the angle of every position and pair, float32."""
+    """Holds cosine and sine of the angle of every position and pair, float32."""
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
 
 
 def rotary_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Angular frequencies w_i in radians a position: float64 [width / 2].
+    """Returns the angular frequencies w_i in radians per position: float64 [width / 2].
 
-    Without scaling w_i = theta^(-2i/width). YaRN divides by `factor` those that turn less than `beta_slow` times
-    within the original context, keeps those that turn more than `beta_fast` times, and blends linearly in between.
+    Without scaling, w_i = theta^(-2i/width). YaRN divides a frequency by `factor` where it makes fewer than `beta_slow`
+    rotations within the original context, keeps it where it makes more than `beta_fast`, and blends linearly between.
     """
     index = np.arange(width // 2, dtype=np.float64)
     plain = theta ** (-2.0 * index / width)
@@ -48,12 +48,12 @@ def rotary_frequencies(width: int, theta: float, scaling: RopeScaling | None) ->
 
 
 def attention_temperature(factor: float, mscale: float) -> float:
-    """m(s, a) = 0.1 a ln(s) + 1, YaRN's growth of the logits with the extension factor s."""
+    """Returns m(s, a) = 0.1 a ln(s) + 1, by which YaRN scales logits at the extension factor s."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """Multiplier of all attention logits: 1 / sqrt(query width), times m(s, mscale_all_dim)^2 under YaRN."""
+    """Returns the multiplier of all logits: 1 / sqrt(d_h + d_h^R), under YaRN times m(s, mscale_all_dim)^2."""
     scale = config.qk_head_dim**-0.5
     if config.rope_scaling is not None:
         scale *= attention_temperature(config.rope_scaling.factor, config.rope_scaling.mscale_all_dim) ** 2
@@ -61,7 +61,7 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def make_rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> Rotation:
-    """Rotations of `positions`; under YaRN their length is m(s, mscale) / m(s, mscale_all_dim)."""
+    """Returns the rotations of `positions`; under YaRN their length is m(s, mscale) / m(s, mscale_all_dim)."""
     scaling = config.rope_scaling
     frequencies = rotary_frequencies(config.qk_rope_head_dim, config.rope_theta, scaling)
     length = 1.0
@@ -74,7 +74,7 @@ def make_rotation(config: ModelConfig, positions: Int[Array, "B T"]) -> Rotation
 
 
 def rotate(x: Float[Array, "B T *heads rope"], rotation: Rotation) -> Float[Array, "B T *heads rope"]:
-    """Turns each pair (x[2i], x[2i+1]) by its angle, in float32; same shape and dtype as x."""
+    """Rotates each pair (x[2i], x[2i+1]) by its angle, in float32; the result has the shape and dtype of x."""
     pairs = x.astype(jnp.promote_types(x.dtype, jnp.float32)).reshape(*x.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     middle = (1,) * (x.ndim - 3)

@@ -1,13 +1,13 @@
 """Causal softmax attention of long sequences, tile by tile: softmax(scale * q k^T) v without whole rows of logits.
 
-Queries and keys are cut into n chunks each, and one loop walks over the n (n + 1) / 2 tiles on and below the diagonal.
-The softmax is built up as it goes (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"): a row's
-largest logit so far, and sums of exponentials relative to it that shrink when a larger one comes. The backward pass
-is one more such loop, which computes each tile's weights anew from q, k and the logarithm of the row's sum (Dao et al.
-2022, "FlashAttention"). Program and working memory are therefore those of one tile, whatever the length.
+Queries and keys are split into n chunks each, and one loop visits the n (n + 1) / 2 tiles on and below the diagonal.
+The softmax is accumulated (Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"): for each row the
+loop carries the largest logit so far and sums of exponentials relative to it, which are rescaled when a larger logit
+appears. The backward pass is a second loop that recomputes each tile's weights from q, k and the logarithm of the row's
+sum (Dao et al. 2022, "FlashAttention"). Program size and working memory are therefore those of one tile at any length.
 
-Both loops have a trip count that is known when compiling: accelerators then run them without asking the host after
-each tile, and whoever reads the compiled program can count its operations.
+Both loops have a trip count that is known when compiling. Accelerators then run them without asking the host after each
+tile, and the operations of the compiled program can be counted.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ def tiled_attention(
     scale: float,
     chunk: int,
 ) -> Float[Array, "B T H v"]:
-    """Attention of every position to itself and those before it.
+    """Computes attention of every position to itself and the positions before it (report Eq. 10).
 
     Args:
-      queries, keys, values: dtype of the computation. Logits, exponentials and sums are at least float32; exponentials
-        and gradients of logits are brought to the computation's dtype for the products that they enter.
+      queries, keys, values: arrays in the dtype of the computation. Logits, exponentials and sums are at least float32;
+        exponentials and gradients of logits are rounded to the computation's dtype for their products.
       segment_ids: when given, positions attend only within equal ids.
       scale: multiplier of the logits.
-      chunk: queries, and keys, of a tile.
+      chunk: number of queries, and of keys, of a tile.
 
     Returns:
-      The dtype of `values`.
+      The attended values, in the dtype of `values`.
     """
     return _forward(queries, keys, values, segment_ids, scale, chunk)[0]
 
@@ -48,16 +48,16 @@ def tiled_attention(
 def _forward(
     queries: Array, keys: Array, values: Array, segment_ids: Array | None, scale: float, chunk: int
 ) -> tuple[Array, tuple[Array | None, ...]]:
-    """The output, and what the backward pass needs: arguments, output and [n, B, H, chunk] logarithms of sums.
+    """Returns the output, and what the backward pass needs: arguments, output and logarithms of sums [n, B, H, chunk].
 
-    The loop walks along the rows of tiles.
+    The loop visits the tiles row by row.
     """
     wide = jnp.promote_types(queries.dtype, jnp.float32)
     length, heads = queries.shape[1:3]
-    q, k, v = (_cut(x, chunk) for x in (queries, keys, values))
-    ids = None if segment_ids is None else _cut_ids(segment_ids, chunk)
+    q, k, v = (_split(x, chunk) for x in (queries, keys, values))
+    ids = None if segment_ids is None else _split_ids(segment_ids, chunk)
     n, batch = q.shape[:2]
-    # Not -inf: a row that has seen nothing yet would meet -inf - (-inf). So it sees weights of exactly zero.
+    # Not -inf, because -inf - (-inf) is NaN in a row without visible keys so far: its weights are exactly zero.
     lowest = jnp.finfo(wide).min
     row = (batch, heads, chunk)
 
@@ -73,15 +73,15 @@ def _forward(
         shrink = jnp.exp(largest - new_largest)
         total = total * shrink + weights.sum(axis=-1)
         sums = sums * shrink[..., None] + _product("bhqk,bhkv->bhqv", weights.astype(v.dtype), _at(v, j), wide)
-        # Written after every tile, as a write costs less than a branch. The diagonal's is the last of a row, and only
-        # there all queries are known to have seen something: before it 0 / 0 may stand here.
+        # Written after every tile, because a write costs less than a branch. The tile on the diagonal is the last of a
+        # row. Before it a query may have had no visible key, and its result is 0 / 0 until then.
         out = _put(out, i, sums / total[..., None])
         log_sums = _put(log_sums, i, new_largest + jnp.log(total))
         at_diagonal = j == i
         following = (i + at_diagonal, jnp.where(at_diagonal, 0, j + 1))
         return (following, (new_largest, total, sums), (out, log_sums)), None
 
-    zeros = functools.partial(jnp.zeros_like, queries)  # like them also in the manual axes over which they vary
+    zeros = functools.partial(jnp.zeros_like, queries)  # with the queries' manual mesh axes, if there are any
     running = (zeros(wide, row), zeros(wide, row), zeros(wide, (*row, v.shape[-1])))
     results = (zeros(v.dtype, v.shape), zeros(wide, (n, *row)))
     start = ((jnp.int32(0), jnp.int32(0)), running, results)
@@ -91,17 +91,17 @@ def _forward(
 
 
 def _backward(scale: float, chunk: int, kept: tuple[Any, ...], gradient: Array) -> tuple[Array | None, ...]:
-    """Gradients of queries, keys and values, in their dtypes, each summed in the wide one.
+    """Returns the gradients of queries, keys and values, in their dtypes, each accumulated in the wide one.
 
-    With weights p and their gradient dp = do v^T, that of the logits is p (dp - sum(p dp)), and a row's sum(p dp) is
-    o do. The loop walks down the columns of tiles: gradients of a column's keys and values are summed in place,
-    those of the queries are added to at their row.
+    With weights p and their gradient dp = do v^T, the gradient of the logits is p (dp - sum(p dp)), and a row's
+    sum(p dp) is o do. The loop visits the tiles column by column: it carries the gradients of a column's keys and
+    values, and adds to the gradients of each row's queries.
     """
     queries, keys, values, segment_ids, attended, log_sums = kept
     wide = log_sums.dtype
     length = queries.shape[1]
-    q, k, v, o, do = (_cut(x, chunk) for x in (queries, keys, values, attended, gradient))
-    ids = None if segment_ids is None else _cut_ids(segment_ids, chunk)
+    q, k, v, o, do = (_split(x, chunk) for x in (queries, keys, values, attended, gradient))
+    ids = None if segment_ids is None else _split_ids(segment_ids, chunk)
     n = q.shape[0]
     mean_gradient = jnp.sum(o.astype(wide) * do.astype(wide), axis=-1)
 
@@ -131,18 +131,18 @@ def _backward(scale: float, chunk: int, kept: tuple[Any, ...], gradient: Array) 
 tiled_attention.defvjp(_forward, _backward)
 
 
-def _at(chunks: Array, place: Int[Array, ""]) -> Array:
-    """One chunk: a slice, where an index would be looked at for being negative or too large."""
-    return lax.dynamic_index_in_dim(chunks, place, keepdims=False)
+def _at(chunks: Array, index: Int[Array, ""]) -> Array:
+    """Returns one chunk. A slice, because an index would be checked for being negative or too large."""
+    return lax.dynamic_index_in_dim(chunks, index, keepdims=False)
 
 
-def _put(chunks: Array, place: Int[Array, ""], chunk: Array) -> Array:
-    """Replaces one chunk, in the same memory."""
-    return lax.dynamic_update_index_in_dim(chunks, chunk.astype(chunks.dtype), place, 0)
+def _put(chunks: Array, index: Int[Array, ""], chunk: Array) -> Array:
+    """Replaces one chunk in place."""
+    return lax.dynamic_update_index_in_dim(chunks, chunk.astype(chunks.dtype), index, 0)
 
 
 def _product(equation: str, a: Array, b: Array, wide: jnp.dtype) -> Array:
-    """An einsum summed, and returned, in the wide dtype."""
+    """Returns an einsum that is summed in the wide dtype."""
     return jnp.einsum(equation, a, b, preferred_element_type=wide)
 
 
@@ -154,22 +154,22 @@ def _logits(
     j: Int[Array, ""],
     scale: float,
 ) -> Float[Array, "B H Q K"]:
-    """Logits of tile (i, j), -inf where a query does not see a key."""
+    """Returns the logits of tile (i, j), -inf where a key is not visible to a query."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
     logits = _product("bhqc,bhkc->bhqk", q, k, wide) * scale
     at = jnp.arange(q.shape[2], dtype=jnp.int32)
     visible: Bool[Array, "..."] = (i - j) * q.shape[2] + at[:, None] >= at[None, :]
     if ids is not None:
         visible = visible & (_at(ids, i)[:, None, :, None] == _at(ids, j)[:, None, None, :])
-    # Added, not chosen by: XLA would keep a whole tile of -inf in memory to choose from.
+    # Added instead of selected, because XLA would keep a whole tile of -inf in memory for a select.
     return logits + jnp.where(visible, 0.0, -jnp.inf).astype(wide)
 
 
-def _cut(x: Float[Array, "B T H c"], chunk: int) -> Float[Array, "n B H chunk c"]:
-    """Chunks of positions, one after the other, so that each is one block of memory; zeros behind the last position.
+def _split(x: Float[Array, "B T H c"], chunk: int) -> Float[Array, "n B H chunk c"]:
+    """Splits positions into chunks that are contiguous in memory, padded with zeros after the last position.
 
-    Those zeros come after every real query, which therefore does not see them. As queries they see at least themselves
-    and hand back no gradient.
+    The padding comes after every real query, which therefore does not see it. As queries, padded positions see at least
+    themselves and return no gradient.
     """
     batch, length, heads, width = x.shape
     n = -(-length // chunk)
@@ -177,13 +177,13 @@ def _cut(x: Float[Array, "B T H c"], chunk: int) -> Float[Array, "n B H chunk c"
     return x.reshape(batch, n, chunk, heads, width).transpose(1, 0, 3, 2, 4)
 
 
-def _cut_ids(ids: Int[Array, "B T"], chunk: int) -> Int[Array, "n B chunk"]:
+def _split_ids(ids: Int[Array, "B T"], chunk: int) -> Int[Array, "n B chunk"]:
     batch, length = ids.shape
     n = -(-length // chunk)
     return jnp.pad(ids, ((0, 0), (0, n * chunk - length))).reshape(batch, n, chunk).transpose(1, 0, 2)
 
 
 def _join(x: Float[Array, "n B H chunk c"], length: int) -> Float[Array, "B T H c"]:
-    """The inverse of `_cut`."""
+    """Joins the chunks of `_split` and drops the padding."""
     n, batch, heads, chunk, width = x.shape
     return x.transpose(1, 0, 3, 2, 4).reshape(batch, n * chunk, heads, width)[:, :length]

@@ -1,4 +1,4 @@
-"""The mesh: how devices are laid out along the axes of parallelism (report section 3.2)."""
+"""The mesh: how devices are arranged along the axes of parallelism (report section 3.2)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 AXES = ("stage", "data", "fsdp", "expert", "tensor")
-"""Outermost first: neighbours on the last axis lie closest together."""
+"""The axes, outermost first: neighbours along the last axis have the fastest links."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the axes; -1 (once at most) is what is left of the devices.
+    """Number of devices along each mesh axis. At most one may be -1: it takes all remaining devices.
 
     Attributes:
-      stage: pipeline stages.
-      data: replicas of the parameters, each with its part of the batch (ZeRO-1 divides optimizer state over them).
-      fsdp: parts of every parameter, each with its part of the batch.
-      expert: parts of the routed experts, each with its part of the batch.
-      tensor: parts of heads and feed-forward widths, for the same tokens.
+      stage: number of pipeline stages.
+      data: number of replicas of the parameters. Each computes its own sequences; ZeRO-1 shards optimizer state over
+        them.
+      fsdp: number of shards of every parameter (fully sharded data parallelism). Each rank computes its own sequences.
+      expert: number of shards of the routed experts. Each rank computes its own sequences.
+      tensor: number of shards of heads and feed-forward widths. These ranks compute the same sequences.
     """
 
     stage: int = 1
@@ -49,25 +50,25 @@ class MeshConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Size of every axis, outermost first."""
+        """Returns the size of every axis, outermost first."""
         return {axis: getattr(self, axis) for axis in AXES}
 
     @property
     def written(self) -> str:
-        """The axes that are not 1, as people write them."""
+        """Returns the axes whose size is not 1, as text."""
         return " x ".join(f"{axis}={size}" for axis, size in self.sizes.items() if size != 1) or "one device"
 
     @property
     def batch_ranks(self) -> int:
-        """Parts the batch is cut into: the expert axis carries batch too."""
+        """Returns the number of shards of the batch, which the expert axis shards too."""
         return self.data * self.fsdp * self.expert
 
     @classmethod
     def parse(cls, text: str) -> MeshConfig:
-        """`stage=16,expert=64,data=-1`; axes left out are 1.
+        """Returns the mesh of a text such as `stage=16,expert=64,data=-1`; axes that it leaves out are 1.
 
         Raises:
-          ConfigError: a part that is not AXIS=SIZE, or no such axis.
+          ConfigError: a part is not AXIS=SIZE, or there is no such axis.
         """
         sizes: dict[str, int] = {}
         for part in filter(None, (part.strip() for part in text.split(","))):
@@ -85,10 +86,10 @@ class MeshConfig:
         return cls(**sizes)
 
     def resolve(self, device_count: int) -> MeshConfig:
-        """The same with -1 replaced, for so many devices.
+        """Returns the mesh for `device_count` devices, -1 replaced by what the other axes leave.
 
         Raises:
-          ConfigError: the axes do not multiply to the devices.
+          ConfigError: the product of the axes is not the number of devices.
         """
         rest = [axis for axis, size in self.sizes.items() if size == -1]
         known = math.prod(size for size in self.sizes.values() if size != -1)
@@ -100,7 +101,7 @@ class MeshConfig:
         return dataclasses.replace(self, **dict.fromkeys(rest, device_count // known))
 
     def _mend(self, device_count: int) -> str:
-        """The nearest sizes of one axis with which the mesh has so many devices."""
+        """Returns the nearest sizes of one axis with which the mesh has `device_count` devices, as a hint."""
         known = math.prod(size for size in self.sizes.values() if size != -1)
         free = -1 in self.sizes.values()
         found = []
@@ -115,10 +116,10 @@ class MeshConfig:
         return f"; {' or '.join(found)} would do" if found else ""
 
     def check(self, model: ModelConfig, global_batch: int) -> None:
-        """That the mesh divides the model and the batch.
+        """Checks that the mesh divides the model and the batch.
 
         Raises:
-          ConfigError: naming the axis, what it does not divide, and the nearest sizes that do.
+          ConfigError: an axis does not divide what it shards; the message names both and the nearest sizes that do.
         """
         _check_divides("expert", self.expert, "n_routed_experts", model.n_routed_experts)
         _check_divides("tensor", self.tensor, "num_attention_heads", model.num_attention_heads)
@@ -136,7 +137,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over `devices` (all of this program's unless given), every axis there, those of size 1 too."""
+    """Returns the mesh over `devices` (all of this program's unless given), with all axes, those of size 1 included."""
     import jax
     from jax.experimental import mesh_utils
     from jax.sharding import AxisType, Mesh
@@ -144,9 +145,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = list(jax.devices() if devices is None else devices)
     config = config.resolve(len(devices))
     shape = tuple(config.sizes.values())
-    # On a torus an axis of the mesh may take a part of a physical one.
-    places = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(places, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    # On a torus a mesh axis may use a part of a physical axis.
+    arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _check_divides(axis: str, size: int, what: str, total: int) -> None:

@@ -1,8 +1,8 @@
 """Expert placement with redundant experts (report section 3.4.1; the balancer published as EPLB).
 
-Experts that carry much load are held more than once, and the copies are packed onto devices so that the busiest
-device carries as little as a greedy rule finds. Two policies: hierarchical, where the experts of a routing group stay
-in one node, so that node-limited routing keeps its tokens there; and global, where they go anywhere.
+Experts with a high load are stored several times, and the copies are packed onto devices by a greedy rule that keeps
+the load of the busiest device low. There are two policies. The hierarchical one keeps the experts of a routing group in
+one node, so that node-limited routing keeps its tokens there; the global one may place an expert on any device.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from dsv3_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where each layer's experts are held: P physical experts, P / devices of them on each device, in order.
+    """The placement of each layer's experts: P physical experts, of which each device stores P / devices, in order.
 
     Attributes:
-      devices: the physical experts are cut into so many equal parts.
-      logical: the expert of the model that each physical one is a copy of.
-      copies: physical experts of each logical one, padded with -1.
-      counts: how many there are.
+      devices: number of devices, over which the physical experts are divided equally.
+      logical: the model's expert of which each physical expert is a copy.
+      copies: the physical experts of each logical one, padded with -1.
+      counts: how many physical experts each logical one has.
     """
 
     devices: int
@@ -32,12 +32,12 @@ class Placement:
     counts: Int[np.ndarray, "layers E"]
 
     def device_loads(self, load: Float[np.ndarray, "layers E"]) -> Float[np.ndarray, "layers devices"]:
-        """Load of every device when an expert's load is shared evenly among its copies."""
+        """Returns the load of every device when each expert's load is split evenly among its copies."""
         share = np.take_along_axis(np.asarray(load, np.float64) / self.counts, self.logical, axis=1)
         return share.reshape(len(share), self.devices, -1).sum(axis=2)
 
     def imbalance(self, load: Float[np.ndarray, "layers E"]) -> Float[np.ndarray, " layers"]:
-        """The busiest device's load over the mean, a layer; 1 is even."""
+        """Returns the busiest device's load over the mean load, per layer; 1 is even."""
         loads = self.device_loads(load)
         return loads.max(axis=1) / np.maximum(loads.mean(axis=1), np.finfo(np.float64).tiny)
 
@@ -48,12 +48,14 @@ def place_experts(
     """Places every layer's experts by their load: hierarchical where nodes divide groups, global otherwise.
 
     Args:
-      load: tokens that each expert served, or any other measure, not negative.
-      physical: experts held in all, P >= E.
+      load: tokens that each expert served, or any other measure that is not negative.
+      physical: total number of physical experts, P >= E.
+      devices: number of devices.
       groups: routing groups of the model (`n_group`).
+      nodes: number of nodes, which divides the devices.
 
     Raises:
-      ConfigError: loads that are no loads, or counts that do not divide.
+      ConfigError: loads are negative or not finite, or a count does not divide another.
     """
     load = np.asarray(load, np.float64)
     if load.ndim != 2 or not np.isfinite(load).all() or (load < 0).any():
@@ -75,23 +77,23 @@ def place_experts(
 
 
 def pack(weights: Float[np.ndarray, " n"], packs: int) -> list[list[int]]:
-    """Items in `packs` packs of equal number: heaviest first, each to the lightest pack that is not full."""
-    room = len(weights) // packs
-    if room == 1:
+    """Packs items into `packs` packs of equal size: heaviest first, each into the lightest pack that is not full."""
+    size = len(weights) // packs
+    if size == 1:
         return [[item] for item in range(packs)]
     members: list[list[int]] = [[] for _ in range(packs)]
     sums = [0.0] * packs
     for item in np.argsort(-weights, kind="stable").tolist():
-        lightest = min((p for p in range(packs) if len(members[p]) < room), key=sums.__getitem__)
+        lightest = min((p for p in range(packs) if len(members[p]) < size), key=sums.__getitem__)
         members[lightest].append(item)
         sums[lightest] += float(weights[item])
     return members
 
 
 def replicate(weights: Float[np.ndarray, " n"], physical: int) -> Int[np.ndarray, " physical"]:
-    """Which item each of the copies is of: one of each, then again and again one of the item whose copies carry most.
+    """Returns the item of each copy: one of each item, then repeatedly one of the item with the most load per copy.
 
-    No other choice of copies has a smaller largest load a copy.
+    No other choice of copies has a smaller maximum of the load per copy.
     """
     counts = np.ones(len(weights))
     copies = list(range(len(weights)))
@@ -105,7 +107,7 @@ def replicate(weights: Float[np.ndarray, " n"], physical: int) -> Int[np.ndarray
 def _place_layer(
     load: Float[np.ndarray, " E"], physical: int, devices: int, groups: int, nodes: int
 ) -> Int[np.ndarray, " P"]:
-    """Groups to nodes, copies within each node, copies to the node's devices."""
+    """Places groups on nodes, chooses copies within each node, and places these on the node's devices."""
     members = np.arange(len(load)).reshape(groups, -1)
     placed: list[int] = []
     for node_groups in pack(load.reshape(groups, -1).sum(axis=1), nodes):

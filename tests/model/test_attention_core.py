@@ -136,7 +136,7 @@ def test_short_and_long_form_agree(monkeypatch, segments):
     attend = functools.partial(causal_attention, scale=0.3, query_chunk=CHUNK)
     forms = []
     for longest in (64, 32):
-        monkeypatch.setattr(attention_core, "_KEPT_LENGTH", longest)
+        monkeypatch.setattr(attention_core, "KEPT_LENGTH", longest)
         forms.append(with_gradients(lambda q, k, v, segments: attend(q, k, v, segment_ids=segments))(*arrays, ids))
     for short, long in zip(*forms, strict=True):
         np.testing.assert_allclose(long, short, atol=3e-6)
