@@ -1,11 +1,12 @@
-"""What every experiment that trains shares: sizes, arms run by the public trainer, figures, results with their spread.
+"""Shared code of the experiments that train: options, model sizes, running the arms, figures, and result files.
 
-An arm is one run of `dsv3_jax.runs.loop.train` in a folder of its own: it goes on where it was stopped, and a
-finished arm is read, not run again.
+An arm is one variant that an experiment compares. For each seed it is an ordinary training run in a folder of its own:
+an interrupted run is resumed, and the results of a finished run are read instead of running it again.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -19,15 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib
+import numpy as np
 from command_line import CommandLine, folder, whole_number
-from corpora import write_domains
+from corpora import DOMAINS, write_domains
+from jaxtyping import Int
+from matplotlib.figure import Figure
 
 from dsv3_jax.cli.compilation_cache import keep_compiled_programs
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.data import DataConfig
+from dsv3_jax.data import DataConfig, prepare_data
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.runs.checkpoints import load_checkpoint
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.loop import train
 from dsv3_jax.runs.metrics import read_metrics
@@ -37,18 +41,21 @@ from dsv3_jax.training.schedules import TrainingSchedule
 
 RESULTS = Path(__file__).parent / "results"
 SCALES = ("tiny", "small", "1b")
-BYTES = 266  # ids of the byte tokenizer
+BYTES = 266  # vocabulary size of the byte tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command line of an experiment says.
+    """The command-line options of an experiment.
 
     Attributes:
-      scale: tiny (two CPU cores, minutes), small (hours there, minutes on a GPU) or 1b (a GPU for hours an arm).
-      seeds: of weights and data order; every arm runs with each.
-      out: where JSON and PNG go.   runs: where the arms' folders lie.
-      steps: 0 for the scale's own.
+      name: name of the experiment, and of its result files.
+      scale: tiny (minutes on two CPU cores), small (hours on two CPU cores, minutes on a GPU) or 1b (hours per arm on a
+        GPU).
+      seeds: seeds of the initial weights and the data order; every arm runs once with each.
+      out: folder for the JSON file and the figures.
+      runs: folder that holds the training runs of the arms.
+      steps: optimizer steps of every arm; 0 takes the number that the scale prescribes.
     """
 
     name: str
@@ -60,27 +67,49 @@ class Options:
 
     @property
     def corpus(self) -> Path:
-        """The corpus of three domains, made when first asked for; at 1b the standard library is too small for a run."""
+        """Path of the corpus of three domains, which is written on first use.
+
+        It is too small for a long run at scale 1b.
+        """
         return write_domains(self.runs / "corpus.jsonl", documents=150 if self.scale == "tiny" else 1000)
 
 
 def parse_options(name: str, description: str | None, argv: Sequence[str] | None = None, *, seeds: int = 2) -> Options:
-    """The options that all experiments have."""
-    parser = CommandLine(description)
-    parser.add_argument("--scale", choices=SCALES, default="tiny")
-    parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=list(range(seeds)))
-    parser.add_argument("--steps", type=whole_number(0), default=0, help="of every arm; 0: the scale's own")
+    """Parses the options that all experiments have; by default there are `seeds` seeds, counted from 0."""
+    return parse_more_options(name, CommandLine(description), argv, seeds=seeds)[0]
+
+
+def parse_more_options(
+    name: str, parser: CommandLine, argv: Sequence[str] | None, *, seeds: int = 2
+) -> tuple[Options, argparse.Namespace]:
+    """Parses the options that all experiments have together with those that `parser` has already."""
     parser.add_argument(
-        "--out", type=folder, default=None, help="results; experiments/results/<name>[-<scale>] unless given"
+        "--scale",
+        choices=SCALES,
+        default="tiny",
+        help="size of the model: tiny (minutes on two CPU cores, the default), small (the preset nano) or 1b (a GPU)",
     )
     parser.add_argument(
-        "--runs", type=folder, default=None, help="the arms' runs, kept; runs/<name>-<scale> unless given"
+        "--seeds",
+        type=whole_number(0),
+        nargs="+",
+        default=list(range(seeds)),
+        help=f"seeds of weights and data; every arm runs with each (default: 0 to {seeds - 1})",
+    )
+    parser.add_argument(
+        "--steps", type=whole_number(0), default=0, help="optimizer steps of every arm (default: set by the scale)"
+    )
+    parser.add_argument(
+        "--out", type=folder, default=None, help="folder of the results (default: experiments/results/<name>[-<scale>])"
+    )
+    parser.add_argument(
+        "--runs", type=folder, default=None, help="folder of the training runs (default: runs/<name>-<scale>)"
     )
     given = parser.parse_args(argv)
     if len(set(given.seeds)) < len(given.seeds):
         parser.error("argument --seeds: a seed is named twice; give each once")
     suffix = "" if given.scale == "tiny" else f"-{given.scale}"
-    return Options(
+    options = Options(
         name=name,
         scale=given.scale,
         seeds=tuple(given.seeds),
@@ -88,14 +117,16 @@ def parse_options(name: str, description: str | None, argv: Sequence[str] | None
         runs=given.runs or Path("runs") / f"{name}-{given.scale}",
         steps=given.steps,
     )
+    return options, given
 
 
 def run_of(options: Options, seed: int, *, steps: int, **training: Any) -> RunConfig:
-    """The run that an experiment varies: the scale's model on the corpus of three domains, one seed for everything.
+    """Returns the run configuration that an experiment varies: the scale's model on the corpus of three domains.
 
     Args:
-      steps: at scale tiny; the other scales have their own.
-      training: fields of the TrainingConfig, or of its schedule as `schedule={...}`.
+      seed: seed of the initial weights and of the data.
+      steps: optimizer steps at scale tiny; the other scales prescribe their own number.
+      training: changed fields of the TrainingConfig; `schedule={...}` changes fields of its schedule.
     """
     schedule = training.pop("schedule", {})
     common: dict[str, Any] = {"seed": seed, "sample_tokens": 0, "log_every": 50, "checkpoint_every": 0}
@@ -130,7 +161,7 @@ def run_of(options: Options, seed: int, *, steps: int, **training: Any) -> RunCo
 
 
 def tiny_model() -> ModelConfig:
-    """The preset tiny, a little wider, with 16 experts: the least in which experts have something to divide."""
+    """Returns the preset tiny, widened and with 16 experts: about the smallest model whose experts can specialise."""
     return ModelConfig.preset(
         "tiny",
         vocab_size=BYTES,
@@ -148,6 +179,7 @@ def tiny_model() -> ModelConfig:
 
 
 def _data(options: Options, seed: int, length: int, rows: int) -> DataConfig:
+    """Returns the data of a run: rows of `length` tokens, at most `rows` of them for validation."""
     return DataConfig(
         corpus=str(options.corpus),
         tokenizer="byte",
@@ -162,7 +194,13 @@ def _data(options: Options, seed: int, length: int, rows: int) -> DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ArmResult:
-    """One run: its numbers a step, and its last validation."""
+    """The results of one training run.
+
+    Attributes:
+      folder: the run's folder.
+      steps, loss, max_violation: number, main head's loss in nats per token, and MaxVio of every optimizer step.
+      validation: the last validation, as `summary.json` has it.
+    """
 
     folder: Path
     steps: list[int]
@@ -172,11 +210,11 @@ class ArmResult:
 
     @property
     def validation_loss(self) -> float:
-        """Of the main head, nats a token."""
+        """Final validation loss of the main head, in nats per token."""
         return self.validation["main"]["loss"]
 
     def mean_violation(self) -> float:
-        """MaxVio, averaged over the second half of the run."""
+        """Returns MaxVio averaged over the second half of the run."""
         return statistics.fmean(self.max_violation[len(self.max_violation) // 2 :])
 
 
@@ -185,10 +223,12 @@ def run_arms(
     arms: Mapping[str, Callable[[int], RunConfig]],
     starts: Mapping[str, Callable[[RunConfig], DeepSeekV3]] | None = None,
 ) -> dict[str, list[ArmResult]]:
-    """Every arm with every seed, finished ones read from their folders.
+    """Runs every arm with every seed and returns the results of each arm, one per seed.
 
     Args:
-      starts: of the arms that do not start from the seed's own weights, what they start from.
+      arms: for each arm, a function from the seed to the run's configuration.
+      starts: for each arm that does not start from freshly initialised weights, a function from the configuration to
+        the model it starts from.
     """
     keep_compiled_programs()
     results: dict[str, list[ArmResult]] = {name: [] for name in arms}
@@ -204,7 +244,11 @@ def run_arms(
 
 
 def run_arm(config: RunConfig, folder: Path, **start: Any) -> ArmResult:
-    """One run to its end, or what it left if it has ended; ends the process where the run was interrupted."""
+    """Runs one arm to its end, or reads its results if it has finished. Exits the process if the run was interrupted.
+
+    Args:
+      start: `initial_model=`, a function without arguments that returns the model to start from.
+    """
     run = RunFolder(folder)
     if not run.summary.exists():
         began = time.perf_counter()
@@ -214,7 +258,7 @@ def run_arm(config: RunConfig, folder: Path, **start: Any) -> ArmResult:
             print(error, file=sys.stderr)
             sys.exit(2)
         if exit_code == 3 and not run.summary.exists():
-            print("    not finite: the arm diverged", flush=True)
+            print("    the loss is not finite: the arm diverged", flush=True)
         elif exit_code:
             sys.exit(exit_code)
         print(f"    {time.perf_counter() - began:.0f} s", flush=True)
@@ -230,25 +274,40 @@ def run_arm(config: RunConfig, folder: Path, **start: Any) -> ArmResult:
     )
 
 
+def open_trained(folder: Path) -> tuple[DeepSeekV3, dict[str, Int[np.ndarray, "rows T"]]]:
+    """Returns the model that a run has reached, and for each domain its held-out text, cut into rows of tokens."""
+    run = RunFolder(folder)
+    config = run.read_config()
+    data = prepare_data(config.data, run.cache, tokenizer_folder=run.tokenizer)
+    model, tokenizer, _ = load_checkpoint(folder)
+    rows = {}
+    length = config.data.sequence_length
+    for domain in DOMAINS:
+        texts = [document.text for document in data.documents("validation") if document.domain == domain]
+        ids = np.asarray(tokenizer.encode("\n".join(texts)), np.int32)
+        rows[domain] = ids[: len(ids) // length * length].reshape(-1, length)
+    return model, rows
+
+
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, standard deviation over the seeds, and the values themselves."""
+    """Returns the mean, the standard deviation (None for one value) and the values, which are one per seed."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "standard_deviation": deviation, "values": list(values)}
 
 
 def paired(arm: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
-    """Differences seed by seed: what a seed does to both arms alike cancels."""
+    """Returns the spread of the differences taken seed by seed, in which effects of the seed on both arms cancel."""
     return spread([a - b for a, b in zip(arm, base, strict=True)])
 
 
 def show(value: Mapping[str, Any], digits: int = 4) -> str:
-    """mean ± deviation."""
+    """Formats a spread as "mean ± standard deviation"."""
     deviation = value["standard_deviation"]
     return f"{value['mean']:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
 def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    """Exponential moving average, as the report smooths its curves (appendix B.1), without the pull of its start."""
+    """Returns the exponential moving average (appendix B.1), corrected for its start as Adam corrects its moments."""
     total = weight = 0.0
     out = []
     for value in values:
@@ -257,22 +316,19 @@ def smoothed(values: Sequence[float], decay: float = 0.9) -> list[float]:
     return out
 
 
-def new_figure(columns: int, width: float = 5.0, height: float = 3.6) -> tuple[Any, Any]:
-    """A figure that needs no screen, and its axes."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained")
-    return figure, axes[0]
+def new_figure(columns: int, width: float = 5.0, height: float = 3.6) -> tuple[Figure, Any]:
+    """Returns a figure of `columns` panels side by side, and its axes; sizes are per panel, in inches."""
+    figure = Figure(figsize=(width * columns, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
-def legend_below(figure: Any, axis: Any) -> None:
-    """One legend for all panels, of what `axis` shows, below them: no curve lies under it."""
+def legend_below(figure: Figure, axis: Any) -> None:
+    """Draws one legend for all panels below them, with the labels of `axis`."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
-def write_results(options: Options, figures: Mapping[str, Any], verdict: str, numbers: Mapping[str, Any]) -> None:
-    """<name>.json and one PNG a figure: numbers, the verdict in one sentence, and what they were measured on."""
+def write_results(options: Options, figures: Mapping[str, Figure], verdict: str, numbers: Mapping[str, Any]) -> None:
+    """Writes <name>.json (numbers, one-sentence verdict, device, versions) and one PNG for each figure."""
     options.out.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
     result = {

@@ -1,4 +1,4 @@
-"""Command lines of the experiments: a mistake is one line (what, where, how to mend) and exit code 2."""
+"""Command-line parsing for the experiments. A mistake gives one line of explanation and exit code 2."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import NoReturn
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse without the usage block before its errors; the description is shown as it is written."""
+    """An argparse parser that prints errors without the usage block and the description without re-wrapping it."""
 
     def __init__(self, description: str | None) -> None:
-        # Without abbreviations a misspelt option cannot pass for another one.
+        # allow_abbrev=False: a misspelt option must not be taken for another one.
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
 
     def error(self, message: str) -> NoReturn:
-        """Says in one line what is wrong and where to read what is right; exit code 2."""
+        """Prints in one line what is wrong and exits with code 2."""
         print(f"{self.prog}: {' '.join(message.split())}; --help lists the options", file=sys.stderr)
         raise SystemExit(2)
 
 
 def whole_number(least: int):
-    """The type of an option that is a whole number of at least `least`."""
+    """Returns an argparse type that accepts whole numbers of at least `least`."""
 
     def read(text: str) -> int:
         try:
@@ -39,7 +39,7 @@ def whole_number(least: int):
 
 
 def folder(text: str) -> Path:
-    """The type of an option that is a folder, there already or to be made."""
+    """Converts an option to the path of a folder, which need not exist yet; refuses a path through a file."""
     path = Path(text)
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():

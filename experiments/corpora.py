@@ -1,7 +1,9 @@
-"""A corpus of three unlike domains that every machine with Python has: code, prose about code, arithmetic.
+"""Writes the texts that the experiments train on, from what every Python installation contains.
 
-The report's figure 9 looks at experts over GitHub, Wikipedia and DM Mathematics. Here code is the standard
-library, prose is its docstrings, and mathematics is exercises made from a fixed seed.
+`write_domains` writes a corpus of three different domains. The report's figure 9 uses GitHub, Wikipedia and DM
+Mathematics; here code is the standard library, prose is its docstrings, and mathematics is generated exercises.
+`write_retrieval` and `haystack` write the synthetic texts of the long-context experiment: facts, and questions about
+them. All random choices come from fixed seeds.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 DOMAINS = ("code", "prose", "mathematics")
-_DOCUMENT = 2000  # characters
+_DOCUMENT = 2000  # characters per document
 
 
 def write_domains(path: Path, documents: int = 150) -> Path:
-    """Writes a .jsonl of `documents` texts a domain (fields text, domain, name) and returns its path."""
+    """Writes `documents` texts per domain as JSON lines (text, domain, name), unless `path` exists; returns `path`."""
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,20 +40,18 @@ def write_domains(path: Path, documents: int = 150) -> Path:
     return path
 
 
-def read_domain(path: Path, domain: str) -> list[str]:
-    """The texts of one domain."""
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [row["text"] for row in rows if row["domain"] == domain]
-
-
-# One character each: a fact "key k has value v" is _FACTS[8 k + v], the question for k _QUESTIONS[k], v _ANSWERS[v].
+# There are 8 keys and 8 values. The fact "key k has value v" is the character _FACTS[8 k + v], the question "what is
+# the value of k?" is _QUESTIONS[k], and the answer v is _ANSWERS[v]. _HAY is filler without meaning.
 _FACTS = "".join(map(chr, range(33, 97)))
 _ANSWERS, _QUESTIONS, _HAY = "abcdefgh", "ijklmnop", "qrstuvwx"
-NEEDLE = 7  # the key that a haystack tells once
+NEEDLE = 7  # the key of the fact to be found in a haystack
 
 
 def write_retrieval(path: Path, documents: int, length: int) -> Path:
-    """Writes texts of facts, questions with their answers, and hay; with its end each has `length` tokens."""
+    """Writes texts of facts, questions with answers, and filler, as JSON lines, unless `path` exists; returns it.
+
+    Each text has `length` tokens (bytes), including the end-of-text token.
+    """
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,17 +62,24 @@ def write_retrieval(path: Path, documents: int, length: int) -> Path:
 
 
 def haystack(draw: random.Random, length: int, depth: float) -> str:
-    """`length` characters: such a text with one more fact at `depth` (0: first), whose question and answer end it."""
+    """Returns a text of `length` characters with a needle: one fact whose question and answer end the text.
+
+    Args:
+      depth: position of the needle, from 0 (at the start) to 1 (just before its question).
+    """
     text = _retrieval(draw, length - 3, range(NEEDLE))
     at = round(depth * len(text))
-    if at and text[at - 1] in _QUESTIONS:  # between a question and its answer
+    if at and text[at - 1] in _QUESTIONS:  # do not separate a question from its answer
         at -= 1
     value = draw.randrange(8)
     return f"{text[:at]}{_FACTS[8 * NEEDLE + value]}{text[at:]}{_QUESTIONS[NEEDLE]}{_ANSWERS[value]}"
 
 
 def _retrieval(draw: random.Random, length: int, keys: Sequence[int]) -> str:
-    """Every fact is told once, in the first half, and asked for from then on: gaps are as long as the text."""
+    """Returns a text in which each fact is stated once, in the first half, and asked for at random from then on.
+
+    So the distances from a fact to its questions range up to the length of the text.
+    """
     chosen = draw.sample(keys, min(len(keys), max(3, length // 16)))
     told_at = dict(zip(draw.sample(range(length // 2), len(chosen)), chosen, strict=True))
     value: dict[int, int] = {}
@@ -92,12 +99,13 @@ def _retrieval(draw: random.Random, length: int, keys: Sequence[int]) -> str:
 
 
 def _sources() -> list[str]:
+    """Returns the source of every top-level module of the standard library."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return [file.read_text(encoding="utf-8", errors="ignore") for file in files]
 
 
 def _docstrings(source: str) -> str:
-    """Docstrings of a file that read as prose: several lines, one after another."""
+    """Returns all docstrings of a source file that have at least three lines, joined."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
     texts = (ast.get_docstring(node) or "" for node in nodes)
@@ -105,7 +113,7 @@ def _docstrings(source: str) -> str:
 
 
 def _cut(texts, documents: int) -> list[str]:
-    """Pieces of one length from many texts, no text giving more than its share."""
+    """Cuts texts into equally long pieces, at most four from each text, and returns `documents` of them at random."""
     pieces = [text[: 4 * _DOCUMENT] for text in texts if len(text) >= _DOCUMENT]
     cut = [piece[at : at + _DOCUMENT] for piece in pieces for at in range(0, len(piece) - _DOCUMENT + 1, _DOCUMENT)]
     random.Random(0).shuffle(cut)
@@ -113,7 +121,7 @@ def _cut(texts, documents: int) -> list[str]:
 
 
 def _exercises(seed: int) -> str:
-    """Sums, products, comparisons and small equations with their answers."""
+    """Returns a document of sums, products, comparisons and simple equations, each with its answer."""
     draw = random.Random(seed)
     lines: list[str] = []
     while sum(map(len, lines)) + len(lines) < _DOCUMENT:

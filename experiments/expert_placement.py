@@ -1,25 +1,22 @@
-"""Load of every rank before and after experts are placed with redundant copies (report section 3.4; EPLB).
+"""Measures the load of every rank before and after experts are placed with redundant copies (report section 3.4; EPLB).
 
     python experiments/expert_placement.py [--scale tiny|small|1b] [--seeds 0 1]
     python experiments/expert_placement.py --loads loads.npy|runs/mine [--ranks 8 --nodes 2 --redundant 8 --groups 4]
 
-A model balanced over its training batches is not balanced over the requests it serves: each domain has its experts. Two
-models are trained, one balanced by the bias as the report's, one left alone, and their loads recorded over held out
-text of each domain. Experts are placed by the first half of a recording and judged on the second, which the placement
-has not seen, on simulated ranks: in order without copies, hierarchical (a group's experts and copies stay in one node,
-so that node-limited routing holds) and global. A model with placed experts must give the logits of the model itself.
-
-  --loads      instead of training: a file of loads, [layers, experts] or [windows, layers, experts] in the order of
-               serving, or the folder of a run, whose held out text is served
-  --ranks      devices that hold experts    --nodes       that they stand in
-  --redundant  copies beyond one of each    --groups      routing groups; the model's, or one a node for a file
+The experts of a model may be balanced over its training batches and still be unbalanced over the requests it serves,
+because each domain has its own experts. Two models are trained: one balanced by the bias as in the report, one not
+balanced. Each serves held-out text of every domain, and the load of every expert is recorded. A placement is chosen
+with the first half of a recording and judged on the second half. Three placements on simulated ranks are compared: in
+order, without copies; hierarchical, where the experts of a routing group and their copies stay within one node, so
+that node-limited routing still works; and global, where they may be anywhere. The script also checks that placing the
+experts does not change the model's logits.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from ablation import (
     RESULTS,
-    ArmResult,
     Options,
     new_figure,
-    parse_options,
+    open_trained,
+    parse_more_options,
     run_arms,
     run_of,
     show,
     spread,
     write_results,
 )
+from command_line import CommandLine, whole_number
 from corpora import DOMAINS
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -48,7 +46,7 @@ from dsv3_jax.sharding.placed_experts import with_placed_experts
 from dsv3_jax.sharding.placement import Placement, place_experts
 
 Recording = Float[np.ndarray, "windows layers E"]
-"""Tokens that each expert served, window after window."""
+"""The number of tokens that each expert served in each window of the text."""
 
 ARMS = {
     "balanced by the bias": {"balance": "none", "schedule": {"balance_weight": 0.0}},
@@ -60,11 +58,13 @@ POLICIES = ("in order", "hierarchical", "global")
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """What experts are placed on.
+    """The simulated devices that the experts are placed on.
 
     Attributes:
-      ranks: devices.   nodes: that they stand in.   groups: routing groups of the model.
-      redundant: experts held beyond one of each.
+      ranks: number of devices that hold experts.
+      nodes: number of nodes that these devices are in.
+      groups: number of routing groups of the model.
+      redundant: number of expert copies beyond the first of each expert.
     """
 
     ranks: int = 8
@@ -74,13 +74,31 @@ class Ranks:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--loads", type=Path)
-    for name in ("ranks", "nodes", "redundant"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Ranks(), name))
-    parser.add_argument("--groups", type=int)
-    given, others = parser.parse_known_args(argv)
-    options = parse_options("expert_placement", __doc__, others)
+    parser = CommandLine(__doc__)
+    parser.add_argument(
+        "--loads",
+        type=Path,
+        help="instead of training, read the loads from this .npy file ([layers, experts], or [windows, layers, "
+        "experts] in the order of serving), or serve the held-out text of the run in this folder",
+    )
+    parser.add_argument(
+        "--ranks", type=whole_number(1), default=Ranks().ranks, help="devices that hold experts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--nodes", type=whole_number(1), default=Ranks().nodes, help="nodes that they are in (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--redundant",
+        type=whole_number(0),
+        default=Ranks().redundant,
+        help="expert copies beyond the first of each expert (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--groups",
+        type=whole_number(1),
+        help="routing groups (default: the model's; for a .npy file, one per node)",
+    )
+    options, given = parse_more_options("expert_placement", parser, argv)
     chosen = Ranks(given.ranks, given.nodes, given.groups or given.nodes, given.redundant)
     try:
         if given.loads is None:
@@ -93,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def of_trained_models(options: Options, ranks: Ranks, groups: int | None) -> None:
-    """The experiment itself: loads of two trained models, by domain."""
+    """Runs the experiment: trains the models, records their loads by domain, and writes the results."""
 
     def arm(name: str):
         return lambda seed: run_of(options, seed, steps=200, **ARMS[name])
@@ -102,7 +120,7 @@ def of_trained_models(options: Options, ranks: Ranks, groups: int | None) -> Non
     recordings: dict[str, list[Recording]] = {}
     differences = []
     for name, runs in results.items():
-        served = [served_texts(run) for run in runs]
+        served = [ServedTexts(*open_trained(run.folder)) for run in runs]
         ranks = dataclasses.replace(ranks, groups=groups or served[0].model.config.n_group)
         for domain in DOMAINS:
             found = recordings[f"{name}, {domain}"] = [each.record(domain) for each in served]
@@ -138,8 +156,8 @@ def of_trained_models(options: Options, ranks: Ranks, groups: int | None) -> Non
 
 
 def of_given_loads(options: Options, ranks: Ranks, groups: int | None, path: Path) -> None:
-    """The same table and figure for a recording or a run of one's own."""
-    out = options.runs if options.out.parent == RESULTS else options.out  # those results are of the models above
+    """Writes the same results for a recording or a run that the user has."""
+    out = options.runs if options.out.parent == RESULTS else options.out  # keep the results of the experiment itself
     options = dataclasses.replace(options, out=out, seeds=())
     difference = None
     if path.is_dir():
@@ -153,9 +171,9 @@ def of_given_loads(options: Options, ranks: Ranks, groups: int | None, path: Pat
     found = {policy: imbalances(recording, ranks, policy) for policy in POLICIES}
     after = {policy: values["served after"] for policy, values in found.items()}
     verdict = (
-        f"The busiest of {ranks.ranks} ranks carries {after['in order']:.2f} times the mean with the experts in order, "
+        f"The busiest of {ranks.ranks} ranks has {after['in order']:.2f} times the mean load with experts in order, "
         f"{after['hierarchical']:.2f} with {ranks.redundant} redundant experts placed within nodes, "
-        f"{after['global']:.2f} placed anywhere" + ("" if difference is None else f"; {_change(difference)}")
+        f"{after['global']:.2f} with them placed anywhere" + ("" if difference is None else f"; {_change(difference)}")
     )
     numbers = {"ranks": dataclasses.asdict(ranks), "busiest_rank_over_mean": found}
     figures = {"expert_placement": draw({path.name: recording}, {path.name: sweep([recording], ranks)}, ranks)}
@@ -163,19 +181,19 @@ def of_given_loads(options: Options, ranks: Ranks, groups: int | None, path: Pat
 
 
 def read_loads(path: Path) -> Recording:
-    """Loads from a .npy file; one window becomes two that are alike: placed by and judged on the same.
+    """Reads loads from a .npy file. A single window is repeated, so that the placement is judged on the same loads.
 
     Raises:
-      UserError: no such file, or no loads in it.
+      UserError: the file does not exist or does not hold loads.
     """
     try:
         loads = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise dsv3.UserError(f"--loads {path}: {reason}; give a .npy file of loads or the folder of a run") from error
+        raise dsv3.UserError(f"--loads {path}: {reason}; give a .npy file of loads, or the folder of a run") from error
     if loads.ndim not in (2, 3) or loads.dtype.kind not in "iuf" or 0 in loads.shape:
         raise dsv3.UserError(
-            f"--loads {path}: numbers [layers, experts] or [windows, layers, experts] are wanted, "
+            f"--loads {path}: the file must hold numbers [layers, experts] or [windows, layers, experts], "
             f"not {loads.dtype} {list(loads.shape)}"
         )
     loads = loads.astype(np.float64)
@@ -185,11 +203,16 @@ def read_loads(path: Path) -> Recording:
 
 
 def place(policy: str, load: Float[np.ndarray, "layers E"], ranks: Ranks) -> Placement:
-    """The placement of a policy; "in order" is how experts lie without one: expert i on rank i / (E / ranks)."""
+    """Returns the placement of a policy; "in order" holds expert i on rank i // (E / ranks), without copies.
+
+    Raises:
+      UserError: the ranks do not divide the experts.
+      ConfigError: the experts and copies cannot be divided over ranks and nodes.
+    """
     layers, experts = load.shape
     if policy == "in order":
         if experts % ranks.ranks:
-            raise dsv3.UserError(f"--ranks {ranks.ranks} must divide the {experts} experts, which lie on them in order")
+            raise dsv3.UserError(f"--ranks {ranks.ranks} must divide the {experts} experts evenly")
         logical = np.tile(np.arange(experts), (layers, 1))
         return Placement(ranks.ranks, logical, logical[:, :, None], np.ones_like(logical))
     within = {"groups": ranks.groups, "nodes": ranks.nodes} if policy == "hierarchical" else {}
@@ -197,7 +220,11 @@ def place(policy: str, load: Float[np.ndarray, "layers E"], ranks: Ranks) -> Pla
 
 
 def imbalances(recording: Recording, ranks: Ranks, policy: str) -> dict[str, float]:
-    """The busiest rank's load over the mean, averaged over layers: of the loads placed by, and of those after them."""
+    """Returns the busiest rank's load / mean load, averaged over layers.
+
+    "placed by" is measured on the half of the recording that the placement was chosen with, "served after" on the
+    other half.
+    """
     half = len(recording) // 2
     before, after = recording[:half].sum(axis=0), recording[half:].sum(axis=0)
     placement = place(policy, before, ranks)
@@ -208,7 +235,7 @@ def imbalances(recording: Recording, ranks: Ranks, policy: str) -> dict[str, flo
 
 
 def sweep(recordings: list[Recording], ranks: Ranks) -> dict[str, dict[int, float]]:
-    """Imbalance of the loads served after, averaged over recordings, by the number of redundant experts."""
+    """Returns for each policy the imbalance on unseen text by number of redundant experts, averaged over recordings."""
     counts = [multiple * ranks.ranks for multiple in range(5)]
     found: dict[str, dict[int, float]] = {}
     for policy in POLICIES[1:]:
@@ -222,7 +249,7 @@ def sweep(recordings: list[Recording], ranks: Ranks) -> dict[str, dict[int, floa
 
 @nnx.jit
 def _serve(model: dsv3.DeepSeekV3, tokens: Int[Array, "B T"]) -> tuple[Array, Array]:
-    """Loads [layers, E] and logits [B, T, V]."""
+    """Returns the loads [layers, E] and the logits [B, T, V]."""
     out = model(tokens)
     assert out.routing is not None
     return out.routing.load, out.logits
@@ -230,41 +257,43 @@ def _serve(model: dsv3.DeepSeekV3, tokens: Int[Array, "B T"]) -> tuple[Array, Ar
 
 @dataclasses.dataclass(frozen=True)
 class ServedTexts:
-    """A trained model and the held out rows that it serves.
+    """A trained model and the held-out text that it serves.
 
     Attributes:
-      rows: int32 [rows, T] by domain; None is all of the run's held out text.
+      rows: int32 token rows for each domain; the key None stands for all of a run's held-out text.
     """
 
     model: dsv3.DeepSeekV3
-    rows: dict[str | None, Int[np.ndarray, "rows T"]]
+    rows: Mapping[str | None, Int[np.ndarray, "rows T"]]
 
     def record(self, domain: str | None) -> Recording:
-        """Loads of the text in windows of equal size."""
+        """Serves the text in windows of equal size and returns the loads of each."""
         windows = self._windows(domain)
         return np.stack([np.asarray(_serve(self.model, jnp.asarray(rows))[0], np.float64) for rows in windows])
 
     def change_of_logits(self, domain: str | None, placement: Placement) -> float:
-        """The largest change of a logit when the experts are placed."""
+        """Returns the largest absolute change of a logit when the experts are placed."""
         tokens = jnp.asarray(self._windows(domain)[0])
         logits = [_serve(model, tokens)[1] for model in (self.model, with_placed_experts(self.model, placement))]
         return float(jnp.abs(logits[1] - logits[0]).max())
 
     def _windows(self, domain: str | None) -> Int[np.ndarray, "windows rows T"]:
+        """Cuts the domain's rows into WINDOWS parts of equal size."""
         rows = self.rows[domain]
         count = len(rows) // WINDOWS
         if not count:
             raise dsv3.UserError(
-                f"{len(rows)} rows of held out text are fewer than the {WINDOWS} windows of a recording"
+                f"a recording needs at least {WINDOWS} rows of held-out text, but there are {len(rows)}; "
+                "serve a run with more validation data"
             )
         return rows[: count * WINDOWS].reshape(WINDOWS, count, -1)
 
 
 def open_run(folder: Path) -> ServedTexts:
-    """The model of a run's newest checkpoint and the run's own validation rows.
+    """Returns the model of a run's newest checkpoint and the run's validation rows.
 
     Raises:
-      UserError: the folder holds no run or no checkpoint, or its data is gone.
+      UserError: the folder holds no run or no checkpoint, or the run's data cannot be read any more.
     """
     run = RunFolder(folder)
     config = run.read_config()
@@ -273,23 +302,9 @@ def open_run(folder: Path) -> ServedTexts:
     return ServedTexts(model, {None: data.validation_rows()[0][:, :-1]})
 
 
-def served_texts(result: ArmResult) -> ServedTexts:
-    """The model of an arm and its held out text by domain."""
-    run = RunFolder(result.folder)
-    config = run.read_config()
-    data = prepare_data(config.data, run.cache, tokenizer_folder=run.tokenizer)
-    model, tokenizer, _ = dsv3.load_checkpoint(result.folder)
-    rows: dict[str | None, Int[np.ndarray, "rows T"]] = {}
-    length = config.data.sequence_length
-    for domain in DOMAINS:
-        texts = [document.text for document in data.documents("validation") if document.domain == domain]
-        ids = np.asarray(tokenizer.encode("\n".join(texts)), np.int32)
-        rows[domain] = ids[: len(ids) // length * length].reshape(-1, length)
-    return ServedTexts(model, rows)
-
-
 def draw(recordings: dict[str, Recording], swept: dict[str, dict[str, dict[int, float]]], ranks: Ranks):
-    """Load of every rank over the mean in the layer that is worst in order, a panel a recording; last, the sweeps."""
+    """Draws one panel per recording (load / mean load of every rank, in the layer that is least even in order) and one
+    with the sweeps over the number of redundant experts."""
     figure, axes = new_figure(len(recordings) + 1, width=4.4, height=3.4)
     for axis, (name, recording) in zip(axes, recordings.items(), strict=False):
         half = len(recording) // 2
@@ -299,7 +314,7 @@ def draw(recordings: dict[str, Recording], swept: dict[str, dict[str, dict[int, 
             load = place(policy, before, ranks).device_loads(after)[layer]
             axis.bar(np.arange(ranks.ranks) + 0.27 * (shift - 1), load / load.mean(), width=0.27, label=policy)
         axis.axhline(1, color="black", linewidth=0.6)
-        axis.set(xlabel="rank", ylabel="load over the mean", title=f"{name}: its most uneven layer")
+        axis.set(xlabel="rank", ylabel="load / mean load", title=f"{name}: its least even layer")
         axis.title.set_fontsize(9)
     axes[0].legend(fontsize=7)
     for (name, curves), style in zip(swept.items(), ("-", "--"), strict=False):
@@ -308,13 +323,15 @@ def draw(recordings: dict[str, Recording], swept: dict[str, dict[str, dict[int, 
             axes[-1].plot(
                 list(values), list(values.values()), style, marker="o", color=colour, label=f"{name}: {policy}"
             )
-    axes[-1].set(xlabel="redundant experts", ylabel="busiest rank over the mean", title="all layers, later text")
+    axes[-1].set(xlabel="redundant experts", ylabel="busiest rank / mean", title="all layers, unseen text")
     axes[-1].title.set_fontsize(9)
     axes[-1].legend(fontsize=7)
     return figure
 
 
 def _verdict(numbers: dict[str, Any], ranks: Ranks, difference: float) -> str:
+    """Returns the result in words."""
+
     def after(arm: str, policy: str) -> float:
         return float(np.mean([numbers[f"{arm}, {domain}"][policy]["served after"]["mean"] for domain in DOMAINS]))
 
@@ -325,16 +342,15 @@ def _verdict(numbers: dict[str, Any], ranks: Ranks, difference: float) -> str:
     ]
     lower = all(after(arm, policy) < after(arm, "in order") for arm in ARMS for policy in POLICIES[1:])
     return (
-        f"Serving one domain, the busiest of {ranks.ranks} ranks carries this many times the mean on text that its "
-        f"placement with {ranks.redundant} redundant experts has not seen; {'; '.join(parts)}: redundant experts "
-        f"{'even the ranks out' if lower else 'do not always even the ranks out'}; {_change(difference)}."
+        f"When serving one domain, the busiest of {ranks.ranks} ranks has this many times the mean load, on text that "
+        f"was not used to choose the placement, with {ranks.redundant} redundant experts: {'; '.join(parts)}. "
+        f"Redundant experts {'even out' if lower else 'do not always even out'} the load of the ranks; "
+        f"{_change(difference)}."
     )
 
 
 def _change(difference: float) -> str:
-    return "the logits of a model so placed " + (
-        f"change by {difference:.1e} at most" if difference else "are the same"
-    )
+    return f"the logits change by at most {difference:.1e}" if difference else "the logits do not change"
 
 
 if __name__ == "__main__":

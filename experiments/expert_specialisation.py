@@ -1,29 +1,25 @@
-"""Which experts serve which domain, balanced by a loss and without one (report section 4.5.3, appendix C, figure 9).
+"""Shows which experts serve which domain, with an auxiliary loss and without (report section 4.5.3 and figure 9).
 
     python experiments/expert_specialisation.py [--scale tiny|small|1b] [--seeds 0 1]
 
-Claim: without an auxiliary loss experts specialise: on one domain some carry many times the even load, while a model
-balanced within every sequence spreads each domain over all experts. Drawn like figure 9: relative load (1 is even) of
-every expert and layer, for three domains of the held out text.
+Claim: without an auxiliary loss experts specialise: on text of one domain, some experts receive many times the mean
+load. A model that is balanced within every sequence spreads each domain over all experts. The figure is drawn like
+figure 9: the relative load (load / mean load) of every expert in every layer, for three domains of held-out text.
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from ablation import ArmResult, new_figure, parse_options, run_arms, run_of, show, spread, write_results
+from ablation import ArmResult, new_figure, open_trained, parse_options, run_arms, run_of, show, spread, write_results
 from corpora import DOMAINS
 from flax import nnx
-
-import dsv3_jax as dsv3
-from dsv3_jax.data import prepare_data
-from dsv3_jax.runs.folder import RunFolder
 
 ARMS = {
     "loss-based": {"balance": "sequence", "schedule": {"balance_weight": 0.01, "bias_update_speed": 0.0}},
     "loss-free": {"balance": "none", "schedule": {"balance_weight": 0.0}},
 }
-ROWS = 32  # sequences a domain
+ROWS = 32  # sequences per domain, at most
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,10 +44,10 @@ def main(argv: list[str] | None = None) -> None:
     difference = free["mean"] - based["mean"]
     seen = difference > 2 * noise > 0
     verdict = (
-        f"A domain's load lies {show(free, 2)} from the experts' mean over all domains in the loss-free model and "
-        f"{show(based, 2)} in the loss-based one (0: no specialisation); the busiest expert of a domain has "
-        f"{numbers['loss-free']['largest_relative_load']['mean']:.1f} and "
-        f"{numbers['loss-based']['largest_relative_load']['mean']:.1f} times the even load: the loss-free model "
+        f"An expert's relative load on one domain differs from its mean over all domains by {show(free, 2)} in the "
+        f"loss-free model and by {show(based, 2)} in the loss-based one (0: no specialisation). The busiest expert of "
+        f"a domain has {numbers['loss-free']['largest_relative_load']['mean']:.1f} and "
+        f"{numbers['loss-based']['largest_relative_load']['mean']:.1f} times the even load. The loss-free model "
         + ("specialises more, as claimed" if seen else "does not specialise more beyond the noise of the seeds")
         + f", at scale {options.scale}."
     )
@@ -65,30 +61,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def relative_loads(run: ArmResult) -> np.ndarray:
-    """[domains, layers, experts]: each expert's tokens of held out text over the even share, the MTP module last."""
-    folder = RunFolder(run.folder)
-    config = folder.read_config()
-    data = prepare_data(config.data, folder.cache, tokenizer_folder=folder.tokenizer)
-    model, tokenizer, _ = dsv3.load_checkpoint(run.folder)
+    """Returns load / mean load of every expert on held-out text: [domains, layers, experts], the MTP module last."""
+    model, rows = open_trained(run.folder)
     load_of = nnx.jit(lambda model, tokens: model(tokens).routing.load)
-    length = config.data.sequence_length
-    loads = []
-    for domain in DOMAINS:
-        texts = [document.text for document in data.documents("validation") if document.domain == domain]
-        ids = np.asarray(tokenizer.encode("\n".join(texts)), np.int32)
-        rows = min(ROWS, len(ids) // length)
-        load = np.asarray(load_of(model, jnp.asarray(ids[: rows * length].reshape(rows, length))), np.float64)
-        loads.append(load / load.mean(axis=1, keepdims=True))
-    return np.stack(loads)
+    loads = np.stack([load_of(model, jnp.asarray(rows[domain][:ROWS])) for domain in DOMAINS]).astype(np.float64)
+    return loads / loads.mean(axis=-1, keepdims=True)
 
 
 def specialisation(loads: np.ndarray) -> float:
-    """Mean distance of a domain's relative load from the same expert's mean over the domains."""
+    """Returns the mean absolute difference between an expert's relative load on a domain and its mean over domains."""
     return float(np.mean(np.abs(loads - loads.mean(axis=0))))
 
 
 def draw(loads: dict[str, np.ndarray]):
-    """Figure 9: a panel a model, rows are layers by domain, columns experts."""
+    """Draws figure 9: one panel per model; rows are pairs of layer and domain, columns are experts."""
     figure, axes = new_figure(len(loads), width=6.0, height=3.4)
     for axis, (name, load) in zip(axes, loads.items(), strict=True):
         layers = load.shape[1]

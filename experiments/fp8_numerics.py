@@ -1,11 +1,13 @@
-"""The error of an FP8 product summed as Hopper's tensor cores sum, with and without promotion (report, section 3.3.2).
+"""Measures the error of FP8 dot products summed as Hopper's tensor cores sum (report, section 3.3.2).
 
     python experiments/fp8_numerics.py
 
-The tensor core is emulated: one wgmma step adds 32 products to its accumulator by aligning all 33 terms to the largest
-and cutting each below 13 bits after its leading one (14 bits in all, towards zero). Promotion empties that accumulator
-into float32 every 128 products. The reference is float64 on the same e4m3 operands, so that what is seen is the
-summation's error alone; the error of rounding the operands to e4m3 stands beside it for scale.
+Claim: because the tensor core keeps only about 14 bits of a sum, long sums are off by about 2%; promotion corrects
+this. The tensor core is emulated. One wgmma instruction adds 32 products to its accumulator: it aligns all 33 terms
+to the largest of them and truncates each below the 13th bit after the leading bit of the largest (14 bits in all).
+Promotion adds that accumulator to a float32 total every 128 products and resets it. The reference is computed in
+float64 from the same e4m3 operands, so that only the error of the summation is measured. The error of rounding the
+operands to e4m3 is reported beside it for comparison.
 
 Writes fp8_numerics.json and fp8_numerics.png into experiments/results/ (or --out).
 """
@@ -16,28 +18,25 @@ import json
 import pathlib
 
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from command_line import CommandLine, folder, whole_number
+from matplotlib.figure import Figure
 
 import pallas_kernels as pk
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 RESULTS = pathlib.Path(__file__).parent / "results"
-STEP = 32  # products that one wgmma adds along K
-PROMOTION_INTERVAL = 128
+STEP = 32  # products that one wgmma instruction adds along K
+PROMOTION_INTERVAL = 128  # products
 KEPT_BITS = 14
 
 
 def tensor_core_sum(products: np.ndarray, interval: int | None, bits: int = KEPT_BITS) -> np.ndarray:
-    """Sums [K, ...] exact products over K as the tensor core does.
+    """Returns the float32 sum of products [K, ...] over K, computed as the tensor core does.
 
     Args:
       products: float64, each exact.
-      interval: after how many products the accumulator is added to a float32 total and emptied; None: never.
-      bits: significant bits of the largest term that a step keeps of every term.
+      interval: number of products after which the accumulator is added to a float32 total and reset; None for never.
+      bits: bits kept of each term, counted from the leading bit of the largest term.
     """
     total = np.zeros(products.shape[1:], np.float32)
     accumulator = np.zeros(products.shape[1:])
@@ -54,14 +53,18 @@ def tensor_core_sum(products: np.ndarray, interval: int | None, bits: int = KEPT
 
 
 def measure(k: int, distribution: str, outputs: int, seed: int) -> dict[str, float]:
-    """Errors of `outputs` random dot products of length `k`, relative to the largest of the exact results."""
+    """Returns the largest and the root-mean-square relative error of `outputs` random dot products of length `k`.
+
+    Args:
+      distribution: "normal", or "uniform" in [0, 1).
+    """
     rng = np.random.default_rng(seed)
     draw = {"normal": lambda: rng.normal(size=(outputs, k)), "uniform": lambda: rng.uniform(size=(outputs, k))}
     x, w = draw[distribution](), draw[distribution]()
     a, b = (np.asarray(pk.quantize(jnp.asarray(v, jnp.float32), tile="1x128").values, "f8") for v in (x, w))
     exact = (a * b).sum(axis=1)
     restored = [np.asarray(pk.dequantize(pk.quantize(jnp.asarray(v, jnp.float32), tile="1x128")), "f8") for v in (x, w)]
-    # Of positive numbers each result is compared with itself, of signed ones (some near zero) with the typical size.
+    # Sums of positive numbers are compared with the exact sum, sums of signed numbers (some near zero) with their rms.
     scale = np.abs(exact) if distribution == "uniform" else np.sqrt(np.mean(exact**2))
     plain = (x * w).sum(axis=1)
     plain_scale = np.abs(plain) if distribution == "uniform" else np.sqrt(np.mean(plain**2))
@@ -80,7 +83,9 @@ def measure(k: int, distribution: str, outputs: int, seed: int) -> dict[str, flo
 
 
 def plot(rows: list[dict], path: pathlib.Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    """Draws the largest relative error over K, one panel for each distribution."""
+    figure = Figure(figsize=(10, 4), layout="tight")
+    axes = figure.subplots(1, 2, sharey=True)
     for axis, distribution in zip(axes, ("uniform", "normal"), strict=True):
         chosen = [row for row in rows if row["distribution"] == distribution]
         for name in ("without promotion", "promoted every 128", "float32 accumulation", "rounding to e4m3"):
@@ -91,15 +96,22 @@ def plot(rows: list[dict], path: pathlib.Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("largest relative error")
     axes[1].legend(loc="center", bbox_to_anchor=(0.5, 0.37))
-    figure.tight_layout()
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = CommandLine(__doc__)
-    parser.add_argument("--lengths", type=whole_number(1), nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--outputs", type=whole_number(1), default=1024, help="dot products a length")
-    parser.add_argument("--out", type=folder, default=RESULTS)
+    parser.add_argument(
+        "--lengths",
+        type=whole_number(1),
+        nargs="+",
+        default=[512, 1024, 2048, 4096, 8192, 16384],
+        help="lengths K of the dot products (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--outputs", type=whole_number(1), default=1024, help="dot products per length (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=folder, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     rows = [
         {"K": k, "distribution": distribution, **measure(k, distribution, options.outputs, seed=k)}

@@ -1,13 +1,14 @@
-"""FP8 training against bfloat16 (report section 3.3, appendix B.1 and B.2, figure 10).
+"""Compares FP8 training with bfloat16 training (report section 3.3, appendix B.1 and B.2, figure 10).
 
     python experiments/fp8_vs_bf16.py [--scale tiny|small|1b] [--seeds 0 1 2]
 
-Claims: the relative difference of the loss stays under 0.25%; gradients quantised in 128x128 blocks make training worse
-(a 16B model diverged after 300B tokens). Further arms undo one decision of the recipe each: tiles (one scale a tensor),
-promotion, e4m3 gradients. All arms of a seed see the same weights and batches.
+Claims: the relative difference of the loss stays under 0.25%, and quantising gradients in 128x128 blocks makes
+training worse (the report saw a 16B model diverge after 300B tokens). Further arms each turn off one part of the
+recipe: tiles (one scale per tensor instead), promotion, or e4m3 gradients. All arms of a seed have the same initial
+weights and batches.
 
-Two runs whose roundings differ drift apart by themselves. How far is measured by two arms without FP8: bfloat16 from
-weights that differ by less than bfloat16 resolves, and float32. A difference that is not above theirs is none of FP8's.
+Any two runs that round differently drift apart. Two arms without FP8 measure how far: bfloat16 with initial weights
+that differ by less than bfloat16 resolves, and float32. Only what exceeds their difference is due to FP8.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ from dsv3_jax.runs.checkpoints import make_model
 CLAIM = 0.0025
 NUDGED = "bf16, weights nudged"
 STYLES = {"bf16": "black", NUDGED: "0.5", "float32": "0.7"}  # the arms without FP8
-NUDGE = 2.0**-9  # of a weight: half the distance of neighbours in bfloat16
+NUDGE = 2.0**-9  # relative change of a weight: half the distance between neighbouring bfloat16 numbers
 ARMS = {
     "bf16": "bfloat16",
     NUDGED: "bfloat16",
     "float32": "float32",
     "fp8": "fp8",
     "block-wise gradients": "fp8,block_wise_gradients=true",
-    "one scale a tensor": "fp8,tile=0",
+    "one scale per tensor": "fp8,tile=0",
     "no promotion": "fp8,promotion=false",
     "e5m2 gradients": "fp8,input_gradient=e5m2,weight_gradient=e5m2",
 }
 
 
 def nudged(config: RunConfig) -> DeepSeekV3:
-    """The run's initial model, every weight w made w (1 + e), e uniform in [-NUDGE, NUDGE)."""
+    """Returns the run's initial model with every weight multiplied by 1 + e, where e is uniform in [-NUDGE, NUDGE)."""
     model = make_model(config)
     params = nnx.state(model, nnx.Param)
     leaves, tree = jax.tree.flatten(params)
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         style = {"color": STYLES[name], "ls": "--"} if name in STYLES else {}
         curves.plot(runs[0].steps, smoothed(runs[0].loss), label=name, **style)
         differences.plot(runs[0].steps, [100 * value for value in relative[0]], label=name, **style)
-    curves.set(xlabel="step", ylabel="loss, nats a token", title="Training loss (smoothed, 0.9)")
+    curves.set(xlabel="step", ylabel="loss, nats per token", title="Training loss (smoothed, 0.9)")
     differences.axhspan(-100 * CLAIM, 100 * CLAIM, color="0.9", label="±0.25%")
     differences.set(xlabel="step", ylabel="%", title=f"Relative difference to bf16, seed {options.seeds[0]}")
     legend_below(figure, differences)
@@ -109,14 +110,15 @@ def main(argv: list[str] | None = None) -> None:
     change = paired(blocks["validation_loss"]["values"], fp8["validation_loss"]["values"])
     worse, noise = change["mean"], change["standard_deviation"] or 0
     verdict = (
-        f"The smoothed loss under FP8 lies {100 * difference['mean']:.2f}% from bf16's over the second half of the run "
-        f"(largest {100 * fp8['largest_relative_loss_difference']['mean']:.2f}%), FP8's being the {side} one: the "
-        f"claim of under 0.25% {'holds' if difference['mean'] < CLAIM else 'does not hold'} at scale {options.scale}. "
-        f"Two bf16 runs whose weights differ by less than bf16 resolves lie {100 * floors[NUDGED]['mean']:.2f}% apart, "
-        f"bf16 and float32 {100 * floors['float32']['mean']:.2f}%: FP8's difference "
-        f"{'is above' if above['mean'] > 2 * deviation > 0 else 'cannot be told from'} that noise, by "
+        f"With FP8 the smoothed loss differs by {100 * difference['mean']:.2f}% from that with bf16 over the second "
+        f"half of the run (at most {100 * fp8['largest_relative_loss_difference']['mean']:.2f}%) and is the {side} "
+        f"one: the claim of under 0.25% {'holds' if difference['mean'] < CLAIM else 'does not hold'} at scale "
+        f"{options.scale}. "
+        f"Two bf16 runs whose weights differ by less than bf16 resolves are {100 * floors[NUDGED]['mean']:.2f}% apart, "
+        f"bf16 and float32 {100 * floors['float32']['mean']:.2f}%. FP8's difference "
+        f"{'exceeds' if above['mean'] > 2 * deviation > 0 else 'cannot be told from'} the larger of these, by "
         f"{100 * above['mean']:.2f}% (deviation over the seeds {100 * deviation:.2f}%). "
-        f"Block-wise gradients change the validation loss by {worse:+.4f} against FP8 with tiles "
+        f"Block-wise gradients change the validation loss by {worse:+.4f} compared with FP8 in tiles "
         f"(deviation over the seeds {noise:.4f}), "
         + ("which is worse." if worse > 2 * noise > 0 else "which cannot be told from noise at this size.")
     )

@@ -1,12 +1,12 @@
-"""Where the Hopper kernels should land on an H200, by counting cycles. Not a measurement.
+"""Estimates how fast the Hopper kernels should run on an H200, by counting cycles. Nothing is measured.
 
     python experiments/kernel_estimates.py
 
-The model of the FP8 product is `estimated_cycles` of pallas_kernels/blockwise_matmul/tuning.py, that of the grouped
-ones `step_cycles` of pallas_kernels/grouped_matmul/tiling.py; besides, no product can beat HBM, nor the clock that the
-chip keeps under a power limit. Quantisation and routing are set against the copy bandwidth and the issue slots that
-their arithmetic takes. Writes kernel_estimates.md into experiments/results/ (or --out);
-experiments/benchmarks/kernels.py measures the same.
+The cycles of an FP8 product come from `estimated_cycles` in pallas_kernels/blockwise_matmul/tuning.py, those of the
+grouped products from `step_cycles` in pallas_kernels/grouped_matmul/tiling.py. A product is also limited by HBM
+bandwidth and by the clock that the chip keeps under its power limit. Quantisation and routing are limited by the copy
+bandwidth or by the issue slots of their arithmetic. Writes kernel_estimates.md into experiments/results/ (or --out);
+experiments/benchmarks/kernels.py measures the same kernels.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 MULTIPROCESSORS = 132
 CLOCK_GHZ = 1.755
 PEAK_TFLOPS = 1979.0
-# cuBLAS's bf16 product reaches 769 to 798 of 989 TFLOP/s on random data: the share of the peak that power allows.
+# The share of the peak rate that the power limit allows: cuBLAS's bf16 product reaches 769 to 798 of 989 TFLOP/s on
+# random data.
 SUSTAINED = 0.79
 COPY_TB_PER_S = 4.3
+# (K, N) of V3's linear maps.
 LAYERS = ((7168, 2112), (1536, 24576), (512, 32768), (16384, 7168), (7168, 4096), (2048, 7168))
-# Bytes moved and issue slots (of 128 lanes a cycle; minima, maxima and conversions run at half rate) an element.
+# Bytes moved and issue slots, per element. 128 lanes issue per cycle; minima, maxima and conversions take two slots.
 QUANTISE = {
     "1x128, bfloat16": (3.03, 10),
     "128x128, bfloat16": (3.0, 13),
@@ -34,24 +36,26 @@ QUANTISE = {
     "re-tiled, transposed": (2.06, 16),
 }
 
-EXPERTS = ((4096, 7168), (7168, 2048))  # (N, K) of an expert's gate and up, and of its down projection
+EXPERTS = ((4096, 7168), (7168, 2048))  # (N, K) of an expert's gate-and-up projection and of its down projection
 GROUPED_ROWS = 32768
 TOKENS, WIDTH, CHOSEN, ALL_EXPERTS = 8192, 7168, 8, 256
-# Issue slots of an element that crosses memory: combine converts a row's element (1/2: two a slot) and multiplies and
-# adds it (1), its gradient also scales and rounds one (3/2); permute leaves all to TMA. Loads of 16 bytes add 1/8.
+# Issue slots per element moved: `combine` converts an element (1/2, as two share a slot) and multiplies and adds it
+# (1); its gradient also scales and rounds one (3/2); `permute` leaves all work to TMA. Loads of 16 bytes add 1/8.
 MOVES = {
-    # elements read and written a token, issue slots a token
+    # elements read and written per token and column, issue slots per token
     "permute": (1 + CHOSEN, 0.0),
     "combine": (1 + CHOSEN, WIDTH * (CHOSEN * 1.625 + 1)),
     "gradient of combine": (1 + 2 * CHOSEN, WIDTH * (CHOSEN * 3.25 + 1)),
 }
-# A choice compares every candidate and selects value, index and affinity (4), looks for the lowest index (2), sums the
-# affinity out (2) and puts minus infinity in the place (2); there are two rounds of 8, as the statistics are of the
-# choice without bias and groups. Scores take about 12, the groups' 10, the tile's sums 12.
+# Issue slots of the gate per token. For every candidate expert, one choice compares it and selects value, index and
+# affinity (4), finds the lowest index among equals (2), extracts the affinity (2) and masks the chosen expert (2).
+# There are two rounds of 8 choices, since the balance statistics need the choice without bias and groups. Computing the
+# scores takes about 12, the group scores 10, the sums over the tile 12.
 GATE_SLOTS = ALL_EXPERTS * (2 * CHOSEN * 10 + 34)
 
 
 def product(m: int, n: int, k: int) -> str:
+    """Returns the table row of one FP8 product [m, k] x [n, k]."""
     tiling = choose_tiling(m, n, k, 2, MULTIPROCESSORS)
     cycles = estimated_cycles(tiling, m, n, k, MULTIPROCESSORS)
     bound = max(cycles, key=cycles.__getitem__)
@@ -69,6 +73,7 @@ def product(m: int, n: int, k: int) -> str:
 
 
 def quantise(name: str) -> str:
+    """Returns the table row of one quantisation kernel."""
     moved, slots = QUANTISE[name]
     memory = moved / (COPY_TB_PER_S * 1e12 / MULTIPROCESSORS / (CLOCK_GHZ * 1e9))
     arithmetic = slots / 128
@@ -77,7 +82,8 @@ def quantise(name: str) -> str:
 
 
 def grouped(groups: int, n: int, k: int, depth: bool) -> str:
-    """One row: with groups along the rows [rows, n], or along the depth [groups, n, k] in float32."""
+    """Returns the table row of a grouped product: [rows, n] in bfloat16, or with `depth` the float32 weight gradient
+    [groups, n, k]."""
     columns, contraction = (k, GROUPED_ROWS) if depth else (n, k)
     along = "depth" if depth else "rows"
     out_bytes = 4 if depth else 2
@@ -107,13 +113,14 @@ def grouped(groups: int, n: int, k: int, depth: bool) -> str:
 
 
 def _dense_tflops(m: int, n: int, k: int) -> float:
+    """Returns the estimated rate of one dense FP8 product."""
     tiling = choose_tiling(m, n, k, 2, MULTIPROCESSORS)
     cycles = sum(estimated_cycles(tiling, m, n, k, MULTIPROCESSORS).values())
     return min(2.0 * m * n * k / cycles * CLOCK_GHZ * 1e-3, SUSTAINED * PEAK_TFLOPS)
 
 
 def routed(name: str, moved: float, slots: float) -> str:
-    """One row from bytes and issue slots of all tokens together."""
+    """Returns the table row of a routing kernel from the bytes and issue slots of all tokens together."""
     microseconds = {
         "HBM": moved / COPY_TB_PER_S * 1e-6,
         "issue": slots / 128 / MULTIPROCESSORS / CLOCK_GHZ * 1e-3,
@@ -125,6 +132,7 @@ def routed(name: str, moved: float, slots: float) -> str:
 
 
 def routing() -> list[str]:
+    """Returns the table rows of the routing kernels."""
     moves = [
         routed(f"{name}, {TOKENS} x {WIDTH}", 2.0 * TOKENS * WIDTH * elements, TOKENS * slots)
         for name, (elements, slots) in MOVES.items()
@@ -135,13 +143,13 @@ def routing() -> list[str]:
 
 def main() -> None:
     parser = CommandLine(__doc__)
-    parser.add_argument("--out", type=folder, default=RESULTS)
+    parser.add_argument("--out", type=folder, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     lines = [
-        "# Where the kernels should land on an H200",
+        "# Estimated speed of the kernels on an H200",
         "",
-        "Counted by `experiments/kernel_estimates.py`, not measured; the model is explained there. It leaves out what",
-        "only a run can show: bank conflicts, uneven L2 traffic, how well the two consumers' steps interlock.",
+        "Computed by `experiments/kernel_estimates.py`, which explains the model; not measured. The estimates ignore",
+        "what only a run can show: bank conflicts, uneven L2 traffic, how well the steps of the two consumers overlap.",
         "",
         "## FP8 product (operands quantised, bfloat16 out)",
         "",
@@ -149,32 +157,33 @@ def main() -> None:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(product(m, n, k) for m in (64, 512, 4096, 8192) for k, n in LAYERS),
         "",
-        "## Quantisation (cycles an element and multiprocessor)",
+        "## Quantisation (cycles per element on one multiprocessor)",
         "",
-        "| kernel | bytes | issue slots | by memory | by issue | of the copy bandwidth at best |",
+        "| kernel | bytes | issue slots | by memory | by issue | share of the copy bandwidth at best |",
         "| --- | --- | --- | --- | --- | --- |",
         *(quantise(name) for name in QUANTISE),
         "",
         f"## Grouped FP8 products ({GROUPED_ROWS:,} rows in all)",
         "",
-        "Groups along the rows cost the same however the rows are spread, as a tile never holds two groups. Weight",
-        "gradients are written in float32: with many groups that is all they do. The estimate for them is of even",
-        "groups; one long group leaves its last tiles to few multiprocessors.",
+        "A product with groups along the rows costs the same however the rows are distributed over the groups, because",
+        "a tile never holds two groups. Weight gradients are written in float32; with many groups, writing takes all",
+        "the time. Their estimate assumes groups of equal size; few multiprocessors would compute the last tiles of",
+        "one long group.",
         "",
         "| form | groups | N | K | tile | bound by | microseconds | TFLOP/s | of peak | of dense, same rows |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         *(grouped(g, n, k, depth) for depth in (False, True) for n, k in EXPERTS for g in (8, 32, 256)),
         "",
-        "The dense product shares the weights' tile between two blocks, 192 of its 320 rows and columns; a group's",
-        "product can only share the rows' 128, since the neighbour along the rows may belong to another group.",
+        "In the dense product two blocks share the weight tile, 192 of 320 rows and columns. In a grouped product they",
+        "can share only the 128 rows, because the next block along the rows may belong to another group.",
         "",
         "## Routing",
         "",
-        "| kernel | megabytes | microseconds by HBM | by issue | bound by | of the copy bandwidth at best |",
+        "| kernel | megabytes | microseconds by HBM | by issue | bound by | share of the copy bandwidth at best |",
         "| --- | --- | --- | --- | --- | --- |",
         *routing(),
         "",
-        "The gate reads and writes little and compares much: eight choices among 256 candidates, twice.",
+        "The gate moves few bytes but makes many comparisons: it chooses 8 of 256 candidates, twice.",
         "",
     ]
     options.out.mkdir(parents=True, exist_ok=True)

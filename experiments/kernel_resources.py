@@ -1,9 +1,9 @@
-"""Registers, spills and shared memory of every kernel, compiled for Hopper and for TPUs without either.
+"""Lists registers, spills and shared memory of every kernel, compiled for Hopper and TPU on any machine.
 
     python experiments/kernel_resources.py
 
 Writes kernel_resources.json and kernel_resources.md into experiments/results/ (or --out). Needs the extra `aot`
-(`make setup-aot`). The compilers run in processes of their own.
+(`make setup-aot`). Each compiler runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -26,28 +26,30 @@ WHEELS = REPOSITORY / ".venv" / "aot"
 
 
 def operations() -> list[str]:
-    """The packages of pallas_kernels that list what to compile ahead."""
+    """Returns the packages of pallas_kernels that list cases to compile ahead of time."""
     package = pathlib.Path(pallas_kernels.__file__).parent
     return sorted(path.parent.name for path in package.glob("*/ahead_cases.py"))
 
 
 def compiled(target: str) -> dict[str, list[dict[str, Any]]]:
+    """Compiles every operation for a target in a new process and returns the resources of each case."""
     path = os.pathsep.join([str(WHEELS), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pallas_kernels.compile_ahead", target, *operations()]
     run = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": path}, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False
     )
     if run.returncode:
-        sys.exit(f"compiling for {target} failed (see above); the extra 'aot' is installed by make setup-aot")
+        sys.exit(f"compiling for {target} failed (see above); `make setup-aot` installs the compilers")
     return json.loads(run.stdout)
 
 
 def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """Returns the results as Markdown tables."""
     lines = [
         "# Resources of the kernels",
         "",
-        "By `experiments/kernel_resources.py`. Compiled for sm_90a with ptxas of CUDA 13. Registers are those at",
-        "launch; a warp-specialised kernel then moves them from its producer (40) to its consumers (232).",
+        "Written by `experiments/kernel_resources.py`. Compiled for sm_90a with ptxas of CUDA 13. Registers are those",
+        "per thread at launch; a warp-specialised kernel then gives its producer 40 and its consumers 232.",
         "",
         "| operation | case | kernel | registers | spilled bytes | shared memory | tensor-core instruction |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -61,7 +63,7 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
                     f"| {operation} | {case['case']} | {kernel['kernel']} | {kernel['registers']} | {spilled} | "
                     f"{kernel['shared_memory_bytes']:,} | {instruction} |"
                 )
-    lines += ["", "Compiled to the end for TPUs (bytes of program):", ""]
+    lines += ["", "Size of the program compiled for each TPU, in bytes:", ""]
     tpus = [target for target in results if target != "hopper"]
     lines += [f"| operation | case | {' | '.join(tpus)} |", "| --- | --- |" + " --- |" * len(tpus)]
     for operation, cases in results[tpus[0]].items():
@@ -73,7 +75,7 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
 
 def main() -> None:
     parser = CommandLine(__doc__)
-    parser.add_argument("--out", type=folder, default=RESULTS)
+    parser.add_argument("--out", type=folder, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     results = {target: compiled(target) for target in TARGETS}
     for operations_of_target in results.values():

@@ -1,17 +1,18 @@
-"""Context extension in two phases by YaRN, and a needle in a haystack before and after (report section 4.3, figure 8).
+"""Extends the context in two phases with YaRN and searches for a needle in a haystack (report section 4.3, figure 8).
 
     python experiments/long_context.py [--scale tiny|small|1b] [--seeds 0 1]
 
-Claim: two short phases of training under YaRN (s = 40, alpha = 1, beta = 32, sqrt(t) = 0.1 ln s + 1, the last learning
-rate of pre-training) take a model from 4K tokens to 32K and then to 128K, 8 and 4 times its context, and a fact put
-anywhere in a long text is found. Lengths and batches keep the report's ratios (a step has the same tokens in all
-three runs), and so do the settings of YaRN; alpha and beta are `beta_slow` and `beta_fast`. The temperature
-multiplies all logits, as in the published weights' own code, not those of the decoupled key alone.
+Claim: two short training phases with YaRN (s = 40, alpha = 1, beta = 32, sqrt(t) = 0.1 ln s + 1, at the final learning
+rate of pre-training) extend the context from 4K to 32K and then to 128K tokens, 8 times and 4 times its length, and the
+model then finds a fact anywhere in a long text. This experiment keeps the report's ratios of lengths and batch sizes (a
+step has equally many tokens in all three runs) and its YaRN settings; alpha and beta are the fields `beta_slow` and
+`beta_fast`. As in the code published with the weights, the temperature multiplies all attention logits, not only those
+of the decoupled key.
 
-The text is made for the purpose (`corpora.py`): facts of one character, each told once in a document, questions about
-them with the answers, and hay. The needle is such a fact of a key that the rest of the haystack does not speak of.
-Beside the two phases: the pre-trained model as it is, the same under YaRN untrained, and both phases without YaRN.
-Without MTP and the balance losses, which play no part here.
+The texts are synthetic (`corpora.py`): facts of one character that each occur once in a document, questions about them
+with answers, and filler. The needle is a fact about a key that occurs nowhere else in the haystack. The model is tested
+after each phase, and for comparison after pre-training, with YaRN but untrained, and after both phases without YaRN.
+There is no MTP and no auxiliary balance loss.
 """
 
 from __future__ import annotations
@@ -55,20 +56,24 @@ from dsv3_jax.runs.checkpoints import make_model
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.training.schedules import TrainingSchedule
 
-FACTOR = 40.0  # s
+FACTOR = 40.0  # s, YaRN's scaling factor
 GRIDS = ("pre-trained", "YaRN, untrained", "YaRN, phase 1", "YaRN, phase 2", "phase 2 without YaRN")
+# Positions of the needle: 0 is the start of the text, 1 its end.
 DEPTHS = (0.0, 0.17, 0.33, 0.5, 0.67, 0.83, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Three runs, one after another.
+    """The settings of three consecutive runs: pre-training, phase 1 and phase 2.
 
     Attributes:
-      lengths, batches, steps: tokens of a sequence, sequences of a step and steps, of pre-training and the phases.
-      documents: how many each of the three runs has to read.
-      learning_rate: the peak of pre-training. Its end, which both phases keep, is the report's share of it.
-      trials: haystacks of one length and depth.
+      model: the architecture, before its context is extended.
+      lengths: tokens per sequence of each run.
+      batches: sequences per step of each run.
+      steps: optimizer steps of each run.
+      documents: number of documents in the corpus of each run.
+      learning_rate: peak of pre-training; both phases use its final rate, which is the report's fraction of the peak.
+      trials: haystacks per length and depth.
     """
 
     model: ModelConfig
@@ -81,14 +86,14 @@ class Plan:
 
     @property
     def contexts(self) -> list[int]:
-        """Lengths of the haystacks: doubling, from half of pre-training's."""
+        """Lengths of the haystacks: powers of two, from half the length of pre-training to the length of phase 2."""
         return [
             self.lengths[0] // 2 * 2**power for power in range(int(np.log2(self.lengths[2] // self.lengths[0])) + 2)
         ]
 
 
 def plan_of(options: Options) -> Plan:
-    """Of a scale; 1/128, 1/32 and 1/8 of the report's lengths."""
+    """Returns the settings of a scale: tiny, small and 1b have 1/128, 1/32 and 1/8 of the report's sequence lengths."""
     if options.scale == "tiny":
         model = tiny_model().replace(
             num_hidden_layers=2, n_routed_experts=8, qk_rope_head_dim=16, kv_lora_rank=32, initializer_range=0.05
@@ -106,13 +111,13 @@ def plan_of(options: Options) -> Plan:
 
 
 def extended(model: ModelConfig, original: int, yarn: bool) -> ModelConfig:
-    """The same model for FACTOR times the context; nothing but positions differs."""
+    """Returns the model for FACTOR times the context `original`, with or without YaRN; only positions differ."""
     scaling = RopeScaling(factor=FACTOR, original_max_position_embeddings=original) if yarn else None
     return model.replace(max_position_embeddings=int(FACTOR) * original, rope_scaling=scaling)
 
 
 def run_of_phase(options: Options, plan: Plan, seed: int, phase: int, yarn: bool) -> RunConfig:
-    """Pre-training (phase 0) or one of the two phases; those keep the last learning rate of pre-training."""
+    """Returns the run of pre-training (phase 0), or of a phase (1, 2), at pre-training's final learning rate."""
     length = plan.lengths[phase]
     common: dict[str, Any] = {"ramp_until": 0.0, "ramp_from": 1.0, "balance_weight": 0.0}
     last = TrainingSchedule().last_rate
@@ -156,7 +161,7 @@ def run_of_phase(options: Options, plan: Plan, seed: int, phase: int, yarn: bool
 
 
 def weights_of(folder: Path, config: RunConfig) -> DeepSeekV3:
-    """The model a run has reached, its weights unchanged, as a model of `config`."""
+    """Returns a model of configuration `config` with the weights that the run in `folder` has reached."""
     found, _, _ = dsv3.load_checkpoint(folder)
     model = make_model(config)
     nnx.update(model, nnx.state(found))
@@ -164,7 +169,11 @@ def weights_of(folder: Path, config: RunConfig) -> DeepSeekV3:
 
 
 def extend(options: Options, plan: Plan, seed: int) -> tuple[dict[str, ArmResult], dict[str, DeepSeekV3]]:
-    """All runs of a seed, each from the weights of the one before, and the models of the grids."""
+    """Runs pre-training and the phases for one seed, each from the weights of the one before.
+
+    Returns:
+      The results of each run, and the models to test, by name (GRIDS).
+    """
     runs: dict[str, ArmResult] = {}
 
     def run(name: str, phase: int, yarn: bool, before: str | None) -> None:
@@ -189,13 +198,13 @@ def extend(options: Options, plan: Plan, seed: int) -> tuple[dict[str, ArmResult
 
 
 def needle_scores(model: DeepSeekV3, tokenizer: Tokenizer, plan: Plan) -> Float[np.ndarray, "depths contexts"]:
-    """Mean probability of the needle's value, by depth and length of the haystack: 1 where all are found and surely."""
+    """Returns the mean probability of the right answer by depth and haystack length; 1 means always found."""
     graph, state = nnx.split(model)
     scores = np.zeros((len(DEPTHS), len(plan.contexts)))
     for column, context in enumerate(plan.contexts):
         draw = random.Random(context)
         texts = [haystack(draw, context, depth) for depth in DEPTHS for _ in range(plan.trials)]
-        width = next(length for length in plan.lengths if length >= context)  # few shapes, so few programs to compile
+        width = next(length for length in plan.lengths if length >= context)  # few shapes to compile
         tokens = np.zeros((len(texts), width), np.int32)
         for row, text in zip(tokens, texts, strict=True):
             row[: len(text)] = tokenizer.encode(text)
@@ -211,12 +220,12 @@ def needle_scores(model: DeepSeekV3, tokenizer: Tokenizer, plan: Plan) -> Float[
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _answers(graph: Any, state: nnx.State, tokens: Int[Array, "B T"], place: Int[Array, ""]) -> Float[Array, " B"]:
-    """What probability the model gives the token at `place`; what comes after is not seen."""
+def _answers(graph: Any, state: nnx.State, tokens: Int[Array, "B T"], position: Int[Array, ""]) -> Float[Array, " B"]:
+    """Returns the probability that the model gives the token at `position`, from the tokens before it."""
     model: DeepSeekV3 = nnx.merge(graph, state)
     hidden = model.features(tokens).hidden
-    logits = model.head(jnp.take(hidden, place - 1, axis=1))
-    return jnp.take_along_axis(jax.nn.softmax(logits), jnp.take(tokens, place, axis=1)[:, None], axis=-1)[:, 0]
+    logits = model.head(jnp.take(hidden, position - 1, axis=1))
+    return jnp.take_along_axis(jax.nn.softmax(logits), jnp.take(tokens, position, axis=1)[:, None], axis=-1)[:, 0]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -254,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _reaches(plan: Plan) -> dict[str, Callable[[int], bool]]:
+    """Returns three ranges of haystack lengths: a name, and a function that tells whether a length belongs to it."""
     first, second, third = plan.lengths
     return {
         f"up to {first}": lambda context: context <= first,
@@ -263,7 +273,7 @@ def _reaches(plan: Plan) -> dict[str, Callable[[int], bool]]:
 
 
 def _by_reach(of_seeds: list[np.ndarray], plan: Plan) -> dict[str, dict[str, Any]]:
-    """Mean score over all depths: within the length of pre-training, from there to phase 1's, and at phase 2's."""
+    """Returns the score averaged over all depths and the lengths of each range of `_reaches`."""
     numbers = {}
     for name, holds in _reaches(plan).items():
         columns = [column for column, context in enumerate(plan.contexts) if holds(context)]
@@ -272,11 +282,11 @@ def _by_reach(of_seeds: list[np.ndarray], plan: Plan) -> dict[str, dict[str, Any
 
 
 def _losses(runs: Mapping[str, ArmResult]) -> dict[str, float]:
-    """Validation losses before and after every run, each on texts of the run's length."""
+    """Returns the validation losses at start and end of every run, on texts of the run's sequence length."""
     losses = {}
     for name, run in runs.items():
         start = json.loads(RunFolder(run.folder).summary.read_text())["validation_at_start"]
-        # A run that was stopped and went on has no evaluation of its start in the summary.
+        # The summary of a run that was interrupted and resumed has no evaluation of its start.
         losses[f"{name}, start"] = start["main"]["loss"] if start else float("nan")
         losses[f"{name}, end"] = run.validation_loss
     return losses
@@ -288,6 +298,7 @@ def _verdict(
     plan: Plan,
     scale: str,
 ) -> str:
+    """Returns the result in words."""
     short, _, far = _reaches(plan)
 
     def score(grid: str, reach: str) -> str:
@@ -296,28 +307,29 @@ def _verdict(
     before, after, control = (numbers[grid] for grid in ("pre-trained", "YaRN, phase 2", "phase 2 without YaRN"))
     base = before[short]["mean"]
     if base < 0.9:
-        held = "the task was not learned before the extension, so that nothing can be said"
+        held = "the task was not learned before the extension, so the claim cannot be tested"
     elif before[far]["mean"] >= 0.9 * base:
-        held = "the model finds them before any extension, so that the claim cannot be tried"
+        held = "the model finds needles before any extension, so the claim cannot be tested"
     else:
         held = f"the claim {'holds' if after[far]['mean'] >= 0.9 * base else 'does not hold'}"
     difference = paired(after[far]["values"], control[far]["values"])
     seen = abs(difference["mean"]) > max(0.01, 2 * (difference["standard_deviation"] or 0.0))
     return (
-        f"The pre-trained model gives a needle's value {score('pre-trained', short)} within {plan.lengths[0]} "
-        f"tokens, the length of its training, and {score('pre-trained', far)} in {far}; there it has "
-        f"{score('YaRN, untrained', far)} under YaRN untrained, {score('YaRN, phase 1', far)} after phase 1 and "
-        f"{score('YaRN, phase 2', far)} after phase 2: {held} at scale {scale}. The same two phases without YaRN reach "
-        f"{score('phase 2 without YaRN', far)}, {'another figure' if seen else 'no other figure that could be seen'}. "
-        f"The loss of texts of {plan.lengths[1]} tokens is {losses['plain, phase 1, start']['mean']:.2f} before, "
-        f"{losses['YaRN, phase 1, start']['mean']:.2f} under YaRN untrained, "
+        f"The pre-trained model gives the right answer a probability of {score('pre-trained', short)} within "
+        f"{plan.lengths[0]} tokens, the length of its training, and of {score('pre-trained', far)} at {far} tokens. At "
+        f"{far} tokens it has {score('YaRN, untrained', far)} with YaRN but no training, "
+        f"{score('YaRN, phase 1', far)} after phase 1 and {score('YaRN, phase 2', far)} after phase 2: {held} at scale "
+        f"{scale}. The same two phases without YaRN reach {score('phase 2 without YaRN', far)}, which is "
+        f"{'a different result' if seen else 'no visible difference'}. "
+        f"The loss on texts of {plan.lengths[1]} tokens is {losses['plain, phase 1, start']['mean']:.2f} before, "
+        f"{losses['YaRN, phase 1, start']['mean']:.2f} with YaRN untrained, "
         f"{losses['YaRN, phase 1, end']['mean']:.2f} after phase 1 "
         f"and {losses['plain, phase 1, end']['mean']:.2f} after phase 1 without YaRN."
     )
 
 
 def draw(means: Mapping[str, np.ndarray], plan: Plan):
-    """Figure 8, a panel a model: context across, depth down, from red (not found) to green (found for sure)."""
+    """Draws figure 8, one panel per model: context length across, depth down, from red (not found) to green (found)."""
     figure, axes = new_figure(len(means), width=2.9, height=3.0)
     for axis, (grid, mean) in zip(axes, means.items(), strict=True):
         image = axis.imshow(mean, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1)
@@ -327,7 +339,7 @@ def draw(means: Mapping[str, np.ndarray], plan: Plan):
         for length in plan.lengths[:2]:
             axis.axvline(plan.contexts.index(length) + 0.5, color="black", lw=1.0, ls=":")
     axes[0].set_ylabel("depth of the needle, %")
-    figure.colorbar(image, ax=axes, label="probability of the needle's value")
+    figure.colorbar(image, ax=axes, label="probability of the right answer")
     return figure
 
 

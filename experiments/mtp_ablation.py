@@ -1,10 +1,11 @@
-"""Training with and without the multi-token prediction module, the main model the same (report sections 2.2 and 4.5.1).
+"""Trains with and without the multi-token prediction (MTP) module and compares the main model (sections 2.2 and 4.5.1).
 
     python experiments/mtp_ablation.py [--scale tiny|small|1b] [--seeds 0 1 2]
 
-Claim (table 4): with the module dropped at inference, the main model is as good or better. Its validation loss is the
-main figure; two probes stand for the downstream tasks that models of this size cannot do: how often an exercise's
-answer comes out right (exact match of greedy bytes), and the loss on the second showing of a random string (induction).
+Claim (table 4): when the module is dropped at inference, the main model is as good as one trained without it, or
+better. The main measure is the validation loss of the main head. Models of this size cannot do the report's
+downstream tasks, so two probes stand for them: how often the answer to an exercise is right (exact match of greedy
+bytes), and the loss on the second occurrence of a random string (induction).
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from flax import nnx
 
 import dsv3_jax as dsv3
 
-PROBES = 256
-REPEATED = 24  # characters that are shown twice
+PROBES = 256  # exercises, and random strings
+REPEATED = 24  # length of the string that occurs twice
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,18 +59,18 @@ def main(argv: list[str] | None = None) -> None:
     curves.set(xlabel="step", ylabel="loss of the main head", title="Main head, training (smoothed)")
     curves.legend()
     losses = {"validation": differences["validation_loss"], "repetition": differences["repetition_loss"]}
-    _draw_differences(bars[0], losses, 1.0, "loss, nats a byte")
-    _draw_differences(bars[1], {"answers": differences["answers_right"]}, 100.0, "right answers, points of 100")
+    _draw_differences(bars[0], losses, 1.0, "loss, nats per byte")
+    _draw_differences(bars[1], {"answers": differences["answers_right"]}, 100.0, "right answers, percentage points")
 
     loss, answers = differences["validation_loss"], differences["answers_right"]
     noise = loss["standard_deviation"] or 0.0
     seen = abs(loss["mean"]) > 2 * noise > 0
     acceptance = numbers["with"]["acceptance"]
     verdict = (
-        f"The main head's validation loss changes by {show(loss)} with the MTP module "
-        f"({'worse' if loss['mean'] > 0 else 'better'}{'' if seen else ', within the noise of the seeds'}), "
-        f"answers right by {100 * answers['mean']:+.1f} points; "
-        f"{100 * acceptance['mean']:.0f}% of its drafts would be accepted (report: 85 to 90% at 671B)."
+        f"With the MTP module the main head's validation loss changes by {show(loss)} "
+        f"({'worse' if loss['mean'] > 0 else 'better'}{'' if seen else ', within the noise of the seeds'}) and the "
+        f"share of right answers by {100 * answers['mean']:+.1f} percentage points. "
+        f"{100 * acceptance['mean']:.0f}% of the drafts are accepted (report: 85 to 90% at 671B)."
     )
     for name, values in numbers.items():
         print(f"{name:8}", {measure: show(value) for measure, value in values.items()})
@@ -77,20 +78,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _draw_differences(axis: Any, differences: dict[str, dict], unit: float, label: str) -> None:
-    """Bars of means with their deviation, and a dot for every seed; one unit an axis."""
-    for place, difference in enumerate(differences.values()):
+    """Draws a bar with the mean and deviation of each difference, times `unit`, and a dot for every seed."""
+    for column, difference in enumerate(differences.values()):
         deviation = difference["standard_deviation"] or 0.0
-        axis.bar(place, unit * difference["mean"], yerr=unit * deviation, width=0.5, color="0.8", ecolor="0.4")
+        axis.bar(column, unit * difference["mean"], yerr=unit * deviation, width=0.5, color="0.8", ecolor="0.4")
         values = [unit * value for value in difference["values"]]
-        axis.plot([place] * len(values), values, "o", color="tab:orange", ms=4)
+        axis.plot([column] * len(values), values, "o", color="tab:orange", ms=4)
     axis.axhline(0, color="0.3", lw=0.8)
     axis.set_xticks(range(len(differences)), list(differences))
-    axis.set(ylabel=label, xlim=(-0.6, len(differences) - 0.4), title="with MTP less without, by seed")
+    axis.set(ylabel=label, xlim=(-0.6, len(differences) - 0.4), title="with MTP - without, by seed")
     if not any(value for difference in differences.values() for value in difference["values"]):
         axis.set_ylim(-1, 1)
 
 
-def _numbers(runs: list[ArmResult]) -> dict:
+def _numbers(runs: list[ArmResult]) -> dict[str, dict[str, Any]]:
+    """Returns the measures of one arm, each with its spread over the seeds."""
     probes = [_probe(run) for run in runs]
     numbers = {
         "validation_loss": spread([run.validation_loss for run in runs]),
@@ -103,7 +105,7 @@ def _numbers(runs: list[ArmResult]) -> dict:
 
 
 def _probe(run: ArmResult) -> tuple[float, float]:
-    """Share of exercises whose whole answer is right, and nats a byte on what was shown before."""
+    """Returns the share of exercises with a fully right answer, and the loss on repeated strings in nats per byte."""
     model, tokenizer, _ = dsv3.load_checkpoint(run.folder)
     draw = random.Random(12345)
     exercises = [(f"What is {a} + {b}? ", f"{a + b}\n") for a, b in _pairs(draw)]
@@ -117,7 +119,7 @@ def _probe(run: ArmResult) -> tuple[float, float]:
     letters = "abcdefghijklmnopqrstuvwxyz"
     texts = ["".join(draw.choices(letters, k=REPEATED)) for _ in range(PROBES)]
     logits, targets = _logits(model, [tokenizer.encode(f"{text}\n{text}") for text in texts])
-    again = slice(REPEATED + 1, 2 * REPEATED)  # the first letter's place in the string is not yet known
+    again = slice(REPEATED + 1, 2 * REPEATED)  # the first repeated letter cannot be predicted
     logits, targets = logits[:, again], targets[:, again]
     at_target = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
     losses = np.log(np.sum(np.exp(logits - logits.max(-1, keepdims=True)), -1)) + logits.max(-1) - at_target
@@ -125,11 +127,12 @@ def _probe(run: ArmResult) -> tuple[float, float]:
 
 
 def _pairs(draw: random.Random) -> list[tuple[int, int]]:
+    """Returns the operands of the exercises."""
     return [(draw.randint(2, 99), draw.randint(2, 99)) for _ in range(PROBES)]
 
 
 def _logits(model: dsv3.DeepSeekV3, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [rows, T, V] at every position, and the token each should give (rows filled up with zeros)."""
+    """Returns logits [rows, T, V] at every position and the next token [rows, T]; short rows are padded with zeros."""
     width = max(map(len, rows))
     tokens = np.zeros((len(rows), width), np.int32)
     for row, ids in zip(tokens, rows, strict=True):

@@ -1,13 +1,14 @@
-"""Attention of long sequences: one loop over tiles, beside query chunks laid out one after the other.
+"""Compares attention as one loop over tiles with attention in unrolled chunks of queries, for long sequences.
 
     python experiments/benchmarks/attention_tiles.py [--lengths 2048 4096] [--heads 8] [--rounds 7]
 
-The peer is the usual form in plain JAX: chunks of 512 queries, each with all keys up to its end, recomputed in the
-backward pass. Both make the same tiles of logits. For each: seconds of the forward pass, of forward and backward, and
-of these in a layer that is computed anew and has kept the output (the report's rematerialisation: the tiled form then
-walks its forward loop a second time, for the logarithms of the sums), medians of calls in turn in one process; seconds
-to compile; bytes that the compiled program needs beside its arguments and results; and its length. Writes
-attention_tiles.json into experiments/results/.
+The unrolled form is the usual one in plain JAX: each chunk of 512 queries attends to all keys up to its end, and is
+recomputed in the backward pass. Both forms compute the same tiles of logits. Each is measured in three uses: the
+forward pass, forward and backward pass, and the same in a layer that is recomputed but has kept the attention output
+(the report's recomputation; the tiled form then repeats its forward loop for the logarithms of the sums). For each
+use the script measures seconds (medians of alternating calls in one process), seconds to compile, the memory that the
+compiled program needs beyond its arguments and results, and the length of the program. Writes attention_tiles.json
+into experiments/results/.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ from dsv3_jax.modules.rematerialisation import rematerialise
 from dsv3_jax.precision.keeping import keep
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-QUERY_KEY, VALUE = 192, 128  # widths of the 671B model
+QUERY_KEY, VALUE = 192, 128  # head dimensions of the 671B model
 SCALE = QUERY_KEY**-0.5
-CHUNK = 512
+CHUNK = 512  # queries
 
 
 def unrolled(
     q: Float[Array, "B T H qk"], k: Float[Array, "B T H qk"], v: Float[Array, "B T H v"]
 ) -> Float[Array, "B T H v"]:
-    """The peer."""
+    """Causal attention in chunks of queries, one after another in the program."""
 
     @functools.partial(jax.checkpoint, static_argnums=(3,))
     def attend(q: Array, k: Array, v: Array, start: int) -> Array:
@@ -62,6 +63,8 @@ FORMS: dict[str, Callable[..., Array]] = {
 
 
 def with_gradients(form: Callable[..., Array]) -> Callable[..., Any]:
+    """Returns a function that computes the output and, for a given gradient of it, the gradients of q, k and v."""
+
     def both(q: Array, k: Array, v: Array, do: Array) -> Any:
         out, back = jax.vjp(form, q, k, v)
         return out, back(do)
@@ -69,19 +72,20 @@ def with_gradients(form: Callable[..., Array]) -> Callable[..., Any]:
     return both
 
 
-def computed_anew(form: Callable[..., Array]) -> Callable[..., Any]:
+def recomputed(form: Callable[..., Array]) -> Callable[..., Any]:
+    """Returns `with_gradients` of a layer that is recomputed in the backward pass but keeps the output of attention."""
     return with_gradients(rematerialise(lambda q, k, v: keep(form(q, k, v)), "report"))
 
 
 KINDS: dict[str, Callable[..., Any]] = {
     "forward": lambda form: lambda q, k, v, do: form(q, k, v),
     "forward and backward": with_gradients,
-    "computed anew": computed_anew,
+    "recomputed": recomputed,
 }
 
 
 def measure(length: int, heads: int, rounds: int) -> dict[str, Any]:
-    """Both forms at one length, in every kind of use."""
+    """Measures both forms at one sequence length in every use, and checks that their results agree."""
     shapes = [(1, length, heads, width) for width in (QUERY_KEY, QUERY_KEY, VALUE, VALUE)]
     arrays = [jax.random.normal(key, s) for key, s in zip(jax.random.split(jax.random.key(0), 4), shapes, strict=True)]
     found: dict[str, Any] = {}
@@ -107,6 +111,7 @@ def measure(length: int, heads: int, rounds: int) -> dict[str, Any]:
 
 
 def _compile(function: Callable[..., Any], *arguments: Array) -> tuple[Any, dict[str, Any]]:
+    """Returns the compiled function and the figures of its compilation."""
     lowered = jax.jit(function).lower(*arguments)
     start = time.perf_counter()
     compiled = lowered.compile()
@@ -121,9 +126,9 @@ def _compile(function: Callable[..., Any], *arguments: Array) -> tuple[Any, dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096])
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096], help="sequence lengths")
+    parser.add_argument("--heads", type=int, default=8, help="attention heads")
+    parser.add_argument("--rounds", type=int, default=7, help="calls of each form")
     arguments = parser.parse_args()
     device = jax.devices()[0]
     result: dict[str, Any] = {

@@ -1,11 +1,12 @@
-"""How fast checkpoints come in and go out, beside safetensors' own loader, and how much host memory it takes.
+"""Measures speed and host memory of loading and saving checkpoints, compared with safetensors' own loader.
 
     python experiments/benchmarks/checkpoint_io.py [--gigabytes 4] [--folder /tmp] [--dtype bfloat16 fp8]
 
-Makes a random checkpoint in V3's layout (and deletes it), then, in alternating rounds and each in a process of its own,
-reads the same files with `safetensors.safe_open` (every tensor into memory: the yardstick, in bytes a second; its numpy
-loader has no FP8, which is held against its rate for bfloat16), with `load_hf`, and writes with `save_hf`. Files are in
-the page cache: what is measured is the software, not the disk. Writes checkpoint_io.json into experiments/results/.
+Writes a random checkpoint in V3's format and deletes it at the end. In alternating rounds, each in a process of its
+own, it reads the same files with `safetensors.safe_open` (every tensor into memory) and with `load_hf`, and writes
+with `save_hf`. safetensors' numpy loader does not support FP8, so FP8 is compared with its rate for bfloat16. The
+files are in the page cache: the software is measured, not the disk. Writes checkpoint_io.json into
+experiments/results/.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 _YARDSTICK = """
 import glob, sys, time
-import jax  # as ours: both processes hold the same libraries
+import jax  # as in our script, so that both processes hold the same libraries
 from safetensors import safe_open
 start = time.perf_counter()
 loaded = {}
@@ -68,7 +69,7 @@ print(json.dumps({"seconds": seconds, "arrays": size, "peak": peak}))
 
 
 def measure(script: str, folder: Path) -> dict[str, float]:
-    """Runs a script in a fresh process; its seconds, bytes of arrays and peak resident memory."""
+    """Runs a script in a new process and returns its seconds, the bytes of its arrays, and its peak resident memory."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", script + _REPORT, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -78,7 +79,7 @@ def measure(script: str, folder: Path) -> dict[str, float]:
 
 
 def benchmark(folder: Path, gigabytes: float, form: Any, rounds: int) -> dict[str, Any]:
-    """Medians over alternating rounds."""
+    """Measures a checkpoint of one format and returns the medians over alternating rounds."""
     target = folder / f"synthetic-{form}"
     try:
         size = write(target, gigabytes, form)
@@ -103,6 +104,7 @@ def benchmark(folder: Path, gigabytes: float, form: Any, rounds: int) -> dict[st
 
 
 def _summary(samples: list[dict[str, float]], size: int) -> dict[str, float]:
+    """Returns the medians of one script over all rounds; `size` is the bytes of the files."""
     seconds = statistics.median(sample["seconds"] for sample in samples)
     return {
         "seconds": round(seconds, 3),
@@ -115,9 +117,9 @@ def _summary(samples: list[dict[str, float]], size: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=4.0)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the checkpoint")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="folder to write it into")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each script")
     parser.add_argument("--dtype", nargs="+", choices=["bfloat16", "fp8", "float32"], default=["bfloat16", "fp8"])
     arguments = parser.parse_args()
     import jax
@@ -144,7 +146,7 @@ def main() -> None:
         if yardstick:
             ratio = found["load_hf"]["gigabytes_per_second"] / yardstick["gigabytes_per_second"]
             result[form]["throughput_beside_safetensors"] = round(ratio, 3)
-            print(f"  load_hf reads at {ratio:.2f} times safetensors' rate")
+            print(f"  load_hf reads {ratio:.2f} times as fast as safetensors")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "checkpoint_io.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""How long a jitted function keeps the device busy."""
+"""Measures how long a jitted function keeps the device busy."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from typing import Any
 
 import jax
 
-# An H200 has 50 MB of L2: inputs are rotated through several times that, so that each call finds them in HBM.
+# An H200 has 50 MB of L2 cache. Calls rotate through sets of inputs of several times that size, so that each call reads
+# its inputs from HBM.
 ROTATED_BYTES = 400_000_000
 MAX_SETS = 16
 
 
-def bytes_of(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
 def number_of_sets(one_set: Any) -> int:
-    """How many sets of inputs to rotate through."""
-    return max(2, min(MAX_SETS, -(-ROTATED_BYTES // max(bytes_of(one_set), 1))))
+    """Returns how many sets of inputs to rotate through."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(one_set))
+    return max(2, min(MAX_SETS, -(-ROTATED_BYTES // max(size, 1))))
 
 
 def median_milliseconds(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], repeats: int) -> float:
-    """Median over `repeats` of the mean time of `function`, which is jitted, over the sets of inputs; warm.
+    """Returns the milliseconds of one call of a jitted function, after a warm-up.
 
-    On a GPU the sum of its kernels' run times as CUPTI sees them, without the launches; elsewhere, wall time.
+    This is the median over `repeats` of the mean time over all sets of inputs. On a GPU it is the sum of the run
+    times of the kernels as CUPTI reports them, without launch overhead; elsewhere it is wall time.
     """
 
     def over_all(*sets):
@@ -38,7 +37,7 @@ def median_milliseconds(function: Callable[..., Any], sets: Sequence[tuple[Any, 
 
         _, times = profiler.measure(over_all, iterations=max(repeats, 2))(*sets)
         if not times:
-            raise RuntimeError("CUPTI saw no kernel: is another profiler attached?")
+            raise RuntimeError("CUPTI reported no kernel; is another profiler attached?")
         return statistics.median(times) / len(sets)
     times = []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""The grouped products as problems for kernels.py: V3's experts, evenly and unevenly loaded."""
+"""Defines the grouped matrix products that kernels.py measures: V3's experts with even and with skewed loads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pallas_kernels.grouped_matmul import hopper, tiling
 
 
 def group_sizes(rows: int, groups: int, skewed: bool) -> np.ndarray:
-    """Multiples of 128 that add up to `rows`: even, or falling off as 1/rank with some groups empty."""
+    """Returns group sizes, multiples of 128 that sum to `rows`: equal, or skewed as 1/i with some groups empty."""
     weights = 1 / np.arange(1, groups + 1) if skewed else np.ones(groups)
     tiles = np.floor(weights / weights.sum() * (rows // 128)).astype(int)
     tiles[0] += rows // 128 - tiles.sum()
@@ -23,7 +23,7 @@ def group_sizes(rows: int, groups: int, skewed: bool) -> np.ndarray:
 
 
 def grouped(rows: int, groups: int, n: int, k: int, skewed: bool) -> Problem:
-    """Rows contiguous by expert."""
+    """Returns the problem of multiplying rows, sorted by expert, by the weights [n, k] of their experts."""
     sizes = group_sizes(rows, groups, skewed)
 
     def make(key):
@@ -71,7 +71,10 @@ def grouped(rows: int, groups: int, n: int, k: int, skewed: bool) -> Problem:
 
 
 def grouped_weight_gradient(rows: int, groups: int, n: int, k: int, skewed: bool) -> Problem:
-    """dW [groups, n, k] over each expert's rows, float32: both operands in 1x128 tiles along the rows."""
+    """Returns the problem of the experts' weight gradients [groups, n, k] in float32, each a sum over an expert's rows.
+
+    Both operands are quantised in 1x128 tiles along the rows.
+    """
     sizes = group_sizes(rows, groups, skewed)
     starts = np.cumsum(sizes) - sizes
 
@@ -106,19 +109,19 @@ def grouped_weight_gradient(rows: int, groups: int, n: int, k: int, skewed: bool
 
 
 def _ragged_depth(y, x, sizes):
-    """XLA's product with groups along the contraction."""
+    """Computes the weight gradients with XLA's own product with groups along the contracted dimension."""
     contracted = (((0,), (0,)), ((), ()))
     dimensions = lax.RaggedDotDimensionNumbers(contracted, lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
     return lax.ragged_dot_general(y, x, sizes, dimensions, preferred_element_type=jnp.float32)
 
 
-def masked(groups: int, room: int, n: int, k: int) -> Problem:
-    """The layout for decoding: room for `room` rows an expert, of which a few are there."""
-    counts = np.random.default_rng(0).binomial(room, 0.1, groups).astype("i4")
+def masked(groups: int, capacity: int, n: int, k: int) -> Problem:
+    """Returns the problem of decoding: a buffer of `capacity` rows per expert, of which about a tenth are filled."""
+    counts = np.random.default_rng(0).binomial(capacity, 0.1, groups).astype("i4")
 
     def make(key):
         keys = jax.random.split(key)
-        x = jax.random.normal(keys[0], (groups, room, k), jnp.bfloat16)
+        x = jax.random.normal(keys[0], (groups, capacity, k), jnp.bfloat16)
         w = jax.random.normal(keys[1], (groups, n, k), jnp.bfloat16)
         quantized = {"a": pk.quantize(x, tile="1x128"), "b": pk.quantize(w, tile="128x128")}
         return {"x": x, "w": w, **quantized, "counts": jnp.asarray(counts)}
@@ -137,11 +140,13 @@ def masked(groups: int, room: int, n: int, k: int) -> Problem:
     }
     rows = int(counts.sum())
     used = int((counts > 0).sum())
-    size = 2.0 * rows * n * k, rows * k + 1.0 * used * n * k + 2.0 * groups * room * n
-    return Problem("masked", f"{groups} groups of {room}, {rows} rows, {n} x {k}", make, contenders, error, 4e-3, *size)
+    size = 2.0 * rows * n * k, rows * k + 1.0 * used * n * k + 2.0 * groups * capacity * n
+    name = f"{groups} groups of {capacity}, {rows} rows, {n} x {k}"
+    return Problem("masked", name, make, contenders, error, 4e-3, *size)
 
 
 def _tokamax() -> Any:
+    """Returns the module tokamax, or None if it is not installed."""
     try:
         import tokamax  # pyright: ignore[reportMissingImports]
     except ImportError:

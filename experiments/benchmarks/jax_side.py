@@ -1,6 +1,6 @@
-"""This project's half of vs_transformers.py: the counterpart of transformers_side.py, request by request.
+"""Runs this project's side of vs_transformers.py and answers the same requests as transformers_side.py.
 
-Also answers `startup`: how long the training step takes to trace, lower and compile.
+It also answers `startup`: the seconds that tracing, lowering and compiling the training step take.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from dsv3_jax.training.step import StepSettings, make_train_step
 
 
 def random_ids(vocab_size: int, batch: int, length: int) -> jax.Array:
+    """Returns random tokens [batch, length]."""
     return jax.random.randint(jax.random.key(1), (batch, length), 0, vocab_size)
 
 
 def build_model(config: ModelConfig, dtype: str) -> DeepSeekV3:
-    """A random model whose parameters, like its computation, are of `dtype`."""
+    """Returns a randomly initialised model that holds its parameters and computes in `dtype`."""
     build = nnx.jit(
         lambda rngs: DeepSeekV3(config, rngs=rngs, precision=Precision.preset(dtype), param_dtype=jnp.dtype(dtype))
     )
@@ -43,7 +44,7 @@ def build_model(config: ModelConfig, dtype: str) -> DeepSeekV3:
 
 
 def make_step(graph: Any) -> Callable[..., Any]:
-    """Forward, backward and AdamW of the next-token loss, as one pure function."""
+    """Returns a pure function that runs forward pass, backward pass and AdamW for the next-token loss."""
     optimizer = optax.adamw(1e-4, b1=0.9, b2=0.95, weight_decay=0.1)
 
     def step(parameters: Any, rest: Any, moments: Any, ids: jax.Array) -> tuple[Any, Any, jax.Array]:
@@ -61,6 +62,7 @@ def make_step(graph: Any) -> Callable[..., Any]:
 
 
 def training_step(request: dict[str, Any]) -> Callable[[], float]:
+    """Returns a function that trains on one fixed batch and returns the loss."""
     model = build_model(ModelConfig.from_dict(request["config"]), request["dtype"])
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
     step = make_step(graph)
@@ -77,6 +79,7 @@ def training_step(request: dict[str, Any]) -> Callable[[], float]:
 
 
 def prefill(request: dict[str, Any]) -> Callable[[], float]:
+    """Returns a function that reads a prompt into a new cache and computes the logits of its last position."""
     model = build_model(ModelConfig.from_dict(request["config"]), request["dtype"])
     ids = random_ids(model.config.vocab_size, request["batch"], request["length"])
     graph, weights = nnx.split(model)
@@ -91,7 +94,7 @@ def prefill(request: dict[str, Any]) -> Callable[[], float]:
 
 
 def decoding(request: dict[str, Any]) -> Callable[[], float]:
-    """`dsv3.generate` as a user calls it: the prompt, then greedy tokens one by one."""
+    """Returns a function that calls `dsv3.generate`: it reads the prompt and generates greedily, token by token."""
     model = build_model(ModelConfig.from_dict(request["config"]), request["dtype"])
     ids = random_ids(model.config.vocab_size, request["batch"], request["length"])
     return lambda: float(generate(model, ids, request["new_tokens"])[:, ids.shape[1] :].sum())
@@ -101,8 +104,10 @@ TASKS = {"train": training_step, "prefill": prefill, "decode": decoding}
 
 
 def startup(request: dict[str, Any]) -> dict[str, float]:
-    """Seconds to trace and lower the whole training step of `dsv3 train` (MTP, balance, average and all), and with
-    `compile` to compile it; nothing is allocated or run."""
+    """Returns the seconds to trace and lower the training step of `dsv3 train`, and with `compile` to compile it.
+
+    The step is complete (MTP, balance, running average); nothing is allocated or run.
+    """
     run = default_run(request["preset"])
     run = dataclasses.replace(run, model=run.model.replace(**request["overrides"]))
     skeleton, state = abstract_state(run, lambda: make_model(run))
@@ -119,7 +124,7 @@ def startup(request: dict[str, Any]) -> dict[str, float]:
 
 
 def prepare(request: dict[str, Any]) -> tuple[Callable[[], float], float]:
-    """The step of a task, run twice so that everything is compiled and warm, and the seconds the first took."""
+    """Returns the step of a task, after two runs that compile it and warm it up, and the seconds of the first."""
     start = time.perf_counter()
     step = TASKS[request["task"]](request)
     step()
@@ -129,7 +134,7 @@ def prepare(request: dict[str, Any]) -> tuple[Callable[[], float], float]:
 
 
 def timed(step: Callable[[], float], repeats: int) -> list[float]:
-    """Seconds of each run."""
+    """Returns the seconds of each of `repeats` runs."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -140,6 +145,7 @@ def timed(step: Callable[[], float], repeats: int) -> list[float]:
 
 def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
+    # Libraries may print to stdout, so the answers go to a private copy of it.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     steps: dict[str, Callable[[], float]] = {}

@@ -1,6 +1,6 @@
-"""What kernels.py measures: for each operation its inputs, its contenders, an independent check and its size.
+"""Defines what kernels.py measures: for each operation its inputs, contenders, an independent check, and its size.
 
-Here the dense products and quantisation; grouped_problems.py and routing_problems.py have the rest.
+This file has the dense products and quantisation; grouped_problems.py and routing_problems.py have the others.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pallas_kernels.blockwise_matmul import hopper, tuning
 from pallas_kernels.quantize.quantized import Tile
 
 OURS = "this project"
-CHECKED_ROWS = 48
+CHECKED_ROWS = 48  # rows that are compared with float64
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One way to compute it: a function to jit, and which of the problem's inputs it takes."""
+    """One implementation of a problem: a function to jit, and the names of the problem's inputs that it takes."""
 
     function: Callable[..., Any]
     inputs: tuple[str, ...]
@@ -33,14 +33,14 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What `--tune` tries: cuts of a Hopper kernel.
+    """The tilings of a Hopper kernel that `--tune` compares.
 
     Attributes:
-      module: whose `TUNED` keeps the fastest.
-      key: under which it does.
-      cuts: to be tried.
-      inputs: which of the problem's inputs the kernel takes.
-      function: (cut, *inputs) to the kernel's result.
+      module: the module whose dictionary `TUNED` stores the fastest tiling.
+      key: the key in that dictionary.
+      cuts: the tilings to compare.
+      inputs: names of the problem's inputs that the kernel takes.
+      function: maps (tiling, *inputs) to the kernel's result.
     """
 
     module: types.ModuleType
@@ -56,13 +56,14 @@ class Problem:
 
     Attributes:
       family: one of kernels.FAMILIES.
-      make: random key to named inputs.
-      contenders: by name; OURS is checked and compared with the others.
-      error: (inputs, result of OURS) to the relative error against float64, or to the share of wrong results.
-      tolerance: of that error.
-      flops: 0 where bytes are what counts.
-      bytes: least traffic with global memory.
-      search: what `--tune` tries, or None.
+      name: the sizes, for the table.
+      make: maps a random key to named inputs.
+      contenders: the implementations by name; OURS is checked, and compared with the others.
+      error: maps (inputs, result of OURS) to its relative error against float64.
+      tolerance: the largest error that counts as correct.
+      flops: floating-point operations; 0 if the problem is limited by memory traffic.
+      bytes: the least number of bytes that must be read from and written to global memory.
+      search: what `--tune` compares, or None.
     """
 
     family: str
@@ -77,7 +78,7 @@ class Problem:
 
 
 def float64(q: pk.Quantized, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """Rows of a quantised matrix in float64, by numpy."""
+    """Returns rows of a quantised matrix, dequantised in float64 by numpy."""
     values = np.asarray(q.values)[rows].astype("f8")
     scales = np.asarray(q.scales, "f8")
     if q.tile == "128x128":
@@ -86,15 +87,17 @@ def float64(q: pk.Quantized, rows: np.ndarray | slice = slice(None)) -> np.ndarr
 
 
 def some(count: int, seed: int = 0) -> np.ndarray:
+    """Returns up to CHECKED_ROWS random indices below `count`, sorted."""
     return np.unique(np.random.default_rng(seed).integers(0, count, CHECKED_ROWS))
 
 
 def relative(got: np.ndarray, wanted: np.ndarray) -> float:
+    """Returns the relative error in the Frobenius norm."""
     return float(np.linalg.norm(np.asarray(got, "f8") - wanted) / np.linalg.norm(wanted))
 
 
 def dense(m: int, n: int, k: int) -> Problem:
-    """Forward: activations in 1x128 tiles, weights in 128x128 blocks."""
+    """Returns the forward product: activations in 1x128 tiles by weights in 128x128 blocks."""
 
     def make(key):
         keys = jax.random.split(key)
@@ -115,7 +118,10 @@ def dense(m: int, n: int, k: int) -> Problem:
 
 
 def weight_gradient(m: int, n: int, k: int) -> Problem:
-    """dW [n, k] += dYᵀ X over m tokens: both operands in 1x128 tiles along the tokens, float32 added to."""
+    """Returns the weight gradient dW [n, k] += dYᵀ X over m tokens, accumulated in float32.
+
+    Both operands are quantised in 1x128 tiles along the tokens.
+    """
 
     def make(key):
         keys = jax.random.split(key, 3)
@@ -141,7 +147,7 @@ def weight_gradient(m: int, n: int, k: int) -> Problem:
 
 
 def _search(m: int, n: int, k: int, accumulate: bool) -> Search:
-    """Every cut of the blockwise product, each in three orders of its tiles."""
+    """Returns a search over every tiling of the blockwise product, each in three orders of the tiles."""
     dtype = jnp.float32 if accumulate else jnp.bfloat16
     cuts = tuple(
         dataclasses.replace(cut, raster_width=width)
@@ -156,13 +162,13 @@ def _search(m: int, n: int, k: int, accumulate: bool) -> Search:
 
 
 def _xla_fp8(a: pk.Quantized, b: pk.Quantized) -> jax.Array:
-    """cuBLAS's FP8 product as XLA calls it: one scale a tensor, no promotion."""
+    """Computes cuBLAS's FP8 product through XLA: one scale per tensor, no promotion."""
     product = lax.dot_general(a.values, b.values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
     return product * jnp.bfloat16(0.5)
 
 
 def quantise(m: int, k: int) -> Iterator[Problem]:
-    """The four ways, with the least bytes each can move."""
+    """Yields the four quantisation kernels, each with the least number of bytes it must move."""
 
     def make(key):
         x = jax.random.normal(key, (m, k), jnp.bfloat16)
@@ -197,7 +203,7 @@ def quantise(m: int, k: int) -> Iterator[Problem]:
 
 
 def _one_format(tile: Tile) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Quantisation in one kind of tile: the best implementation, and the plain one."""
+    """Returns quantisation in one kind of tile, by the best implementation and by the reference."""
 
     def function(x, implementation=None):
         return pk.quantize(x, tile=tile, implementation=implementation)
@@ -206,5 +212,5 @@ def _one_format(tile: Tile) -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 def plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` through the definition in jax.numpy, compiled by XLA."""
+    """Returns `function` computed by its reference in jax.numpy, compiled by XLA."""
     return lambda *inputs: function(*inputs, implementation="reference")

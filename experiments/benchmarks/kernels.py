@@ -1,13 +1,14 @@
-"""The kernels of pallas_kernels on the device at hand, checked against float64 and timed beside their peers.
+"""Checks the kernels of pallas_kernels on this machine's device against float64 and times them beside other libraries.
 
-    python experiments/benchmarks/kernels.py --out results/h200            everything, at V3's own shapes
-    python experiments/benchmarks/kernels.py --only dense --tune           also searches the tilings and keeps the best
-    python experiments/benchmarks/kernels.py --sanity                      tiny shapes, to see that it all runs
+    python experiments/benchmarks/kernels.py --out results/h200            all problems, at V3's own shapes
+    python experiments/benchmarks/kernels.py --only dense --tune           searches the tilings first, stores the best
+    python experiments/benchmarks/kernels.py --sanity                      tiny shapes, to check that everything runs
 
-Each problem is made from fresh random numbers, its result compared with float64 in numpy on sampled rows, and then
-timed: device time (CUPTI), warm, the median of several passes over inputs rotated past the L2. The copy bandwidth and
-the bf16 peak are measured in the same run; FP8 is set against the vendor's dense peak of 1,979 TFLOP/s. Prints a table
-and writes it, with everything else, into kernels.md and kernels.json under --out. Exits with 1 if a result is wrong.
+For each problem the inputs are random numbers, and sampled rows of the result are compared with float64 in numpy. The
+time is device time (CUPTI) after a warm-up: the median of several passes over inputs larger than the L2 cache. The copy
+bandwidth and the bf16 rate are measured in the same run; FP8 is compared with the vendor's dense peak of 1,979 TFLOP/s.
+The script prints a table and writes it, with all figures, into kernels.md and kernels.json under --out. It exits with
+code 1 if a result is wrong.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ FAMILIES = ("dense", "weight gradient", "quantise", "grouped", "grouped weight g
 
 
 def problems(families: list[str], sanity: bool) -> Iterator[Problem]:
+    """Yields the problems of the given families, at tiny shapes with `sanity`."""
     layers = ((256, 192), (512, 130)) if sanity else LAYERS
     if "dense" in families:
         for m in (96,) if sanity else (64, 128, 512, 1024, 4096, 8192):
@@ -61,7 +63,7 @@ def problems(families: list[str], sanity: bool) -> Iterator[Problem]:
 
 
 def measure_machine(sanity: bool, repeats: int) -> dict[str, float]:
-    """Copy bandwidth (read and write, GB/s) and the bf16 product's rate (TFLOP/s), as XLA reaches them here."""
+    """Measures what XLA reaches here: copy bandwidth (bytes read + written, GB/s) and bf16 product rate (TFLOP/s)."""
     count, size = (1 << 20, 256) if sanity else (1 << 28, 8192)
     sets = [(jax.random.normal(jax.random.key(i), (count,), jnp.bfloat16),) for i in range(2)]
     copy = median_milliseconds(jax.jit(lambda x: x + 1), sets, repeats)
@@ -71,7 +73,7 @@ def measure_machine(sanity: bool, repeats: int) -> dict[str, float]:
 
 
 def run(problem: Problem, machine: dict[str, float], repeats: int, seed: int) -> dict[str, Any]:
-    """Checks and times one problem; what a contender cannot do is told in place of its time."""
+    """Checks and times one problem. If another contender fails, its error message takes the place of its time."""
     first = problem.make(jax.random.key(seed))
     ours = problem.contenders[OURS]
     out = jax.jit(ours.function)(*(first[name] for name in ours.inputs))
@@ -101,7 +103,7 @@ def run(problem: Problem, machine: dict[str, float], repeats: int, seed: int) ->
 
 
 def tune(problem: Problem, search: Search, repeats: int) -> Any:
-    """Times every cut of a kernel and returns the fastest."""
+    """Times every tiling of a kernel and returns the fastest."""
     inputs = problem.make(jax.random.key(0))
     operands = tuple(inputs[name] for name in search.inputs)
     times = {}
@@ -112,7 +114,7 @@ def tune(problem: Problem, search: Search, repeats: int) -> Any:
 
 
 def write_tuning(module: types.ModuleType, found: dict[tuple[Any, ...], Any]) -> None:
-    """Puts measured entries into the source of `module`, beside those that are in its TUNED."""
+    """Writes measured entries into the dictionary TUNED in the source of `module`, keeping its other entries."""
     path = pathlib.Path(str(module.__file__))
     entries = "".join(f"    {key}: {value},\n" for key, value in sorted({**module.TUNED, **found}.items()))
     new, count = re.subn(r"(?m)^(TUNED: .* = )\{[^}]*\}", rf"\g<1>{{\n{entries}}}", path.read_text())
@@ -122,12 +124,13 @@ def write_tuning(module: types.ModuleType, found: dict[tuple[Any, ...], Any]) ->
 
 
 def table(rows: list[dict[str, Any]], machine: dict[str, float], device: str) -> str:
+    """Returns the results as a Markdown table."""
     lines = [
         f"# Kernels on {device}",
         "",
         f"Copy {machine['copy_gb_per_s']:,.0f} GB/s, bf16 product {machine['bf16_tflops']:,.1f} TFLOP/s, both by XLA.",
         "",
-        "| | problem | ms | TFLOP/s | of FP8 peak | GB/s | of copy | error | peers (times ours) |",
+        "| | problem | ms | TFLOP/s | of FP8 peak | GB/s | of copy bandwidth | error | others (time / ours) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -148,18 +151,18 @@ def table(rows: list[dict[str, Any]], machine: dict[str, float], device: str) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--only", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="families of problems")
     parser.add_argument("--sanity", action="store_true", help="tiny shapes")
     parser.add_argument(
-        "--tune", action="store_true", help="search the tilings first (Hopper) and keep the best in the source"
+        "--tune", action="store_true", help="search the tilings first (Hopper only) and write the best into the source"
     )
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=20, help="timed passes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the inputs")
     parser.add_argument("--out", type=pathlib.Path, help="folder for kernels.md and kernels.json")
     options = parser.parse_args()
     device = jax.devices()[0].device_kind
     if options.tune and target_platform() != "hopper":
-        parser.error(f"--tune searches the cuts of the Hopper kernels, and this machine has a {device}")
+        parser.error(f"--tune needs a Hopper GPU, and this machine has a {device}")
     machine = measure_machine(options.sanity, options.repeats)
     rows, found = [], {}
     for problem in problems(options.only, options.sanity):

@@ -1,4 +1,4 @@
-"""Routing as problems for kernels.py: V3's gate, the way to expert order and back, and its gradient."""
+"""Defines the routing problems that kernels.py measures: V3's gate, permuting tokens by expert, and combining."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pallas_kernels as pk
 
 
 def routing(tokens: int, width: int, experts: int = 256, chosen: int = 8) -> Iterator[Problem]:
-    """V3's gate, and the way to expert order and back."""
+    """Yields V3's gate, `permute` with and without alignment, and `combine` with its gradient."""
     settings = {"num_experts_per_tok": chosen, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5}
 
     def choose(implementation):
@@ -47,15 +47,15 @@ def routing(tokens: int, width: int, experts: int = 256, chosen: int = 8) -> Ite
         rows, permutation = out
         x, index = np.asarray(inputs["x"], "f4"), np.asarray(inputs["index"]).reshape(-1)
         order = np.argsort(index, kind="stable")
-        place = np.asarray(permutation.row_of_slot)
+        row_of = np.asarray(permutation.row_of_slot)
         sample = order[some(len(order))]
-        return relative(np.asarray(rows, "f4")[place[sample]], x[sample // chosen])
+        return relative(np.asarray(rows, "f4")[row_of[sample]], x[sample // chosen])
 
     def combine_error(inputs, out):
         picked = some(tokens)
-        place = np.asarray(inputs["order"].row_of_slot).reshape(tokens, chosen)[picked]
+        row_of = np.asarray(inputs["order"].row_of_slot).reshape(tokens, chosen)[picked]
         rows, weights = np.asarray(inputs["rows"], "f8"), np.asarray(inputs["gate"], "f8")[picked]
-        return relative(np.asarray(out)[picked], (rows[place] * weights[..., None]).sum(1))
+        return relative(np.asarray(out)[picked], (rows[row_of] * weights[..., None]).sum(1))
 
     def permute(x, index, implementation=None):
         return pk.permute(x, index, experts, implementation=implementation)
@@ -67,19 +67,19 @@ def routing(tokens: int, width: int, experts: int = 256, chosen: int = 8) -> Ite
         return pk.permute(x, index, experts, row_alignment=128, implementation=implementation)
 
     def gradient(rows, weights, order, bar, implementation=None):
-        """Of combine, to rows and gates. (That of permute is combine.)"""
+        """Computes the gradients of `combine` by rows and gates. (The gradient of `permute` is `combine`.)"""
         _, pull = jax.vjp(lambda rows, weights: combine(rows, weights, order, implementation), rows, weights)
         return pull(bar)
 
     def gradient_error(inputs, out):
         picked = some(tokens)
-        place = np.asarray(inputs["order"].row_of_slot).reshape(tokens, chosen)[picked]
+        row_of = np.asarray(inputs["order"].row_of_slot).reshape(tokens, chosen)[picked]
         bar = np.asarray(inputs["bar"], "f8")[picked, None]
         wanted = np.asarray(inputs["gate"], "f8")[picked][..., None] * bar
-        to_gates = (np.asarray(inputs["rows"], "f8")[place] * bar).sum(-1)
-        return max(relative(np.asarray(out[0])[place], wanted), relative(np.asarray(out[1])[picked], to_gates))
+        to_gates = (np.asarray(inputs["rows"], "f8")[row_of] * bar).sum(-1)
+        return max(relative(np.asarray(out[0])[row_of], wanted), relative(np.asarray(out[1])[picked], to_gates))
 
-    padded = tokens * chosen + min(experts, tokens * chosen) * 127  # rows at most, zeros among them
+    padded = tokens * chosen + min(experts, tokens * chosen) * 127  # at most this many rows, padding included
     moved = 2.0 * tokens * width * (1 + chosen)
     for name, ours, inputs, error, tolerance, size in (
         ("permute", permute, ("x", "index"), permute_error, 1e-7, moved),

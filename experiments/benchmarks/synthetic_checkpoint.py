@@ -1,8 +1,9 @@
-"""Writes a random checkpoint in DeepSeek-V3's published layout, of any size, without a model in memory.
+"""Writes a random checkpoint of any size in DeepSeek-V3's published format, without building a model in memory.
 
     python experiments/benchmarks/synthetic_checkpoint.py FOLDER --gigabytes 4 [--dtype bfloat16|fp8|float32]
 
-The architecture is V3's with fewer experts and layers: same names, same widths of a layer, shards of about a gigabyte.
+The architecture is V3's with narrower and fewer layers and fewer experts; tensor names are V3's. Files hold about a
+gigabyte each.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _BYTES = {"bfloat16": 2, "fp8": 1, "float32": 4}
 
 
 def architecture(gigabytes: float, form: Format) -> ModelConfig:
-    """V3's layers at a quarter of its widths, as many as fill `gigabytes`."""
+    """Returns V3's architecture at a quarter of its widths, with as many layers as fill `gigabytes`."""
 
     def config(layers: int) -> ModelConfig:
         return ModelConfig.preset(
@@ -66,7 +67,7 @@ def write(folder: Path, gigabytes: float, form: Format, *, shard_bytes: int = 10
 
 
 def _values(specs: list[TensorSpec], seed: int) -> Iterator[np.ndarray]:
-    """Random bits with the exponents of small weights; the two copies of embedding and head are alike."""
+    """Yields tensors of random bits with the exponents of small weights; copies of embedding and head are equal."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 2**16, 2**22).astype(np.uint16)
     for spec in specs:
@@ -84,8 +85,8 @@ def _values(specs: list[TensorSpec], seed: int) -> Iterator[np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("folder", type=Path, help="folder to create")
+    parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the checkpoint")
     parser.add_argument("--dtype", choices=list(_BYTES), default="bfloat16")
     arguments = parser.parse_args()
     size = write(arguments.folder, arguments.gigabytes, arguments.dtype)

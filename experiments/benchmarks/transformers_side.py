@@ -1,8 +1,8 @@
-"""The PyTorch half of vs_transformers.py: a worker that times what it is told, one JSON line in, one out.
+"""Runs the PyTorch side of vs_transformers.py: reads requests as JSON lines and answers each with one JSON line.
 
-Needs torch and transformers and nothing of this project. A request is {"do": NAME, ...}; `prepare` builds a
-model and compiles (answering how long that took), `round` runs it a number of times and answers the seconds
-of each.
+It needs torch and transformers but nothing of this project. A request is {"do": NAME, ...}: `versions` answers the
+library versions, `prepare` builds and compiles a model and answers the seconds of its first run, `round` runs it
+several times and answers the seconds of each run, and `forget` drops all models.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
 
 
 def build_model(config: dict[str, Any], dtype: str) -> DeepseekV3ForCausalLM:
-    """A random model; the library's own choice of attention and expert kernels."""
+    """Returns a randomly initialised model with the library's own choice of attention and expert kernels."""
     torch.manual_seed(0)
     return DeepseekV3ForCausalLM(DeepseekV3Config(**config)).to(getattr(torch, dtype))
 
 
 def random_ids(vocab_size: int, batch: int, length: int) -> torch.Tensor:
+    """Returns random tokens [batch, length]."""
     return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 def training_step(request: dict[str, Any]) -> Callable[[], float]:
-    """Forward, backward and AdamW on one fixed batch; returns the loss, so that the work is not skipped."""
+    """Returns a function that runs forward pass, backward pass and AdamW on one fixed batch and returns the loss."""
     model = build_model(request["config"], request["dtype"]).train()
     run = torch.compile(model) if request["compile"] else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -49,7 +50,7 @@ def training_step(request: dict[str, Any]) -> Callable[[], float]:
 
 
 def prefill(request: dict[str, Any]) -> Callable[[], float]:
-    """A prompt into a fresh cache; logits of the last position only."""
+    """Returns a function that reads a prompt into a new cache and computes the logits of its last position."""
     model = build_model(request["config"], request["dtype"]).eval()
     run = torch.compile(model) if request["compile"] else model
     ids = random_ids(request["config"]["vocab_size"], request["batch"], request["length"])
@@ -63,7 +64,7 @@ def prefill(request: dict[str, Any]) -> Callable[[], float]:
 
 
 def decoding(request: dict[str, Any]) -> Callable[[], float]:
-    """Greedy tokens one by one after a prompt, with the library's cache, without the cost of its `generate`."""
+    """Returns a function that generates greedily token by token with the library's cache, without its `generate`."""
     model = build_model(request["config"], request["dtype"]).eval()
     ids = random_ids(request["config"]["vocab_size"], request["batch"], request["length"])
 
@@ -83,8 +84,8 @@ TASKS = {"train": training_step, "prefill": prefill, "decode": decoding}
 
 
 def prepare(request: dict[str, Any]) -> tuple[Callable[[], float], float]:
-    """The step of a task, run twice so that everything is compiled and warm, and the seconds that took."""
-    torch._dynamo.reset()
+    """Returns the step of a task, after two runs that compile it and warm it up, and the seconds of the first."""
+    torch.compiler.reset()
     start = time.perf_counter()
     step = TASKS[request["task"]](request)
     step()
@@ -94,7 +95,7 @@ def prepare(request: dict[str, Any]) -> tuple[Callable[[], float], float]:
 
 
 def timed(step: Callable[[], float], repeats: int) -> list[float]:
-    """Seconds of each run."""
+    """Returns the seconds of each of `repeats` runs."""
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -106,7 +107,7 @@ def timed(step: Callable[[], float], repeats: int) -> list[float]:
 def main() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     transformers.logging.set_verbosity_error()
-    # Compilers print to stdout; the answers go to a copy of it that only we hold.
+    # Compilers print to stdout, so the answers go to a private copy of it.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     steps: dict[str, Callable[[], float]] = {}

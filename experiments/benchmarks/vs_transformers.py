@@ -1,11 +1,11 @@
-"""This project against transformers' DeepseekV3ForCausalLM, on the machine it is run on.
+"""Compares this project with transformers' DeepseekV3ForCausalLM on this machine's CPU.
 
     python experiments/benchmarks/vs_transformers.py --oracle-python .venv-oracle/bin/python
 
-Same configuration, batch, dtype and threads; each library in a process of its own, one running at a time (the other
-is stopped), in alternating rounds, so that a change of the machine's speed touches both. Times training steps
-(forward, backward, AdamW), prefill and batch-1 decoding with cache; then start-up times and the cost of more experts.
-Writes vs_transformers.json and vs_transformers.md into experiments/results/.
+Configuration, batch, dtype and number of threads are the same. Each library runs in a process of its own, and only one
+runs at a time (the other is stopped), in alternating rounds, so that changes of the machine's speed affect both. The
+script times training steps (forward, backward, AdamW), prefill, and batch-1 decoding with a cache; then start-up times
+and the cost of more experts. Writes vs_transformers.json and vs_transformers.md into experiments/results/.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from typing import Any
 from dsv3_jax.config import ModelConfig
 
 HERE = Path(__file__).resolve().parent
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for both sides, as `make train` has it
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for both sides; `make train` uses them too
 OURS, EAGER, COMPILED = "this project", "transformers", "transformers + torch.compile"
 
 
 class Worker:
-    """A library in its own process, stopped unless it is being asked something."""
+    """One library in its own process, which is stopped except while it answers a request."""
 
     def __init__(self, python: str, script: str, threads: int):
         cores = sorted(os.sched_getaffinity(0))[:threads]
         environment = os.environ | HUGE_PAGES | {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
         self.process = subprocess.Popen(
-            [python, "-P", str(HERE / script)],  # -P: a sibling called kernels.py is not the package of that name
+            [python, "-P", str(HERE / script)],  # -P: do not import kernels.py of this folder by mistake
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -45,6 +45,7 @@ class Worker:
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
+        """Sends a request and returns the answer."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.send_signal(signal.SIGCONT)
@@ -52,25 +53,26 @@ class Worker:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"{' '.join(self.process.args)} ended while asked {request}")
+            raise SystemExit(f"{' '.join(self.process.args)} ended while it answered {request}")
         self.process.send_signal(signal.SIGSTOP)
         return json.loads(answer)
 
     def close(self) -> None:
+        """Ends the process."""
         self.process.kill()
         self.process.wait()
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One way of doing a task: who, and the request that prepares it."""
+    """One implementation of a task: the library that runs it, and the request that prepares it."""
 
     worker: Worker
     request: dict[str, Any]
 
 
 def published(config: ModelConfig) -> dict[str, Any]:
-    """The configuration as transformers' DeepseekV3Config takes it."""
+    """Returns the configuration as arguments of transformers' DeepseekV3Config."""
     ours_alone = ("scoring_func", "topk_method", "latent_norm_eps", "mtp_hidden_after_final_norm")
     renamed = ("rope_scaling", "rope_theta")
     values = {name: value for name, value in config.to_dict().items() if name not in (*ours_alone, *renamed)}
@@ -81,7 +83,7 @@ def published(config: ModelConfig) -> dict[str, Any]:
 
 
 def race(contenders: dict[str, Contender], rounds: int, repeats: int) -> dict[str, Any]:
-    """Prepares all, then lets them run `repeats` times each in turn, `rounds` times round."""
+    """Prepares all contenders, then runs each `repeats` times in turn, for `rounds` rounds, and returns the times."""
     prepared = {
         name: contender.worker.ask(do="prepare", name=name, **contender.request)["seconds"]
         for name, contender in contenders.items()
@@ -106,7 +108,7 @@ def race(contenders: dict[str, Contender], rounds: int, repeats: int) -> dict[st
 
 
 def compare(task: str, preset: str, ours: Worker, theirs: Worker, options: argparse.Namespace) -> dict[str, Any]:
-    """One task at one size: this project, transformers, and for training and prefill torch.compile."""
+    """Compares one task at one size: this project, transformers, and, except for decoding, torch.compile."""
     # transformers has no MTP in training, so neither side computes it.
     config = ModelConfig.preset(preset, num_nextn_predict_layers=0)
     shapes = {
@@ -129,7 +131,7 @@ def compare(task: str, preset: str, ours: Worker, theirs: Worker, options: argpa
 
 
 def more_experts(ours: Worker, theirs: Worker, options: argparse.Namespace) -> dict[str, Any]:
-    """A training step at nano size with 32 and with 128 routed experts, equally many active."""
+    """Times a training step of the preset nano with 32 and with 128 routed experts, with equally many active."""
     shapes = {"task": "train", "dtype": options.dtype, "batch": options.batch, "length": options.length}
     costs = {}
     for name, worker in ((OURS, ours), (EAGER, theirs)):
@@ -146,7 +148,7 @@ def more_experts(ours: Worker, theirs: Worker, options: argparse.Namespace) -> d
 
 
 def start_up(ours: Worker, options: argparse.Namespace) -> dict[str, Any]:
-    """Compile time of the training step at nano size, and lowering time of the 671B model's at two depths."""
+    """Times compiling the training step of the preset nano, and lowering that of the 671B model with two depths."""
     shapes = {"batch": options.batch, "length": options.length}
     times = {"nano": ours.ask(do="startup", preset="nano", overrides={}, **shapes, compile=True)}
     for layers in (4, 61):
@@ -158,14 +160,14 @@ def start_up(ours: Worker, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as tables."""
+    """Returns the report as Markdown tables."""
     about = report["about"]
     lines = [
         "# Against transformers",
         "",
         f"{about['cpu']}, {about['threads']} threads, {about['dtype']}; jax {about['jax']}, torch {about['torch']}, "
         f"transformers {about['transformers']}. Medians of {about['rounds']} alternating rounds; "
-        "no MTP on either side. Made by `experiments/benchmarks/vs_transformers.py`.",
+        "neither side computes MTP. Written by `experiments/benchmarks/vs_transformers.py`.",
         "",
         "| task | size | batch x tokens | this project | transformers | torch.compile | times eager | times compiled |",
         "|---|---|---|---|---|---|---|---|",
@@ -198,28 +200,29 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def processor() -> str:
-    """The CPU's own name, where the system tells it."""
+    """Returns the name of the CPU, or of its architecture if the system does not name it."""
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def parse() -> argparse.Namespace:
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = os.environ.get("DSV3_ORACLE_PYTHON", str(HERE.parents[1] / ".venv-oracle" / "bin" / "python"))
     parser.add_argument("--oracle-python", default=default, help="a Python that has torch and transformers")
-    parser.add_argument("--presets", nargs="+", default=["nano", "mini"])
-    parser.add_argument("--tasks", nargs="*", default=["train", "prefill", "decode"])
+    parser.add_argument("--presets", nargs="+", default=["nano", "mini"], help="sizes of the model")
+    parser.add_argument("--tasks", nargs="*", default=["train", "prefill", "decode"], help="tasks to time")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each contender in a round")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--no-extras", action="store_true", help="leave start-up and more experts out")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "results")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads per library")
+    parser.add_argument("--batch", type=int, default=8, help="sequences per training step")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens to generate")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds in which all contenders take turns")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each contender per round")
+    parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile")
+    parser.add_argument("--no-extras", action="store_true", help="do not time start-up and more experts")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "results", help="folder of the results")
     return parser.parse_args()
 
 
