@@ -26,17 +26,12 @@ from corpora import DOMAINS, write_domains
 from jaxtyping import Int
 from matplotlib.figure import Figure
 
+from dsv3_jax import DeepSeekV3, ModelConfig, UserError, default_run, load_checkpoint, train
 from dsv3_jax.cli.compilation_cache import keep_compiled_programs
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig, prepare_data
-from dsv3_jax.errors import UserError
-from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.runs.checkpoints import load_checkpoint
 from dsv3_jax.runs.folder import RunFolder
-from dsv3_jax.runs.loop import train
 from dsv3_jax.runs.metrics import read_metrics
 from dsv3_jax.training.config import RunConfig, TrainingConfig
-from dsv3_jax.training.defaults import default_run
 from dsv3_jax.training.schedules import TrainingSchedule
 
 RESULTS = Path(__file__).parent / "results"

@@ -31,7 +31,7 @@ from ablation import (
 )
 from flax import nnx
 
-from dsv3_jax.model import DeepSeekV3
+from dsv3_jax import DeepSeekV3
 from dsv3_jax.runs.checkpoints import make_model
 
 CLAIM = 0.0025

@@ -46,12 +46,10 @@ from corpora import haystack, write_retrieval
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-import dsv3_jax as dsv3
+from dsv3_jax import DeepSeekV3, ModelConfig, RopeScaling, load_checkpoint
 from dsv3_jax.cli.compilation_cache import keep_compiled_programs
-from dsv3_jax.config import ModelConfig, RopeScaling
 from dsv3_jax.data import DataConfig
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.runs.checkpoints import make_model
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.training.schedules import TrainingSchedule
@@ -162,7 +160,7 @@ def run_of_phase(options: Options, plan: Plan, seed: int, phase: int, yarn: bool
 
 def weights_of(folder: Path, config: RunConfig) -> DeepSeekV3:
     """Returns a model of configuration `config` with the weights that the run in `folder` has reached."""
-    found, _, _ = dsv3.load_checkpoint(folder)
+    found, _, _ = load_checkpoint(folder)
     model = make_model(config)
     nnx.update(model, nnx.state(found))
     return model
@@ -238,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         runs, models = extend(options, plan, seed)
         for name, loss in _losses(runs).items():
             losses.setdefault(name, []).append(loss)
-        _, tokenizer, _ = dsv3.load_checkpoint(runs["pre-training"].folder)
+        _, tokenizer, _ = load_checkpoint(runs["pre-training"].folder)
         for grid, model in models.items():
             print(f"{options.name}: needles, {grid}, seed {seed}", flush=True)
             scores[grid].append(needle_scores(model, tokenizer, plan))

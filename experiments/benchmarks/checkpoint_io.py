@@ -43,23 +43,23 @@ size = sum(a.nbytes for a in loaded.values())
 _OURS = """
 import sys, time
 import jax
-from dsv3_jax.interop import load_hf
-from dsv3_jax.interop.parameter_tree import arrays, nbytes
+from flax import nnx
+from dsv3_jax import load_hf
 start = time.perf_counter()
-model = load_hf(sys.argv[1]{options})
-jax.block_until_ready(arrays(model))
+loaded = jax.block_until_ready(jax.tree.leaves(nnx.state(load_hf(sys.argv[1]{options}))))
 seconds = time.perf_counter() - start
-size = nbytes(model)
+size = sum(a.nbytes for a in loaded)
 """
 _EXPORT = """
 import sys, time
-from dsv3_jax.interop import load_hf, save_hf
-from dsv3_jax.interop.parameter_tree import nbytes
+import jax
+from flax import nnx
+from dsv3_jax import load_hf, save_hf
 model = load_hf(sys.argv[1]{options})
 start = time.perf_counter()
 save_hf(model, sys.argv[1] + "-export", max_shard_bytes=10**9)
 seconds = time.perf_counter() - start
-size = nbytes(model)
+size = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model)))
 """
 _REPORT = """
 import json, resource

@@ -19,13 +19,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from dsv3_jax.config import ModelConfig
-from dsv3_jax.inference import generate
-from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.precision import Precision
+from dsv3_jax import DeepSeekV3, ModelConfig, Precision, default_run, generate
 from dsv3_jax.runs.checkpoints import abstract_state, make_model
 from dsv3_jax.training.config import TrainingConfig
-from dsv3_jax.training.defaults import default_run
 from dsv3_jax.training.losses import cross_entropies
 from dsv3_jax.training.step import StepSettings, make_train_step
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax import ModelConfig
 from dsv3_jax.interop.exporter import split_into_shards
 from dsv3_jax.interop.hf_config import to_published
 from dsv3_jax.interop.layout import Format, uniform_layout

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax import ModelConfig
 
 HERE = Path(__file__).resolve().parent
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for both sides; `make train` uses them too
