@@ -323,7 +323,7 @@ def legend_below(figure: Figure, axis: Any) -> None:
 
 
 def write_results(options: Options, figures: Mapping[str, Figure], verdict: str, numbers: Mapping[str, Any]) -> None:
-    """Writes <name>.json (numbers, one-sentence verdict, device, versions) and one PNG for each figure."""
+    """Writes <name>.json (numbers, verdict, device, versions) and one PNG for each figure."""
     options.out.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
     result = {
