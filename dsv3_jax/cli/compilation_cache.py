@@ -1,4 +1,4 @@
-"""Compiled programs kept between calls, so that going on with a run or sampling from it starts at once."""
+"""A cache of compiled programs on disk, so that resuming a run or generating text with it starts quickly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import jax
 
 
 def keep_compiled_programs() -> None:
-    """Points JAX at a cache in the user's cache folder, unless one is configured already; best effort."""
+    """Turns on JAX's compilation cache in the user's cache folder.
+
+    Does nothing where a cache is configured already or the folder cannot be made.
+    """
     if jax.config.jax_compilation_cache_dir:
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,4 +1,4 @@
-"""`dsv3 eval`."""
+"""The command `dsv3 eval`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 from dsv3_jax.cli.options import parse
 from dsv3_jax.errors import UserError
 
-_DESCRIPTION = """Validation loss and bits per byte of a run's newest checkpoint, main and MTP heads.
+_DESCRIPTION = """Evaluate the newest checkpoint of the run in folder RUN on its validation set.
 
-MTP acceptance is the share of positions where the MTP head's first choice is also what the main head chooses one token
-later, which is when greedy self-speculation accepts a draft.
+Prints the loss (nats per token) and the bits per byte of the main head and the MTP head, and the fraction of MTP drafts
+that are accepted: the positions where the MTP head's most likely token is also the main head's, one token later.
 
 Example:
   dsv3 eval runs/nano
@@ -20,7 +20,7 @@ Example:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """Options of `dsv3 eval`.
+    """The options of `dsv3 eval`.
 
     Attributes:
       json: print the result as JSON.
@@ -30,7 +30,11 @@ class EvaluateOptions:
 
 
 def main(argv: list[str]) -> int:
-    """Evaluates the run whose folder is the first argument."""
+    """Evaluates a run and returns the exit code.
+
+    Args:
+      argv: the run's folder, and options.
+    """
     positional = [word for word in argv if not word.startswith("-")]
     flags = [word for word in argv if word.startswith("-")]
     options = parse(EvaluateOptions, flags, prog="dsv3 eval RUN", description=_DESCRIPTION, default=EvaluateOptions())
@@ -47,5 +51,5 @@ def main(argv: list[str]) -> int:
         print(json.dumps({"step": step, **dataclasses.asdict(result)}))
         return 0
     print(f"step {step}: {result.describe()}")
-    print(f"the same text: {result.text_entropy:.4f} bits per byte by byte frequencies, {result.text_gzip:.4f} by gzip")
+    print(result.describe_baselines())
     return 0

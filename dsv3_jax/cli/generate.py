@@ -1,4 +1,4 @@
-"""dsv3 generate RUN --prompt "def main(": text from a trained model."""
+"""The command `dsv3 generate`."""
 
 from __future__ import annotations
 
@@ -16,24 +16,29 @@ if TYPE_CHECKING:
     from dsv3_jax.inference import Sampler
 
 _DEFAULT_NEW_TOKENS = 128
+_DESCRIPTION = """Write text with the newest checkpoint of a run.
+
+example:
+  dsv3 generate runs/nano --prompt "def main("
+"""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Wrong arguments become one line, as every other mistake of a user does."""
+    """A parser that raises UserError for wrong arguments."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def main(argv: list[str]) -> int:
-    """Writes each prompt with its continuation to stdout.
+    """Prints each prompt with its continuation and returns the exit code.
 
     Raises:
-      UserError: wrong arguments, no whole checkpoint, or a prompt that does not fit the model's context.
+      UserError: the arguments are wrong, the run has no usable checkpoint, or a prompt does not fit the context.
     """
     arguments = _parse(argv)
     sampler = _sampler(arguments)
-    # Slow imports come after the arguments are known to be right.
+    # These imports are slow, so wrong arguments are reported before them.
     import jax
 
     from dsv3_jax.cli.compilation_cache import keep_compiled_programs
@@ -42,10 +47,10 @@ def main(argv: list[str]) -> int:
 
     keep_compiled_programs()
     model, tokenizer, _ = load_checkpoint(arguments.run)
-    # In training an end-of-text token precedes every document, so an empty prompt begins one.
+    # In training an end-of-text token precedes every document, so it is what an empty prompt starts a document with.
     prompts = [tokenizer.encode(text) or [tokenizer.eos_id] for text in arguments.prompt]
-    room = model.config.max_position_embeddings - max(map(len, prompts))
-    new_tokens = arguments.max_new_tokens or max(1, min(_DEFAULT_NEW_TOKENS, room))
+    space = model.config.max_position_embeddings - max(map(len, prompts))
+    new_tokens = arguments.max_new_tokens or max(1, min(_DEFAULT_NEW_TOKENS, space))
     key, stop = jax.random.key(arguments.seed), tokenizer.eos_id
     if len(prompts) == 1 and arguments.stream:
         steps = stream(model, prompts, new_tokens, sampler, key, stop_token=stop)
@@ -60,21 +65,41 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog="dsv3 generate", description=__doc__, allow_abbrev=False)
+    parser = _Parser(
+        prog="dsv3 generate",
+        description=_DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument(
-        "--prompt", action="append", help="text to continue; give it several times for a batch (default: empty)"
+        "--prompt",
+        action="append",
+        help="text to continue; give the option several times to continue several texts (default: an empty text)",
     )
-    parser.add_argument("--max-new-tokens", type=int, help=f"default {_DEFAULT_NEW_TOKENS}, or what the context holds")
-    parser.add_argument("--temperature", type=float, help="0, the default, takes the likeliest token every time")
-    parser.add_argument("--top-k", type=int, help="draw from the K likeliest tokens (temperature 1 unless given)")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this probability")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        help=f"number of tokens to generate (default: {_DEFAULT_NEW_TOKENS}, or as many as the context has room for)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="divides the logits before a token is drawn; 0 always takes the most likely token "
+        "(default: 0, or 1 with --top-k or --top-p)",
+    )
+    parser.add_argument("--top-k", type=int, help="draw from the K most likely tokens (default: from all)")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        help="draw from the fewest most likely tokens whose probabilities sum to at least this (default: from all)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the draws (default: 0)")
     parser.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="print tokens as they come; a batch is printed when it is complete",
+        help="print tokens as they are generated (the default); with several prompts the texts are printed at the end",
     )
     arguments = parser.parse_args(argv)
     arguments.prompt = arguments.prompt or [""]
@@ -94,7 +119,7 @@ def _sampler(arguments: argparse.Namespace) -> Sampler:
 
 
 def _decoded(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Text of ids as they come; characters of several tokens are held back until they are whole."""
+    """Yields the text of ids as they come; a character made of several tokens is held back until it is complete."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in ids:
         if token == tokenizer.eos_id:

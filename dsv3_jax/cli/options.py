@@ -1,4 +1,4 @@
-"""Command lines made from dataclasses by tyro, with errors of one line."""
+"""Command lines made from dataclasses by tyro, with errors in one line."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ from dsv3_jax.errors import ConfigError, UserError
 def parse[Options](
     kind: type[Options], argv: list[str], *, prog: str, description: str, default: Options | None = None
 ) -> Options:
-    """The options in `argv` as a dataclass; fields of nested dataclasses are `--section.field VALUE`.
+    """Parses `argv` into the dataclass `kind`. The fields of nested dataclasses are `--section.field VALUE`.
+
+    Args:
+      prog: the command's name, for messages.
+      description: text at the top of --help.
+      default: values of the options that `argv` does not give.
 
     Raises:
-      UserError: an option that does not exist, or a value that is none; one line.
+      UserError: an option does not exist, or its value is not of its type.
       SystemExit: after --help.
     """
     printed = io.StringIO()
@@ -43,7 +48,7 @@ def parse[Options](
 
 
 def suggest(name: str, choices: list[str]) -> str:
-    """The choices nearest to a wrong name."""
+    """Returns a hint that names the choices nearest to a wrong name."""
     near = difflib.get_close_matches(name, choices, n=2)
     return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(choices)}"
 
@@ -54,7 +59,7 @@ def _check_names(argv: list[str], default: object) -> None:
         name = word.split("=")[0].replace("_", "-")
         if word.startswith("--") and name not in known and name.replace("--no-", "--") not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "see --help for those that do"
+            hint = f"did you mean {near[0]}?" if near else "see --help for all options"
             raise UserError(f"option {word} does not exist; {hint}")
 
 
@@ -69,10 +74,10 @@ def _names(value: object, prefix: str = "") -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    """What a boxed message says, without the box, its title and the explanation of the option below it."""
+    """Returns tyro's boxed message as one line, without the box, its title and the option's help text."""
     words = re.sub(r"[│╭╮╰╯─┌┐└┘|]+|-{5,}", " ", text).split()
     sentence = re.sub(r"^(Parsing error|Value error|Invalid choice|Missing argument)\s*", "", " ".join(words))
-    sentence = re.sub(r"^Error parsing (?=--)", "", sentence)  # before a field; before a section its own check speaks
+    sentence = re.sub(r"^Error parsing (?=--)", "", sentence)  # where a field is wrong
     sentence = re.sub(r"^Error parsing \S+: ", "", sentence)
     ending = r"(?: Argument helptext| For full helptext| Full helptext|see .* --help)"
     return re.split(ending, sentence)[0].strip().rstrip(".") or "bad arguments"

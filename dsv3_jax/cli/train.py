@@ -1,4 +1,4 @@
-"""`dsv3 train`."""
+"""The command `dsv3 train`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import dataclasses
 import itertools
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from dsv3_jax.cli.options import parse
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import UserError
+from dsv3_jax.model_presets import presets
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.processes import Processes, join, leave
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 
-_DESCRIPTION = """Train a DeepSeek-V3 model. A folder that holds a run goes on where it stopped.
+_DESCRIPTION = """Train a DeepSeek-V3 model. If the folder --out already holds the same run, it is resumed.
 
 Examples:
   dsv3 train --preset nano --out runs/nano
@@ -27,24 +30,25 @@ Examples:
   dsv3 train --preset 1b --out runs/1b --mesh.expert 4 --mesh.fsdp 2
   dsv3 train --preset 1b --out /shared/1b --processes.coordinator node0:1234 --processes.count 2 --processes.index 0
 """
+_PRESET_HELP = (
+    f"preset that gives the defaults of all other options: {', '.join(presets())}. A resumed run keeps its own options."
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Options of `dsv3 train`.
+    """The options of `dsv3 train`.
 
     Attributes:
-      out: folder of the run; required.
-      preset: what all defaults come from (a run that goes on keeps its own).
-      steps: optimizer steps; short for --training.steps. 0 keeps the preset's.
-      precision: float32, bfloat16, fp8 (section 3.3; fields may be changed: "fp8,promotion=false") or auto (bfloat16
-        where the device is fast at it).
-      init_from: folder of a run, or of a checkpoint in the published layout, whose weights a new run starts from, and
-        whose architecture it has.
+      out: folder of the run (required).
+      steps: number of optimizer steps, the same as --training.steps; 0 keeps the preset's number.
+      precision: float32, bfloat16, fp8 (report section 3.3; single choices can be changed: "fp8,promotion=false") or
+        auto (bfloat16 where the device computes fast in it, float32 elsewhere).
+      init_from: folder of a run or of a published checkpoint, whose weights and architecture a new run starts from.
     """
 
     out: str = ""
-    preset: str = "nano"
+    preset: Annotated[str, tyro.conf.arg(help=_PRESET_HELP)] = "nano"
     steps: int = 0
     precision: str = "auto"
     init_from: str = ""
@@ -56,17 +60,17 @@ class TrainOptions:
 
 
 def main(argv: list[str]) -> int:
-    """Parses, trains, and returns the exit code."""
+    """Parses the options, trains, and returns the exit code."""
     options = parse(TrainOptions, argv, prog="dsv3 train", description=_DESCRIPTION, default=_defaults(argv))
     if not options.out:
-        raise UserError("--out FOLDER is missing: the run needs a folder, such as --out runs/nano")
+        raise UserError("--out is missing: give the folder of the run, such as --out runs/nano")
     join(options.processes)
     from dsv3_jax.precision import Precision
 
     Precision.preset(options.precision)
     training = options.training
     if options.steps < 0:
-        raise UserError(f"--steps must be positive, not {options.steps}")
+        raise UserError(f"--steps must be at least 0, not {options.steps}")
     if options.steps:
         training = dataclasses.replace(training, steps=options.steps)
     config = RunConfig(
@@ -87,14 +91,14 @@ def main(argv: list[str]) -> int:
 
 
 def _defaults(argv: list[str]) -> TrainOptions:
-    """The defaults that the rest of the command line changes: a run's own where it goes on, else the preset's."""
+    """Returns the options before `argv` changes them: those of the run that is resumed, else of the preset."""
     preset, out = _value(argv, "--preset"), _value(argv, "--out")
     run = default_run(preset or "nano")
     source = _value(argv, "--init-from")
     if out and RunFolder(Path(out)).holds_run:
         started = RunFolder(Path(out)).read_config()
         if preset and preset != started.preset:
-            raise UserError(f"{out} holds a run of preset {started.preset}, not {preset}: choose another --out")
+            raise UserError(f"{out} holds a run of preset {started.preset}, not {preset}; choose another --out")
         run = started
         source = None
     return TrainOptions(
@@ -110,6 +114,7 @@ def _defaults(argv: list[str]) -> TrainOptions:
 
 
 def _value(argv: list[str], option: str) -> str | None:
+    """Returns the value of one option before all are parsed; None where it is not given."""
     for word, following in itertools.zip_longest(argv, argv[1:]):
         if word == option:
             return following
@@ -125,7 +130,7 @@ def _architecture(source: str) -> ModelConfig:
 
 
 def _initial_model(source: str, config: RunConfig) -> Any:
-    """A function that makes the model a new run starts from, or None for fresh weights."""
+    """Returns a function that makes the model a new run starts from, or None for random weights."""
     if not source:
         return None
     from dsv3_jax.runs.starting_point import load_starting_point

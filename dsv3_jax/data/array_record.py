@@ -1,7 +1,7 @@
-"""Pre-tokenised corpora: ArrayRecord files, one document a record.
+"""Corpora that are already tokenised: ArrayRecord files with one document per record.
 
-A record is the document's name and domain in UTF-8, each ended by a zero byte, then its ids as little-endian uint32,
-without end of text. `FILE.arrayrecord.json` beside the file names the tokenizer by its fingerprint.
+A record holds the document's name and domain in UTF-8, each followed by a zero byte, and then its ids as little-endian
+uint32, without the end-of-text token. The file `FILE.arrayrecord.json` beside it has the tokenizer's fingerprint.
 """
 
 from __future__ import annotations
@@ -22,19 +22,24 @@ from dsv3_jax.data.corpus import SIDECAR
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.errors import UserError
 
-_RECORDS_A_READ = 256
+_RECORDS_PER_READ = 256
 
 
 def write_array_record(
     path: str | Path, documents: Iterable[tuple[str, str, Sequence[int]]], tokenizer: Tokenizer
 ) -> int:
-    """Writes (name, domain, ids) documents, whole or not at all.
+    """Writes documents to a file. If anything fails, no file is left.
+
+    Args:
+      path: the file, with the suffix .arrayrecord.
+      documents: name, domain and ids of each document.
+      tokenizer: what the documents were tokenised with.
 
     Returns:
-      How many were written.
+      The number of documents written.
 
     Raises:
-      UserError: an id beyond the tokenizer's vocabulary, or the file cannot be written.
+      UserError: an id is outside the tokenizer's vocabulary, or the file cannot be written.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
@@ -65,33 +70,25 @@ def write_array_record(
 
 
 def read_array_record(path: str | Path, tokenizer: Tokenizer) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(name, domain, ids uint32) of every document in order.
+    """Yields name, domain and ids (uint32) of every document, in order.
 
     Raises:
-      UserError: unreadable, not such a file, made with another tokenizer, or an id beyond the vocabulary.
+      UserError: the file cannot be read, is not of this format, was made with another tokenizer, or holds an id outside
+        the vocabulary.
     """
     file = Path(path)
     _check_sidecar(file, tokenizer)
     reader = _open(file)
     try:
         count = reader.num_records()
-        for start in range(0, count, _RECORDS_A_READ):
-            records = reader.read(range(start, min(start + _RECORDS_A_READ, count)))
+        for start in range(0, count, _RECORDS_PER_READ):
+            records = reader.read(range(start, min(start + _RECORDS_PER_READ, count)))
             for index, record in enumerate(records, start=start):
                 yield _parse(record, tokenizer, f"{file}, record {index}")
     except (RuntimeError, IndexError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} is damaged: {' '.join(str(error).split())[:200]}") from error
-    finally:
-        reader.close()
-
-
-def count_array_records(path: str | Path) -> int:
-    """Documents in a file."""
-    reader = _open(Path(path))
-    try:
-        return reader.num_records()
     finally:
         reader.close()
 
@@ -107,18 +104,18 @@ def _open(file: Path) -> ArrayRecordReader:
     except RuntimeError as error:
         raise UserError(f"{file} is not an ArrayRecord file: {' '.join(str(error).split())[:200]}") from error
     if not good:
-        raise UserError(f"{file} is not an ArrayRecord file, or it is cut short")
+        raise UserError(f"{file} is not an ArrayRecord file, or it is incomplete")
     return reader
 
 
 def _parse(record: bytes, tokenizer: Tokenizer, where: str) -> tuple[str, str, np.ndarray]:
     parts = record.split(b"\0", 2)
     if len(parts) != 3 or len(parts[2]) % 4:
-        raise UserError(f"{where}: expected name, domain and 4-byte ids: write it with write_array_record")
+        raise UserError(f"{where}: expected name, domain and 4-byte ids; write the file with write_array_record")
     try:
         name, domain = parts[0].decode("utf-8"), parts[1].decode("utf-8")
     except UnicodeDecodeError:
-        raise UserError(f"{where}: its name or domain is not UTF-8: write it with write_array_record") from None
+        raise UserError(f"{where}: its name or domain is not UTF-8; write the file with write_array_record") from None
     ids = np.frombuffer(parts[2], "<u4")
     _check_ids(ids, tokenizer, where)
     return name, domain, ids
@@ -128,12 +125,12 @@ def _check_ids(ids: np.ndarray, tokenizer: Tokenizer, where: str) -> None:
     wrong = (ids < 0) | (ids >= tokenizer.vocab_size)
     if wrong.any():
         raise UserError(
-            f"{where}: token id {int(ids[wrong][0])} lies beyond the tokenizer's vocabulary of {tokenizer.vocab_size}"
+            f"{where}: token id {int(ids[wrong][0])} is outside the tokenizer's vocabulary of {tokenizer.vocab_size}"
         )
 
 
 def _check_sidecar(file: Path, tokenizer: Tokenizer) -> None:
-    """Absent is allowed: files made elsewhere have none, and their ids are checked one by one."""
+    """Checks the tokenizer's fingerprint. Files made by other programs have none; their ids are checked one by one."""
     sidecar = _sidecar(file)
     try:
         made_with = json.loads(sidecar.read_text(encoding="utf-8"))["tokenizer"]
@@ -142,7 +139,7 @@ def _check_sidecar(file: Path, tokenizer: Tokenizer) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {sidecar}: {error}") from error
     if made_with != tokenizer.fingerprint:
-        raise UserError(f"{file} was tokenised with another tokenizer: set data.tokenizer to the one it was made with")
+        raise UserError(f"{file} was tokenised with another tokenizer; set data.tokenizer to that one")
 
 
 def _sidecar(file: Path) -> Path:

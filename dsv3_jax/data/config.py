@@ -1,4 +1,4 @@
-"""What text is trained on, and how it becomes rows of tokens."""
+"""The configuration of a run's data: the corpus, the tokenizer, and how text becomes rows of tokens."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from dsv3_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The data of a run, checked at construction.
+    """The data of a run: the corpus, the tokenizer, and how text becomes rows of tokens.
 
     Attributes:
-      corpus: "stdlib" (the source of the running interpreter's standard library), or a path: a text file, a .jsonl file
-        (field `text`, optional field `domain`), a .parquet file (the same columns), an .arrayrecord file of documents
-        already tokenised (`write_array_record`), or a folder of any of these (pre-tokenised ones not mixed with text).
-      tokenizer: "train" (byte-level BPE trained on the corpus), "byte" (one id a byte), or the path of a
-        tokenizer.json, possibly gzipped, or of a folder that holds one.
-      vocab_size: ids of the tokenizer to train, control tokens included; ignored otherwise.
-      sequence_length: T; a row holds T + 1 tokens, so T inputs and T targets.
-      fill_in_middle_rate: share of the documents rearranged as prefix, suffix, middle (section 4.1; 0.1 in the report).
-      punctuation_split_rate: share of the tokens joining punctuation and line breaks that are split in two, against the
-        token boundary bias (section 4.1; the report does not give its share).
-      isolate_documents: attention stays within a document. Rows are the same either way; the model reads this.
-      validation_fraction: share of the documents held out, chosen by a hash of their names; of a corpus with fewer
-        than 1 / validation_fraction documents, the end of each document is held out instead.
-      validation_sequences: at most so many rows, evenly spaced over the held out text, make the validation set.
-      seed: of order, fill-in-middle and token splitting.
-      worker_count: processes that prepare rows; 0 reads in the training process. Never changes the rows.
+      corpus: "stdlib" (the source code of Python's standard library), or a path: a text file, a .jsonl file with a
+        field text and an optional field domain, a .parquet file with such columns, an .arrayrecord file of tokenised
+        documents (`write_array_record`), or a folder of such files. A folder must not mix .arrayrecord files with
+        others.
+      tokenizer: "train" (a byte-level BPE, trained on the corpus), "byte" (one id per byte), or the path of a
+        tokenizer.json, of a gzipped one, or of a folder that holds one.
+      vocab_size: number of ids of the tokenizer to train, control tokens included. Other tokenizers ignore it.
+      sequence_length: T, number of input tokens per row. A row holds T + 1 tokens: T inputs and T targets.
+      fill_in_middle_rate: fraction of the documents that are rearranged as prefix, suffix, middle (report section 4.1,
+        which uses 0.1).
+      punctuation_split_rate: fraction of the tokens joining punctuation and line breaks that are split in two, against
+        the token boundary bias (report section 4.1, which does not give the fraction).
+      isolate_documents: stop attention from crossing document boundaries in a packed row. Packing does not change.
+      validation_fraction: fraction of the documents held out for validation, chosen by a hash of their names. If the
+        corpus has fewer than 1 / validation_fraction documents, the end of each document is held out instead.
+      validation_sequences: largest number of rows of the validation set, evenly spaced over the held-out text.
+      seed: random seed of the order of documents and rows, of fill-in-middle and of token splitting.
+      worker_count: number of processes that prepare rows, which does not change the rows. With 0 the training process
+        prepares them itself.
     """
 
     corpus: str = "stdlib"
@@ -57,10 +60,12 @@ class DataConfig:
         ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"data.{name} must be an integer of at least {least}, got {value!r}")
+                raise ConfigError(f"data.{name} must be a whole number of at least {least}, not {value!r}")
         for name in ("fill_in_middle_rate", "punctuation_split_rate"):
             value = getattr(self, name)
             if not 0 <= value <= 1 or math.isnan(value):
-                raise ConfigError(f"data.{name} must lie in [0, 1], got {value!r}")
+                raise ConfigError(f"data.{name} must be from 0 to 1, not {value!r}")
         if not 0 < self.validation_fraction <= 0.5:
-            raise ConfigError(f"data.validation_fraction must lie in (0, 0.5], got {self.validation_fraction!r}")
+            raise ConfigError(
+                f"data.validation_fraction must be above 0 and at most 0.5, not {self.validation_fraction!r}"
+            )

@@ -1,4 +1,4 @@
-"""Documents of one file, by its suffix: text, .jsonl, .parquet."""
+"""The documents in one file, read by its suffix: .jsonl, .parquet, or text."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any
 
 from dsv3_jax.errors import UserError
 
-_ROWS_A_READ = 256
+_ROWS_PER_READ = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A text with its place.
+    """A text of the corpus.
 
     Attributes:
-      name: unique within the corpus and the same wherever the corpus lies.
-      domain: what kind of text: a folder, a suffix, or the file's own `domain` column.
+      name: unique within the corpus, and the same when the corpus is moved.
+      domain: the kind of text: the file's `domain` column, else its folder, else its suffix.
+      text: the text itself.
     """
 
     name: str
@@ -30,10 +31,11 @@ class Document:
 
 
 def read_documents(file: Path, name: str, domain: str) -> Iterator[Document]:
-    """Documents of a file; those of .jsonl and .parquet are named `name:row`.
+    """Yields the documents of a file. Those of .jsonl and .parquet files are named `name:row`.
 
     Raises:
-      UserError: unreadable, not UTF-8 (with the offset in bytes), or malformed (with the line or row).
+      UserError: the file cannot be read, is not UTF-8 (the message gives the offset in bytes), or is malformed (the
+        message gives the line or row).
     """
     with reading(file):
         match file.suffix.lower():
@@ -46,7 +48,7 @@ def read_documents(file: Path, name: str, domain: str) -> Iterator[Document]:
 
 
 def count_documents(file: Path) -> int:
-    """How many documents `read_documents` gives, without decoding them."""
+    """Returns the number of documents that `read_documents` yields, without decoding them."""
     with reading(file):
         match file.suffix.lower():
             case ".jsonl":
@@ -59,14 +61,14 @@ def count_documents(file: Path) -> int:
 
 
 def sha256_of_file(file: Path) -> str:
-    """SHA-256 of the content, in hexadecimal."""
+    """Returns the SHA-256 of the content, in hexadecimal."""
     with reading(file), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turns the operating system's refusals into one line."""
+    """Turns an OSError in the block into a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -74,12 +76,17 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def decode_utf8(raw: bytes, file: Path, start: int = 0) -> str:
-    """Text of bytes that begin at `start` in `file`; the error names file and offset."""
+    """Decodes bytes that begin at offset `start` of `file`.
+
+    Raises:
+      UserError: they are not UTF-8; the message names the file and the offset.
+    """
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file} is not UTF-8 at byte {start + error.start} (0x{raw[error.start]:02x}): convert it, or take it out"
+            f"{file} is not UTF-8 at byte {start + error.start} (0x{raw[error.start]:02x}); "
+            "convert the file or remove it from the corpus"
         ) from None
 
 
@@ -107,7 +114,7 @@ def _read_parquet(file: Path, name: str, domain: str) -> Iterator[Document]:
     columns = [column for column in ("text", "domain") if column in table.schema_arrow.names]
     row = 0
     try:
-        for batch in table.iter_batches(batch_size=_ROWS_A_READ, columns=columns):
+        for batch in table.iter_batches(batch_size=_ROWS_PER_READ, columns=columns):
             for values in batch.to_pylist():
                 row += 1
                 yield _document(values, f"{name}:{row}", domain, f"{file}, row {row}")
@@ -133,7 +140,7 @@ def _open_parquet(file: Path) -> Any:
 def _document(row: dict[str, Any], name: str, domain: str, where: str) -> Document:
     text = row.get("text")
     if not isinstance(text, str):
-        raise UserError(f"{where}: expected a field 'text' holding a string, got {type(text).__name__}")
+        raise UserError(f"{where}: expected a field 'text' that holds a string, not {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,6 +1,6 @@
-"""One pass over the training documents: their order, their form, and the order of the rows packed from them.
+"""One pass over the training documents: their order, how they are changed, and the order of the rows packed from them.
 
-All of it is a function of (seed, epoch): any row of any epoch can be read without reading those before it.
+Everything is a function of (seed, epoch), so any row of any epoch can be read without reading the rows before it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,24 @@ from dsv3_jax.data.punctuation_splitting import PunctuationSplitting
 from dsv3_jax.data.token_store import TokenStore
 
 _CACHED_DOCUMENTS = 32
-_ORDER, _FILL_IN_MIDDLE, _SPLITTING, _ROWS = range(4)  # streams of random numbers, independent of each other
+_ORDER, _FILL_IN_MIDDLE, _SPLITTING, _ROWS = range(4)  # independent streams of random numbers
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class RowSettings:
     """How documents become rows; the same for all epochs.
 
     Attributes:
-      store, documents: the tokens, and the indices of the training documents among them.
-      fill_in_middle, splitting: None where the rate is 0.
+      store: the tokens of all documents.
+      documents: indices of the training documents in the store.
+      sequence_length: T; a row has T + 1 tokens.
+      seed: random seed of everything an epoch draws.
+      eos_id: end-of-text token, added to every document.
+      pad_id: fills up the last row.
+      fill_in_middle_rate: fraction of the documents that are rearranged.
+      fill_in_middle: rearranges a document; None where the rate is 0.
+      splitting_rate: fraction of the splittable tokens that are split.
+      splitting: splits tokens; None where the rate is 0.
     """
 
     store: TokenStore
@@ -42,49 +50,55 @@ class Recipe:
 
 
 class Epoch:
-    """The rows of one epoch, in their shuffled order."""
+    """The rows of one epoch, in shuffled order.
 
-    def __init__(self, recipe: Recipe, epoch: int) -> None:
-        self._recipe = recipe
+    Attributes:
+      row_count: number of rows.
+    """
+
+    def __init__(self, settings: RowSettings, epoch: int) -> None:
+        self._settings = settings
         self._epoch = epoch
-        count = len(recipe.documents)
+        count = len(settings.documents)
         self._order = self._random(_ORDER).permutation(count)
-        numbers = self._random(_FILL_IN_MIDDLE).random((count, 3))  # a row of three for each document
-        wanted = recipe.fill_in_middle is not None
-        self._rearranged = (numbers[:, 0] < recipe.fill_in_middle_rate) & wanted
+        numbers = self._random(_FILL_IN_MIDDLE).random(
+            (count, 3)
+        )  # per document: whether to rearrange it, and two cuts
+        wanted = settings.fill_in_middle is not None
+        self._rearranged = (numbers[:, 0] < settings.fill_in_middle_rate) & wanted
         self._cuts = np.sort(numbers[:, 1:], axis=1)
         self._cache: dict[int, np.ndarray] = {}
 
-        lengths = recipe.store.lengths[recipe.documents] + self._growth + 1
+        lengths = settings.store.lengths[settings.documents] + self._growth + 1
         for index in np.flatnonzero(self._rearranged).tolist():
             lengths[index] = len(self.document(index))
         self._borders = np.concatenate([[0], np.cumsum(lengths[self._order])])
-        self.row_count = row_count(int(self._borders[-1]), recipe.sequence_length)
+        self.row_count = row_count(int(self._borders[-1]), settings.sequence_length)
 
     def row(self, index: int) -> Row:
-        """Row `index` in the shuffled order: int32 [T + 1] of tokens, and of segment ids."""
+        """Returns row `index` in the shuffled order: tokens and segment ids, int32 [T + 1] each."""
         place = int(self._row_order[index])
-        recipe = self._recipe
-        return pack_row(place, self._borders, self._read, recipe.sequence_length, recipe.pad_id)
+        settings = self._settings
+        return pack_row(place, self._borders, self._read, settings.sequence_length, settings.pad_id)
 
     def document(self, index: int) -> np.ndarray:
-        """Training document `index` as this epoch shows it, end of text included."""
-        recipe = self._recipe
-        ids = recipe.store.document(int(recipe.documents[index]))
-        if recipe.splitting is not None:
-            ids = recipe.splitting.split(ids, self._chosen(index))
+        """Returns the tokens of training document `index` as this epoch changes them, with the end-of-text token."""
+        settings = self._settings
+        ids = settings.store.document(int(settings.documents[index]))
+        if settings.splitting is not None:
+            ids = settings.splitting.split(ids, self._chosen(index))
         if self._rearranged[index]:
-            assert recipe.fill_in_middle is not None
-            ids = recipe.fill_in_middle.rearrange(ids, *self._cuts[index])
-        return np.append(ids, recipe.eos_id).astype(np.int32)
+            assert settings.fill_in_middle is not None
+            ids = settings.fill_in_middle.rearrange(ids, *self._cuts[index])
+        return np.append(ids, settings.eos_id).astype(np.int32)
 
     def _read(self, place: int, start: int, stop: int) -> np.ndarray:
-        """Tokens of the document at `place` in this epoch's order."""
-        recipe = self._recipe
+        """Returns tokens `start` to `stop` of the document at position `place` in this epoch's order."""
+        settings = self._settings
         index = int(self._order[place])
-        if recipe.splitting is None and not self._rearranged[index]:
-            ids = recipe.store.document(int(recipe.documents[index]))[start:stop]
-            return ids if len(ids) == stop - start else np.append(ids, recipe.eos_id)
+        if settings.splitting is None and not self._rearranged[index]:
+            ids = settings.store.document(int(settings.documents[index]))[start:stop]
+            return ids if len(ids) == stop - start else np.append(ids, settings.eos_id)
         if index not in self._cache:
             if len(self._cache) == _CACHED_DOCUMENTS:
                 self._cache.pop(next(iter(self._cache)))
@@ -97,30 +111,30 @@ class Epoch:
 
     @cached_property
     def _splits(self) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-        """Places in the store of the tokens to split, ascending, and how much each grows."""
-        recipe = self._recipe
-        assert recipe.splitting is not None
-        growth = recipe.splitting.growth(recipe.store.tokens)
+        """Positions in the store of the tokens to split, ascending, and how many tokens each one gains."""
+        settings = self._settings
+        assert settings.splitting is not None
+        growth = settings.splitting.growth(settings.store.tokens)
         places = np.flatnonzero(growth)
-        places = places[self._random(_SPLITTING).random(len(places)) < recipe.splitting_rate]
+        places = places[self._random(_SPLITTING).random(len(places)) < settings.splitting_rate]
         return places, growth[places]
 
     @property
     def _growth(self) -> Int64[np.ndarray, " D"]:
-        """Tokens each training document gains by splitting, where it is not rearranged."""
-        recipe = self._recipe
-        if recipe.splitting is None:
-            return np.zeros(len(recipe.documents), np.int64)
+        """Number of tokens that each training document gains by splitting, if it is not rearranged."""
+        settings = self._settings
+        if settings.splitting is None:
+            return np.zeros(len(settings.documents), np.int64)
         places, growth = self._splits
         total = np.concatenate([[0], np.cumsum(growth)])
-        bounds = total[np.searchsorted(places, recipe.store.borders)]
-        return np.diff(bounds)[recipe.documents]
+        bounds = total[np.searchsorted(places, settings.store.borders)]
+        return np.diff(bounds)[settings.documents]
 
     def _chosen(self, index: int) -> Bool[np.ndarray, " n"]:
-        """Which tokens of a training document are split."""
-        recipe = self._recipe
-        document = int(recipe.documents[index])
-        start, stop = int(recipe.store.borders[document]), int(recipe.store.borders[document + 1])
+        """Returns which tokens of a training document are split."""
+        settings = self._settings
+        document = int(settings.documents[index])
+        start, stop = int(settings.store.borders[document]), int(settings.store.borders[document + 1])
         places, _ = self._splits
         first, last = np.searchsorted(places, [start, stop])
         chosen = np.zeros(stop - start, bool)
@@ -128,4 +142,4 @@ class Epoch:
         return chosen
 
     def _random(self, stream: int) -> np.random.Generator:
-        return np.random.default_rng([self._recipe.seed, self._epoch, stream])
+        return np.random.default_rng([self._settings.seed, self._epoch, stream])

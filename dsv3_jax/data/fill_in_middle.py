@@ -1,9 +1,9 @@
-"""Fill-in-middle (section 4.1): a document rearranged as prefix, suffix, middle, before packing.
+"""Fill-in-middle (report section 4.1): rearranges a document as prefix, suffix, middle, before packing.
 
     <fim_begin> prefix <fim_hole> suffix <fim_end> middle <eos>
 
-The two cuts fall between any two characters, also inside a token: its two halves are then tokens of their own, as they
-are when a user asks for a completion in the middle of a word.
+A cut may be between any two characters, also inside a token. Each half of that token is then encoded again, as it is
+when a user asks for a completion in the middle of a word.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Int32
 
+from dsv3_jax.data.control_tokens import FIM_BEGIN, FIM_END, FIM_HOLE
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.errors import UserError
 
@@ -21,39 +22,40 @@ class FillInMiddle:
     """Rearranges documents of one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Raises UserError when the tokenizer has no fill-in-middle tokens."""
-        begin, hole, end = tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id
+        """Takes the control tokens from the tokenizer.
+
+        Raises:
+          UserError: the tokenizer has no fill-in-middle tokens.
+        """
+        begin, hole, end = (tokenizer.control_id(name) for name in (FIM_BEGIN, FIM_HOLE, FIM_END))
         if begin is None or hole is None or end is None:
-            raise UserError("the tokenizer has no fill-in-middle tokens: set data.fill_in_middle_rate to 0")
+            raise UserError("the tokenizer has no fill-in-middle tokens; set data.fill_in_middle_rate to 0")
         self._begin, self._hole, self._end = begin, hole, end
         self._tokenizer = tokenizer
 
     def rearrange(self, ids: Ids, first: float, second: float) -> Ids:
-        """A document with its middle moved to its end.
+        """Returns the document with its middle moved to its end, without an end-of-text token.
 
         Args:
-          first, second: where the middle begins and ends, as shares of the document's bytes; 0 <= first <= second < 1.
+          ids: tokens of the document.
+          first: where the middle begins, as a fraction of the document's bytes.
+          second: where the middle ends, as a fraction; 0 <= first <= second < 1.
         """
         ends = np.cumsum(self._tokenizer.token_bytes[ids])
         size = int(ends[-1]) if len(ends) else 0
         prefix, rest = self._cut(ids, ends, int(first * (size + 1)))
-        # Counted from the end, since the first cut may have changed the tokens, but not the bytes.
+        # Counted from the end: the first cut may have changed the number of tokens, but not of bytes.
         rest_ends = np.cumsum(self._tokenizer.token_bytes[rest])
         rest_size = int(rest_ends[-1]) if len(rest_ends) else 0
         middle, suffix = self._cut(rest, rest_ends, rest_size - (size - int(second * (size + 1))))
         parts = ([self._begin], prefix, [self._hole], suffix, [self._end], middle)
         return np.concatenate([np.asarray(part, np.int32) for part in parts])
 
-    def restore(self, ids: Ids) -> Ids:
-        """The inverse of `rearrange`, up to tokens that were cut: the bytes are those of the document."""
-        (hole,), (end,) = np.flatnonzero(ids == self._hole), np.flatnonzero(ids == self._end)
-        return np.concatenate([ids[1:hole], ids[end + 1 :], ids[hole + 1 : end]])
-
     def _cut(self, ids: Ids, ends: np.ndarray, place: int) -> tuple[Ids, Ids]:
-        """Two parts, cut before byte `place` or at the nearest earlier border between characters.
+        """Cuts `ids` before byte `place`, or at the nearest boundary between characters before it.
 
         Args:
-          ends: bytes of text up to the end of each token.
+          ends: number of bytes up to the end of each token.
         """
         index = int(np.searchsorted(ends, place, side="right"))
         if index == len(ids):
@@ -69,14 +71,14 @@ class FillInMiddle:
         return ids[:index], ids[index:]
 
     def _halves(self, whole: bytes, place: int) -> tuple[list[int], list[int]] | None:
-        """A token's bytes as two encodings; None where the cut belongs before the token."""
+        """Returns the ids of both halves of a token's bytes; None where the cut should be before the token."""
         while place > 0 and whole[place] & 0xC0 == 0x80:
             place -= 1
         if place <= 0:
             return None
         try:
             left, right = whole[:place].decode("utf-8"), whole[place:].decode("utf-8")
-        except UnicodeDecodeError:  # the token holds a part of a character
+        except UnicodeDecodeError:  # the token holds only a part of a character
             return None
         ids = self._tokenizer.encode(left), self._tokenizer.encode(right)
         exact = self._tokenizer.to_bytes(ids[0]) == whole[:place] and self._tokenizer.to_bytes(ids[1]) == whole[place:]
@@ -84,5 +86,5 @@ class FillInMiddle:
 
 
 def _inside_character(token: bytes) -> bool:
-    """Whether a token's first byte goes on with a character begun before."""
+    """Returns whether a token's first byte continues a character of an earlier token."""
     return bool(token) and token[0] & 0xC0 == 0x80

@@ -1,7 +1,7 @@
-"""Documents laid end to end and cut into rows of T + 1 tokens.
+"""Packing: documents are joined end to end and cut into rows of T + 1 tokens.
 
-Rows start T tokens apart: the last target of a row is the first input of the next, so every token of the stream but its
-first is a target exactly once. The last row is filled up with padding, segment 0.
+Rows start T tokens apart: the last target of a row is the first input of the next. So every token but the first is a
+target exactly once. The last row is filled up with padding, which has segment id 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Row = tuple[Int32[np.ndarray, " T_plus_1"], Int32[np.ndarray, " T_plus_1"]]
 
 
 def row_count(stream_length: int, sequence_length: int) -> int:
-    """Rows that hold every target of a stream."""
+    """Returns the number of rows that hold all targets of `stream_length` tokens."""
     return max(0, -(-(stream_length - 1) // sequence_length))
 
 
@@ -26,15 +26,18 @@ def pack_row(
     sequence_length: int,
     pad_id: int,
 ) -> Row:
-    """One row of the stream.
+    """Returns one row of the joined documents.
 
     Args:
-      index: of the row, below `row_count`.
-      borders: where documents begin in the stream, and its end; strictly increasing.
-      read: (document, start, stop) -> those of its tokens.
+      index: number of the row, below `row_count`.
+      borders: position of each document's first token among all tokens, and their number; strictly increasing.
+      read: (document, start, stop) -> those tokens of the document.
+      sequence_length: T.
+      pad_id: token that fills up the last row.
 
     Returns:
-      Tokens and segment ids: 1 for the first document with a token in the row, then 2, ...; 0 for padding.
+      Tokens and segment ids, int32 [T + 1] each. Segment ids are 1 for the first document in the row, then 2, and so
+      on; 0 for padding.
     """
     start = index * sequence_length
     stop = min(start + sequence_length + 1, int(borders[-1]))

@@ -1,11 +1,10 @@
-"""From a configuration to rows: tokenizer, tokenised corpus (cached), training rows and the fixed validation set."""
+"""Prepares the data of a run: tokenizer, tokenised corpus (cached), training rows and the fixed validation set."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from jaxtyping import Bool, Int32, Int64
 from dsv3_jax.data.config import DataConfig
 from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.data.document_files import Document
-from dsv3_jax.data.epoch import Recipe
+from dsv3_jax.data.epoch import RowSettings
 from dsv3_jax.data.fill_in_middle import FillInMiddle
 from dsv3_jax.data.packing import pack_row
 from dsv3_jax.data.punctuation_splitting import PunctuationSplitting
@@ -29,7 +28,7 @@ from dsv3_jax.data.tokenizer_training import byte_tokenizer, sample_text, train_
 from dsv3_jax.data.train_iterator import TrainIterator
 from dsv3_jax.errors import UserError
 
-PACK_VERSION = "1"  # of everything between text and rows; a change makes old caches and iterator states other data
+PACK_VERSION = "1"  # of everything between text and rows; changing it invalidates old caches and iterator states
 
 
 def prepare_data(
@@ -44,13 +43,16 @@ def prepare_data(
     """Reads, tokenises and splits the corpus.
 
     Args:
-      cache_folder: where the trained tokenizer and the tokenised corpus are kept, by what they were made from.
-      tokenizer_folder: a tokenizer to use instead of `config.tokenizer`: a run's own, on resume.
-      shard_index, shard_count: this host's share of the training rows.
-      progress: told in a few words what takes time.
+      config: the corpus, the tokenizer and how rows are made.
+      cache_folder: folder in which the trained tokenizer and the tokenised corpus are kept, under names made from what
+        they depend on; None keeps nothing.
+      tokenizer_folder: folder of a tokenizer to use instead of `config.tokenizer`, as a resumed run does.
+      shard_index: number of this host's part of the training rows, from 0.
+      shard_count: number of parts of the training rows.
+      progress: is called with a line of text before something that takes long.
 
     Raises:
-      UserError: the corpus or the tokenizer cannot be used; one line that says what and where.
+      UserError: the corpus or the tokenizer cannot be used; the message says what and where.
     """
     say = progress or (lambda _: None)
     corpus = open_corpus(config)
@@ -62,7 +64,16 @@ def prepare_data(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Data:
-    """A prepared corpus; made by `prepare_data`."""
+    """A prepared corpus. `prepare_data` makes it.
+
+    Attributes:
+      config: the configuration.
+      tokenizer: the tokenizer.
+      store: all documents as token ids.
+      corpus_fingerprint: SHA-256 of the corpus.
+      shard_index: number of this host's part of the training rows, from 0.
+      shard_count: number of parts of the training rows.
+    """
 
     config: DataConfig
     tokenizer: Tokenizer
@@ -76,13 +87,13 @@ class Data:
             if count < self.config.sequence_length + 1:
                 raise UserError(
                     f"the corpus {self.config.corpus} is too small: its {count} {split} tokens do not fill one "
-                    f"sequence of {self.config.sequence_length}: give more text or a smaller data.sequence_length"
+                    f"sequence of {self.config.sequence_length}; give more text or a smaller data.sequence_length"
                 )
-        _ = self._recipe  # a tokenizer without fill-in-middle tokens is found out now
+        _ = self.row_settings  # raises now if the tokenizer has no fill-in-middle tokens
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What decides the training rows, by name. Worker, shard and batch counts do not."""
+        """Everything that decides the training rows, by name. Numbers of workers, shards and rows per batch do not."""
         config = self.config
         return {
             "corpus": self.corpus_fingerprint,
@@ -97,44 +108,34 @@ class Data:
 
     @cached_property
     def num_train_tokens(self) -> int:
-        """Tokens of the training documents, ends of text included, without those fill-in-middle adds."""
+        """Number of tokens of the training documents, with end-of-text tokens, without those of fill-in-middle."""
         return int((self.store.lengths[self._train_documents] + 1).sum())
 
     def train_iterator(self) -> TrainIterator:
-        """Rows of this shard, from the start; each epoch every row once over all shards."""
+        """Returns an iterator over this shard's rows, at the start. Over all shards an epoch has each row once."""
         return TrainIterator(
-            self._recipe, self.fingerprint, self.shard_index, self.shard_count, self.config.worker_count
+            self.row_settings, self.fingerprint, self.shard_index, self.shard_count, self.config.worker_count
         )
 
     def validation_rows(self) -> tuple[Int32[np.ndarray, "N T_plus_1"], Int32[np.ndarray, "N T_plus_1"]]:
-        """Tokens and segment ids of the validation set: full rows, evenly spaced over the held out text, in order."""
+        """Returns tokens and segment ids of the validation set: full rows, evenly spaced over the held-out text."""
         return self._validation
 
     def documents(self, split: str = "train") -> Iterator[Document]:
-        """The documents of "train" or "validation" as text with their domains, decoded from their tokens."""
+        """Yields the documents of `split`, "train" or "validation", decoded from their tokens."""
         wanted = {"train": self._train_documents, "validation": self._validation_documents}[split]
         for index in wanted:
             text = self.tokenizer.decode(self.store.document(int(index)))
             yield Document(self.store.names[index], self.store.domains[index], text)
 
     @cached_property
-    def validation_bytes_per_token(self) -> float:
-        """Bytes of text a target of the validation set stands for, ends of text counted as 0."""
-        targets = self._validation[0][:, 1:]
-        return float(self.tokenizer.token_bytes[targets].sum() / targets.size)
-
-    def bits_per_byte(self, nats_per_token: float) -> float:
-        """A mean loss over all targets of the validation set, in bits per byte of its text."""
-        return nats_per_token / math.log(2) / self.validation_bytes_per_token
-
-    @cached_property
     def validation_entropy_bits_per_byte(self) -> float:
-        """Entropy of the byte frequencies of the validation targets' text: what a model without context can reach."""
+        """Baseline: bits per byte of the validation targets for a code that knows only how frequent each byte is."""
         return byte_entropy(self._validation_text)
 
     @cached_property
     def validation_gzip_bits_per_byte(self) -> float:
-        """Size of the same text under gzip -9."""
+        """Baseline: bits per byte of the validation targets compressed by gzip -9."""
         return gzip_bits_per_byte(self._validation_text)
 
     @cached_property
@@ -148,7 +149,7 @@ class Data:
 
     @cached_property
     def _validation_documents(self) -> Int64[np.ndarray, " D"]:
-        """Held out documents in the order of their hashes: mixed, and the same whatever else is in the corpus."""
+        """Held-out documents in the order of their hashes, which mixes them and does not depend on other documents."""
         held_out = np.flatnonzero(self._held_out)
         return np.array(sorted(held_out, key=lambda index: name_hash(self.store.names[index])), np.int64)
 
@@ -174,14 +175,14 @@ class Data:
 
     @cached_property
     def _validation_text(self) -> bytes:
-        """What the targets stand for, row after row."""
+        """The text of the validation targets, row after row, as bytes."""
         targets = self._validation[0][:, 1:].ravel()
         return self.tokenizer.to_bytes(targets[self.tokenizer.token_bytes[targets] > 0])
 
     @cached_property
-    def _recipe(self) -> Recipe:
+    def row_settings(self) -> RowSettings:
         config, tokenizer = self.config, self.tokenizer
-        return Recipe(
+        return RowSettings(
             store=self.store,
             documents=self._train_documents,
             sequence_length=config.sequence_length,
@@ -211,7 +212,7 @@ def _tokenizer(
         return Tokenizer.load(config.tokenizer)
     if corpus.pretokenised:
         raise UserError(
-            f"the corpus {corpus.name} holds token ids: set data.tokenizer to the tokenizer it was made with"
+            f"the corpus {corpus.name} holds token ids; set data.tokenizer to the tokenizer it was made with"
         )
     key = _key(corpus_fingerprint, str(config.vocab_size), repr(config.validation_fraction))
     folder = cache_folder / f"tokenizer-{key}" if cache_folder else None
@@ -241,7 +242,7 @@ def _token_store(
     say(f"tokenising the corpus {corpus.name}")
     store = TokenStore.build(tokenise(corpus, config.validation_fraction, tokenizer), tokenizer.vocab_size)
     if not len(store):
-        raise UserError(f"the corpus {corpus.name} is empty: its files hold no text")
+        raise UserError(f"the corpus {corpus.name} is empty; its files hold no text")
     return store.save(folder) if folder else store
 
 

@@ -1,7 +1,7 @@
-"""Random splitting of tokens that join punctuation and line breaks (section 4.1).
+"""Random splitting of tokens that join punctuation and line breaks, against token boundary bias (report section 4.1).
 
-Such a token hides the border a prompt may end on: a prompt without its last line break would be a text the model has
-never seen. Splitting a share of them in training shows the model both forms.
+A prompt may end with the punctuation, without the line break, which the model would then never have seen in training.
+Splitting some of these tokens in training shows the model both forms.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from jaxtyping import Bool, Int32
 
 from dsv3_jax.data.tokenizer import Tokenizer
 
-# Some mark that is neither a letter, a digit, space nor line break, then only line breaks.
+# One or more marks (no letters, digits, spaces or line breaks), then only line breaks.
 _JOINED = re.compile(r"([^\w\s]|_)+[\r\n]+")
 
 
 class PunctuationSplitting:
-    """For each token that joins punctuation and line breaks: the ids of its two parts, each encoded on its own."""
+    """Splits tokens that join punctuation and line breaks into their two parts, each encoded separately."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         parts: dict[int, Int32[np.ndarray, " pieces"]] = {}
@@ -34,17 +34,12 @@ class PunctuationSplitting:
         for index, ids in parts.items():
             self._growth[index] = len(ids) - 1
 
-    @property
-    def tokens(self) -> list[int]:
-        """Ids that can be split."""
-        return list(self._parts)
-
     def growth(self, tokens: np.ndarray) -> np.ndarray:
-        """How many tokens each id gains when split; 0 where it cannot be."""
+        """Returns the number of tokens that each id gains when it is split; 0 for ids that cannot be split."""
         return self._growth[tokens]
 
     def split(self, tokens: np.ndarray, chosen: Bool[np.ndarray, " n"]) -> Int32[np.ndarray, " m"]:
-        """`tokens` with the chosen ones, all of them splittable, replaced by their parts."""
+        """Returns `tokens` with the chosen ones, which must all be splittable, replaced by their parts."""
         counts = np.where(chosen, self._growth[tokens], 0) + 1
         result = np.repeat(tokens.astype(np.int32), counts)
         starts = np.cumsum(counts) - counts

@@ -1,4 +1,4 @@
-"""Which documents are for validation: decided by their names alone, so that it never changes with order or machine."""
+"""Which documents are held out for validation. Only their names decide, so order and machine do not matter."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from jaxtyping import Bool, Int64
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.document_files import Document
 
-TAIL = "#end"  # added to the name of a held-out end
+TAIL = "#end"  # added to the name of a document whose end is held out
 
 
 def name_hash(name: str) -> float:
-    """A number in [0, 1) from a name."""
+    """Returns a number in [0, 1) that depends only on the name."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:6]) / 2.0**48
 
 
 def holds_out_ends(document_count: int, fraction: float) -> bool:
-    """Whether a corpus has too few documents to hold out whole ones."""
+    """Returns whether a corpus has too few documents to hold out whole ones."""
     return document_count * fraction < 1
 
 
 def split_documents(corpus: Corpus, fraction: float) -> Iterator[tuple[Document, bool]]:
-    """Every document, and whether it is held out.
+    """Yields every document, and whether it is held out.
 
-    With fewer than 1 / fraction documents (one long file, for instance) the end of each is held out, from the start of
-    a line where there is one.
+    If there are fewer than 1 / fraction documents (for instance one long file), the end of each is held out, from the
+    start of a line if possible.
     """
     if not holds_out_ends(corpus.document_count(), fraction):
         for document in corpus.documents():
@@ -43,10 +43,16 @@ def split_documents(corpus: Corpus, fraction: float) -> Iterator[tuple[Document,
 def enough_held_out(
     names: list[str], lengths: Int64[np.ndarray, " D"], held_out: Bool[np.ndarray, " D"], needed: int
 ) -> Bool[np.ndarray, " D"]:
-    """Holds out more documents, those of the next hashes, until they have `needed` tokens.
+    """Holds out more documents, in the order of their hashes, until they have `needed` tokens together.
 
-    Only in small corpora, where chance may hold out nothing. As many tokens stay for training at least; where there
-    are not that many, the result has too few as well.
+    This matters only in small corpora, where chance may hold out nothing. At least `needed` tokens are left for
+    training; a corpus with too few tokens for both ends up with too few held out.
+
+    Args:
+      names: names of the documents.
+      lengths: number of tokens of each document.
+      held_out: which documents are held out already.
+      needed: number of tokens that should be held out.
     """
     held_out = held_out.copy()
     if lengths[held_out].sum() >= needed:

@@ -1,4 +1,4 @@
-"""The bytes each token stands for: what turns nats a token into bits a byte, exactly."""
+"""The bytes that each token stands for, which convert nats per token to bits per byte exactly."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def bytes_of_tokens(vocabulary: dict[str, int], size: int, definition: dict[str, Any], source: str) -> list[bytes]:
-    """Bytes by id; added tokens as the UTF-8 of their names, ids without a token as nothing.
+    """Returns the bytes of each id: for added tokens the UTF-8 of their names, for ids without a token no bytes.
 
     Args:
-      vocabulary: token to id, all below `size`.
-      definition: the tokenizer.json; its decoder tells how tokens are spelled.
+      vocabulary: token to id, all ids below `size`.
+      size: number of ids.
+      definition: content of the tokenizer.json. Its decoder says how tokens spell bytes.
+      source: name of the tokenizer in messages.
 
     Raises:
-      UserError: tokens do not stand for bytes (lower-cased, stripped or word-piece vocabularies).
+      UserError: tokens do not stand for bytes, as in lower-cased, stripped or word-piece vocabularies.
     """
     kinds = _decoder_kinds(definition.get("decoder"))
     if "ByteLevel" in kinds:
@@ -54,7 +56,10 @@ def _decoder_kinds(decoder: Any) -> set[str]:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Byte-level tokens spell each byte as one visible character: itself where printable, else from U+0100 on."""
+    """Returns the byte that each character of a byte-level token stands for.
+
+    A printable byte is spelled as the character of its own number; the others use the characters from U+0100.
+    """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     table = {chr(byte): byte for byte in visible}

@@ -1,4 +1,4 @@
-"""Tokenised documents end to end, in memory or mapped from a folder that is written whole or not at all."""
+"""Tokenised documents joined end to end, in memory or memory-mapped from a folder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ _SUMMARY = "summary.json"
 class TokenStore:
     """Documents as ids, none of them empty, without end-of-text tokens.
 
-    Pickling a store that lies on disk sends its path, not its tokens: worker processes map the same pages.
+    A store on disk is pickled as its path, without its tokens, so that worker processes map the same memory.
 
     Attributes:
-      tokens: uint16 or uint32 [N].   borders: int64 [D + 1]; document d is tokens[borders[d]:borders[d + 1]].
-      names, domains: D strings each.   held_out: bool [D], for validation.
+      tokens: ids of all documents, uint16 or uint32 [N].
+      borders: int64 [D + 1]; document d is tokens[borders[d]:borders[d + 1]].
+      names: names of the D documents.
+      domains: domains of the D documents.
+      held_out: which documents are held out for validation, bool [D].
     """
 
     def __init__(
@@ -48,11 +51,11 @@ class TokenStore:
 
     @property
     def lengths(self) -> Int64[np.ndarray, " D"]:
-        """Tokens of each document."""
+        """Number of tokens of each document."""
         return np.diff(self.borders)
 
     def document(self, index: int) -> np.ndarray:
-        """Ids of one document, a view."""
+        """Returns the ids of one document, without copying them."""
         return self.tokens[self.borders[index] : self.borders[index + 1]]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,7 +70,7 @@ class TokenStore:
 
     @classmethod
     def build(cls, documents: Iterable[tuple[str, str, bool, np.ndarray]], vocab_size: int) -> TokenStore:
-        """From (name, domain, held out, ids) a document; empty documents are left out."""
+        """Makes a store from (name, domain, held out, ids) of each document. Empty documents are left out."""
         dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
         parts, names, domains, held_out = [], [], [], []
         for name, domain, held, ids in documents:
@@ -81,7 +84,11 @@ class TokenStore:
         return cls(tokens, borders, names, domains, np.array(held_out, bool))
 
     def save(self, folder: Path) -> TokenStore:
-        """Writes the store to `folder` and gives it back mapped from there. Two processes may do so at once."""
+        """Writes the store to `folder` and returns it memory-mapped from there. Two processes may do so at once.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
         try:
             temporary.mkdir(parents=True)
@@ -96,7 +103,7 @@ class TokenStore:
             if not folder.exists():
                 os.rename(temporary, folder)
         except OSError as error:
-            if not folder.is_dir():  # otherwise another process was first, with the same content
+            if not folder.is_dir():  # otherwise another process has just written the same content
                 raise UserError(f"cannot write the tokenised corpus to {folder}: {error.strerror}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -104,7 +111,7 @@ class TokenStore:
 
     @classmethod
     def load(cls, folder: Path) -> TokenStore | None:
-        """The store in `folder`; None when absent, incomplete or damaged (digests are checked)."""
+        """Loads the store in `folder`; None where it is absent, incomplete or damaged (its digests are checked)."""
         try:
             digests = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))["sha256"]
             if any(_digest(folder / name) != digests[name] for name in (_TOKENS, _BORDERS, _DOCUMENTS)):

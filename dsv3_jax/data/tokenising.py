@@ -1,4 +1,4 @@
-"""A corpus to documents of ids, in memory bounded by its longest document."""
+"""Tokenises a corpus. It needs memory for a few documents at a time."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from dsv3_jax.data.tokenizer import Tokenizer
 
 TokenisedDocument = tuple[str, str, bool, np.ndarray]  # name, domain, held out, ids
 
-_DOCUMENTS_A_BATCH = 64
-_PIECES_A_BATCH = 64
-_PIECE = 2**20  # characters; the library needs some hundred bytes for each token of a text it encodes
-# Where the report's pre-tokeniser cuts whatever surrounds it: cutting a text there leaves its tokens as they are.
+_DOCUMENTS_PER_BATCH = 64
+_PIECES_PER_BATCH = 64
+_PIECE = 2**20  # characters; the tokenizers library needs some hundred bytes per token of a text it encodes
+# The report's pre-tokenizer always cuts here, so that cutting a text here does not change its tokens.
 _SAFE_CUT = re.compile(r"\n(?=[A-Za-z])")
 
 
 def tokenise(corpus: Corpus, validation_fraction: float, tokenizer: Tokenizer) -> Iterator[TokenisedDocument]:
-    """Every document of the corpus with its ids and whether it is held out; pre-tokenised ones as they are.
+    """Yields name, domain, whether it is held out, and ids of every document. Tokenised corpora are only read.
 
     Raises:
-      UserError: a file cannot be used; names file and place.
+      UserError: a file cannot be used; the message names the file and the place in it.
     """
     if corpus.pretokenised:
         for file in corpus.files:
             for name, domain, ids in read_array_record(file, tokenizer):
                 yield name, domain, name_hash(name) < validation_fraction, ids
         return
-    for batch in batched(split_documents(corpus, validation_fraction), _DOCUMENTS_A_BATCH):
+    for batch in batched(split_documents(corpus, validation_fraction), _DOCUMENTS_PER_BATCH):
         pieces = [cut_text(document.text) for document, _ in batch]
         encoded = _encode([piece for cut in pieces for piece in cut], tokenizer)
         for (document, held_out), cut in zip(batch, pieces, strict=True):
@@ -42,7 +42,7 @@ def tokenise(corpus: Corpus, validation_fraction: float, tokenizer: Tokenizer) -
 
 
 def cut_text(text: str, size: int = _PIECE) -> list[str]:
-    """Pieces of about `size` characters and at most twice that, cut at the starts of lines where possible."""
+    """Cuts a text into pieces of `size` to 2 `size` characters, at the starts of lines where possible."""
     pieces, start = [], 0
     while len(text) - start > 2 * size:
         match = _SAFE_CUT.search(text, start + size, start + 2 * size)
@@ -53,5 +53,5 @@ def cut_text(text: str, size: int = _PIECE) -> list[str]:
 
 
 def _encode(pieces: list[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    for group in batched(pieces, _PIECES_A_BATCH):
+    for group in batched(pieces, _PIECES_PER_BATCH):
         yield from (np.array(ids, np.uint32) for ids in tokenizer.encode_batch(group))

@@ -1,4 +1,4 @@
-"""Text to ids and back, from any tokenizer.json whose tokens stand for bytes."""
+"""The tokenizer: text to ids and back, from any tokenizer.json whose tokens stand for bytes."""
 
 from __future__ import annotations
 
@@ -22,35 +22,39 @@ from dsv3_jax.errors import UserError
 
 FILE_NAME = "tokenizer.json"
 LARGEST_FILE = 256 * 2**20  # bytes, unpacked
-MOST_UNUSED_IDS = 2**16  # below the largest id: some published vocabularies leave gaps
+MOST_UNUSED_IDS = 2**16  # some published vocabularies have gaps between their ids
 _PROBE = "def f(x):\n\treturn  'Ünïcode 漢字 1234'  # ok\r\n\n"
 
 
 class Tokenizer:
-    """A tokenizer.json, checked.
+    """A checked tokenizer.json.
 
-    `encode` takes its argument as text and nothing else: "<think>" in a document becomes the ids of seven characters,
-    never the control token. Control tokens are reached by their ids (`bos_id`, `control_id`), or with
+    `encode` treats its argument only as text: "<think>" in a document becomes the ids of its characters, never the
+    control token. Control tokens are given by their ids (`bos_id`, `control_id`) or by
     `encode(text, control_tokens=True)`.
 
     Attributes:
-      vocab_size: ids are below this; a few of them may stand for nothing.
-      token_bytes: int32 [vocab_size]; bytes of text each id stands for, 0 for control tokens, so that summed over
-        `encode(text)` they give the length of the text in UTF-8.
-      bos_id, eos_id: begin and end of a text (bos_id is eos_id where there is no own one).
-      pad_id: padding (eos_id where there is no own one).
-      fim_begin_id, fim_hole_id, fim_end_id, user_id, assistant_id, think_id, end_think_id: None where absent.
-      fingerprint: SHA-256 of the definition; equal for equal tokenizers however the file is laid out.
+      vocab_size: number of ids; a few of them may stand for nothing.
+      token_bytes: number of bytes of text that each id stands for, int32 [vocab_size]; 0 for control tokens. Their sum
+        over `encode(text)` is the length of the text in UTF-8.
+      bos_id: begin of a text; eos_id if the tokenizer has none.
+      eos_id: end of a text.
+      pad_id: padding; eos_id if the tokenizer has none.
+      fingerprint: SHA-256 of the definition, which does not depend on the file's formatting.
     """
 
     vocab_size: int
     token_bytes: Int32[np.ndarray, " V"]
 
     def __init__(self, definition: str, source: str = "the tokenizer") -> None:
-        """Args: definition: the text of a tokenizer.json. source: its name in error messages.
+        """Checks the tokenizer.
+
+        Args:
+          definition: the text of a tokenizer.json.
+          source: its name in error messages.
 
         Raises:
-          UserError: not a usable tokenizer; one line that names `source`.
+          UserError: it cannot be used as a tokenizer; the message names `source`.
         """
         self._source = source
         self._definition = _parse(definition, source)
@@ -68,21 +72,14 @@ class Tokenizer:
         self.eos_id = self._require(control.END_NAMES)
         self.bos_id = next((vocabulary[name] for name in control.BEGIN_NAMES if name in vocabulary), self.eos_id)
         self.pad_id = vocabulary.get(control.PADDING, self.eos_id)
-        self.fim_begin_id = self.control_id(control.FIM_BEGIN)
-        self.fim_hole_id = self.control_id(control.FIM_HOLE)
-        self.fim_end_id = self.control_id(control.FIM_END)
-        self.user_id = self.control_id(control.USER)
-        self.assistant_id = self.control_id(control.ASSISTANT)
-        self.think_id = self.control_id(control.THINK)
-        self.end_think_id = self.control_id(control.END_THINK)
         self._probe()
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a tokenizer.json, a gzipped one, or a folder that holds either.
+        """Loads a tokenizer.json, a gzipped one, or the one in a folder.
 
         Raises:
-          UserError: absent, unreadable or not a usable tokenizer.
+          UserError: it does not exist, cannot be read, or cannot be used as a tokenizer.
         """
         file = Path(path)
         if file.is_dir():
@@ -91,7 +88,11 @@ class Tokenizer:
         return cls(_read_text(file), str(file))
 
     def save(self, folder: str | Path) -> None:
-        """Writes `folder`/tokenizer.json, whole or not at all."""
+        """Writes `folder`/tokenizer.json. If anything fails, an existing file stays as it was.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
         target = Path(folder) / FILE_NAME
         temporary = target.with_name(f".{FILE_NAME}.{os.getpid()}")
         try:
@@ -102,13 +103,13 @@ class Tokenizer:
             raise UserError(f"cannot write the tokenizer to {target}: {error.strerror}") from error
 
     def encode(self, text: str, *, control_tokens: bool = False) -> list[int]:
-        """The ids of a text, without begin and end.
+        """Returns the ids of a text, without begin and end tokens.
 
         Args:
-          control_tokens: the names of control tokens in `text` become their ids; only for text of one's own making.
+          control_tokens: names of control tokens in `text` become their ids. Only for text from a trusted source.
 
         Raises:
-          UserError: the text holds a lone surrogate (it has no UTF-8), or the tokenizer fails on it.
+          UserError: the text holds a lone surrogate, which has no UTF-8 form, or the tokenizer fails on it.
         """
         _check_utf8(text)
         encoder = self._control_encoder if control_tokens else self._text_encoder
@@ -116,7 +117,7 @@ class Tokenizer:
             return encoder.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of several texts, on all cores."""
+        """Returns the ids of several texts, encoded on all CPU cores."""
         for text in texts:
             _check_utf8(text)
         with rust_errors(f"{self._source} fails on the corpus"):
@@ -124,20 +125,20 @@ class Tokenizer:
         return [encoding.ids for encoding in encodings]
 
     def to_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """What ids stand for; control tokens as their names, ids beyond the vocabulary (spare rows) as nothing."""
+        """Returns the bytes of ids: for control tokens their names, for ids outside the vocabulary nothing."""
         size = self.vocab_size
         return b"".join(self._bytes[index] for index in map(int, ids) if 0 <= index < size)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of ids; bytes that are not UTF-8 (a character cut in two) as U+FFFD."""
+        """Returns the text of ids. Bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
         return self.to_bytes(ids).decode("utf-8", errors="replace")
 
     def control_id(self, name: str) -> int | None:
-        """The id of a control token by its name, None where absent."""
+        """Returns the id of a control token by its name (`control_tokens`), or None where the tokenizer has none."""
         return self._ids.get(name)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str]]:
-        # Made anew from the definition: the library's own pickle forgets that control tokens are not read from text.
+        # Rebuilt from the definition, because the library's pickle forgets not to search text for control tokens.
         return Tokenizer, (json.dumps(self._definition), self._source)
 
     @cached_property
@@ -147,22 +148,22 @@ class Tokenizer:
     def _require(self, names: Sequence[str]) -> int:
         found = next((self._ids[name] for name in names if name in self._ids), None)
         if found is None:
-            raise UserError(f"{self._source} has no end-of-text token: add one of {', '.join(names)}")
+            raise UserError(f"{self._source} has no end-of-text token; add one of {', '.join(names)}")
         return found
 
     def _probe(self) -> None:
-        """Encodes and decodes a line: catches patterns that crash, ids out of range and tokenizers that lose text."""
+        """Encodes and decodes a line of text, to find tokenizers that fail, give wrong ids or lose text."""
         ids = self.encode(_PROBE)
         if any(index >= self.vocab_size for index in ids):
-            raise UserError(f"{self._source} encodes text to ids beyond its vocabulary of {self.vocab_size}")
+            raise UserError(f"{self._source} encodes text to ids outside its vocabulary of {self.vocab_size}")
         text = self.decode(ids)
-        if text not in (_PROBE, " " + _PROBE):  # a leading space is what SentencePiece conversions add
-            raise UserError(f"{self._source} does not give back the text it encodes: give a byte-level tokenizer")
+        if text not in (_PROBE, " " + _PROBE):  # converted SentencePiece tokenizers add a leading space
+            raise UserError(f"{self._source} does not decode to the text that was encoded; give a byte-level tokenizer")
 
 
 @contextmanager
 def rust_errors(what: str) -> Iterator[None]:
-    """Turns whatever the tokenizers library throws into one line; a Rust panic is a BaseException, not an Exception."""
+    """Turns what the tokenizers library raises into a UserError. (A Rust panic is only a BaseException.)"""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, UserError):
@@ -214,14 +215,17 @@ def _parse(definition: str, source: str) -> dict[str, Any]:
 
 
 def _build(definition: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The library's tokenizer with every control token marked as such, and nothing cut, padded or added."""
+    """Makes the library's tokenizer, with all control tokens marked, without truncation, padding or added tokens."""
     added = [{**token, "special": _is_control(token)} for token in definition["added_tokens"]]
     plain = {**definition, "added_tokens": added, "truncation": None, "padding": None, "post_processor": None}
     return tokenizers.Tokenizer.from_str(json.dumps(plain))
 
 
 def _is_control(token: dict[str, Any]) -> bool:
-    """Published tokenizers mark some control tokens (fill-in-middle, turns) as ordinary: told by their names."""
+    """Returns whether an added token is a control token.
+
+    Published tokenizers do not mark all of them as special, so their names decide too.
+    """
     return bool(token.get("special")) or token["content"].startswith("<")
 
 
@@ -229,8 +233,10 @@ def _checked_size(vocabulary: dict[str, int], definition: dict[str, Any], source
     declared = {token["content"]: token["id"] for token in definition["added_tokens"]}
     for token, index in (*vocabulary.items(), *declared.items()):
         if not 0 <= index < len(vocabulary) + MOST_UNUSED_IDS:
-            raise UserError(f"{source}: token {token!r} has id {index}, far beyond its vocabulary of {len(vocabulary)}")
+            raise UserError(
+                f"{source}: token {token!r} has id {index}, far outside its vocabulary of {len(vocabulary)}"
+            )
     for token, index in declared.items():
         if vocabulary.get(token) != index:
-            raise UserError(f"{source}: added token {token!r} says id {index} but gets {vocabulary.get(token)}")
+            raise UserError(f"{source}: added token {token!r} declares id {index} but has id {vocabulary.get(token)}")
     return max(vocabulary.values(), default=-1) + 1

@@ -1,4 +1,4 @@
-"""Byte-level BPE in the manner of the report's section 4.1, trained on the corpus in seconds."""
+"""Trains a byte-level BPE tokenizer on the corpus, as the report describes in section 4.1."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from dsv3_jax.data.control_tokens import LEADING, TRAILING
 from dsv3_jax.errors import ConfigError
 
-# Text is cut in this order before bytes are merged, so no token crosses a cut: numbers in at most three digits; runs of
-# Chinese and Japanese; then letters with one leading mark or space, punctuation with following line breaks, spaces.
+# Text is cut in this order before bytes are merged, and no token crosses a cut: numbers into at most three digits; runs
+# of Chinese and Japanese; letters with one leading mark or space; punctuation with following line breaks; spaces.
 NUMBERS = r"\p{N}{1,3}"
 IDEOGRAPHS = r"[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _ASCII_MARKS = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"""
@@ -32,11 +32,16 @@ WORDS = "|".join(
 BYTES = 256
 SMALLEST_VOCABULARY = len(LEADING) + BYTES + len(TRAILING)
 SAMPLE_BYTES = 6_000_000
-_PIECE = 65_536  # characters: a long document enters the sample in pieces, so that one file cannot fill it
+_PIECE = 65_536  # characters; long documents are sampled in pieces, so that one file cannot fill the sample
 
 
 def sample_text(documents: Iterable[tuple[str, str]], budget: int = SAMPLE_BYTES) -> list[str]:
-    """Pieces of about `budget` characters together, chosen by a hash of (name, place); one pass, bounded memory."""
+    """Returns pieces of the documents, about `budget` characters together, chosen by a hash of their name and position.
+
+    Args:
+      documents: name and text of each document; they are read once, and only the sample is kept in memory.
+      budget: characters of the sample.
+    """
     chosen: list[tuple[int, str]] = []  # a heap whose top has the largest hash
     size = 0
     for name, text in documents:
@@ -51,15 +56,15 @@ def sample_text(documents: Iterable[tuple[str, str]], budget: int = SAMPLE_BYTES
 
 
 def train_bpe(texts: list[str], vocab_size: int) -> str:
-    """The tokenizer.json of a BPE of at most `vocab_size` ids, control tokens included.
+    """Returns the tokenizer.json of a BPE with at most `vocab_size` ids, control tokens included.
 
     Raises:
-      ConfigError: the vocabulary cannot hold the bytes and the control tokens.
+      ConfigError: `vocab_size` is too small for the bytes and the control tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise ConfigError(
             f"data.vocab_size must be at least {SMALLEST_VOCABULARY} ({BYTES} bytes and "
-            f"{len(LEADING) + len(TRAILING)} control tokens), got {vocab_size}"
+            f"{len(LEADING) + len(TRAILING)} control tokens), not {vocab_size}"
         )
     tokenizer = _untrained()
     trainer = trainers.BpeTrainer(  # pyright: ignore[reportCallIssue]
@@ -74,7 +79,7 @@ def train_bpe(texts: list[str], vocab_size: int) -> str:
 
 
 def byte_tokenizer() -> str:
-    """The tokenizer.json of one id a byte: no merges, the same control tokens."""
+    """Returns the tokenizer.json with one id per byte, without merges, and with the same control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*LEADING, *alphabet])}
     tokenizer = _untrained(models.BPE(vocab=vocabulary, merges=[]))

@@ -1,8 +1,8 @@
-"""Rows of training, endless, exactly once an epoch, resumable at any row.
+"""An endless iterator over training rows: each row exactly once per epoch, resumable at any row.
 
-Grain reads an endless random-access source of single rows, sliced over the shards and, inside a shard, over worker
-processes; rows are batched after that. So neither the number of workers nor the batch size changes which rows come, and
-the state is one number: how many rows all shards together have taken.
+Grain reads single rows of an endless source, sliced over the shards and then over the worker processes of a shard. Rows
+are batched afterwards. So neither the number of workers nor the batch size changes the rows, and the state is one
+number: how many rows all shards together have taken.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import grain
 import numpy as np
 from jaxtyping import Int32
 
-from dsv3_jax.data.epoch import Epoch, Recipe
+from dsv3_jax.data.epoch import Epoch, RowSettings
 from dsv3_jax.data.packing import Row
 from dsv3_jax.data.worker_processes import is_death_of_worker, read_ahead
 from dsv3_jax.errors import UserError
 
 _ENDLESS = 2**62
-_ATTEMPTS = 3  # at a batch, each with new workers
+_ATTEMPTS = 3  # at reading a batch, each with new worker processes
 
 
 class EndlessRows:
-    """Row g of the run: the epochs' rows one epoch after another. A source for `grain.MapDataset`."""
+    """The rows of all epochs, one epoch after another, as a source for `grain.MapDataset`."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
-        self._starts = [0]  # of each epoch; one more than the epochs seen
+    def __init__(self, settings: RowSettings) -> None:
+        self._settings = settings
+        self._starts = [0]  # number of the first row of each epoch; one entry more than the epochs counted
         self._epochs: dict[int, Epoch] = {}
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class EndlessRows:
         return self._epoch(epoch).row(row)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(epoch, place within it) of row `index` of the run."""
+        """Returns the epoch of row `index` of the run, and its number within that epoch."""
         while self._starts[-1] <= index:
             count = self._epoch(len(self._starts) - 1).row_count
             self._starts.append(self._starts[-1] + count)
@@ -49,9 +49,9 @@ class EndlessRows:
 
     def _epoch(self, number: int) -> Epoch:
         if number not in self._epochs:
-            while len(self._epochs) > 1:  # two are kept: rows near a border come from both
+            while len(self._epochs) > 1:  # two are kept: near the end of an epoch, rows of both are read
                 self._epochs.pop(min(self._epochs))
-            self._epochs[number] = Epoch(self._recipe, number)
+            self._epochs[number] = Epoch(self._settings, number)
         return self._epochs[number]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,47 +59,49 @@ class EndlessRows:
 
 
 class TrainIterator:
-    """One shard's rows; see `Data.train_iterator`."""
+    """The training rows of one shard. `Data.train_iterator` makes it."""
 
     def __init__(
-        self, recipe: Recipe, fingerprint: Mapping[str, str], shard_index: int, shard_count: int, worker_count: int
+        self,
+        settings: RowSettings,
+        fingerprint: Mapping[str, str],
+        shard_index: int,
+        shard_count: int,
+        worker_count: int,
     ) -> None:
         if not 0 <= shard_index < shard_count:
-            raise ValueError(f"shard_index ({shard_index}) must lie in [0, shard_count), shard_count is {shard_count}")
-        self._source = EndlessRows(recipe)
+            raise ValueError(f"shard_index ({shard_index}) must be at least 0 and below shard_count ({shard_count})")
+        self._source = EndlessRows(settings)
         self._fingerprint = dict(fingerprint)
         self._shard_index, self._shard_count = shard_index, shard_count
         self._worker_count = worker_count
-        self._rows_taken = 0  # by all shards
-        self._rows: list[grain.DatasetIterator[Row]] = []  # one, when open
-        # Also when the program ends without `close`: left to the interpreter's last moments, grain loses its way.
+        self._rows_taken = 0  # by all shards together
+        self._rows: list[grain.DatasetIterator[Row]] = []  # one iterator when open
+        # Also closes when the program ends without `close`: grain fails if the interpreter closes it at exit.
         weakref.finalize(self, _close_all, self._rows)
 
     def next_rows(self, count: int) -> tuple[Int32[np.ndarray, "count T_plus_1"], Int32[np.ndarray, "count T_plus_1"]]:
-        """The next `count` rows of this shard: tokens and segment ids. All shards must ask for equally many.
+        """Returns tokens and segment ids of the next `count` rows of this shard, int32.
+
+        All shards must ask for the same number.
 
         Raises:
-          UserError: worker processes die again and again.
+          UserError: worker processes died several times in a row.
         """
         rows = self._read(count)
         self._rows_taken += count * self._shard_count
         tokens, segment_ids = zip(*rows, strict=True)
         return np.stack(tokens), np.stack(segment_ids)
 
-    @property
-    def epoch(self) -> int:
-        """Which pass over the documents the next row belongs to, from 0."""
-        return self._source.locate(self._rows_taken)[0]
-
     def state(self) -> dict[str, Any]:
-        """Where the iterator stands, for `set_state`: JSON-able, the same on every shard."""
+        """Returns the iterator's position for `set_state`. It can be stored as JSON and is the same on every shard."""
         return {"rows_taken": self._rows_taken, "fingerprint": dict(self._fingerprint)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state` was taken; the number of shards, workers and rows a batch may differ.
+        """Moves to the position of `state`. The number of shards, workers and rows per batch may have changed.
 
         Raises:
-          UserError: the state belongs to other data; names what changed.
+          UserError: the state belongs to other data (the message names what changed), or is damaged.
         """
         try:
             taken, then = state["rows_taken"], dict(state["fingerprint"])
@@ -118,7 +120,7 @@ class TrainIterator:
         self._rows_taken = taken
 
     def close(self) -> None:
-        """Ends worker processes; the next rows start them again."""
+        """Ends the worker processes. Reading more rows starts them again."""
         _close_all(self._rows)
 
     def _read(self, count: int) -> list[Row]:
@@ -130,14 +132,14 @@ class TrainIterator:
             except RuntimeError as error:
                 if not is_death_of_worker(error):
                     raise
-                self.close()  # the batch begins anew: where the run stands has not moved
+                self.close()  # the batch is read again from its first row
         raise UserError(
-            f"worker processes of the data died {_ATTEMPTS} times in a row, killed or out of memory: give a "
-            f"data.worker_count below {self._worker_count}, or 0 to read in the training process"
+            f"worker processes of the data were killed or ran out of memory {_ATTEMPTS} times in a row: give a "
+            f"data.worker_count below {self._worker_count}, or 0 to prepare rows in the training process"
         )
 
     def _open(self) -> grain.DatasetIterator[Row]:
-        """Grain's iterator over this shard's rows from where the run stands."""
+        """Opens grain's iterator over this shard's rows, from the current position."""
         start = self._rows_taken + self._shard_index
         shard = grain.MapDataset.source(self._source)[start :: self._shard_count]
         rows = shard.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

@@ -1,7 +1,7 @@
-"""Rows read ahead in other processes that neither outlive the run nor end before it.
+"""Worker processes that prepare rows ahead of time, and end when the training process ends, not earlier.
 
-A signal meant for the run (Ctrl-C, a scheduler's SIGTERM) reaches every process of it. The training process answers by
-saving, for which it may need more rows, so the workers pay no attention; they end when it closes them or dies.
+A signal meant for the run (Ctrl-C, a scheduler's SIGTERM) reaches all its processes. The training process may need more
+rows before it stops, so the workers ignore the signal. They end when the training process closes them or dies.
 """
 
 from __future__ import annotations
@@ -14,29 +14,29 @@ import threading
 import grain
 from absl import flags
 
-_ROWS_AHEAD = 16  # of each worker
-_LARGEST_COPIED = (
-    2**20
-)  # bytes; smaller arrays cross through a pipe, which leaves nothing behind when a process is killed
+_ROWS_AHEAD = 16  # per worker
+# Smaller arrays (in bytes) are sent through a pipe, which leaves no shared memory behind when a process is killed.
+_LARGEST_COPIED = 2**20
 
 
 def read_ahead(rows: grain.IterDataset, worker_count: int) -> grain.IterDataset:
-    """The same rows in the same order, prepared by `worker_count` processes."""
-    if not flags.FLAGS.is_parsed():  # grain reads absl's flags, which only an absl program has parsed
+    """Returns the same rows in the same order, prepared by `worker_count` processes."""
+    if not flags.FLAGS.is_parsed():  # grain reads absl's flags, which only programs that use absl have parsed
         flags.FLAGS.mark_as_parsed()
     options = grain.experimental.DatasetOptions(min_shm_size=_LARGEST_COPIED)
     return grain.experimental.WithOptionsIterDataset(rows, options).mp_prefetch(
         grain.MultiprocessingOptions(num_workers=worker_count, per_worker_buffer_size=_ROWS_AHEAD),
-        worker_init_fn=_live_as_long_as_the_parent,
+        worker_init_fn=live_as_long_as_parent,
     )
 
 
 def is_death_of_worker(error: RuntimeError) -> bool:
-    """Whether grain reports a process that ended by itself: killed, or out of memory."""
+    """Returns whether grain reports that a worker process was killed or ran out of memory."""
     return str(error).startswith("Worker process was terminated")
 
 
-def _live_as_long_as_the_parent(index: int, count: int) -> None:
+def live_as_long_as_parent(index: int, count: int) -> None:
+    """Makes this worker process ignore signals to stop, and end when its parent process has ended."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()

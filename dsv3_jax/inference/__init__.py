@@ -1,4 +1,4 @@
-"""Writing text with a model: sampling, generation with the latent cache, self-speculation."""
+"""Text generation: sampling, generation with the latent cache, and self-speculation with the MTP module."""
 
 from dsv3_jax.inference.generate import complete, generate, stream
 from dsv3_jax.inference.sampling import GREEDY, Sampler

@@ -1,8 +1,8 @@
-"""Text generation with the latent cache: the prompts at once, then token by token.
+"""Text generation with the latent cache: the prompts are read at once, then tokens are generated one by one.
 
-Prompts are read with keys and values expanded, which is cheaper for many tokens at a time; new tokens are
-decoded in MLA's absorbed form against the cached latents (report section 2.1.1). A row's tokens depend on its
-own prompt and key alone, so prompts of a batch, whatever their lengths, give the same text as each by itself.
+Prompts are read in MLA's expanded form (keys and values of every head are computed), which is cheaper for many tokens
+at a time. New tokens are decoded in the absorbed form, directly on the cached latents (report section 2.1.1). The new
+tokens of a row depend only on its own prompt and key, so a prompt gives the same text in a batch as alone.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ def generate(
     prompt_lengths: Int[Array, " B"] | None = None,
     stop_token: int | None = None,
 ) -> Int[Array, "B T+N"]:
-    """Continues every row by `max_new_tokens` tokens (N).
+    """Continues every row by N = `max_new_tokens` tokens.
 
     Args:
-      model: any precision; the cache has the dtype it computes in.
-      tokens: prompts, padded on the right where `prompt_lengths` says so.
-      sampler: greedy unless given.
-      key: randomness of a sampler that is not greedy. From one key each row draws by its own prompt, as it would
-        alone, so equal prompts get equal continuations; an array of B keys gives each row its own.
-      prompt_lengths: tokens of each row that are prompt; all T unless given.
-      stop_token: ends a row that produces it; generation ends early when all rows have.
+      model: a model of any precision. The cache has the dtype the model computes in.
+      tokens: prompts, one per row, padded on the right.
+      max_new_tokens: N.
+      sampler: how tokens are chosen; always the most likely one if not given.
+      key: random key, needed if the sampler is not greedy. With one key, the randomness of a row depends only on its
+        prompt: batching does not change the text, and identical prompts get identical text. B keys give every row its
+        own randomness.
+      prompt_lengths: number of prompt tokens of each row; all T if not given.
+      stop_token: a row ends when it produces this token; generation ends early when all rows have ended.
 
     Returns:
-      int32: each row's prompt, its new tokens right behind it, and then the stop token (0 without one) to the
-        end.
+      Each row's prompt, directly followed by its new tokens, filled up with the stop token (0 without one). int32.
 
     Raises:
-      UserError: an empty prompt, a token outside the vocabulary, or more tokens than the model's context
-        holds.
+      UserError: a prompt is empty, a token is outside the vocabulary, or the tokens do not fit the model's context.
     """
     ids = np.asarray(tokens)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
@@ -81,7 +81,7 @@ def complete(
     *,
     stop_token: int | None = None,
 ) -> list[list[int]]:
-    """`generate` for prompts of any lengths: only the new tokens of each, without the stop token."""
+    """Returns the new tokens of each prompt, without the stop token. Arguments as of `generate`."""
     new = _new_tokens(model, prompts, max_new_tokens, sampler, key, stop_token)
     return [cut_at_stop(row.tolist(), stop_token) for row in new]
 
@@ -95,29 +95,28 @@ def stream(
     *,
     stop_token: int | None = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
-    """The tokens of `generate` as they come: one int32 array [B] a step; rows that have stopped repeat the
-    stop token.
+    """Yields one token per prompt and step, int32 [B], as they are generated. Arguments as of `generate`.
 
-    Arguments are checked when the function is called, not when the first token is asked for.
+    Rows that have ended repeat the stop token. The arguments are checked when the function is called.
     """
     prompt, keys, choose = _prepare(model, prompts, max_new_tokens, sampler, key, stop_token)
     graph, weights = nnx.split(model)
 
     def steps() -> Iterator[Int[np.ndarray, " B"]]:
-        room = prompt.tokens.shape[1] + max_new_tokens
-        progress = _start_compiled(graph, weights, prompt.tokens, prompt.lengths, keys, choose=choose, room=room)
+        capacity = prompt.tokens.shape[1] + max_new_tokens
+        state = _start_compiled(graph, weights, prompt.tokens, prompt.lengths, keys, choose=choose, capacity=capacity)
         for remaining in reversed(range(max_new_tokens)):
-            yield np.asarray(progress.token)
-            if not remaining or progress.finished.all():
+            yield np.asarray(state.token)
+            if not remaining or state.finished.all():
                 return
-            progress = _advance_compiled(graph, weights, progress, keys, choose=choose)
+            state = _advance_compiled(graph, weights, state, keys, choose=choose)
 
     return steps()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """What the compiled programs depend on beside shapes."""
+    """How tokens are chosen; a static argument of the compiled programs."""
 
     sampler: Sampler
     stop_token: int | None
@@ -125,8 +124,16 @@ class _Choice:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Progress:
-    """Where a batch stands: the token chosen last, its place, the rows that stopped, how many were chosen."""
+class _State:
+    """The state of a batch during generation.
+
+    Attributes:
+      token: the token chosen last.
+      position: its position in the sequence.
+      finished: whether the row has ended.
+      count: number of tokens chosen so far.
+      cache: the latent cache of all tokens before `token`.
+    """
 
     token: Int[Array, " B"]
     position: Int[Array, " B"]
@@ -143,7 +150,7 @@ def _prepare(
     key: Key[Array, "*B"] | None,
     stop_token: int | None,
 ) -> tuple[PromptBatch, Key[Array, " B"] | None, _Choice]:
-    """The arguments of all entry points, checked: padded prompts, a key a row, and the rule of choice."""
+    """Checks the arguments; returns the padded prompts, one key per row, and how tokens are chosen."""
     batch = PromptBatch.pad(prompts)
     batch.check(model.config, max_new_tokens)
     choice = _Choice(GREEDY if sampler is None else sampler, stop_token)
@@ -155,7 +162,7 @@ def _prepare(
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (rows,)):
         raise UserError(f"key must be jax.random.key(...) or an array of {rows} such keys")
     if key.shape == ():
-        # A prompt's own mark, not its row's number: the same noise alone as in any batch.
+        # Derived from the prompt, not from the row number, so that a prompt draws the same alone and in any batch.
         marks = [zlib.crc32(row[:length]) for row, length in zip(batch.tokens, batch.lengths, strict=True)]
         key = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.asarray(marks, jnp.uint32))
     return batch, key, choice
@@ -189,22 +196,22 @@ def _generate_compiled(
     choose: _Choice,
     max_new_tokens: int,
 ) -> Int[Array, "B N"]:
-    """The whole generation as one program, so that no step returns to Python."""
+    """Generates all tokens in one compiled program, without returning to Python between steps."""
     model = nnx.merge(graph, weights)
     start = _start(model, tokens, lengths, keys, choose, tokens.shape[1] + max_new_tokens)
     written = jnp.full((tokens.shape[0], max_new_tokens), _filler(choose.stop_token), jnp.int32)
 
-    def unfinished(carry: tuple[_Progress, Array]) -> Bool[Array, ""]:
+    def unfinished(carry: tuple[_State, Array]) -> Bool[Array, ""]:
         return (carry[0].count < max_new_tokens) & ~carry[0].finished.all()
 
-    def step(carry: tuple[_Progress, Array]) -> tuple[_Progress, Array]:
-        progress = _advance(model, carry[0], keys, choose)
-        return progress, _write(carry[1], progress)
+    def step(carry: tuple[_State, Array]) -> tuple[_State, Array]:
+        state = _advance(model, carry[0], keys, choose)
+        return state, _write(carry[1], state)
 
     return lax.while_loop(unfinished, step, (start, _write(written, start)))[1]
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "choose", "room"))
+@functools.partial(jax.jit, static_argnames=("graph", "choose", "capacity"))
 def _start_compiled(
     graph: Any,
     weights: Any,
@@ -213,16 +220,16 @@ def _start_compiled(
     keys: Key[Array, " B"] | None,
     *,
     choose: _Choice,
-    room: int,
-) -> _Progress:
-    return _start(nnx.merge(graph, weights), tokens, lengths, keys, choose, room)
+    capacity: int,
+) -> _State:
+    return _start(nnx.merge(graph, weights), tokens, lengths, keys, choose, capacity)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "choose"), donate_argnames=("progress",))
+@functools.partial(jax.jit, static_argnames=("graph", "choose"), donate_argnames=("state",))
 def _advance_compiled(
-    graph: Any, weights: Any, progress: _Progress, keys: Key[Array, " B"] | None, *, choose: _Choice
-) -> _Progress:
-    return _advance(nnx.merge(graph, weights), progress, keys, choose)
+    graph: Any, weights: Any, state: _State, keys: Key[Array, " B"] | None, *, choose: _Choice
+) -> _State:
+    return _advance(nnx.merge(graph, weights), state, keys, choose)
 
 
 def _start(
@@ -231,27 +238,27 @@ def _start(
     lengths: Int[Array, " B"],
     keys: Key[Array, " B"] | None,
     choose: _Choice,
-    room: int,
-) -> _Progress:
+    capacity: int,
+) -> _State:
     """Reads the prompts and chooses each row's first token."""
-    hidden, cache = model.prefill(tokens, model.init_cache(tokens.shape[0], room))
+    hidden, cache = model.prefill(tokens, model.init_cache(tokens.shape[0], capacity))
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     count = jnp.zeros((), jnp.int32)
     token = choose.sampler(model.head(last), _step_keys(keys, count))
-    return _Progress(token, lengths.astype(jnp.int32), _stops(token, choose), count + 1, cache)
+    return _State(token, lengths.astype(jnp.int32), _stops(token, choose), count + 1, cache)
 
 
-def _advance(model: DeepSeekV3, progress: _Progress, keys: Key[Array, " B"] | None, choose: _Choice) -> _Progress:
-    """Reads the tokens chosen last and chooses the next."""
-    hidden, cache = model.decode(progress.token[:, None], progress.cache, progress.position[:, None])
-    token = choose.sampler(model.head(hidden[:, 0]), _step_keys(keys, progress.count))
+def _advance(model: DeepSeekV3, state: _State, keys: Key[Array, " B"] | None, choose: _Choice) -> _State:
+    """Reads the tokens chosen last and chooses the next ones."""
+    hidden, cache = model.decode(state.token[:, None], state.cache, state.position[:, None])
+    token = choose.sampler(model.head(hidden[:, 0]), _step_keys(keys, state.count))
     if choose.stop_token is not None:
-        token = jnp.where(progress.finished, choose.stop_token, token)
-    return _Progress(token, progress.position + 1, _stops(token, choose), progress.count + 1, cache)
+        token = jnp.where(state.finished, choose.stop_token, token)
+    return _State(token, state.position + 1, _stops(token, choose), state.count + 1, cache)
 
 
 def _step_keys(keys: Key[Array, " B"] | None, count: Int[Array, ""]) -> Key[Array, " B"] | None:
-    """A key a row for the choice number `count`."""
+    """Returns one key per row for token number `count`."""
     return None if keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, count)
 
 
@@ -259,12 +266,12 @@ def _stops(token: Int[Array, " B"], choose: _Choice) -> Bool[Array, " B"]:
     return jnp.zeros(token.shape, bool) if choose.stop_token is None else token == choose.stop_token
 
 
-def _write(written: Int[Array, "B N"], progress: _Progress) -> Int[Array, "B N"]:
-    return lax.dynamic_update_index_in_dim(written, progress.token, progress.count - 1, axis=1)
+def _write(written: Int[Array, "B N"], state: _State) -> Int[Array, "B N"]:
+    return lax.dynamic_update_index_in_dim(written, state.token, state.count - 1, axis=1)
 
 
 def cut_at_stop(row: list[int], stop_token: int | None) -> list[int]:
-    """The tokens before the first stop token."""
+    """Returns the tokens before the first stop token."""
     return row[: row.index(stop_token)] if stop_token in row else row
 
 

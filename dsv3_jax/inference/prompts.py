@@ -1,4 +1,4 @@
-"""Prompts of any lengths as one padded batch, checked against the model that will read them."""
+"""Prompts of different lengths as one padded batch, checked against the model that will read them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from jaxtyping import Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 
-# Padded widths are multiples of this, so that prompts of similar lengths share one compiled program.
+# Padded widths are multiples of this, so that prompts of similar lengths use the same compiled program.
 _WIDTH_STEP = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-    """Token ids padded on the right.
+    """Token ids, padded on the right.
 
-    Padding needs no mask: it lies behind the prompt, where causal attention does not look, and decoding
-    overwrites its cache entries before it reads them.
+    Padding needs no mask: it comes after the prompt, where causal attention does not look, and decoding overwrites its
+    cache entries before it reads them.
+
+    Attributes:
+      tokens: ids, int32.
+      lengths: number of prompt tokens of each row, int32.
     """
 
     tokens: Int[np.ndarray, "B W"]
@@ -28,9 +32,13 @@ class PromptBatch:
 
     @classmethod
     def pad(cls, prompts: Sequence[Sequence[int]]) -> PromptBatch:
-        """The batch of these prompts; its width is rounded up."""
+        """Makes a batch of these prompts. Its width is rounded up.
+
+        Raises:
+          UserError: there are no prompts.
+        """
         if not len(prompts):
-            raise UserError("there is no prompt to continue; give at least one")
+            raise UserError("no prompt was given; give at least one")
         lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
         width = -(-max(int(lengths.max()), 1) // _WIDTH_STEP) * _WIDTH_STEP
         tokens = np.zeros((len(prompts), width), np.int32)
@@ -39,7 +47,11 @@ class PromptBatch:
         return cls(tokens, lengths)
 
     def check(self, config: ModelConfig, max_new_tokens: int) -> None:
-        """Raises a UserError unless the model can read every prompt and write `max_new_tokens` behind it."""
+        """Checks that the model can read every prompt and add `max_new_tokens` tokens to it.
+
+        Raises:
+          UserError: it cannot; the message names the prompt.
+        """
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
         context = config.max_position_embeddings

@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, or a draw with temperature, top-k and top-p."""
+"""Sampling of the next token from logits: greedy, or drawn with temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from dsv3_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How the next token is chosen; a value, so that compiled functions can take it as a static argument.
+    """How the next token is chosen. It is immutable, so that compiled functions can take it as a static argument.
 
-    The filters act in the order of the fields: logits are divided by the temperature, the `top_k` largest
-    stay, and of those, renormalised, the smallest set whose probability reaches `top_p`. The likeliest token
-    always stays.
+    The logits are divided by the temperature; the `top_k` largest are kept; of these, renormalised, the smallest set of
+    most likely tokens whose probability reaches `top_p` is kept. The most likely token is always kept.
 
     Attributes:
-      temperature: 0 takes the likeliest token, and the filters have nothing to do.
-      top_k: how many tokens stay; None keeps all.
-      top_p: the probability that stays, in (0, 1]; None keeps all.
+      temperature: divides the logits; 0 always takes the most likely token.
+      top_k: number of tokens to keep; None keeps all.
+      top_p: probability to keep, above 0 and at most 1; None keeps all.
     """
 
     temperature: float = 1.0
@@ -35,15 +34,20 @@ class Sampler:
         if self.top_k is not None and self.top_k < 1:
             raise UserError(f"top_k must be at least 1, not {self.top_k}; leave it out to keep every token")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must lie in (0, 1], not {self.top_p}")
+            raise UserError(f"top_p must be above 0 and at most 1, not {self.top_p}")
 
     @property
     def is_greedy(self) -> bool:
-        """Whether no randomness is involved."""
+        """Whether the most likely token is always chosen, without randomness."""
         return self.temperature == 0
 
     def __call__(self, logits: Float[Array, "B V"], keys: Key[Array, " B"] | None) -> Int[Array, " B"]:
-        """int32 tokens, each row drawn with its own key (which a greedy sampler does not read)."""
+        """Returns one token per row, int32.
+
+        Args:
+          logits: of the next token.
+          keys: one random key per row; a greedy sampler needs none.
+        """
         if self.is_greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         if keys is None:
@@ -53,10 +57,10 @@ class Sampler:
         return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
     def filter(self, logits: Float[Array, "B V"]) -> tuple[Float[Array, "B C"], Int[Array, "B C"]]:
-        """The candidates: logits over the temperature, -inf where a filter removed the token, and which
-        tokens.
+        """Returns the candidates for the next token: their logits divided by the temperature, and their ids.
 
-        C is V, or `top_k` where that is smaller; candidates are sorted, likeliest first, when a filter is on.
+        The logit is -inf where `top_p` removed the token. C is V, or `top_k` if that is smaller. With a filter the
+        candidates are sorted, most likely first.
         """
         scaled = logits.astype(jnp.float32) / self.temperature
         vocabulary = scaled.shape[-1]

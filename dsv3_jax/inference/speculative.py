@@ -1,8 +1,7 @@
-"""Self-speculation with the multi-token prediction module (report sections 2.2 and 5.4.3), greedy.
+"""Greedy self-speculation with the multi-token prediction (MTP) module (report sections 2.2 and 5.4.3).
 
-The MTP module drafts the token after the next one; the main model reads the next token and the draft in one step,
-and where its own choice is the draft, that step has produced two tokens instead of one. What is written is what the
-main model alone would write.
+The MTP module drafts the token after the next one. The main model reads the next token and the draft in one step; where
+its own choice equals the draft, the step has produced two tokens. The text is the same as without drafts.
 """
 
 from __future__ import annotations
@@ -28,11 +27,12 @@ from dsv3_jax.modules.latent_cache import LatentCache
 
 @dataclasses.dataclass(frozen=True)
 class Speculation:
-    """What was written, and how the drafts did.
+    """The result of self-speculation.
 
     Attributes:
       tokens: the new tokens of each prompt, without the stop token.
-      drafted, accepted: drafts checked and kept over all rows.
+      drafted: number of drafts that were checked, over all rows.
+      accepted: number of drafts that were kept, over all rows.
     """
 
     tokens: list[list[int]]
@@ -41,18 +41,24 @@ class Speculation:
 
     @property
     def acceptance(self) -> float:
-        """Share of the drafts that the main model would have written; 1 + acceptance tokens come of one step."""
+        """Fraction of the drafts that were kept. A step produces 1 + acceptance tokens on average."""
         return self.accepted / max(self.drafted, 1)
 
 
 def speculate(
     model: DeepSeekV3, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, *, stop_token: int | None = None
 ) -> Speculation:
-    """Greedy `complete`, with drafts of the first MTP module.
+    """Generates the same tokens as a greedy `complete`, with drafts of the first MTP module.
+
+    Args:
+      model: a model with an MTP module.
+      prompts: token ids of each prompt.
+      max_new_tokens: number of tokens to generate per prompt.
+      stop_token: a row ends when it produces this token.
 
     Raises:
-      UserError: the model has no MTP module, or one that wants hidden states from before the final norm; and as
-        `complete`.
+      UserError: the model has no MTP module, or one that reads hidden states from before the final norm; or as
+        `generate` raises it.
     """
     if not model.config.num_nextn_predict_layers or not model.config.mtp_hidden_after_final_norm:
         raise UserError(
@@ -69,14 +75,19 @@ def speculate(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _Progress:
-    """Where each row stands.
+class _State:
+    """The state of a batch during self-speculation.
 
     Attributes:
-      tokens: the last two tokens chosen; the main cache ends before the second.
-      hidden: the main model's hidden states one place before each, which the MTP module joins with them.
-      position: place of the second.
-      written, count: the new tokens and how many there are.
+      tokens: the last two tokens chosen. The main model's cache ends before the second.
+      hidden: the main model's hidden states at the positions before these tokens, which the MTP module reads with them.
+      position: position of the second token.
+      cache: latent cache of the main model and of the MTP module.
+      written: the new tokens.
+      count: number of new tokens of each row.
+      finished: whether the row has ended.
+      drafted: number of drafts checked, over all rows.
+      accepted: number of drafts kept, over all rows.
     """
 
     tokens: Int[Array, "B 2"]
@@ -99,29 +110,27 @@ def _run(
     *,
     max_new_tokens: int,
     stop_token: int | None,
-) -> _Progress:
+) -> _State:
     model = nnx.merge(graph, weights)
     start = _start(model, tokens, lengths, max_new_tokens, stop_token)
-    return lax.while_loop(
-        lambda progress: ~progress.finished.all(), lambda progress: _advance(model, progress, stop_token), start
-    )
+    return lax.while_loop(lambda state: ~state.finished.all(), lambda state: _advance(model, state, stop_token), start)
 
 
 def _start(
     model: DeepSeekV3, tokens: Int[Array, "B W"], lengths: Int[Array, " B"], new: int, stop_token: int | None
-) -> _Progress:
+) -> _State:
     """Reads the prompts with the main model and the MTP module, and chooses the first token."""
     batch, width = tokens.shape
     hidden, cache = model.prefill(tokens, model.init_cache(batch, width + new + 1, mtp=True))
     positions = jnp.broadcast_to(jnp.arange(width - 1), (batch, width - 1))
     _, cache = model.draft(hidden[:, :-1], tokens[:, 1:], cache, positions)
 
-    last = (lengths - 1)[:, None] + jnp.arange(-1, 1)  # a prompt of one token has no place before its last
+    last = (lengths - 1)[:, None] + jnp.arange(-1, 1)  # a prompt of one token has no position before its last
     pair = jnp.take_along_axis(hidden, jnp.maximum(last, 0)[..., None], axis=1)
     first = jnp.argmax(model.head(pair[:, 1]), axis=-1).astype(jnp.int32)
     before = jnp.take_along_axis(tokens, last[:, 1:], axis=1)[:, 0]
     zero = jnp.zeros((), jnp.int32)
-    return _Progress(
+    return _State(
         tokens=jnp.stack([before, first], axis=1),
         hidden=pair,
         position=lengths.astype(jnp.int32),
@@ -134,40 +143,40 @@ def _start(
     )
 
 
-def _advance(model: DeepSeekV3, progress: _Progress, stop_token: int | None) -> _Progress:
-    """One draft and its check: one or two tokens more for every unfinished row."""
+def _advance(model: DeepSeekV3, state: _State, stop_token: int | None) -> _State:
+    """Drafts one token and checks it; adds one or two tokens to every unfinished row."""
     pair = jnp.arange(2)
-    # Both places again, since after an accepted draft the MTP cache lacks the first. Place -1 is beyond the cache's
-    # end for it, which drops it.
-    places = progress.position[:, None] + pair - 2
-    places = jnp.where(places < 0, progress.cache.latent.shape[2], places)
-    hidden, cache = model.draft(progress.hidden, progress.tokens, progress.cache, places)
+    # Both positions are read, because after an accepted draft the MTP cache lacks the first. A prompt of one token has
+    # no first position (-1): it is moved beyond the end of the cache, where nothing is written.
+    positions = state.position[:, None] + pair - 2
+    positions = jnp.where(positions < 0, state.cache.latent.shape[2], positions)
+    hidden, cache = model.draft(state.hidden, state.tokens, state.cache, positions)
     draft = jnp.argmax(model.head(hidden[:, 1]), axis=-1).astype(jnp.int32)
 
-    current = progress.tokens[:, 1]
-    hidden, cache = model.decode(jnp.stack([current, draft], axis=1), cache, progress.position[:, None] + pair)
+    current = state.tokens[:, 1]
+    hidden, cache = model.decode(jnp.stack([current, draft], axis=1), cache, state.position[:, None] + pair)
     chosen = jnp.argmax(model.head(hidden), axis=-1).astype(jnp.int32)
     accepted = chosen[:, 0] == draft
 
-    active = ~progress.finished
-    room = progress.written.shape[1]
-    two = active & accepted & ~_ends(chosen[:, 0], stop_token) & (progress.count + 1 < room)
+    active = ~state.finished
+    capacity = state.written.shape[1]
+    two = active & accepted & ~_ends(chosen[:, 0], stop_token) & (state.count + 1 < capacity)
     rows = jnp.arange(chosen.shape[0])
-    # Places beyond the end are dropped.
-    written = progress.written.at[rows, jnp.where(active, progress.count, room)].set(chosen[:, 0], mode="drop")
-    written = written.at[rows, jnp.where(two, progress.count + 1, room)].set(chosen[:, 1], mode="drop")
-    count = progress.count + active + two
+    # Tokens of finished rows get a position beyond the end, where they are dropped.
+    written = state.written.at[rows, jnp.where(active, state.count, capacity)].set(chosen[:, 0], mode="drop")
+    written = written.at[rows, jnp.where(two, state.count + 1, capacity)].set(chosen[:, 1], mode="drop")
+    count = state.count + active + two
     last = jnp.where(two, chosen[:, 1], chosen[:, 0])
-    return _Progress(
+    return _State(
         tokens=jnp.where(two[:, None], chosen, jnp.stack([current, chosen[:, 0]], axis=1)),
-        hidden=jnp.where(two[:, None, None], hidden, jnp.stack([progress.hidden[:, 1], hidden[:, 0]], axis=1)),
-        position=progress.position + active + two,
+        hidden=jnp.where(two[:, None, None], hidden, jnp.stack([state.hidden[:, 1], hidden[:, 0]], axis=1)),
+        position=state.position + active + two,
         cache=cache,
         written=written,
         count=count,
-        finished=progress.finished | _ends(last, stop_token) | (count >= room),
-        drafted=progress.drafted + jnp.sum(active),
-        accepted=progress.accepted + jnp.sum(active & accepted),
+        finished=state.finished | _ends(last, stop_token) | (count >= capacity),
+        drafted=state.drafted + jnp.sum(active),
+        accepted=state.accepted + jnp.sum(active & accepted),
     )
 
 

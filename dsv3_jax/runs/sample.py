@@ -37,11 +37,11 @@ def sample_text(model: DeepSeekV3, data: Data, config: RunConfig) -> str:
     """Returns the first 24 tokens of a validation text, then `|`, then the model's continuation, as text."""
     tokens, segment_ids = data.validation_rows()
     prompt = tokens[0][segment_ids[0] == segment_ids[0][0]][:24].tolist()
-    room = config.model.max_position_embeddings - len(prompt)
+    space = config.model.max_position_embeddings - len(prompt)
     new = complete(
         model,
         [prompt],
-        min(config.training.sample_tokens, room),
+        min(config.training.sample_tokens, space),
         Sampler(temperature=0.7, top_p=0.95),
         jax.random.key(config.training.seed),
         stop_token=data.tokenizer.eos_id,

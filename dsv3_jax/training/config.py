@@ -36,18 +36,17 @@ class TrainingConfig:
       gradient_clip: largest global norm of the gradient; a larger gradient is scaled down to it.
       moment_dtype: dtype of AdamW's moments: "float32", "bfloat16" (report section 3.3.3), or "recipe", which is
         bfloat16 with FP8 precision and float32 otherwise.
-      ema_decay: decay per step of the running average of the weights, which evaluation and checkpoint readers use; 0
-        for no average. (The report gives no value.)
+      ema_decay: decay per step of the running average of the weights, which evaluation and loading a checkpoint
+        use; 0 for no average. (The report gives no value.)
       rematerialisation: what to recompute in the backward pass: none, report, products or full. More recomputation
         takes less memory and more time.
       loss_chunk: number of tokens whose logits a device holds at a time.
       overlap_exchange: with a mesh.expert axis, send each pass through the experts in two halves, so that one half is
         exchanged between devices while the other is computed (report section 3.2.1).
-      pipeline_schedule: order of the passes with mesh.stage above 1: "dualpipe", "zb1p" or "1f1b" (report section
-        3.2.1). Its micro-batches have micro_batch_size sequences.
+      pipeline_schedule: order of the micro-batches (of micro_batch_size sequences) with mesh.stage above 1: "dualpipe",
+        or "zb1p" or "1f1b" (report section 3.2.1).
       zero: on a mesh, shard the optimizer state over the replicas of its parameters (ZeRO-1).
-      log_every: print a line every so many steps where the output is not a terminal (a terminal shows a progress bar);
-        0 for no lines.
+      log_every: print a line every so many steps, or never with 0. (A terminal shows a progress bar instead.)
       evaluate_every: evaluate on the validation set every so many steps; 0 for only at the start and the end.
       checkpoint_every: save a checkpoint every so many steps; 0 for only at the end.
       keep_checkpoints: number of newest checkpoints to keep; older ones are deleted.

@@ -45,20 +45,21 @@ class TrainingSchedule:
 
     Attributes:
       learning_rate: peak learning rate.
-      warmup_until: fraction of the run's tokens at which the linear warm-up of the learning rate from 0 ends (the
-        report: 2,000 steps of the smallest batch).
-      constant_until: fraction of the run's tokens at which the peak learning rate ends and the cosine decay starts.
-      cosine_until: fraction of the run's tokens at which the cosine decay ends.
+      warmup_until: fraction (0 to 1) of the run's tokens at which the linear warm-up of the learning rate from 0
+        ends (the report: 2,000 steps of the smallest batch).
+      constant_until: fraction (0 to 1) of the run's tokens at which the peak learning rate ends and the cosine decay
+        starts.
+      cosine_until: fraction (0 to 1) of the run's tokens at which the cosine decay ends.
       cosine_to: learning rate at the end of the cosine decay, as a fraction of the peak (the report: 2.2e-5 absolute).
-      final_until: fraction of the run's tokens until which the learning rate stays at `cosine_to`.
+      final_until: fraction (0 to 1) of the run's tokens until which the learning rate stays at `cosine_to`.
       last_rate: learning rate for the rest of the run, as a fraction of the peak (the report: 7.3e-6 absolute).
-      ramp_until: fraction of the run's tokens at which the batch size stops growing.
+      ramp_until: fraction (0 to 1) of the run's tokens at which the batch size stops growing.
       ramp_from: batch size at the start, as a fraction of the full batch (the report: 3,072 of 15,360 sequences).
       bias_update_speed: gamma, by how much a router bias changes per step.
-      bias_update_until: fraction of the run's tokens after which gamma is 0.
+      bias_update_until: fraction (0 to 1) of the run's tokens after which gamma is 0.
       balance_weight: alpha, weight of the auxiliary balance loss.
       mtp_weight: lambda, weight of the MTP loss in the first part of the run.
-      mtp_weight_until: fraction of the run's tokens after which the weight is `mtp_weight_after`.
+      mtp_weight_until: fraction (0 to 1) of the run's tokens after which the weight is `mtp_weight_after`.
       mtp_weight_after: lambda in the rest of the run.
     """
 

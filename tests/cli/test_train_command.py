@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
 from small_runs import small_run, write_corpus
 
 from dsv3_jax.cli.main import main
+from dsv3_jax.model_presets import presets
 from dsv3_jax.runs.folder import RunFolder
 
 
@@ -191,3 +194,22 @@ def test_eval_prints_json_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert "bits per byte" in printed
     assert "drafts accepted" in printed
+
+
+def test_every_option_of_training_says_what_it_is(capsys: pytest.CaptureFixture[str]):
+    """Each in words of its own: no option without a text, and no text that is shown for two options."""
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    starts = [index for index, line in enumerate(lines) if re.match(r"-h|--\w", line)]
+    texts: dict[str, str] = {}
+    for start in starts:
+        name = lines[start].split()[0].rstrip(",")
+        text = " ".join(itertools.takewhile(lambda line: not re.match(r"--\w|╰", line), lines[start + 1 :]))
+        texts[name] = re.sub(r"\(default: .*?\)$", "", text).strip()
+    assert len(texts) > 90
+    assert not [name for name, text in texts.items() if len(text.split()) < 3], "an option without help"
+    assert len(set(texts.values())) == len(texts), "one text for several options"
+    assert [name for name, text in texts.items() if name.endswith("-until") and "of the run's tokens" not in text] == []
+    for preset in presets():
+        assert preset in texts["--preset"]

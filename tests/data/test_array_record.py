@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from dsv3_jax.data import DataConfig, Tokenizer, prepare_data, read_array_record, write_array_record
-from dsv3_jax.data.array_record import count_array_records
 from dsv3_jax.data.tokenizer_training import byte_tokenizer, train_bpe
 from dsv3_jax.errors import UserError
 
@@ -28,7 +27,6 @@ def file(tmp_path: Path) -> Path:
 def test_what_is_written_is_read(file: Path) -> None:
     found = [(name, domain, ids.tolist()) for name, domain, ids in read_array_record(file, BYTES)]
     assert found == DOCUMENTS
-    assert count_array_records(file) == len(DOCUMENTS)
     assert sorted(path.name for path in file.parent.iterdir()) == ["a.arrayrecord", "a.arrayrecord.json"]
 
 
@@ -48,22 +46,22 @@ def test_training_on_it_equals_training_on_the_text(file: Path, tmp_path: Path) 
 
 def test_another_tokenizer_is_refused(file: Path) -> None:
     other = Tokenizer(train_bpe(TEXTS[:20], 300))
-    with pytest.raises(UserError, match=r"a\.arrayrecord was tokenised with another tokenizer: set data\.tokenizer"):
+    with pytest.raises(UserError, match=r"a\.arrayrecord was tokenised with another tokenizer; set data\.tokenizer"):
         next(read_array_record(file, other))
-    with pytest.raises(UserError, match=r"holds token ids: set data\.tokenizer to the tokenizer it was made with"):
+    with pytest.raises(UserError, match=r"holds token ids; set data\.tokenizer to the tokenizer it was made with"):
         prepare_data(DataConfig(corpus=str(file)), None)
 
 
 def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     larger, file = Tokenizer(train_bpe(TEXTS[:20], 300)), tmp_path / "a.arrayrecord"
-    with pytest.raises(UserError, match=r"document n: token id 266 lies beyond the tokenizer's vocabulary of 266"):
+    with pytest.raises(UserError, match=r"document n: token id 266 is outside the tokenizer's vocabulary of 266"):
         write_array_record(file, [("n", "d", [1, 266])], BYTES)
-    with pytest.raises(UserError, match="document n: token id -1 lies beyond"):
+    with pytest.raises(UserError, match="document n: token id -1 is outside"):
         write_array_record(file, [("n", "d", [-1])], BYTES)
     assert not list(tmp_path.iterdir())
     write_array_record(file, [("n", "d", [270])], larger)
     (tmp_path / "a.arrayrecord.json").unlink()  # as files made elsewhere have none
-    with pytest.raises(UserError, match=r"a\.arrayrecord, record 0: token id 270 lies beyond"):
+    with pytest.raises(UserError, match=r"a\.arrayrecord, record 0: token id 270 is outside"):
         list(read_array_record(file, BYTES))
 
 

@@ -124,8 +124,8 @@ def test_not_utf8_in_jsonl_counts_bytes_of_the_file(tmp_path: Path) -> None:
         ("{", "a.jsonl, line 2: not JSON"),
         ("[" * 100_000, "a.jsonl, line 2: not JSON"),
         ("3", "a.jsonl, line 2: expected an object with a field 'text'"),
-        ('{"txt": "a"}', "a.jsonl, line 2: expected a field 'text' holding a string, got NoneType"),
-        ('{"text": 3}', "a.jsonl, line 2: expected a field 'text' holding a string, got int"),
+        ('{"txt": "a"}', "a.jsonl, line 2: expected a field 'text' that holds a string, not NoneType"),
+        ('{"text": 3}', "a.jsonl, line 2: expected a field 'text' that holds a string, not int"),
         ('{"text": "a\\ud800"}', "a.jsonl, line 2: character 1 is a lone surrogate"),
     ],
 )
@@ -146,7 +146,7 @@ def test_bad_parquet_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.parquet has no column 'text'; its columns are words"):
         documents(file)
     write_parquet(file, text=["a", None])
-    with pytest.raises(UserError, match=r"a\.parquet, row 2: expected a field 'text' holding a string"):
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: expected a field 'text' that holds a string"):
         documents(file)
     write_parquet(file, text=[str(row) * 50 for row in range(100)])
     raw = bytearray(file.read_bytes())
@@ -158,15 +158,15 @@ def test_bad_parquet_is_one_line(tmp_path: Path) -> None:
 
 
 def test_absent_empty_and_mixed(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the corpus .*/nowhere does not exist: give 'stdlib' or the path"):
+    with pytest.raises(UserError, match=r"the corpus .*/nowhere does not exist; give 'stdlib' or the path"):
         documents(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"the corpus .* is empty: it holds no file of text"):
+    with pytest.raises(UserError, match=r"the corpus .* is empty: it holds no text file"):
         documents(tmp_path)
     (tmp_path / "a.txt").touch()
-    with pytest.raises(UserError, match=r"the corpus .* is empty: its files hold no text"):
+    with pytest.raises(UserError, match=r"the corpus .* is empty; its files hold no text"):
         prepare_data(DataConfig(corpus=str(tmp_path), tokenizer="byte"), None)
     (tmp_path / "b.arrayrecord").touch()
-    with pytest.raises(UserError, match=r"mixes \.arrayrecord files with text"):
+    with pytest.raises(UserError, match=r"mixes \.arrayrecord files with text files"):
         documents(tmp_path)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.data import Data, DataConfig, Tokenizer, prepare_data
+from dsv3_jax.data import control_tokens as control
 from dsv3_jax.data.splitting import name_hash
 from dsv3_jax.data.token_store import TokenStore
 from dsv3_jax.data.tokenising import cut_text
@@ -130,13 +131,11 @@ def test_validation_rows_are_fixed_full_and_spread(folder: Path) -> None:
     ]
 
 
-def test_bits_per_byte_and_the_bounds_are_those_of_the_same_text(folder: Path) -> None:
+def test_the_baselines_are_those_of_the_validation_text(folder: Path) -> None:
     data = prepare(folder, tokenizer="train", vocab_size=300)
     tokens, _ = data.validation_rows()
     targets = tokens[:, 1:].ravel()
     text = data.tokenizer.to_bytes([index for index in targets if index != data.tokenizer.eos_id])
-    nats = 1.7 * len(targets)
-    assert data.bits_per_byte(1.7) == pytest.approx(nats / math.log(2) / len(text), rel=1e-12)
     assert data.tokenizer.token_bytes[targets].sum() == len(text)
     counts = Counter(text)
     entropy = -sum(count / len(text) * math.log2(count / len(text)) for count in counts.values())
@@ -228,12 +227,12 @@ def test_default_corpus_end_to_end() -> None:
     data = prepare_data(DataConfig(sequence_length=128), None)
     assert data.tokenizer.vocab_size == 4096
     assert data.num_train_tokens > 1_000_000
-    assert 3.0 < data.validation_bytes_per_token < 4.5
+    assert 3.0 < data.tokenizer.token_bytes[data.validation_rows()[0][:, 1:]].mean() < 4.5
     assert 4.0 < data.validation_entropy_bits_per_byte < 5.5
     assert 1.5 < data.validation_gzip_bits_per_byte < 3.5
     tokens, segments = data.train_iterator().next_rows(3000)
     assert tokens.shape == segments.shape == (3000, 129)
     assert (segments > 0).all()
-    assert (tokens == data.tokenizer.fim_begin_id).any()
+    assert (tokens == data.tokenizer.control_id(control.FIM_BEGIN)).any()
     names = {document.name.split("/")[0] for document in data.documents("validation")}
     assert len(names) >= 3

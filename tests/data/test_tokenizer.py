@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.data import Tokenizer
+from dsv3_jax.data import control_tokens as control
 from dsv3_jax.data.control_tokens import LEADING, TRAILING
 from dsv3_jax.data.punctuation_splitting import PunctuationSplitting
 from dsv3_jax.data.tokenizer_training import SMALLEST_VOCABULARY, byte_tokenizer, sample_text, train_bpe
@@ -49,13 +50,13 @@ def test_any_text_comes_back_and_its_bytes_are_counted(trained: Tokenizer, byte_
 
 def test_control_tokens_are_never_read_from_text(trained: Tokenizer) -> None:
     names = [*LEADING, *TRAILING]
-    control = {index for name in names if (index := trained.control_id(name)) is not None}
-    assert len(control) == len(names)
+    found = {index for name in names if (index := trained.control_id(name)) is not None}
+    assert len(found) == len(names)
     ids = trained.encode("".join(names))
-    assert not control & set(ids)
-    assert trained.encode("<think>", control_tokens=True) == [trained.think_id]
-    assert not trained.token_bytes[list(control)].any()
-    assert trained.decode([trained.think_id]) == "<think>"  # pyright: ignore[reportArgumentType]
+    assert not found & set(ids)
+    assert trained.encode("<think>", control_tokens=True) == [trained.control_id(control.THINK)]
+    assert not trained.token_bytes[list(found)].any()
+    assert trained.decode([trained.control_id(control.THINK)]) == "<think>"  # pyright: ignore[reportArgumentType]
 
 
 def test_the_layout_of_ids_is_the_published_one(trained: Tokenizer) -> None:
@@ -130,9 +131,10 @@ def test_published_tokenizer() -> None:
     tokenizer = Tokenizer.load(PUBLISHED)
     assert tokenizer.vocab_size == 128_815
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
-    assert (tokenizer.think_id, tokenizer.end_think_id) == (128_798, 128_799)
-    assert (tokenizer.fim_hole_id, tokenizer.fim_begin_id, tokenizer.fim_end_id) == (128_800, 128_801, 128_802)
-    assert (tokenizer.user_id, tokenizer.assistant_id) == (128_803, 128_804)
+    names = (control.THINK, control.END_THINK, control.FIM_HOLE, control.FIM_BEGIN, control.FIM_END)
+    assert [tokenizer.control_id(name) for name in (*names, control.USER, control.ASSISTANT)] == [
+        *range(128_798, 128_805)
+    ]
     text = "Hello, wörld! <think> 漢字 1234567\r\n\n\tx = {'a': 𝄞}"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -156,17 +158,18 @@ def test_gaps_in_the_ids_are_taken(byte_level: Tokenizer) -> None:
         definition["model"]["vocab"][token["content"]] = token["id"]
     tokenizer = Tokenizer(json.dumps(definition))
     assert tokenizer.vocab_size == byte_level.vocab_size + 40
-    assert tokenizer.fim_hole_id == (byte_level.fim_hole_id or 0) + 40
+    assert tokenizer.control_id(control.FIM_HOLE) == (byte_level.control_id(control.FIM_HOLE) or 0) + 40
     assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
     assert tokenizer.token_bytes.sum() == 256
     assert tokenizer.decode([*tokenizer.encode("é"), 270]) == "é"
-    assert PunctuationSplitting(tokenizer).tokens == []
+    assert not PunctuationSplitting(tokenizer).growth(np.arange(tokenizer.vocab_size)).any()
 
 
 def test_splitting_of_joined_punctuation() -> None:
     tokenizer = Tokenizer(train_bpe(["x = (1);\n\ny = [2];\n_\n"] * 50, 600))
     splitting = PunctuationSplitting(tokenizer)
-    texts = {tokenizer.decode([index]) for index in splitting.tokens}
+    splittable = np.flatnonzero(splitting.growth(np.arange(tokenizer.vocab_size)))
+    texts = {tokenizer.decode([index]) for index in splittable}
     assert {");\n\n", "];\n"} <= texts
     assert all(text.strip("\r\n") and text.endswith("\n") for text in texts)
     ids = np.array(tokenizer.encode("x = (1);\n\ny = [2];\n"), np.uint16)
@@ -224,15 +227,15 @@ BAD = {
     "no model": ('{"model": 3}', "no object 'model'"),
     "unknown model": ('{"model": {"type": "Other"}}', "not a usable tokenizer.json"),
     "added without id": (_byte_definition(added_tokens=[{"content": "x"}]), "needs an id and a content"),
-    "id too large": (_with_model(vocab={**_VOCABULARY, "Ġ!": 4294967295}), "id 4294967295, far beyond its vocabulary"),
+    "id too large": (_with_model(vocab={**_VOCABULARY, "Ġ!": 4294967295}), "id 4294967295, far outside its vocabulary"),
     "added id too large": (
         _byte_definition(added_tokens=[{"id": 9999, "content": "<x>", "special": True, "normalized": False, **_FLAGS}]),
-        "beyond its vocabulary|says id 9999",
+        "outside its vocabulary|declares id 9999",
     ),
     "bad pattern": (_byte_definition(pre_tokenizer=_CATASTROPHE), "not a usable tokenizer.json"),
     "no decoder": (_byte_definition(decoder=None), "not a byte-level tokenizer"),
-    "not bytes": (_with_model(vocab={**_VOCABULARY, "漢": len(_VOCABULARY)}), "does not spell bytes|says id"),
-    "loses text": (_byte_definition(normalizer={"type": "Lowercase"}), "does not give back the text"),
+    "not bytes": (_with_model(vocab={**_VOCABULARY, "漢": len(_VOCABULARY)}), "does not spell bytes|declares id"),
+    "loses text": (_byte_definition(normalizer={"type": "Lowercase"}), "does not decode to the text"),
     "no end": (
         json.dumps(json.loads(byte_tokenizer()), ensure_ascii=False).replace("end▁of▁sentence", "something▁else"),
         "no end-of-text token",

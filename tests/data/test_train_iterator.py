@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.data import Data, DataConfig, TrainIterator, prepare_data
+from dsv3_jax.data import control_tokens as control
 from dsv3_jax.data.epoch import Epoch
 from dsv3_jax.errors import UserError
 
@@ -53,9 +54,14 @@ def prepare(folder: Path, cache: Path | None = None, *, shard: tuple[int, int] =
     return prepare_data(config, cache, shard_index=shard[0], shard_count=shard[1])
 
 
+def epoch_of(iterator: TrainIterator) -> int:
+    """The epoch of the next row."""
+    return iterator._source.locate(iterator.state()["rows_taken"])[0]
+
+
 def take_epoch(iterator: TrainIterator, number: int) -> tuple[np.ndarray, np.ndarray]:
     rows = []
-    while iterator.epoch == number:
+    while epoch_of(iterator) == number:
         rows.append(iterator.next_rows(1))
     tokens, segments = zip(*rows, strict=True)
     return np.concatenate(tokens), np.concatenate(segments)
@@ -111,15 +117,15 @@ def test_rearranged_and_split_documents_come_once_too(folder: Path) -> None:
         tokens, segments = take_epoch(iterator, number)
         targets = tokens[:, 1:][segments[:, 1:] > 0]
         inside = Counter(targets.tolist())
-        begun = inside[tokenizer.fim_begin_id]
-        assert abs(begun - inside[tokenizer.fim_hole_id]) <= 1  # the stream's first token is no target
-        assert inside[tokenizer.fim_hole_id] == inside[tokenizer.fim_end_id]
+        begun = inside[tokenizer.control_id(control.FIM_BEGIN)]
+        assert abs(begun - inside[tokenizer.control_id(control.FIM_HOLE)]) <= 1  # the stream's first token is no target
+        assert inside[tokenizer.control_id(control.FIM_HOLE)] == inside[tokenizer.control_id(control.FIM_END)]
         assert inside[tokenizer.eos_id] == count
         seen = Counter(tokenizer.to_bytes(targets[tokenizer.token_bytes[targets] > 0]))
         missing = Counter(text.encode()) - seen
         assert not seen - Counter(text.encode())
         assert missing.total() <= max(tokenizer.token_bytes)  # again the first token
-        shares.append(inside[tokenizer.fim_hole_id] / count)
+        shares.append(inside[tokenizer.control_id(control.FIM_HOLE)] / count)
         lengths.append(len(targets))
     assert 0.15 < np.mean(shares) < 0.45
     assert len(set(shares)) > 1  # other documents in other epochs
@@ -129,11 +135,12 @@ def test_rearranged_and_split_documents_come_once_too(folder: Path) -> None:
 def test_each_third_is_as_long_as_the_others_on_average(folder: Path) -> None:
     """Both cuts are uniform over the document, in every epoch anew."""
     data = prepare(folder, fill_in_middle_rate=1.0)
-    begin, hole, end = data.tokenizer.fim_begin_id, data.tokenizer.fim_hole_id, data.tokenizer.fim_end_id
+    names = (control.FIM_BEGIN, control.FIM_HOLE, control.FIM_END)
+    begin, hole, end = (data.tokenizer.control_id(name) for name in names)
     texts = [document.text for document in data.documents("train")]
     thirds, seen = [], set()
     for number in range(8):
-        epoch = Epoch(data._recipe, number)
+        epoch = Epoch(data.row_settings, number)
         for index, text in enumerate(texts):
             ids = epoch.document(index).tolist()
             assert (ids[0], ids[-1]) == (begin, data.tokenizer.eos_id)
@@ -152,7 +159,7 @@ def test_shards_together_are_the_one_stream(folder: Path, cache: Path, shard_cou
     shards = [
         prepare(folder, cache, shard=(index, shard_count), **ALL).train_iterator() for index in range(shard_count)
     ]
-    while whole.epoch < 2:
+    while epoch_of(whole) < 2:
         tokens, segments = whole.next_rows(3 * shard_count)
         parts = [shard.next_rows(3) for shard in shards]
         for index, (own_tokens, own_segments) in enumerate(parts):
@@ -166,7 +173,7 @@ def test_restarts_change_nothing(folder: Path, cache: Path) -> None:
     random = np.random.default_rng(3)
     whole = prepare(folder, cache, **ALL).train_iterator()
     state = whole.state()
-    while whole.epoch < 2:
+    while epoch_of(whole) < 2:
         shard_count, batch = int(random.choice([1, 2, 4])), int(random.integers(1, 9))
         tokens, segments = whole.next_rows(batch * shard_count)
         for index in range(shard_count):
@@ -187,7 +194,7 @@ def test_workers_give_the_same_rows(folder: Path, cache: Path) -> None:
     state = whole.state()
     counts = (30, 150, 145)
     expected = [whole.next_rows(count) for count in counts]
-    assert whole.epoch >= 1
+    assert epoch_of(whole) >= 1
     workers = prepare(folder, cache, worker_count=2, **ALL).train_iterator()
     workers.set_state(state)
     first: list[Any] = []
@@ -222,7 +229,7 @@ def test_workers_that_keep_dying_are_one_line(folder: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(iterator, "_open", Dying)
     with pytest.raises(
-        UserError, match=r"died 3 times in a row, killed or out of memory: give a data\.worker_count below 2"
+        UserError, match=r"were killed or ran out of memory 3 times in a row: give a data\.worker_count below 2"
     ):
         iterator.next_rows(1)
     assert len(started) == 3
@@ -233,8 +240,8 @@ def test_workers_end_with_a_killed_parent() -> None:
     """They hold the pipe of the program's output open, so `run` returns only when they have ended too."""
     program = """
 import multiprocessing, os, signal, time
-from dsv3_jax.data.worker_processes import _live_as_long_as_the_parent
-pool = multiprocessing.get_context("spawn").Pool(1, _live_as_long_as_the_parent, (0, 1))
+from dsv3_jax.data.worker_processes import live_as_long_as_parent
+pool = multiprocessing.get_context("spawn").Pool(1, live_as_long_as_parent, (0, 1))
 pool.apply(time.sleep, (0,))
 pool.apply_async(time.sleep, (300,))
 time.sleep(1)  # until it is at work: an idle one would end anyway
