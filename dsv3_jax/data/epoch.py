@@ -77,9 +77,9 @@ class Epoch:
 
     def row(self, index: int) -> Row:
         """Returns row `index` in the shuffled order: tokens and segment ids, int32 [T + 1] each."""
-        place = int(self._row_order[index])
+        position = int(self._row_order[index])
         settings = self._settings
-        return pack_row(place, self._borders, self._read, settings.sequence_length, settings.pad_id)
+        return pack_row(position, self._borders, self._read, settings.sequence_length, settings.pad_id)
 
     def document(self, index: int) -> np.ndarray:
         """Returns the tokens of training document `index` as this epoch changes them, with the end-of-text token."""
@@ -92,10 +92,10 @@ class Epoch:
             ids = settings.fill_in_middle.rearrange(ids, *self._cuts[index])
         return np.append(ids, settings.eos_id).astype(np.int32)
 
-    def _read(self, place: int, start: int, stop: int) -> np.ndarray:
-        """Returns tokens `start` to `stop` of the document at position `place` in this epoch's order."""
+    def _read(self, position: int, start: int, stop: int) -> np.ndarray:
+        """Returns tokens `start` to `stop` of the document at `position` in this epoch's order."""
         settings = self._settings
-        index = int(self._order[place])
+        index = int(self._order[position])
         if settings.splitting is None and not self._rearranged[index]:
             ids = settings.store.document(int(settings.documents[index]))[start:stop]
             return ids if len(ids) == stop - start else np.append(ids, settings.eos_id)
@@ -115,9 +115,9 @@ class Epoch:
         settings = self._settings
         assert settings.splitting is not None
         growth = settings.splitting.growth(settings.store.tokens)
-        places = np.flatnonzero(growth)
-        places = places[self._random(_SPLITTING).random(len(places)) < settings.splitting_rate]
-        return places, growth[places]
+        positions = np.flatnonzero(growth)
+        positions = positions[self._random(_SPLITTING).random(len(positions)) < settings.splitting_rate]
+        return positions, growth[positions]
 
     @property
     def _growth(self) -> Int64[np.ndarray, " D"]:
@@ -125,9 +125,9 @@ class Epoch:
         settings = self._settings
         if settings.splitting is None:
             return np.zeros(len(settings.documents), np.int64)
-        places, growth = self._splits
+        positions, growth = self._splits
         total = np.concatenate([[0], np.cumsum(growth)])
-        bounds = total[np.searchsorted(places, settings.store.borders)]
+        bounds = total[np.searchsorted(positions, settings.store.borders)]
         return np.diff(bounds)[settings.documents]
 
     def _chosen(self, index: int) -> Bool[np.ndarray, " n"]:
@@ -135,10 +135,10 @@ class Epoch:
         settings = self._settings
         document = int(settings.documents[index])
         start, stop = int(settings.store.borders[document]), int(settings.store.borders[document + 1])
-        places, _ = self._splits
-        first, last = np.searchsorted(places, [start, stop])
+        positions, _ = self._splits
+        first, last = np.searchsorted(positions, [start, stop])
         chosen = np.zeros(stop - start, bool)
-        chosen[places[first:last] - start] = True
+        chosen[positions[first:last] - start] = True
         return chosen
 
     def _random(self, stream: int) -> np.random.Generator:

@@ -51,18 +51,18 @@ class FillInMiddle:
         parts = ([self._begin], prefix, [self._hole], suffix, [self._end], middle)
         return np.concatenate([np.asarray(part, np.int32) for part in parts])
 
-    def _cut(self, ids: Ids, ends: np.ndarray, place: int) -> tuple[Ids, Ids]:
-        """Cuts `ids` before byte `place`, or at the nearest boundary between characters before it.
+    def _cut(self, ids: Ids, ends: np.ndarray, position: int) -> tuple[Ids, Ids]:
+        """Cuts `ids` before byte `position`, or at the nearest boundary between characters before it.
 
         Args:
           ends: number of bytes up to the end of each token.
         """
-        index = int(np.searchsorted(ends, place, side="right"))
+        index = int(np.searchsorted(ends, position, side="right"))
         if index == len(ids):
             return ids, ids[:0]
         start = int(ends[index - 1]) if index else 0
         whole = self._tokenizer.to_bytes(ids[index : index + 1])
-        halves = self._halves(whole, place - start)
+        halves = self._halves(whole, position - start)
         if halves is not None:
             left, right = halves
             return np.append(ids[:index], left).astype(np.int32), np.append(right, ids[index + 1 :]).astype(np.int32)
@@ -70,19 +70,19 @@ class FillInMiddle:
             index -= 1
         return ids[:index], ids[index:]
 
-    def _halves(self, whole: bytes, place: int) -> tuple[list[int], list[int]] | None:
+    def _halves(self, whole: bytes, position: int) -> tuple[list[int], list[int]] | None:
         """Returns the ids of both halves of a token's bytes; None where the cut should be before the token."""
-        while place > 0 and whole[place] & 0xC0 == 0x80:
-            place -= 1
-        if place <= 0:
+        while position > 0 and whole[position] & 0xC0 == 0x80:
+            position -= 1
+        if position <= 0:
             return None
+        halves = whole[:position], whole[position:]
         try:
-            left, right = whole[:place].decode("utf-8"), whole[place:].decode("utf-8")
+            left, right = (self._tokenizer.encode(half.decode("utf-8")) for half in halves)
         except UnicodeDecodeError:  # the token holds only a part of a character
             return None
-        ids = self._tokenizer.encode(left), self._tokenizer.encode(right)
-        exact = self._tokenizer.to_bytes(ids[0]) == whole[:place] and self._tokenizer.to_bytes(ids[1]) == whole[place:]
-        return ids if exact else None
+        exact = (self._tokenizer.to_bytes(left), self._tokenizer.to_bytes(right)) == halves
+        return (left, right) if exact else None
 
 
 def _inside_character(token: bytes) -> bool:

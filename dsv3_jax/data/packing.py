@@ -43,11 +43,11 @@ def pack_row(
     stop = min(start + sequence_length + 1, int(borders[-1]))
     tokens = np.full(sequence_length + 1, pad_id, np.int32)
     segments = np.zeros(sequence_length + 1, np.int32)
-    document, segment, place = int(np.searchsorted(borders, start, side="right")) - 1, 1, start
-    while place < stop:
+    document, segment, position = int(np.searchsorted(borders, start, side="right")) - 1, 1, start
+    while position < stop:
         end = min(stop, int(borders[document + 1]))
         origin = int(borders[document])
-        tokens[place - start : end - start] = read(document, place - origin, end - origin)
-        segments[place - start : end - start] = segment
-        document, segment, place = document + 1, segment + 1, end
+        tokens[position - start : end - start] = read(document, position - origin, end - origin)
+        segments[position - start : end - start] = segment
+        document, segment, position = document + 1, segment + 1, end
     return tokens, segments

@@ -165,8 +165,8 @@ class Data:
         count = min(full, self.config.validation_sequences)
         eos = self.tokenizer.eos_id
 
-        def read(place: int, start: int, stop: int) -> np.ndarray:
-            ids = self.store.document(int(self._validation_documents[place]))
+        def read(position: int, start: int, stop: int) -> np.ndarray:
+            ids = self.store.document(int(self._validation_documents[position]))
             return np.append(ids[start:stop], [eos] * (stop - max(start, len(ids))))
 
         rows = [pack_row(index * full // count, borders, read, length, self.tokenizer.pad_id) for index in range(count)]

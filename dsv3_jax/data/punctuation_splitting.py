@@ -43,7 +43,7 @@ class PunctuationSplitting:
         counts = np.where(chosen, self._growth[tokens], 0) + 1
         result = np.repeat(tokens.astype(np.int32), counts)
         starts = np.cumsum(counts) - counts
-        for place in np.flatnonzero(chosen):
-            parts = self._parts[int(tokens[place])]
-            result[starts[place] : starts[place] + len(parts)] = parts
+        for position in np.flatnonzero(chosen):
+            parts = self._parts[int(tokens[position])]
+            result[starts[position] : starts[position] + len(parts)] = parts
         return result
