@@ -21,7 +21,6 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.interop.checkpoint_folder import INDEX_NAME, SINGLE_NAME
-from dsv3_jax.interop.fp8_parameter import Fp8Weight
 from dsv3_jax.interop.fp8_weights import quantise, quantise_with
 from dsv3_jax.interop.hf_config import CONFIG_NAME, to_published
 from dsv3_jax.interop.layout import FP8, Format, Layout, are_powers_of_two, layout_of, uniform_layout
@@ -33,6 +32,7 @@ from dsv3_jax.interop.tensor_names import Slot, slots
 from dsv3_jax.interop.tokenizer_files import TokenIds, write_tokenizer
 from dsv3_jax.interop.whole_folder import whole_folder
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.precision.fp8_weight import Fp8Weight
 
 SHARD_BYTES = 5 * 10**9
 

@@ -18,7 +18,6 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.interop.account import FP8_DTYPE, Account, take_account
 from dsv3_jax.interop.checkpoint_folder import CheckpointFolder, open_checkpoint
-from dsv3_jax.interop.fp8_parameter import Fp8Weight
 from dsv3_jax.interop.fp8_weights import E4M3
 from dsv3_jax.interop.hf_config import PublishedConfig, read_config
 from dsv3_jax.interop.layout import Layout, are_powers_of_two
@@ -29,6 +28,7 @@ from dsv3_jax.interop.streaming import READERS, StoredTensor, load_parameter
 from dsv3_jax.interop.tensor_names import SCALE_SUFFIX, Slot, slots
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import PRECISIONS, Precision
+from dsv3_jax.precision.fp8_weight import Fp8Weight
 
 Shardings = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 _COMPARED_ROWS = 4096

@@ -11,7 +11,7 @@ import dataclasses
 from jaxtyping import Array, Float
 
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe
-from dsv3_jax.precision.tiles import Tiles, quantise
+from dsv3_jax.precision.tiles import Tiles, quantize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,9 @@ class TravelFormat:
     tile: int
     number_format: str
 
-    def quantise(self, rows: Float[Array, "M d"]) -> Tiles:
+    def quantize(self, rows: Float[Array, "M d"]) -> Tiles:
         """Values [M, d] in FP8 and float32 scales [M, ceil(d / tile)]."""
-        return quantise(rows, (1, self.tile), self.number_format, power_of_two=True)
+        return quantize(rows, (1, self.tile), self.number_format, power_of_two=True)
 
 
 def travel_formats(recipe: Fp8Recipe | None) -> tuple[TravelFormat | None, TravelFormat | None]:

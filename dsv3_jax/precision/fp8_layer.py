@@ -21,90 +21,133 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels as pk
 from dsv3_jax.precision.e5m6 import PackedE5M6, pack, unpack
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe, Role
+from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.keeping import keep
 from dsv3_jax.precision.products import ROWS, columns_by_columns, rows_by_weights
 from dsv3_jax.precision.swiglu import swiglu
-from dsv3_jax.precision.tiles import Tiles, dequantise, quantise
+from dsv3_jax.precision.tiles import Tiles, dequantize, quantize
 
 
 def fp8_product(
     x: Float[Array, "M in"],
-    weight: Float[Array, "..."],
+    weight: Float[Array, "..."] | Fp8Weight,
     group_sizes: Int[Array, " E"] | None,
     recipe: Fp8Recipe,
     role: Role,
 ) -> Float[Array, "M out"]:
-    """x Wᵀ (of swiglu(x) where the role says so, x being [M, 2 * in]) in the dtype of x, under the recipe.
+    """Returns x Wᵀ in the dtype of x under the recipe; swiglu(x) Wᵀ, x being [M, 2 * in], where the role says so.
 
     Args:
-      weight: [out, in], or [E, out, in] with groups.
+      weight: [out, in], or [E, out, in] with groups. An `Fp8Weight` is multiplied as stored, in blocks of 128 x 128
+        whatever the recipe's tile, and gets no gradient.
       group_sizes: rows of each expert, multiples of 128; None for one matrix.
     """
     return _product(x, weight, group_sizes, recipe, role)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _product(x: Array, weight: Array, group_sizes: Array | None, recipe: Fp8Recipe, role: Role) -> Any:
+def _product(x: Array, weight: Array | Fp8Weight, group_sizes: Array | None, recipe: Fp8Recipe, role: Role) -> Any:
     return _forward(x, weight, group_sizes, recipe, role)[0]
 
 
-def _forward(x: Array, weight: Array, group_sizes: Array | None, recipe: Fp8Recipe, role: Role) -> tuple[Array, Any]:
+def _forward(
+    x: Array, weight: Array | Fp8Weight, group_sizes: Array | None, recipe: Fp8Recipe, role: Role
+) -> tuple[Array, Any]:
     operand = _activated(x) if role.swiglu else x
     tiles = _input_tiles(operand, recipe, role)
-    weight_tiles = quantise(weight, _square(recipe), "e4m3", power_of_two=False)
+    constant = isinstance(weight, Fp8Weight)
+    weight_tiles = weight.tiles() if constant else quantize(weight, _square(recipe), "e4m3", power_of_two=False)
     if recipe.forward == "none":
         out = _plain_product(operand, weight, group_sizes)
     else:
         out = rows_by_weights(tiles, weight_tiles, group_sizes, promotion=recipe.promotion, out_dtype=x.dtype)
-    # Whatever the input gradient needs of W; an empty array carries W's dtype, as residuals must be arrays.
-    kept_weight = weight if recipe.input_gradient == "none" else weight_tiles
-    return out, (_cached(x, tiles, recipe, role), kept_weight, group_sizes, jnp.empty(0, weight.dtype))
+        out = weight.unpad(out) if constant else out
+    # What the input gradient needs of W; an empty array carries W's dtype, as residuals must be arrays.
+    kept_weight = weight if constant or recipe.input_gradient == "none" else weight_tiles
+    # The input serves the weight gradient, which a constant has none of, and that of SwiGLU.
+    cache = None if constant and not role.swiglu else _cached(x, tiles, recipe, role)
+    return out, (cache, kept_weight, group_sizes, jnp.empty(0, weight.dtype))
 
 
-def _backward(recipe: Fp8Recipe, role: Role, residuals: Any, out_bar: Array) -> tuple[Array, Array, None]:
+def _backward(
+    recipe: Fp8Recipe, role: Role, residuals: Any, out_bar: Array
+) -> tuple[Array, Float[Array, "..."] | None, None]:
     cache, weight, group_sizes, weight_like = residuals
-    before = _restored(cache, out_bar.dtype)
+    before = None if cache is None else _restored(cache, out_bar.dtype)
     operand, pull = jax.vjp(_activated, before) if role.swiglu else (before, None)
-    weight_bar = _weight_gradient(operand, cache, out_bar, group_sizes, recipe, role)
-    x_bar = _input_gradient(weight, out_bar, group_sizes, recipe, role)
+    for_rows, for_columns = _gradient_tiles(out_bar, weight, recipe, role)
+    x_bar = _input_gradient(weight, out_bar, for_rows, group_sizes, recipe)
     if pull is not None:
         (x_bar,) = pull(x_bar)
+    if isinstance(weight, Fp8Weight):
+        return x_bar, None, None
+    weight_bar = _weight_gradient(operand, cache, out_bar, for_columns, group_sizes, recipe, role)
     return x_bar, weight_bar.astype(weight_like.dtype), None
 
 
 _product.defvjp(_forward, _backward)
 
 
+def _gradient_tiles(
+    out_bar: Float[Array, "M out"], weight: Array | Tiles | Fp8Weight, recipe: Fp8Recipe, role: Role
+) -> tuple[Tiles | None, Tiles | None]:
+    """Returns dY in the tiles of the input gradient and in those of the weight gradient; None where dY stays as it is.
+
+    Where both are the report's (1x128 and 128x1 in e4m3, under one rule for scales), dY is read once for both.
+    """
+    powers = recipe.power_of_two_scales
+    row_powers = powers or (role.gradient_dispatched and recipe.dispatch)
+    row_tile = _square(recipe) if recipe.block_wise_gradients else _along_row(recipe)
+    column_tile = _along_column(recipe)
+    row_format, column_format = recipe.input_gradient, recipe.weight_gradient
+    if isinstance(weight, Fp8Weight):
+        out_bar, column_format = weight.pad(out_bar), "none"
+    report = row_format == column_format == "e4m3" and (row_tile, column_tile) == ((1, ROWS), (ROWS, 1))
+    if report and row_powers == powers:
+        rows, columns = pk.quantize_both(out_bar, power_of_two_scales=powers)
+        return rows, columns.mT
+    rows = quantize(out_bar, row_tile, row_format, power_of_two=row_powers) if row_format != "none" else None
+    columns = quantize(out_bar, column_tile, column_format, power_of_two=powers) if column_format != "none" else None
+    return rows, columns
+
+
 def _input_gradient(
-    weight: Array | Tiles, out_bar: Array, group_sizes: Array | None, recipe: Fp8Recipe, role: Role
+    weight: Array | Tiles | Fp8Weight,
+    out_bar: Float[Array, "M out"],
+    tiles: Tiles | None,
+    group_sizes: Array | None,
+    recipe: Fp8Recipe,
 ) -> Float[Array, "M in"]:
-    if isinstance(weight, jax.Array):
-        return _plain_product(out_bar, weight.mT, group_sizes)
-    tile = _square(recipe) if recipe.block_wise_gradients else _along_row(recipe)
-    power_of_two = recipe.power_of_two_scales or (role.gradient_dispatched and recipe.dispatch)
-    gradient = quantise(out_bar, tile, recipe.input_gradient, power_of_two=power_of_two)
-    return rows_by_weights(gradient, weight.mT, group_sizes, promotion=recipe.promotion, out_dtype=out_bar.dtype)
+    if tiles is None:
+        return _plain_product(out_bar, weight.astype(out_bar.dtype).mT, group_sizes)  # pyright: ignore
+    stored = weight.tiles() if isinstance(weight, Fp8Weight) else weight
+    return rows_by_weights(tiles, stored.mT, group_sizes, promotion=recipe.promotion, out_dtype=out_bar.dtype)
 
 
 def _weight_gradient(
-    operand: Array, cache: Any, out_bar: Array, group_sizes: Array | None, recipe: Fp8Recipe, role: Role
+    operand: Array,
+    cache: Any,
+    out_bar: Float[Array, "M out"],
+    tiles: Tiles | None,
+    group_sizes: Array | None,
+    recipe: Fp8Recipe,
+    role: Role,
 ) -> Float[Array, "..."]:
-    if recipe.weight_gradient == "none":
+    if tiles is None:
         if group_sizes is None:
             return jnp.einsum("mn,mk->nk", out_bar, operand, preferred_element_type=jnp.float32)
         return pk.grouped_weight_gradient(out_bar, operand, group_sizes, row_alignment=ROWS)
     tile = _along_column(recipe)
-    scales = {"power_of_two": _rounded_scales(recipe, role)}
+    powers = _rounded_scales(recipe, role)
     if isinstance(cache, pk.Quantized) and tile == (ROWS, 1) and not role.swiglu:
-        columns = pk.requantize_transposed(cache, power_of_two_scales=scales["power_of_two"]).mT
+        columns = pk.requantize_transposed(cache, power_of_two_scales=powers).mT
     else:
-        columns = quantise(operand, tile, "e4m3", **scales)
-    gradient = quantise(out_bar, tile, recipe.weight_gradient, power_of_two=recipe.power_of_two_scales)
-    return columns_by_columns(gradient, columns, group_sizes, promotion=recipe.promotion)
+        columns = quantize(operand, tile, "e4m3", power_of_two=powers)
+    return columns_by_columns(tiles, columns, group_sizes, promotion=recipe.promotion)
 
 
 def _input_tiles(x: Float[Array, "M in"], recipe: Fp8Recipe, role: Role) -> Tiles:
-    return quantise(x, _along_row(recipe), "e4m3", power_of_two=_rounded_scales(recipe, role))
+    return quantize(x, _along_row(recipe), "e4m3", power_of_two=_rounded_scales(recipe, role))
 
 
 def _rounded_scales(recipe: Fp8Recipe, role: Role) -> bool:
@@ -118,7 +161,7 @@ def _cached(x: Array, tiles: Tiles, recipe: Fp8Recipe, role: Role) -> Any:
     if role.swiglu:
         if not recipe.cache_swiglu_input:
             return _kept(x)
-        return _kept(quantise(x, _along_row(recipe), "e4m3", power_of_two=False))
+        return _kept(quantize(x, _along_row(recipe), "e4m3", power_of_two=False))
     if role.after_attention:
         return _kept({"e5m6": lambda: pack(x), "e4m3": lambda: tiles, "none": lambda: x}[recipe.after_attention]())
     return tiles if recipe.cache_activations else x
@@ -131,14 +174,14 @@ def _kept(cache: Any) -> Any:
 def _restored(cache: Any, dtype: jnp.dtype) -> Float[Array, "M in"]:
     if isinstance(cache, PackedE5M6):
         return unpack(cache).astype(dtype)
-    return cache if isinstance(cache, jax.Array) else dequantise(cache).astype(dtype)
+    return cache if isinstance(cache, jax.Array) else dequantize(cache).astype(dtype)
 
 
 def _activated(x: Float[Array, "M 2*width"]) -> Float[Array, "M width"]:
     return swiglu(x.reshape(x.shape[0], 2, -1))
 
 
-def _plain_product(x: Array, weight: Array, group_sizes: Array | None) -> Float[Array, "M out"]:
+def _plain_product(x: Array, weight: Array | Fp8Weight, group_sizes: Array | None) -> Float[Array, "M out"]:
     weight = weight.astype(x.dtype)
     if group_sizes is None:
         return jnp.einsum("mk,nk->mn", x, weight)

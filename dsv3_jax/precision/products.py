@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
-from dsv3_jax.precision.tiles import Tiles, dequantise
+from dsv3_jax.precision.tiles import Tiles, dequantize
 
 ROWS = 128  # what groups are multiples of, so that no tile along the rows belongs to two experts
 _STEP = 32  # products that the tensor core adds at a time
@@ -26,7 +26,7 @@ def rows_by_weights(
         if group_sizes is None:
             return pk.blockwise_matmul(rows, weights, out_dtype=out_dtype)  # pyright: ignore
         return pk.grouped_matmul(rows, weights, group_sizes, row_alignment=ROWS, out_dtype=out_dtype)  # pyright: ignore
-    x, w = dequantise(rows), dequantise(weights)
+    x, w = dequantize(rows), dequantize(weights)
     if promotion:
         product = _plain_rows_by_weights(x, w, group_sizes)
     elif group_sizes is None:
@@ -47,7 +47,7 @@ def columns_by_columns(
         if group_sizes is None:
             return pk.blockwise_matmul(left, right, out_dtype=jnp.float32)  # pyright: ignore
         return pk.grouped_weight_gradient(left, right, group_sizes, row_alignment=ROWS)  # pyright: ignore
-    a, b = dequantise(left), dequantise(right)
+    a, b = dequantize(left), dequantize(right)
     if group_sizes is None:
         return _contract_last(a, b) if promotion else _short_sums(a[None], b[None])[0]
     if promotion:

@@ -41,7 +41,7 @@ class EmulatedTiles:
 type Tiles = pk.Quantized | EmulatedTiles
 
 
-def quantise(x: Float[Array, "... M K"], tile: tuple[int, int], number_format: str, *, power_of_two: bool) -> Tiles:
+def quantize(x: Float[Array, "... M K"], tile: tuple[int, int], number_format: str, *, power_of_two: bool) -> Tiles:
     """`x` in FP8.
 
     Args:
@@ -60,7 +60,7 @@ def quantise(x: Float[Array, "... M K"], tile: tuple[int, int], number_format: s
     return EmulatedTiles(values.astype(dtype), scales, tile)
 
 
-def dequantise(q: Tiles) -> Float[Array, "... M K"]:
+def dequantize(q: Tiles) -> Float[Array, "... M K"]:
     """The numbers that `q` stands for, in float32."""
     if isinstance(q, pk.Quantized):
         return pk.dequantize(q)

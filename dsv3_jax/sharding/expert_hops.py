@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.precision.dispatch import TravelFormat
-from dsv3_jax.precision.tiles import dequantise
+from dsv3_jax.precision.tiles import dequantize
 from dsv3_jax.sharding.expert_layout import HopRanks
 
 AXIS = "expert"
@@ -142,13 +142,13 @@ def _send_in_format(
     """Sends rows in the format `wire`, and float32 numbers beside them, together with the scales if there are any."""
     if wire is None:
         return _send_rows(hop, slots, rows, route), None if beside is None else _send_rows(hop, slots, beside, route)
-    tiles = wire.quantise(rows)
+    tiles = wire.quantize(rows)
     width = tiles.scales.shape[1]
     values = _send_rows(hop, slots, tiles.values, route)
     with_scales = tiles.scales if beside is None else jnp.concatenate([tiles.scales, beside], axis=1)
     with_scales = _send_rows(hop, slots, with_scales, route)
     arrived = dataclasses.replace(tiles, values=values, scales=with_scales[:, :width])
-    return dequantise(arrived).astype(rows.dtype), with_scales[:, width:]
+    return dequantize(arrived).astype(rows.dtype), with_scales[:, width:]
 
 
 def _send_rows(hop: Hop, slots: int, rows: Float[Array, "S d"], route: Route) -> Float[Array, "M d"]:

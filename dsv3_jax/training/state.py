@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from dsv3_jax.model import DeepSeekV3, router_biases, set_router_biases
+from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.optimizer import make_optimizer
 
@@ -22,7 +23,7 @@ class TrainState:
     """State of a run on the devices.
 
     Attributes:
-      params: float32 masters.
+      params: float32 masters, and weights kept in FP8 (`Fp8Weight`), which no step changes.
       optimizer: AdamW's moments and count.
       average: running average of the weights; None where none is kept.
       router_biases: selection biases, beside the parameters: no optimizer ever sees them.
@@ -55,6 +56,14 @@ class Skeleton:
         return model
 
 
+def split_trained(params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """Returns the parameters that training changes, and the others: weights kept in FP8 as published.
+
+    Only the first have gradients, optimizer state and a running average that differs. `nnx.merge_state` undoes it.
+    """
+    return nnx.split_state(params, lambda path, variable: not isinstance(variable.get_value(), Fp8Weight), ...)
+
+
 def split_model(model: DeepSeekV3) -> tuple[Skeleton, nnx.State, Float[Array, "layers E"]]:
     """A model's skeleton, parameters and router biases."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -71,7 +80,7 @@ def new_state(model: DeepSeekV3, config: RunConfig) -> tuple[Skeleton, TrainStat
     training = config.training
     state = TrainState(
         params=params,
-        optimizer=make_optimizer(training, config.moment_dtype).init(params),
+        optimizer=make_optimizer(training, config.moment_dtype).init(split_trained(params)[0]),
         average=jax.tree.map(jnp.copy, params) if training.ema_decay else None,
         router_biases=biases,
         key=jax.random.key(training.seed),

@@ -18,7 +18,7 @@ from dsv3_jax.pipeline.passes import make_pipelined_pass
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.losses import LossTerms, LossWeights, cross_entropies, objective, target_weights
 from dsv3_jax.training.optimizer import make_optimizer, update_average
-from dsv3_jax.training.state import Skeleton, TrainState
+from dsv3_jax.training.state import Skeleton, TrainState, split_trained
 from dsv3_jax.training.state_layout import StateLayout
 
 
@@ -68,7 +68,8 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
     isolate = config.data.isolate_documents
 
     def loss_of(
-        params: nnx.State,
+        trained: nnx.State,
+        kept: nnx.State,
         biases: Float[Array, "layers E"],
         tokens: Int[Array, "B T1"],
         segment_ids: Int[Array, "B T1"],
@@ -76,7 +77,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         real_tokens: Float[Array, ""],
     ) -> tuple[Float[Array, ""], LossTerms]:
         terms = objective(
-            skeleton.model(params, biases),
+            skeleton.model(nnx.merge_state(trained, kept), biases),
             tokens,
             segment_ids,
             weights=weights,
@@ -97,7 +98,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
     ) -> tuple[nnx.State, LossTerms]:
         def one_pass(tokens: Int[Array, "B T1"], segment_ids: Int[Array, "B T1"]) -> tuple[nnx.State, LossTerms]:
             compute = jax.grad(loss_of, has_aux=True)
-            return compute(params, biases, tokens, segment_ids, weights, real_tokens)
+            return compute(*split_trained(params), biases, tokens, segment_ids, weights, real_tokens)
 
         return accumulate(one_pass, tokens, segment_ids)
 
@@ -116,11 +117,14 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(terms.total) & jnp.isfinite(norm)
 
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        params = jax.tree.map(lambda p, u: p - settings.learning_rate * u.astype(p.dtype), state.params, updates)
+        trained, kept = split_trained(state.params)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
+        trained = jax.tree.map(lambda p, u: p - settings.learning_rate * u.astype(p.dtype), trained, updates)
+        params = nnx.merge_state(trained, kept)
         average = state.average
         if average is not None:
-            average = update_average(average, params, training.ema_decay, state.step)
+            average = update_average(split_trained(average)[0], trained, training.ema_decay, state.step)
+            average = nnx.merge_state(average, kept)
         biases = state.router_biases
         if biases.shape[0]:
             biases = update_biases(biases, terms.load, settings.bias_update_speed)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.device import Implementation, choose_implementation
 from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.quantized import (
+    TILE,
     Quantized,
     Tile,
     check_quantized,
@@ -20,7 +21,16 @@ from pallas_kernels.quantize.quantized import (
     scales_shape,
 )
 
-__all__ = ["Quantized", "Tile", "dequantize", "quantize", "quantize_both", "requantize_transposed", "scales_shape"]
+__all__ = [
+    "TILE",
+    "Quantized",
+    "Tile",
+    "dequantize",
+    "quantize",
+    "quantize_both",
+    "requantize_transposed",
+    "scales_shape",
+]
 
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "hopper", "tpu")
 

@@ -12,7 +12,13 @@ from jaxtyping import Array, Float
 
 Tile = Literal["1x128", "128x128", "128x1"]
 
-TILE_SHAPE: dict[str, tuple[int, int]] = {"1x128": (1, 128), "128x128": (128, 128), "128x1": (128, 1)}
+# N_C of section 3.3.2: how many products a tensor core adds up before the sum is moved to float32.
+PROMOTION_INTERVAL = 128
+# How many numbers along a contraction share a scale, and the side of a weight's square block. It is the promotion
+# interval, because a sum is multiplied by its scales when it is promoted.
+TILE = PROMOTION_INTERVAL
+
+TILE_SHAPE: dict[str, tuple[int, int]] = {"1x128": (1, TILE), "128x128": (TILE, TILE), "128x1": (TILE, 1)}
 
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.interop.checkpoint_folder import open_checkpoint
+from dsv3_jax.interop.fp8_weights import quantise, quantise_with
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -82,3 +83,26 @@ def golden_config(name: str, **changes: Any) -> dict[str, Any]:
 def float32(values: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
     """An array as a raw tensor."""
     return "F32", values.shape, values.astype(np.float32).tobytes()
+
+
+def fp8_checkpoint(folder: Path, name: str, *, power: bool = False, scale: float | None = None) -> Path:
+    """A golden checkpoint with its linear maps in FP8, made without the project's exporter.
+
+    With `scale`, a power of two, it is the scale of every block, and no block lacks the largest FP8 number: whoever
+    quantizes the dequantized weights gets the same values and scales again.
+    """
+    tensors = {}
+    for key, (dtype, shape, data) in golden_tensors(name).items():
+        tensors[key] = (dtype, shape, data)
+        linear = "_proj" in key and "eh_proj" not in key
+        if linear:
+            weights = np.frombuffer(data, np.float32).reshape(shape)
+            values, scales = quantise(weights, power_of_two_scales=power)
+            if scale is not None:
+                scales = np.full_like(scales, scale)
+                values = quantise_with(weights, scales)
+                values[::64, 0] = 448
+            tensors[key] = ("F8_E4M3", shape, values.tobytes())
+            tensors[key + "_scale_inv"] = float32(scales)
+    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    return write_checkpoint(folder, tensors, golden_config(name, quantization_config=fp8), shards=3)

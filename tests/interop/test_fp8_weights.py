@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.interop.fp8_parameter import Fp8Weight
 from dsv3_jax.interop.fp8_weights import E4M3, dequantise, quantise, quantise_with
+from dsv3_jax.precision.fp8_weight import Fp8Weight
 from pallas_kernels import quantize
 
 SIZES = st.integers(1, 300)
@@ -95,4 +95,3 @@ def test_kept_weight_stands_in_for_an_array(heads: int, width: int, columns: int
     assert (kept.shape, kept.ndim, kept.size) == (plain.shape, plain.ndim, plain.size)
     np.testing.assert_array_equal(kept[...].astype(jnp.float32), plain)
     np.testing.assert_array_equal(kept.reshape(2, -1, columns).astype(jnp.float32), plain.reshape(2, -1, columns))
-    assert kept.quantized().values.shape == (2, heads * width, columns)

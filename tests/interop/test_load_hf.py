@@ -14,6 +14,7 @@ from flax import nnx
 from interop.checkpoints import (
     GOLDEN,
     float32,
+    fp8_checkpoint,
     golden_config,
     golden_tensors,
     raw_tensors,
@@ -26,10 +27,10 @@ from simulated import run_simulated
 import dsv3_jax as dsv3
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.interop import streaming
-from dsv3_jax.interop.fp8_parameter import Fp8Weight
-from dsv3_jax.interop.fp8_weights import dequantise, quantise
+from dsv3_jax.interop.fp8_weights import dequantise
 from dsv3_jax.interop.parameter_tree import arrays
 from dsv3_jax.interop.tensor_names import slots
+from dsv3_jax.precision.fp8_weight import Fp8Weight
 
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 NAME = "v3_negative_bias"
@@ -45,20 +46,6 @@ def forward(model: dsv3.DeepSeekV3, ids: jax.Array) -> dsv3.ModelOutput:
     """The model's output by one compiled program."""
     graph, state = nnx.split(model)
     return jax.jit(lambda state, ids: nnx.merge(graph, state)(ids))(state, ids)
-
-
-def quantised_checkpoint(folder: Path, name: str, *, power: bool = False) -> Path:
-    """A golden checkpoint with its linear maps in FP8, made without the project's exporter."""
-    tensors = {}
-    for key, (dtype, shape, data) in golden_tensors(name).items():
-        tensors[key] = (dtype, shape, data)
-        linear = "_proj" in key and "eh_proj" not in key
-        if linear:
-            values, scales = quantise(np.frombuffer(data, np.float32).reshape(shape), power_of_two_scales=power)
-            tensors[key] = ("F8_E4M3", shape, values.tobytes())
-            tensors[key + "_scale_inv"] = float32(scales)
-    fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-    return write_checkpoint(folder, tensors, golden_config(name, quantization_config=fp8), shards=3)
 
 
 class TestGolden:
@@ -120,7 +107,7 @@ class TestDtypes:
 class TestFp8:
     @pytest.mark.parametrize("power", [False, True])
     def test_dequantised_or_kept(self, tmp_path: Path, power: bool) -> None:
-        folder = quantised_checkpoint(tmp_path, "v3_yarn_small", power=power)
+        folder = fp8_checkpoint(tmp_path, "v3_yarn_small", power=power)
         raw = raw_tensors(folder)
         plain = arrays(dsv3.load_hf(folder, dtype="float32"))
         kept = arrays(dsv3.load_hf(folder, keep_fp8=True))
@@ -139,14 +126,14 @@ class TestFp8:
         assert {value.dtype for path, value in stored.items() if path in fp8} == {np.dtype(jnp.bfloat16)}
 
     def test_kept_computes_the_same(self, tmp_path: Path) -> None:
-        folder = quantised_checkpoint(tmp_path, "v2_lite")
+        folder = fp8_checkpoint(tmp_path, "v2_lite")
         ids = jnp.arange(12, dtype=jnp.int32)[None]
         plain = forward(dsv3.load_hf(folder, dtype="float32"), ids).logits
         kept = forward(dsv3.load_hf(folder, keep_fp8=True), ids).logits
         np.testing.assert_allclose(kept, plain, rtol=0, atol=1e-5)
 
     def test_scales_of_the_wrong_shape(self, tmp_path: Path) -> None:
-        folder = quantised_checkpoint(tmp_path, NAME)
+        folder = fp8_checkpoint(tmp_path, NAME)
         for shard in folder.glob("*.safetensors"):
             tensors = {}
             from dsv3_jax.interop.safetensors_reader import read_header
@@ -188,7 +175,7 @@ class TestPlacing:
 
     def test_regions_of_a_parameter(self, tmp_path: Path) -> None:
         """Any box of a stacked parameter equals the same box of the whole; FP8 rows that begin inside a block too."""
-        folder = quantised_checkpoint(tmp_path, NAME)
+        folder = fp8_checkpoint(tmp_path, NAME)
         model = arrays(dsv3.load_hf(folder, dtype="float32"))
         from dsv3_jax.interop.account import take_account
         from dsv3_jax.interop.checkpoint_folder import open_checkpoint

@@ -19,7 +19,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.devices import OneDevice
 from dsv3_jax.modules.moe import MixtureOfExperts
 from dsv3_jax.precision import Precision
-from dsv3_jax.precision.tiles import dequantise, quantise
+from dsv3_jax.precision.tiles import dequantize, quantize
 from dsv3_jax.sharding.expert_hops import Hop
 from dsv3_jax.sharding.expert_parallel import ExpertExchange
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
@@ -67,7 +67,7 @@ def rounded_backward(y: Any) -> Any:
 
 
 def round_gradient(_: None, bar: Any) -> tuple[Any]:
-    return (dequantise(quantise(bar, (1, 128), "e4m3", power_of_two=True)),)
+    return (dequantize(quantize(bar, (1, 128), "e4m3", power_of_two=True)),)
 
 
 rounded_backward.defvjp(lambda y: (y, None), round_gradient)
