@@ -15,10 +15,10 @@ Tree = Any
 
 
 def make_optimizer(config: TrainingConfig, moment_dtype: str) -> optax.GradientTransformation:
-    """Clip, Adam, decoupled weight decay: everything of AdamW but the learning rate, which the step multiplies in.
+    """Returns gradient clipping, Adam and decoupled weight decay. The training step multiplies by the learning rate.
 
     Args:
-      moment_dtype: what both moments are stored in; they are updated and used in float32.
+      moment_dtype: dtype in which both moments are stored; their update is computed in float32.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.gradient_clip),
@@ -28,7 +28,7 @@ def make_optimizer(config: TrainingConfig, moment_dtype: str) -> optax.GradientT
 
 
 def _adam(config: TrainingConfig, moment_dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Adam whose moments are both rounded to `moment_dtype` after each update; optax itself rounds the first alone."""
+    """Returns Adam with both moments rounded to `moment_dtype` after each update; optax rounds only the first."""
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
 
     def stored(state: Any) -> Any:
@@ -43,7 +43,7 @@ def _adam(config: TrainingConfig, moment_dtype: jnp.dtype) -> optax.GradientTran
 
 
 def decay_mask(params: Tree) -> Tree:
-    """True at the parameters that weight decay shrinks: all but the gains of norms."""
+    """Returns True for each parameter that weight decay applies to: all but the gains of norms."""
 
     def is_decayed(path: tuple, _: jax.Array) -> bool:
         return not any("norm" in str(getattr(key, "key", key)) for key in path)
@@ -52,9 +52,10 @@ def decay_mask(params: Tree) -> Tree:
 
 
 def update_average(average: Tree, params: Tree, decay: float, step: jax.Array) -> Tree:
-    """Exponential moving average of the weights after `step` (from 0), in their own dtype.
+    """Returns the exponential moving average of the weights after step number `step` (from 0), in their own dtype.
 
-    The decay starts at 1/10 and rises to `decay`, or the average of a short run would be its initial weights.
+    The decay starts at 1/10 and rises to `decay`. With a constant decay the average of a short run would consist mostly
+    of its initial weights.
     """
     step = step.astype(jnp.float32)
     rate = jnp.minimum(decay, (1.0 + step) / (10.0 + step))

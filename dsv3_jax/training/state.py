@@ -1,4 +1,4 @@
-"""What training carries from step to step, as one pytree, and how it relates to a model."""
+"""The train state, which a step maps to the next one, and its relation to a model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class TrainState:
     """State of a run on the devices.
 
     Attributes:
-      params: float32 masters, and weights kept in FP8 (`Fp8Weight`), which no step changes.
-      optimizer: AdamW's moments and count.
-      average: running average of the weights; None where none is kept.
-      router_biases: selection biases, beside the parameters: no optimizer ever sees them.
+      params: float32 master weights, and weights kept in FP8 (`Fp8Weight`), which no step changes.
+      optimizer: AdamW's moments and its count of steps.
+      average: running average of the weights; None if none is kept.
+      router_biases: float32 selection biases. They are not parameters: no optimizer ever sees them.
       key: random key of the run.
-      step: steps tried, those that were not applied included.
-      nonfinite_steps: of those, the last ones in a row whose loss or gradient was not finite.
+      step: int32, number of steps taken, those included that were not applied.
+      nonfinite_steps: int32, how many of the latest steps in a row had a loss or gradient that was not finite.
     """
 
     params: nnx.State
@@ -43,14 +43,19 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Skeleton:
-    """A model without its parameters: structure and constants."""
+    """A model without its parameters.
+
+    Attributes:
+      graph: structure of the model's modules.
+      rest: its variables that are not parameters.
+    """
 
     graph: Any
     rest: nnx.State
 
     def model(self, params: nnx.State, biases: Float[Array, "layers E"]) -> DeepSeekV3:
-        """A model of these parameters and router biases; pure, for use inside jit too."""
-        rest = jax.tree.map(lambda leaf: leaf, self.rest)  # variables of this trace, which may be written to
+        """Returns the model with these parameters and router biases. The function is pure and may be called in jit."""
+        rest = jax.tree.map(lambda leaf: leaf, self.rest)  # new Variables, which this trace may write to
         model = nnx.merge(self.graph, params, rest)
         set_router_biases(model, biases)
         return model
@@ -65,7 +70,7 @@ def split_trained(params: nnx.State) -> tuple[nnx.State, nnx.State]:
 
 
 def split_model(model: DeepSeekV3) -> tuple[Skeleton, nnx.State, Float[Array, "layers E"]]:
-    """A model's skeleton, parameters and router biases."""
+    """Returns the skeleton, parameters and router biases of a model."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     if model.config.has_router_bias:
         biases = router_biases(model)
@@ -75,7 +80,7 @@ def split_model(model: DeepSeekV3) -> tuple[Skeleton, nnx.State, Float[Array, "l
 
 
 def new_state(model: DeepSeekV3, config: RunConfig) -> tuple[Skeleton, TrainState]:
-    """The state before the first step of a run that starts from `model`."""
+    """Returns the skeleton, and the state before the first step of a run that starts from `model`."""
     skeleton, params, biases = split_model(model)
     training = config.training
     state = TrainState(
