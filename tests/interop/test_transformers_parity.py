@@ -245,7 +245,7 @@ def test_from_transformers_through_training_and_back(oracle: str, tmp_path: Path
         "--data.sequence-length": 32,
         "--data.validation-sequences": 2,
         "--training.batch-size": 2,
-        "--runs.sample-tokens": 0,
+        "--training.sample-tokens": 0,
         "--precision": "float32",
     }
     assert main(["train", *(str(word) for pair in options.items() for word in pair)]) == 0
