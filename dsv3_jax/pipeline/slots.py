@@ -3,7 +3,7 @@
 All ranks advance together, tick by tick: what a rank computes in one tick, other ranks can use from the next tick on.
 Values that wait are kept in buffers on their rank: activations and gradients that arrived from another rank, and layer
 inputs that the backward pass needs. A slot is an entry of such a buffer. The training step runs this table
-(`executor`), and plans count what it asks for (`facts`).
+(`executor`), and plans count what it asks for (`facts`). How many MoE layers each stage holds is decided here too.
 """
 
 from __future__ import annotations

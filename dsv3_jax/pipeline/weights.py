@@ -64,7 +64,7 @@ def weight_layouts(params: Tree, mesh: Mesh, layers: Sequence[int]) -> Tree:
     """
 
     def layout(spec: PartitionSpec, automatic: PartitionSpec) -> StageWeightLayout:
-        spec = without_axes(spec, set(mesh.axis_names) - manual_axes(mesh))
+        spec = without_axes(spec, set(mesh.shape) - manual_axes(mesh))
         axes = [axes_of(entry) for entry in spec]
         stage_dimension = next((dimension for dimension, names in enumerate(axes) if AXIS in names), None)
         sharded = {name for names in axes for name in names}
