@@ -1,8 +1,8 @@
-"""Draws the pipeline schedules like the report's figure 5 and tabulates what they cost (table 2).
+"""Draws the pipeline schedules like figure 5 of the report, and tabulates what they cost like its table 2.
 
     python experiments/pipeline_schedules.py [--ranks 8] [--micro-batches 20] [--output experiments/results/...]
 
-Chunk times are F = 1, B = 2 (of which W = 1) and F&B = 3; every number is found by running the schedule.
+The times are F = 1, B = 2 (of which W = 1) and F&B = 3. Every number comes from simulating the schedule.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from command_line import CommandLine, folder, whole_number
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.pipeline.schedules import make_schedule
+from dsv3_jax.pipeline.schedules import ScheduleName, make_schedule
 from dsv3_jax.pipeline.simulation import (
     Durations,
     Timed,
@@ -26,7 +26,7 @@ from dsv3_jax.pipeline.simulation import (
     text_picture,
 )
 
-TITLES = {"1f1b": "1F1B", "zb1p": "ZB1P", "dualpipe": "DualPipe"}
+TITLES: dict[ScheduleName, str] = {"1f1b": "1F1B", "zb1p": "ZB1P", "dualpipe": "DualPipe"}
 COLOURS = {"F": "#f6b26b", "B": "#6aa84f", "I": "#b6d7a8", "W": "#6fa8dc"}
 NAMES = {"F": "forward", "B": "backward", "I": "backward for input", "W": "backward for weights"}
 
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     figure, panels = plt.subplots(3, 1, figsize=(20, 11), sharex=True, layout="constrained")
     rows, text = {}, []
     for panel, (name, title) in zip(panels, TITLES.items(), strict=True):
-        timeline = simulate(schedules[name], durations)
+        timeline = simulate(schedules[name], durations.of)
         figures = schedule_figures(name, options.ranks, options.micro_batches, durations)
         rows[name] = dataclasses.asdict(figures) | {
             "published_bubble": published_bubble(name, options.ranks, durations)
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def draw(panel: plt.Axes, rank: int, timed: Timed) -> None:
-    """One action as a box; an overlapped pair as two, the forward pass above."""
+    """Draws an action as a box; an overlapped pair as two boxes, the forward pass above."""
     name = label(timed.action)
     halves = [name[: name.index("B")], name[name.index("B") :]] if name[0] == "F" and "B" in name else [name]
     for at, half in enumerate(halves):

@@ -1,12 +1,12 @@
-"""Runs a pipeline schedule over the stage axis of a mesh: report section 3.2.1 as one compiled loop over its ticks.
+"""Runs a tick table on the stage axis of a mesh, as one compiled loop over its ticks (report section 3.2.1).
 
-Every rank follows its own row of the tables: it computes what its entry says (in loops and conditionals whose length
-and branch differ by rank, so that an idle rank computes nothing), then all hand on what they computed.
+Every rank follows its own column of the table: at each tick it computes what its entry says, and then all ranks send
+what they computed. The stages compute in loops and conditionals whose length and branch differ by rank, so that an idle
+rank computes nothing.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,82 +15,83 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.pipeline.slots import Lockstep, Places
+from dsv3_jax.pipeline.slots import TickEntry, TickTable
 
 AXIS = "stage"
 
-Forward = Callable[[Lockstep, Float[Array, "B T d"], Any], tuple[Float[Array, "B T d"], Any]]
-"""(this rank's entry of the tables, the stage's input, state) -> (its output, state)."""
+Forward = Callable[[TickEntry, Float[Array, "B T d"], Any], tuple[Float[Array, "B T d"], Any]]
+"""(this rank's entry, the stage's input, carry) -> (the stage's output, carry)."""
 
-Backward = Callable[[Lockstep, Float[Array, "B T d"], Any], tuple[Float[Array, "B T d"], Float[Array, "B T d"], Any]]
-"""(entry, gradient by the stage's output, state) -> (gradient by its input, gradient by its output, state).
+Backward = Callable[[TickEntry, Float[Array, "B T d"], Any], tuple[Float[Array, "B T d"], Float[Array, "B T d"], Any]]
+"""(entry, gradient by the stage's output, carry) -> (gradient by its input, gradient by its output, carry).
 
-On the last stage the output itself comes in, and the gradient by it, with which the loss is done, takes its place: the
-second half of a split backward pass finds a gradient there on every stage.
+On the last stage the second argument is the stage's output when the backward for input begins. The gradient by the
+output, which the loss gives, replaces it in its slot, so that the backward for weights finds a gradient there on every
+stage.
 """
 
 
-def run_lockstep(
-    tables: Lockstep,
-    places: Places,
-    mine: Lockstep,
+def run_ticks(
+    table: TickTable,
+    own: TickEntry,
     forward: Forward,
     backward: Backward,
-    state: Any,
+    carry: Any,
     message: Float[Array, "B T d"],
 ) -> Any:
-    """All ticks, inside a `shard_map` that is manual over the stage axis.
+    """Runs all ticks, inside a `shard_map` that is manual over the stage axis.
 
     Args:
-      tables: of all ranks, as numpy arrays.
-      places: how many places they name.
-      mine: the tables cut over the stage axis: int32 [ticks, 1].
-      forward, backward: what a stage computes; nothing, with any result, where its entry says that there is nothing.
-      state: whatever both read and write; carried from tick to tick.
-      message: of the shape, dtype and sharding of what is handed on.
+      table: the tick table of all ranks.
+      own: this rank's part of `table.entries`: int32 [ticks, 1].
+      forward, backward: compute a stage. If the entry says that there is nothing to do, the carry stays as it is.
+      carry: what both read and write from tick to tick.
+      message: an array of the shape, dtype and sharding of the activations and gradients that ranks send.
 
     Returns:
-      The state after the last tick.
+      The carry after the last tick.
     """
-    ranks = tables.forward.shape[1]
-    used = {name: bool((table >= 0).any()) for name, table in vars(tables).items()}
-    up = [(rank, rank + 1) for rank in range(ranks - 1)]
-    down = [(rank + 1, rank) for rank in range(ranks - 1)]
-    room = functools.partial(_room, message)
+    up = [(rank, rank + 1) for rank in range(table.ranks - 1)]
+    down = [(rank + 1, rank) for rank in range(table.ranks - 1)]
 
-    def tick(carry: tuple[Array, Array, Any], at: Lockstep) -> tuple[tuple[Array, Array, Any], None]:
-        activations, gradients, state = carry
-        out, state = forward(at, _take(activations, at.forward_inbox), state)
-        gradient, by_output, state = backward(at, _take(gradients, at.backward_inbox), state)
-        gradients = _put(gradients, at.backward_inbox, by_output)
-        gradients = _put(gradients, at.forward_out, out)
-        for way, ring in (("up", up), ("down", down)):
-            if used[f"arriving_activation_{way}"]:
-                place = getattr(at, f"arriving_activation_{way}")
-                activations = _put(activations, place, lax.ppermute(out, AXIS, ring))
-            if used[f"arriving_gradient_{way}"]:
-                place = getattr(at, f"arriving_gradient_{way}")
-                gradients = _put(gradients, place, lax.ppermute(gradient, AXIS, ring))
-        return (activations, gradients, state), None
+    def tick(buffers: tuple[Array, Array, Any], entry: TickEntry) -> tuple[tuple[Array, Array, Any], None]:
+        activations, gradients, carry = buffers
+        with jax.named_scope("forward"):
+            output, carry = forward(entry, _read(activations, entry.forward_input_slot), carry)
+        with jax.named_scope("backward"):
+            by_input, by_output, carry = backward(entry, _read(gradients, entry.backward_gradient_slot), carry)
+            gradients = _write(gradients, entry.backward_gradient_slot, by_output)
+            gradients = _write(gradients, entry.forward_output_slot, output)
+        for name in table.messages:
+            pairs, slot = up if "up" in name else down, getattr(entry, name)
+            if name.startswith("activation"):
+                with jax.named_scope("send_activations"):
+                    activations = _write(activations, slot, lax.ppermute(output, AXIS, pairs))
+            else:
+                with jax.named_scope("send_gradients"):
+                    gradients = _write(gradients, slot, lax.ppermute(by_input, AXIS, pairs))
+        return (activations, gradients, carry), None
 
-    entries = jax.tree.map(lambda table: table[:, 0], mine)
-    start = (room(places.activations), room(places.gradients), state)
-    (_, _, state), _ = lax.scan(tick, start, entries)
-    return state
-
-
-def _room(message: Float[Array, "B T d"], places: int) -> Float[Array, "places B T d"]:
-    return jnp.broadcast_to(jnp.zeros_like(message), (max(places, 1), *message.shape))
+    entries = jax.tree.map(lambda column: column[:, 0], own)
+    start = (_buffer(message, table.slots.activations), _buffer(message, table.slots.gradients), carry)
+    (_, _, carry), _ = lax.scan(tick, start, entries)
+    return carry
 
 
-def _take(buffer: Float[Array, "places B T d"], place: Int[Array, ""]) -> Float[Array, "B T d"]:
-    return lax.dynamic_index_in_dim(buffer, jnp.maximum(place, 0), keepdims=False)
+def _buffer(message: Float[Array, "B T d"], slots: int) -> Float[Array, "slots B T d"]:
+    """Returns a buffer of zeros with at least one slot."""
+    return jnp.broadcast_to(jnp.zeros_like(message), (max(slots, 1), *message.shape))
 
 
-def _put(
-    buffer: Float[Array, "places B T d"], place: Int[Array, ""], value: Float[Array, "B T d"]
-) -> Float[Array, "places B T d"]:
-    """The buffer with `value` at `place`, or as it was."""
-    at = jnp.maximum(place, 0)
-    value = jnp.where(place >= 0, value, lax.dynamic_index_in_dim(buffer, at, keepdims=False))
-    return lax.dynamic_update_index_in_dim(buffer, value, at, 0)
+def _read(buffer: Float[Array, "slots B T d"], slot: Int[Array, ""]) -> Float[Array, "B T d"]:
+    """Returns the value in a slot; any value for slot -1."""
+    return lax.dynamic_index_in_dim(buffer, jnp.maximum(slot, 0), keepdims=False)
+
+
+def _write(
+    buffer: Float[Array, "slots B T d"], slot: Int[Array, ""], value: Float[Array, "B T d"]
+) -> Float[Array, "slots B T d"]:
+    """Returns the buffer with `value` in the slot; the same buffer for slot -1."""
+    index = jnp.maximum(slot, 0)
+    value = jnp.where(slot >= 0, value, lax.dynamic_index_in_dim(buffer, index, keepdims=False))
+    return lax.dynamic_update_index_in_dim(buffer, value, index, 0)

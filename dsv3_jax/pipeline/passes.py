@@ -1,15 +1,14 @@
 """Gradients of a batch whose micro-batches go through pipeline stages (report section 3.2.1).
 
-The MoE layers are divided over the ranks of the stage axis. Everything else is on every rank: the first stage uses
-embedding and dense layers, the last one final norm, MTP modules and head. Each stage's balance terms are
-differentiated where they arise. Inside, a rank has its own sequences and its own parts of the weights; only the tensor
-axis, where there is one, is the compiler's. Gradients are summed over the replicas of a weight once, at the end.
+The MoE layers are divided among the ranks of the stage axis. Every rank has all other weights: the first stage uses the
+embedding and the dense layers, and the last stage the final norm, the MTP modules and the output head. A stage's
+balance terms are differentiated on that stage. In a rank's program every array is its own shard along all axes but
+tensor, which is left to the compiler. Gradients are summed over the replicas of a weight once, at the end.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,33 +20,36 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.pipeline import weights as weights_of_stages
-from dsv3_jax.pipeline.executor import AXIS, run_lockstep
-from dsv3_jax.pipeline.schedules import ScheduleName, make_schedule
-from dsv3_jax.pipeline.slots import INPUT, Lockstep, Places, lockstep, moe_layers_of_stages
-from dsv3_jax.pipeline.stage import Progress, StageComputation, Sums, on_tensor_axis
-from dsv3_jax.pipeline.weights import Place
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.pipeline import weights as stage_weights
+from dsv3_jax.pipeline.executor import AXIS, run_ticks
+from dsv3_jax.pipeline.schedules import ScheduleName, check_micro_batches, make_schedule
+from dsv3_jax.pipeline.slots import TickEntry, TickTable, tick_table
+from dsv3_jax.pipeline.stage import LossSums, LossWeights, StageCarry, StageComputation, StageObjective
 from dsv3_jax.sharding.rules import BATCH_AXES, batch_spec
-from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.losses import LossTerms, LossWeights, total_loss
-from dsv3_jax.training.state import Skeleton
 
-PipelinedPass = Callable[..., tuple[nnx.State, LossTerms]]
+_BLOCKS = "moe_blocks"
+"""Name of the stacked MoE layers in the tree of parameters."""
+
+PipelinedPass = Callable[..., tuple[nnx.State, LossSums]]
 
 
 def make_pipelined_pass(
-    skeleton: Skeleton, config: RunConfig, mesh: Mesh, schedule_name: ScheduleName
+    make_model: Callable[[nnx.State, Float[Array, "layers E"]], DeepSeekV3],
+    objective: StageObjective,
+    mesh: Mesh,
+    schedule_name: ScheduleName,
+    layers: tuple[int, ...],
 ) -> PipelinedPass:
-    """(params, biases, tokens [A, B, T+1], segment_ids [A, B, T+1], weights, real_tokens) -> (gradients, terms).
+    """Returns (params, biases, tokens [A, B, T+1], segment_ids [A, B, T+1], weights, real_tokens) -> (gradients, sums).
 
-    Both are the sums over the A passes that training without a pipeline arrives at, up to the order of float32 sums.
-    While a batch still grows it may have fewer passes than the schedule can place: empty ones then fill it up.
+    Both are the sums over the A micro-batches that training without a pipeline gives, up to the order of additions. If
+    the schedule needs more micro-batches than A, as it may while the batch size still grows, empty ones are added.
 
-    Raises:
-      ConfigError: more stages than MoE layers, or a full batch whose passes the schedule cannot place.
+    Args:
+      make_model: (params, router biases) -> the model.
+      layers: how many MoE layers each stage holds.
     """
-    layers = moe_layers_of_stages(config.model, mesh.shape[AXIS])
-    check_passes(config, schedule_name, mesh.shape[AXIS], math.prod(mesh.shape[axis] for axis in BATCH_AXES))
     everywhere = PartitionSpec()
 
     def run(
@@ -55,36 +57,35 @@ def make_pipelined_pass(
         biases: Float[Array, "layers E"],
         tokens: Int[Array, "A B T1"],
         segment_ids: Int[Array, "A B T1"],
-        weights: LossWeights,
+        loss_weights: LossWeights,
         real_tokens: Float[Array, ""],
-    ) -> tuple[nnx.State, LossTerms]:
-        passes = _passes_that_fit(schedule_name, mesh.shape[AXIS], tokens.shape[0])
-        fill = ((0, passes - tokens.shape[0]), (0, 0), (0, 0))
+    ) -> tuple[nnx.State, LossSums]:
+        micro_batches = _enough_micro_batches(schedule_name, mesh.shape[AXIS], tokens.shape[0])
+        fill = ((0, micro_batches - tokens.shape[0]), (0, 0), (0, 0))
         tokens, segment_ids = jnp.pad(tokens, fill), jnp.pad(segment_ids, fill)
-        schedule = make_schedule(schedule_name, mesh.shape[AXIS], passes)
-        tables, places = lockstep(schedule)
-        model = skeleton.model(params, biases)
-        block_graph, blocks, block_rest = nnx.split(model.moe_blocks, nnx.Param, ...)
+        schedule = make_schedule(schedule_name, mesh.shape[AXIS], micro_batches)
+        table = tick_table(schedule)
+        model = make_model(params, biases)
+        block_graph, _, block_rest = nnx.split(model.moe_blocks, nnx.Param, ...)
         del model.moe_blocks
-        graph, shared, rest = nnx.split(model, nnx.Param, ...)
-        of_blocks = weights_of_stages.places({"moe_blocks": blocks}, mesh, layers)["moe_blocks"]
-        of_shared = weights_of_stages.places(shared, mesh, layers)
-        run_stage = functools.partial(
+        graph, _, rest = nnx.split(model, nnx.Param, ...)
+        blocks, shared = _split(params)
+        block_layouts, shared_layouts = _split(stage_weights.weight_layouts(params, mesh, layers))
+        run_rank = functools.partial(
             _run_rank,
-            config=config,
+            objective=objective,
             layers=layers,
             directions=schedule.directions,
-            tables=tables,
-            places=places,
+            table=table,
             graphs=(block_graph, graph),
-            lies=(of_blocks, of_shared),
+            layouts=(block_layouts, shared_layouts),
             mesh=mesh,
         )
-        block_specs, shared_specs = weights_of_stages.specs(of_blocks), weights_of_stages.specs(of_shared)
+        block_specs, shared_specs = stage_weights.specs_of(block_layouts), stage_weights.specs_of(shared_layouts)
         block_gradients, shared_gradients, load, sums = jax.shard_map(
-            run_stage,
+            run_rank,
             mesh=mesh,
-            axis_names=weights_of_stages.taken_axes(mesh),
+            axis_names=stage_weights.manual_axes(mesh),
             in_specs=(
                 PartitionSpec(None, AXIS),
                 (block_specs, everywhere),
@@ -95,148 +96,153 @@ def make_pipelined_pass(
             out_specs=(block_specs, shared_specs, PartitionSpec(AXIS), everywhere),
             check_vma=False,
         )(
-            tables,
+            table.entries,
             (blocks, block_rest),
             (shared, rest),
             tokens,
             segment_ids,
-            weights,
+            loss_weights,
             real_tokens,
             jnp.asarray(layers, jnp.int32),
         )
-        load = weights_of_stages.from_places(load, layers)
-        joined = nnx.State({**shared_gradients, "moe_blocks": block_gradients})
-        # The same leaves in the same order; nodes differ in kind where a state was put together from parts.
-        gradients = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(joined))
-        terms = LossTerms(
-            total=total_loss(sums.main, sums.mtp, sums.balance, weights),
-            main=sums.main,
-            mtp=sums.mtp,
-            balance=sums.balance,
-            load=jnp.concatenate([load, sums.load]),
-        )
-        return gradients, terms
+        load = jnp.concatenate([stage_weights.unpad_stages(load, layers), sums.load])
+        gradients = nnx.State({**shared_gradients, _BLOCKS: block_gradients})
+        # The leaves are in the order of `params`, but a State that is put together from parts has other inner nodes.
+        gradients = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(gradients))
+        return gradients, LossSums(sums.main, sums.mtp, sums.balance, load)
 
     return run
 
 
-def check_passes(config: RunConfig, schedule_name: ScheduleName, stages: int, batch_ranks: int = 1) -> None:
-    """That the schedule can place the passes of the run's full batch.
+def check_passes(
+    schedule_name: ScheduleName, stages: int, *, batch_size: int, rows_per_pass: int, batch_ranks: int = 1
+) -> None:
+    """Checks that the schedule can run the micro-batches of a full batch.
 
     Args:
-      batch_ranks: parts that every pass is cut into.
+      rows_per_pass: sequences in a micro-batch.
+      batch_ranks: devices among which the sequences of a micro-batch are divided.
 
     Raises:
-      ConfigError: with the nearest number of sequences a pass, or a batch, for which it can.
+      ConfigError: it cannot; with the nearest number of sequences in a micro-batch, or else in a batch, for which it
+        can.
     """
-    batch, rows = config.training.batch_size, config.training.rows_per_pass
-    make_schedule(schedule_name, stages, 4 * stages)  # says what no number of passes would mend
+    check_micro_batches(schedule_name, stages, 4 * stages)  # raises what no number of micro-batches would avoid
 
     def fits(rows: int) -> bool:
-        return _passes_that_fit(schedule_name, stages, batch // rows) == batch // rows
+        return _enough_micro_batches(schedule_name, stages, batch_size // rows) == batch_size // rows
 
-    if fits(rows):
+    if fits(rows_per_pass):
         return
-    near = [r for r in range(batch_ranks, batch + 1, batch_ranks) if batch % r == 0 and fits(r)]
+    near = [r for r in range(batch_ranks, batch_size + 1, batch_ranks) if batch_size % r == 0 and fits(r)]
     if near:
-        mend = f"use {min(near, key=lambda r: abs(r - rows))}"
+        mend = f"use {min(near, key=lambda r: abs(r - rows_per_pass))}"
     else:
-        mend = f"use a batch of {rows * _passes_that_fit(schedule_name, stages, batch // rows)}"
+        enough = _enough_micro_batches(schedule_name, stages, batch_size // rows_per_pass)
+        mend = f"use a batch of {rows_per_pass * enough}"
     raise ConfigError(
-        f"training.micro_batch_size ({rows}) cuts a batch of {batch} into {batch // rows} micro-batches, "
-        f"which {schedule_name} cannot place on {stages} stages; {mend}"
+        f"training.micro_batch_size ({rows_per_pass}) cuts a batch of {batch_size} into "
+        f"{batch_size // rows_per_pass} micro-batches, which {schedule_name} cannot place on {stages} stages; {mend}"
     )
 
 
-def _passes_that_fit(schedule_name: ScheduleName, stages: int, passes: int) -> int:
-    """The fewest micro-batches, `passes` or more, that the schedule can place."""
+def _enough_micro_batches(schedule_name: ScheduleName, stages: int, at_least: int) -> int:
+    """Returns the fewest micro-batches, `at_least` or more, that the schedule can run."""
     while True:
         try:
-            make_schedule(schedule_name, stages, passes)
+            check_micro_batches(schedule_name, stages, at_least)
         except ConfigError:
-            passes += 1
+            at_least += 1
         else:
-            return passes
+            return at_least
+
+
+def _split(tree: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """Returns the part of a tree of parameters that is the MoE layers, and all else."""
+    return tree[_BLOCKS], nnx.State({name: branch for name, branch in tree.items() if name != _BLOCKS})
 
 
 def _run_rank(
-    mine: Lockstep,
+    own: TickEntry,
     blocks: tuple[nnx.State, nnx.State],
-    others: tuple[nnx.State, nnx.State],
+    shared: tuple[nnx.State, nnx.State],
     tokens: Int[Array, "A b T1"],
     segment_ids: Int[Array, "A b T1"],
-    weights: LossWeights,
+    loss_weights: LossWeights,
     real_tokens: Float[Array, ""],
     layer_counts: Int[Array, " stages"],
     *,
-    config: RunConfig,
+    objective: StageObjective,
     layers: tuple[int, ...],
     directions: int,
-    tables: Lockstep,
-    places: Places,
+    table: TickTable,
     graphs: tuple[Any, Any],
-    lies: tuple[Any, Any],
+    layouts: tuple[Any, Any],
     mesh: Mesh,
-) -> tuple[nnx.State, nnx.State, Int[Array, "L E"], Sums]:
-    """One rank's part: gradients of its layers and, summed over ranks, of all else; load and loss terms.
+) -> tuple[nnx.State, nnx.State, Int[Array, "L E"], LossSums]:
+    """Runs one rank's program.
 
     Args:
-      blocks, others: parameters and router biases, of the layers and of all else, as the state has them.
-      lies: the `weights_of_stages.Place`s of both.
+      own: this rank's part of the tick table.
+      blocks, shared: shards of the parameters as in the state, and router biases, of the MoE layers and of all else.
+      layouts: the `StageWeightLayout`s of both.
+
+    Returns:
+      The gradients of both, summed over ranks, sharded as the parameters; the load of this rank's layers; and the loss
+      terms of the batch, with the load of the MTP blocks.
     """
-    ranks, room = len(layers), max(layers)
-    opposite = [(rank, ranks - 1 - rank) for rank in range(ranks)]
+    block_layouts, shared_layouts = layouts
+    slots = max(layers)
+    with jax.named_scope("weights_to_stages"):
+        to_stage = functools.partial(stage_weights.to_stage, layers=layers)
+        own_layers = (
+            jax.tree.map(to_stage, blocks[0], block_layouts),
+            jax.tree.map(lambda leaf: to_stage(leaf, stage_weights.ON_ALL_RANKS), blocks[1]),
+        )
+        if directions == 2:
+            own_layers = jax.tree.map(stage_weights.with_opposite_stage, own_layers)
+        block_params = stage_weights.keep_automatic(own_layers[0], block_layouts, mesh)
+        shared_params = jax.tree.map(stage_weights.to_all_stages, shared[0], shared_layouts)
+        shared_params = stage_weights.keep_automatic(shared_params, shared_layouts, mesh)
 
-    def with_opposite(leaf: Array) -> Array:
-        return jnp.concatenate([leaf, lax.ppermute(leaf, AXIS, opposite)])
-
-    def home(leaf: Array) -> Array:
-        return leaf[:room] + lax.ppermute(leaf[room:], AXIS, opposite)
-
-    of_blocks, of_shared = lies
-    own_layers = functools.partial(weights_of_stages.to_stage, layers=layers)
-    whole = Place(PartitionSpec(), None, ())
-    arranged = (
-        jax.tree.map(own_layers, blocks[0], of_blocks),
-        jax.tree.map(lambda leaf: own_layers(leaf, whole), blocks[1]),
-    )
-    others = (jax.tree.map(weights_of_stages.to_all_stages, others[0], of_shared), others[1])
-    if directions == 2:
-        arranged = jax.tree.map(with_opposite, arranged)
-    arranged, others = on_tensor_axis((arranged, others), mesh)
-    splits = bool((tables.backward == INPUT).any())
-    rank = StageComputation(
-        config,
-        graphs,
-        arranged,
-        others,
-        tokens,
-        segment_ids,
-        weights,
-        real_tokens,
-        layer_counts,
-        room,
-        splits,
-    )
-    model = rank.model(others[0])
-    experts, depth = config.model.n_routed_experts, config.model.num_nextn_predict_layers
-    shape = (tokens.shape[1], tokens.shape[2] - 1, config.model.hidden_size)
+    model = nnx.merge(graphs[1], shared_params, shared[1])
+    experts, depth = model.config.n_routed_experts, model.config.num_nextn_predict_layers
+    shape = (tokens.shape[1], tokens.shape[2] - 1, model.config.hidden_size)
     message = jnp.zeros(shape, model.precision.dtype)
     zero = jnp.zeros((), real_tokens.dtype)
-    start = Progress(
-        kept=jnp.zeros((places.kept, room, *shape), message.dtype),
-        block_gradients=on_tensor_axis(jax.tree.map(jnp.zeros_like, arranged[0]), mesh),
-        shared_gradients=on_tensor_axis(jax.tree.map(jnp.zeros_like, others[0]), mesh),
-        load=jnp.zeros((directions * room, experts), jnp.int32),
-        sums=Sums(zero, jnp.zeros((depth,), zero.dtype), zero, jnp.zeros((depth, experts), jnp.int32)),
+
+    def zeros(params: nnx.State, params_layouts: Any) -> nnx.State:
+        return stage_weights.keep_automatic(jax.tree.map(jnp.zeros_like, params), params_layouts, mesh)
+
+    carry = StageCarry(
+        kept=jnp.zeros((table.slots.kept, slots, *shape), message.dtype),
+        block_gradients=zeros(block_params, block_layouts),
+        shared_gradients=zeros(shared_params, shared_layouts),
+        load=jnp.zeros((directions * slots, experts), jnp.int32),
+        sums=LossSums(zero, jnp.zeros((depth,), zero.dtype), zero, jnp.zeros((depth, experts), jnp.int32)),
     )
-    end = run_lockstep(tables, places, mine, rank.forward, rank.backward, start, message)
-    block_gradients, load = end.block_gradients, end.load
-    if directions == 2:
-        block_gradients, load = jax.tree.map(home, (block_gradients, load))
-    back = functools.partial(weights_of_stages.from_stage, layers=layers)
-    block_gradients = jax.tree.map(back, block_gradients, of_blocks)
-    shared_gradients = jax.tree.map(weights_of_stages.from_all_stages, end.shared_gradients, of_shared)
-    sums = lax.psum(end.sums, AXIS)
-    main, mtp, balance = lax.psum((sums.main, sums.mtp, sums.balance), BATCH_AXES)
-    return block_gradients, shared_gradients, load, Sums(main, mtp, balance, sums.load)
+    stage = StageComputation(
+        objective=objective,
+        graphs=graphs,
+        blocks=(block_params, own_layers[1]),
+        shared=(shared_params, shared[1]),
+        tokens=tokens,
+        segment_ids=segment_ids,
+        loss_weights=loss_weights,
+        real_tokens=real_tokens,
+        layer_counts=layer_counts,
+        slots_per_stage=slots,
+        splits_backward=table.splits_backward,
+    )
+    carry = run_ticks(table, own, stage.forward, stage.backward, carry, message)
+
+    with jax.named_scope("gradients_from_stages"):
+        block_gradients, load = carry.block_gradients, carry.load
+        if directions == 2:
+            block_gradients, load = jax.tree.map(stage_weights.add_opposite_stage, (block_gradients, load))
+        from_stage = functools.partial(stage_weights.from_stage, layers=layers)
+        block_gradients = jax.tree.map(from_stage, block_gradients, block_layouts)
+        shared_gradients = jax.tree.map(stage_weights.from_all_stages, carry.shared_gradients, shared_layouts)
+        sums = lax.psum(carry.sums, AXIS)
+        main, mtp, balance = lax.psum((sums.main, sums.mtp, sums.balance), BATCH_AXES)
+    return block_gradients, shared_gradients, load, LossSums(main, mtp, balance, sums.load)

@@ -1,26 +1,22 @@
-"""What a pipeline schedule costs: its bubble and the activations it holds (report section 3.2.1, table 2)."""
+"""When each action of a pipeline schedule runs, and what that costs: bubble and activations (report table 2)."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
-from dsv3_jax.pipeline.schedules import (
-    Action,
-    Chunk,
-    Schedule,
-    ScheduleName,
-    make_schedule,
-    requirements,
-)
+from dsv3_jax.pipeline.schedules import Action, Chunk, PipelineSchedule, ScheduleName, make_schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Durations:
-    """Times of one micro-batch's chunks on one stage, in any unit.
+    """Times of one micro-batch on one stage, in any unit; the letters are those of table 2.
 
     Attributes:
-      forward: F.   backward: B, the full backward pass.   weights: W, the part of B for the weights' gradients.
-      overlapped: F&B, a forward pass hidden behind a backward one.
+      forward: F, the forward pass.
+      backward: B, the full backward pass.
+      weights: W, the part of B that is the backward for weights.
+      overlapped: F&B, a forward and a full backward pass that overlap.
     """
 
     forward: float = 1.0
@@ -29,7 +25,7 @@ class Durations:
     overlapped: float = 3.0
 
     def of(self, action: Action) -> float:
-        """How long an action takes."""
+        """Returns how long an action takes."""
         parts = "".join(chunk.part for chunk in action)
         return {
             "F": self.forward,
@@ -42,7 +38,7 @@ class Durations:
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """An action and when it runs."""
+    """An action with the times at which it starts and ends."""
 
     action: Action
     start: float
@@ -51,27 +47,29 @@ class Timed:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """A schedule run with given durations, each action as soon as its rank and all that it needs are done.
+    """The times of all actions of a schedule.
 
     Attributes:
-      ranks: each rank's actions in order.
-      total: when the last ends.
+      ranks: the actions of each rank, in order.
+      total: the time at which the last action ends.
     """
 
-    schedule: Schedule
     ranks: tuple[tuple[Timed, ...], ...]
     total: float
 
     def bubble(self) -> float:
-        """Idle time of the rank that is idle longest."""
+        """Returns the idle time of the rank that is idle longest."""
         return max(self.total - sum(timed.end - timed.start for timed in rank) for rank in self.ranks)
 
     def peak_activations(self) -> list[int]:
-        """Each rank's micro-batches whose forward pass has begun and whose gradient by the input has not ended."""
+        """Returns, per rank, the most micro-batches between the start of their F and the end of their I."""
         return [self._peak(rank, "I") for rank in self.ranks]
 
     def peak_held_for_weights(self) -> list[int]:
-        """The same until the weights' gradient has ended: where it waits, the inputs of products are still held."""
+        """Returns, per rank, the most micro-batches between the start of their F and the end of their W.
+
+        Until W is done, the inputs of the matrix products are still needed.
+        """
         return [self._peak(rank, "W") for rank in self.ranks]
 
     @staticmethod
@@ -87,14 +85,15 @@ class Timeline:
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleFigures:
-    """A row of the report's table 2, found by running the schedule.
+    """A row of the report's table 2, measured on the simulated schedule.
 
     Attributes:
-      bubble: idle time of a rank, in the unit of the durations.   total: time of a step.
-      bubble_fraction: of the total.
-      parameter_copies: stages' parameters a rank holds.
-      activations: most micro-batches in flight on a rank, until their gradient by the input is done.
-      held_for_weights: the same until their weights' gradient is done.
+      bubble: idle time of the rank that is idle longest, in the unit of the durations.
+      total: time of a step.
+      bubble_fraction: bubble divided by total.
+      parameter_copies: stages whose parameters a rank holds.
+      activations: most micro-batches of a rank between the start of F and the end of I.
+      held_for_weights: most micro-batches of a rank between the start of F and the end of W.
     """
 
     bubble: float
@@ -105,41 +104,53 @@ class ScheduleFigures:
     held_for_weights: int
 
 
-def simulate(schedule: Schedule, durations: Durations) -> Timeline:
-    """Runs the programs.
+def simulate(schedule: PipelineSchedule, duration_of: Callable[[Action], float]) -> Timeline:
+    """Returns when every action runs if each starts as soon as its rank is free and all that it requires is done.
+
+    Args:
+      duration_of: how long an action takes, such as `Durations().of`.
 
     Raises:
-      ValueError: ranks that wait for each other for ever.
+      ValueError: ranks that wait for each other forever.
     """
     ended: dict[tuple[int, Chunk], float] = {}
     ranks: list[list[Timed]] = [[] for _ in range(schedule.ranks)]
-    moved = True
-    while moved:
-        moved = False
+    advanced = True
+    while advanced:
+        advanced = False
         for rank, program in enumerate(schedule.programs):
-            while len(ranks[rank]) < len(program):
-                action = program[len(ranks[rank])]
-                needs = list(requirements(schedule, rank, action))
-                if any(need not in ended for need in needs):
+            done = ranks[rank]
+            while len(done) < len(program):
+                action = program[len(done)]
+                required = [ended.get(key) for key in schedule.requirements(rank, action)]
+                times = [time for time in required if time is not None]
+                if len(times) < len(required):
                     break
-                free = ranks[rank][-1].end if ranks[rank] else 0.0
-                start = max([free, *(ended[need] for need in needs)])
-                ranks[rank].append(Timed(action, start, start + durations.of(action)))
-                ended.update({(rank, chunk): ranks[rank][-1].end for chunk in action})
-                moved = True
+                start = max(times, default=0.0)
+                if done:
+                    start = max(start, done[-1].end)
+                end = start + duration_of(action)
+                done.append(Timed(action, start, end))
+                for chunk in action:
+                    ended[rank, chunk] = end
+                advanced = True
     for rank, program in enumerate(schedule.programs):
         if len(ranks[rank]) < len(program):
-            raise ValueError(f"rank {rank} waits for ever before {program[len(ranks[rank])]}")
+            raise ValueError(f"rank {rank} waits forever before {program[len(ranks[rank])]}")
     total = max((rank[-1].end for rank in ranks if rank), default=0.0)
-    return Timeline(schedule, tuple(map(tuple, ranks)), total)
+    return Timeline(tuple(map(tuple, ranks)), total)
 
 
 def schedule_figures(
     name: ScheduleName, ranks: int, micro_batches: int, durations: Durations | None = None
 ) -> ScheduleFigures:
-    """Bubble, parameters and activations of a schedule, from a simulation; errors as in `make_schedule`."""
+    """Returns the figures of a simulated schedule.
+
+    Raises:
+      ConfigError: see `schedules.check_micro_batches`.
+    """
     schedule = make_schedule(name, ranks, micro_batches)
-    timeline = simulate(schedule, durations or Durations())
+    timeline = simulate(schedule, (durations or Durations()).of)
     bubble = timeline.bubble()
     return ScheduleFigures(
         bubble=bubble,
@@ -152,10 +163,12 @@ def schedule_figures(
 
 
 def published_bubble(name: ScheduleName, ranks: int, durations: Durations) -> float:
-    """The bubble by the formulas of table 2.
+    """Returns the bubble by the formulas of the report's table 2, with PP = `ranks`.
 
-    The simulation agrees with ZB1P's where W <= F, and with DualPipe's where F = W = B / 2: elsewhere ranks also wait
-    for each other inside the steady phase.
+    1F1B: (PP - 1) (F + B); ZB1P: (PP - 1) (F + B - 2W); DualPipe: (PP/2 - 1) (F&B + B - 3W).
+
+    The simulation agrees with the formula of ZB1P if W <= F, and with that of DualPipe if F = W = B / 2. With other
+    durations ranks also wait for each other inside the steady phase.
     """
     f, b, w = durations.forward, durations.backward, durations.weights
     if name == "1f1b":
@@ -166,7 +179,13 @@ def published_bubble(name: ScheduleName, ranks: int, durations: Durations) -> fl
 
 
 def text_picture(timeline: Timeline, *, unit: float = 1.0) -> str:
-    """One line a rank; F forward, B full backward, I and W its two parts, F8B3 overlapped; dots are idle time."""
+    """Returns the schedule as text, one line per rank; dots are idle time.
+
+    The letters are those of `label`.
+
+    Raises:
+      ValueError: `unit`, the time of the narrowest column, exceeds the shortest action.
+    """
     labels = [label(timed.action) for rank in timeline.ranks for timed in rank]
     spans = [round((timed.end - timed.start) / unit) for rank in timeline.ranks for timed in rank]
     if min(spans) < 1:
@@ -183,7 +202,7 @@ def text_picture(timeline: Timeline, *, unit: float = 1.0) -> str:
 
 
 def label(action: Action) -> str:
-    """A short name: F3, B3, I3, W3, or F8B3 for an overlapped pair."""
+    """Returns a short name: F3, I3, W3, B3 for a full backward of micro-batch 3, or F8B3 for an overlapped pair."""
     names = {chunk.part: chunk.micro_batch for chunk in action}
     if "I" in names and "W" in names:
         return (f"F{names['F']}" if "F" in names else "") + f"B{names['I']}"

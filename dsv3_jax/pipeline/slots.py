@@ -1,77 +1,81 @@
-"""A pipeline schedule in lockstep, as tables of integers that a compiled loop can follow.
+"""The tick table of a pipeline schedule: what every rank computes at every tick, and in which slots values wait.
 
-Ranks advance tick by tick; what one of them computes in a tick the next can use in the following one. Every value that
-waits has a place of its own on its rank: activations that arrived, layer inputs kept for the backward pass, gradients
-that arrived. Places are dealt out here, ahead of time, so that a rank has as many as the schedule ever needs at once.
+All ranks advance together, tick by tick: what a rank computes in one tick, other ranks can use from the next tick on.
+Values that wait are kept in buffers on their rank: activations and gradients that arrived from another rank, and layer
+inputs that the backward pass needs. A slot is an entry of such a buffer. The training step runs this table
+(`executor`), and plans count what it asks for (`facts`). How many MoE layers each stage holds is decided here too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.pipeline.schedules import Chunk, Schedule, in_ticks
-from dsv3_jax.pipeline.simulation import Durations
+from dsv3_jax.pipeline.schedules import PipelineSchedule
+from dsv3_jax.pipeline.simulation import simulate
 
-INPUT, WEIGHTS = 1, 2
-"""Bits of `Lockstep.backward`: the gradient by the stage's input, and by its weights."""
+FOR_INPUT, FOR_WEIGHTS = 1, 2
+"""Bits of `TickEntry.backward_parts`: the backward for input and the backward for weights."""
 
 _NONE = -1
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Lockstep:
-    """What every rank does at every tick: int32 [ticks, ranks] each, -1 where there is nothing.
+class TickEntry:
+    """What one rank does at one tick: int32 scalars; in `TickTable.entries`, int32 [ticks, ranks]; -1 means nothing.
 
-    Numpy arrays; inside the compiled loop, one rank's scalars at one tick.
+    "Up" is from rank r to rank r + 1, "down" from rank r to rank r - 1. What is sent at a tick is received at its end.
 
     Attributes:
-      forward: micro-batch whose forward pass is computed.   forward_direction, forward_stage: its own.
-      forward_inbox: place of the stage's input among the activations that arrived; -1 on the first stage.
-      forward_kept: place for the inputs of the stage's layers.
-      forward_out: place among the arrived gradients for the stage's output: on the last stage, where no gradient
-        arrives, the loss is computed from it in the backward pass.
-      backward: which gradients are computed, bits INPUT and WEIGHTS; 0 for none.
-      backward_micro_batch, backward_direction, backward_stage, backward_kept: as above.
-      backward_inbox: place of the gradient by the stage's output (or, on the last stage, of that output).
-      arriving_activation_up, _down: place for what the rank before (after) computed in this tick and sends up (down)
-        the ranks; arriving_gradient_up, _down: the same of gradients.
+      forward_micro_batch: the micro-batch whose forward pass is computed.
+      forward_direction: its direction.
+      forward_stage: the stage that is computed.
+      forward_input_slot: slot of the stage's input among the received activations; -1 on the first stage.
+      forward_kept_slot: slot for the inputs of the stage's layers.
+      forward_output_slot: on the last stage, slot for its output among the received gradients. No gradient arrives
+        there; the backward pass computes the loss from the output instead.
+      backward_parts: which parts of a backward pass are computed: bits FOR_INPUT and FOR_WEIGHTS; 0 means none.
+      backward_micro_batch, backward_direction, backward_stage: as for the forward pass.
+      backward_gradient_slot: slot of the gradient by the stage's output (on the last stage, at first, of the output).
+      backward_kept_slot: slot of the inputs of the stage's layers.
+      activation_up_slot, activation_down_slot: slot for the activation that arrives going up or down.
+      gradient_up_slot, gradient_down_slot: slot for the gradient that arrives going up or down.
     """
 
-    forward: Any
+    forward_micro_batch: Any
     forward_direction: Any
     forward_stage: Any
-    forward_inbox: Any
-    forward_kept: Any
-    forward_out: Any
-    backward: Any
+    forward_input_slot: Any
+    forward_kept_slot: Any
+    forward_output_slot: Any
+    backward_parts: Any
     backward_micro_batch: Any
     backward_direction: Any
     backward_stage: Any
-    backward_kept: Any
-    backward_inbox: Any
-    arriving_activation_up: Any
-    arriving_activation_down: Any
-    arriving_gradient_up: Any
-    arriving_gradient_down: Any
+    backward_gradient_slot: Any
+    backward_kept_slot: Any
+    activation_up_slot: Any
+    activation_down_slot: Any
+    gradient_up_slot: Any
+    gradient_down_slot: Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Places:
-    """Places a rank needs at once, the most of any rank.
+class SlotCounts:
+    """How many slots each buffer of a rank has: as many as the rank that needs most.
 
     Attributes:
-      activations: arrived, waiting for their forward pass.
-      kept: micro-batches whose layer inputs are kept, from the forward pass to the weights' gradient.
-      gradients: arrived, waiting for the end of the backward pass.
+      activations: received activations, until their forward pass.
+      kept: layer inputs, from the forward pass to the backward for weights; one slot holds one micro-batch.
+      gradients: received gradients, until the backward for weights.
     """
 
     activations: int
@@ -79,101 +83,126 @@ class Places:
     gradients: int
 
 
-def lockstep(schedule: Schedule) -> tuple[Lockstep, Places]:
-    """The tables of a schedule, and the places they name."""
-    ticks = in_ticks(schedule)
-    shape = (len(ticks), schedule.ranks)
-    tables = {field.name: np.full(shape, _NONE, np.int32) for field in dataclasses.fields(Lockstep)}
-    tables["backward"][:] = 0
-    when = {
-        (rank, chunk): tick
-        for tick, actions in enumerate(ticks)
-        for rank, action in enumerate(actions)
-        for chunk in action or ()
-    }
-    needed = [_deal_places(schedule, rank, when, tables) for rank in range(schedule.ranks)]
-    for (rank, chunk), tick in when.items():
-        direction = schedule.direction(chunk.micro_batch)
-        if chunk.part == "F":
-            tables["forward"][tick, rank] = chunk.micro_batch
-            tables["forward_direction"][tick, rank] = direction
-            tables["forward_stage"][tick, rank] = schedule.stage(rank, direction)
-        else:
-            tables["backward"][tick, rank] |= INPUT if chunk.part == "I" else WEIGHTS
-            tables["backward_micro_batch"][tick, rank] = chunk.micro_batch
-            tables["backward_direction"][tick, rank] = direction
-            tables["backward_stage"][tick, rank] = schedule.stage(rank, direction)
-    places = Places(*(max(counts) for counts in zip(*needed, strict=True)))
-    return Lockstep(**tables), places
+@dataclasses.dataclass(frozen=True)
+class TickTable:
+    """A pipeline schedule tick by tick, for all ranks.
 
-
-def _deal_places(
-    schedule: Schedule, rank: int, when: dict[tuple[int, Chunk], int], tables: dict[str, np.ndarray]
-) -> tuple[int, int, int]:
-    """Writes one rank's places into the tables; how many there are of each kind."""
-    activations, kept, gradients = [], [], []
-    for m in range(schedule.micro_batches):
-        direction = schedule.direction(m)
-        stage = schedule.stage(rank, direction)
-        onward = 1 if direction == 0 else -1
-        forward, by_input, by_weights = (when[rank, Chunk(part, m)] for part in ("F", "I", "W"))
-        if stage > 0:
-            activations.append((when[rank - onward, Chunk("F", m)] + 1, forward, m))
-        kept.append((forward, by_weights, m))
-        last = stage == schedule.ranks - 1
-        arrives = forward if last else when[rank + onward, Chunk("I", m)]
-        gradients.append((arrives + 1, by_weights, m))
-        assert arrives < by_input <= by_weights, "a gradient is used before it is there"
-    counts = []
-    for spans, name in ((activations, "activation"), (kept, "kept"), (gradients, "gradient")):
-        places, count = _first_fit(spans)
-        counts.append(count)
-        for first, last, m in spans:
-            way = "up" if (schedule.direction(m) == 0) == (name == "activation") else "down"
-            if name == "activation":
-                tables[f"arriving_activation_{way}"][first - 1, rank] = places[m]
-                tables["forward_inbox"][last, rank] = places[m]
-            elif name == "kept":
-                tables["forward_kept"][first, rank] = places[m]
-                for part in ("I", "W"):
-                    tables["backward_kept"][when[rank, Chunk(part, m)], rank] = places[m]
-            else:
-                own = schedule.stage(rank, schedule.direction(m)) == schedule.ranks - 1
-                tables["forward_out" if own else f"arriving_gradient_{way}"][first - 1, rank] = places[m]
-                for part in ("I", "W"):
-                    tables["backward_inbox"][when[rank, Chunk(part, m)], rank] = places[m]
-    return counts[0], counts[1], counts[2]
-
-
-def _first_fit(spans: Iterable[tuple[int, int, int]]) -> tuple[dict[int, int], int]:
-    """A place for every (first tick, last tick, micro-batch), the lowest that is free; and how many there are.
-
-    Dealt in the order of their starts, intervals need no more places than there are at once.
+    Attributes:
+      entries: numpy arrays, int32 [ticks, ranks].
+      slots: the sizes of the buffers that the entries refer to.
     """
-    free_from: list[int] = []
-    places = {}
-    for first, last, m in sorted(spans):
-        place = next((place for place, free in enumerate(free_from) if free <= first), len(free_from))
-        if place == len(free_from):
-            free_from.append(0)
-        free_from[place] = last + 1
-        places[m] = place
-    return places, len(free_from)
+
+    entries: TickEntry
+    slots: SlotCounts
+
+    @property
+    def ticks(self) -> int:
+        """How many ticks a step has."""
+        return self.entries.forward_micro_batch.shape[0]
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the pipeline has."""
+        return self.entries.forward_micro_batch.shape[1]
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether any backward for input is computed without its backward for weights."""
+        return bool((self.entries.backward_parts == FOR_INPUT).any())
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """Fields of the entries with slots for arriving values, those that are used: each is one send in every tick."""
+        arriving = ("activation_up_slot", "gradient_up_slot", "activation_down_slot", "gradient_down_slot")
+        return tuple(name for name in arriving if (getattr(self.entries, name) != _NONE).any())
 
 
-def lockstep_time(schedule: Schedule, durations: Durations) -> float:
-    """Time of a step where every tick takes as long as its longest action: what advancing together costs."""
-    return sum(max(durations.of(action) for action in tick if action) for tick in in_ticks(schedule))
+def tick_table(schedule: PipelineSchedule) -> TickTable:
+    """Returns the tick table of a schedule: each action is in the first tick after all that it requires."""
+    timeline = simulate(schedule, lambda action: 1)
+    shape = (schedule.ranks, schedule.micro_batches)
+    forward, for_input, for_weights = when = np.zeros((3, *shape), int)
+    for rank, actions in enumerate(timeline.ranks):
+        for timed in actions:
+            for chunk in timed.action:
+                when["FIW".index(chunk.part), rank, chunk.micro_batch] = timed.start
+
+    rank, micro_batch = np.indices(shape)
+    direction = np.broadcast_to([schedule.direction(m) for m in range(schedule.micro_batches)], shape)
+    up = direction == 0
+    stage = np.where(up, rank, schedule.ranks - 1 - rank)
+    first_stage, last_stage = stage == 0, stage == schedule.ranks - 1
+    step = np.where(up, 1, -1)
+    before, after = (np.clip(rank + way, 0, schedule.ranks - 1) for way in (-step, step))
+    # The tick at which a value is sent; it can be used from the next one on.
+    activation_sent = forward[before, micro_batch]
+    gradient_sent = np.where(last_stage, forward, for_input[after, micro_batch])
+    activation_slot, activations = _slots(activation_sent + 1, forward, ~first_stage)
+    kept_slot, kept = _slots(forward, for_weights, np.ones(shape, bool))
+    gradient_slot, gradients = _slots(gradient_sent + 1, for_weights, np.ones(shape, bool))
+
+    tables = {
+        field.name: np.full((int(timeline.total), schedule.ranks), _NONE, np.int32)
+        for field in dataclasses.fields(TickEntry)
+    }
+
+    def write(name: str, tick: np.ndarray, value: np.ndarray, where: np.ndarray | None = None) -> None:
+        where = np.ones(shape, bool) if where is None else where
+        tables[name][tick[where], rank[where]] = value[where]
+
+    write("forward_micro_batch", forward, micro_batch)
+    write("forward_direction", forward, direction)
+    write("forward_stage", forward, stage)
+    write("forward_input_slot", forward, activation_slot, ~first_stage)
+    write("forward_kept_slot", forward, kept_slot)
+    write("forward_output_slot", forward, gradient_slot, last_stage)
+    tables["backward_parts"][:] = 0
+    for tick, part in ((for_input, FOR_INPUT), (for_weights, FOR_WEIGHTS)):
+        tables["backward_parts"][tick, rank] += part
+        write("backward_micro_batch", tick, micro_batch)
+        write("backward_direction", tick, direction)
+        write("backward_stage", tick, stage)
+        write("backward_gradient_slot", tick, gradient_slot)
+        write("backward_kept_slot", tick, kept_slot)
+    write("activation_up_slot", activation_sent, activation_slot, ~first_stage & up)
+    write("activation_down_slot", activation_sent, activation_slot, ~first_stage & ~up)
+    write("gradient_up_slot", gradient_sent, gradient_slot, ~last_stage & ~up)
+    write("gradient_down_slot", gradient_sent, gradient_slot, ~last_stage & up)
+    return TickTable(TickEntry(**tables), SlotCounts(activations, kept, gradients))
+
+
+def _slots(
+    first: Int[np.ndarray, "ranks A"], last: Int[np.ndarray, "ranks A"], used: Bool[np.ndarray, "ranks A"]
+) -> tuple[Int[np.ndarray, "ranks A"], int]:
+    """Returns a slot for every value, and how many slots a rank needs.
+
+    A value needs its slot from tick `first` to tick `last`, both included, and gets the lowest that is free. In order
+    of their first ticks, values need no more slots than there are values at once.
+    """
+    slots = np.full(first.shape, _NONE)
+    most = 0
+    for rank in range(first.shape[0]):
+        free_from: list[int] = []
+        for begin, end, value in sorted(zip(first[rank].tolist(), last[rank].tolist(), itertools.count())):
+            if not used[rank, value]:
+                continue
+            slot = next((slot for slot, free in enumerate(free_from) if free <= begin), len(free_from))
+            if slot == len(free_from):
+                free_from.append(0)
+            free_from[slot] = end + 1
+            slots[rank, value] = slot
+        most = max(most, len(free_from))
+    return slots, most
 
 
 def moe_layers_of_stages(model: ModelConfig, stages: int) -> tuple[int, ...]:
-    """How many MoE layers each stage holds: layers in order, equally many a stage and what is left on the last.
+    """Returns how many MoE layers each stage holds: equally many per stage in order, and the rest on the last.
 
-    The dense layers, which come first, all lie on the first stage; where they are more than its part, the MoE layers
-    are dealt out over the others.
+    All dense layers, which come first, are on the first stage. Where they are more than its share of layers, the MoE
+    layers are divided among the other stages.
 
     Raises:
-      ConfigError: several stages, and more of them than MoE layers.
+      ConfigError: there are several stages, and more of them than MoE layers.
     """
     moe, dense = model.num_moe_layers, model.num_dense_layers
     if stages > max(moe, 1):

@@ -54,7 +54,14 @@ def run_layout(config: RunConfig) -> StateLayout:
     sizes.check(config.model, config.training.rows_per_pass)
     layers = moe_layers_of_stages(config.model, sizes.stage)
     if sizes.stage > 1:
-        check_passes(config, config.training.pipeline_schedule, sizes.stage, sizes.batch_ranks)
+        training = config.training
+        check_passes(
+            training.pipeline_schedule,
+            sizes.stage,
+            batch_size=training.batch_size,
+            rows_per_pass=training.rows_per_pass,
+            batch_ranks=sizes.batch_ranks,
+        )
     return StateLayout.of(sizes, zero=config.training.zero, overlap=config.training.overlap_exchange, layers=layers)
 
 

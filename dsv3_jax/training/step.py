@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,12 +12,26 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.modules.balance import dead_experts, max_violation, update_biases
-from dsv3_jax.pipeline.passes import make_pipelined_pass
+from dsv3_jax.pipeline.passes import check_passes, make_pipelined_pass
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
+from dsv3_jax.pipeline.stage import StageObjective
+from dsv3_jax.sharding.rules import BATCH_AXES
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.losses import LossTerms, LossWeights, cross_entropies, objective, target_weights
+from dsv3_jax.training.losses import (
+    LossTerms,
+    LossWeights,
+    balance_of,
+    cross_entropies,
+    objective,
+    prediction_losses,
+    share_of,
+    target_weights,
+    total_loss,
+)
 from dsv3_jax.training.optimizer import make_optimizer, update_average
 from dsv3_jax.training.state import Skeleton, TrainState, split_trained
 from dsv3_jax.training.state_layout import StateLayout
@@ -103,7 +118,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         return accumulate(one_pass, tokens, segment_ids)
 
     if layout.mesh is not None and layout.stages > 1:
-        differentiate = make_pipelined_pass(skeleton, config, layout.mesh, training.pipeline_schedule)
+        differentiate = make_pipelined_gradients(skeleton, config, layout.mesh)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(
@@ -157,6 +172,48 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         return layout.constrain_state(new_state), layout.replicate(metrics)
 
     return train_step
+
+
+def make_pipelined_gradients(
+    skeleton: Skeleton, config: RunConfig, mesh: Mesh
+) -> Callable[..., tuple[nnx.State, LossTerms]]:
+    """Returns (params, biases, tokens, segment_ids, weights, real_tokens) -> (gradients, terms), through a pipeline.
+
+    Raises:
+      ConfigError: more stages than MoE layers, or a full batch whose micro-batches the schedule cannot run.
+    """
+    training, stages = config.training, mesh.shape["stage"]
+    layers = moe_layers_of_stages(config.model, stages)
+    check_passes(
+        training.pipeline_schedule,
+        stages,
+        batch_size=training.batch_size,
+        rows_per_pass=training.rows_per_pass,
+        batch_ranks=math.prod(mesh.shape[axis] for axis in BATCH_AXES),
+    )
+    isolate = config.data.isolate_documents
+    stage_objective = StageObjective(
+        isolate_documents=isolate,
+        prediction_losses=functools.partial(prediction_losses, isolate_segments=isolate, chunk=training.loss_chunk),
+        balance_term=functools.partial(balance_of, balance=training.balance),
+        share_of_batch=share_of,
+        total_loss=total_loss,
+    )
+    run = make_pipelined_pass(skeleton.model, stage_objective, mesh, training.pipeline_schedule, layers)
+
+    def differentiate(
+        params: nnx.State,
+        biases: Float[Array, "layers E"],
+        tokens: Int[Array, "A B T1"],
+        segment_ids: Int[Array, "A B T1"],
+        weights: LossWeights,
+        real_tokens: Float[Array, ""],
+    ) -> tuple[nnx.State, LossTerms]:
+        gradients, sums = run(params, biases, tokens, segment_ids, weights, real_tokens)
+        total = total_loss(sums.main, sums.mtp, sums.balance, weights)
+        return gradients, LossTerms(total, sums.main, sums.mtp, sums.balance, sums.load)
+
+    return differentiate
 
 
 def accumulate(

@@ -1,10 +1,12 @@
-"""On eight simulated devices: gradients and losses of a batch through pipelines, beside one device. Prints JSON.
+"""Compares gradients and losses of a batch through pipelines on eight simulated devices with one device.
 
-In float64, where what differs in the order of sums only agrees to many more digits than any mistake would leave.
+It prints JSON. It computes in float64, where results that differ only in the order of additions agree to many more
+digits than results with any mistake.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -22,10 +24,9 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import Devices, OneDevice
-from dsv3_jax.pipeline.executor import run_lockstep
-from dsv3_jax.pipeline.passes import make_pipelined_pass
-from dsv3_jax.pipeline.schedules import make_schedule
-from dsv3_jax.pipeline.slots import INPUT, WEIGHTS, lockstep
+from dsv3_jax.pipeline.executor import run_ticks
+from dsv3_jax.pipeline.schedules import ScheduleName, make_schedule
+from dsv3_jax.pipeline.slots import FOR_INPUT, FOR_WEIGHTS, tick_table
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 from dsv3_jax.sharding.on_mesh import OnMesh
@@ -33,7 +34,7 @@ from dsv3_jax.sharding.rules import batch_spec, shardings
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.losses import LossWeights, objective
 from dsv3_jax.training.state import split_model
-from dsv3_jax.training.step import accumulate
+from dsv3_jax.training.step import accumulate, make_pipelined_gradients
 
 MODEL = ModelConfig.preset("tiny", num_hidden_layers=6, first_k_dense_replace=1, num_nextn_predict_layers=1)
 CASES = (("stage=2,fsdp=2,tensor=2", "dualpipe"),)
@@ -54,44 +55,44 @@ RUN = RunConfig(
 LOSS_WEIGHTS = LossWeights(balance=jnp.asarray(0.5), mtp=jnp.asarray(0.3))
 
 
-model_module._MOST_UNROLLED_LAYERS = 1  # compiled sooner
+model_module.MOST_UNROLLED_LAYERS = 1  # compiled sooner
 
 
-def chain(name: Any, ranks: int = 8, passes: int = 17) -> Any:
-    """Stages that multiply by a number each, through the executor; and their gradients, which are products of numbers.
+def chain(name: ScheduleName, ranks: int = 8, passes: int = 17) -> tuple[float, float]:
+    """Runs stages that multiply by a number each through the executor; their gradients are products of numbers.
 
     Returns:
       Relative differences of the gradients by the inputs and by the stages' numbers.
     """
     passes += name == "dualpipe"
-    schedule = make_schedule(name, ranks, passes)
-    tables, places = lockstep(schedule)
+    table = tick_table(make_schedule(name, ranks, passes))
     random = np.random.default_rng(1)
     weights, inputs, slopes = (1 + random.random(size) for size in (ranks, passes, passes))
     mesh = make_mesh(MeshConfig(stage=ranks))
 
-    def on_a_rank(mine: Any) -> Any:
-        def forward(at: Any, h: Any, state: Any) -> Any:
-            there = (at.forward >= 0).astype(h.dtype)
-            h = jnp.where(at.forward_stage == 0, jnp.asarray(inputs)[at.forward], h)
-            kept = state[0].at[at.forward_kept].set(jnp.where(there > 0, h[0, 0, 0], state[0][at.forward_kept]))
-            return h * jnp.asarray(weights)[at.forward_stage], (kept, *state[1:])
+    def on_a_rank(own: Any) -> Any:
+        def forward(entry: Any, h: Any, carry: Any) -> Any:
+            m, slot = entry.forward_micro_batch, entry.forward_kept_slot
+            h = jnp.where(entry.forward_stage == 0, jnp.asarray(inputs)[m], h)
+            kept = carry[0].at[slot].set(jnp.where(m >= 0, h[0, 0, 0], carry[0][slot]))
+            return h * jnp.asarray(weights)[entry.forward_stage], (kept, *carry[1:])
 
-        def backward(at: Any, g: Any, state: Any) -> Any:
-            kept, by_weights, by_inputs = state
-            first = at.backward & INPUT != 0
-            m, stage, weight = at.backward_micro_batch, at.backward_stage, jnp.asarray(weights)[at.backward_stage]
-            # On the last stage the output comes in: it is checked by going into the gradient, divided out again.
-            output = kept[at.backward_kept] * weight
-            g = jnp.where((stage == ranks - 1) & first, jnp.asarray(slopes)[m] * g / output, g)
+        def backward(entry: Any, g: Any, carry: Any) -> Any:
+            kept, by_weights, by_inputs = carry
+            for_input = entry.backward_parts & FOR_INPUT != 0
+            for_weights = entry.backward_parts & FOR_WEIGHTS != 0
+            m, stage = entry.backward_micro_batch, entry.backward_stage
+            weight = jnp.asarray(weights)[stage]
+            # On the last stage g is the output. Multiplying by it and dividing by its true value checks it.
+            output = kept[entry.backward_kept_slot] * weight
+            g = jnp.where((stage == ranks - 1) & for_input, jnp.asarray(slopes)[m] * g / output, g)
             value = g[0, 0, 0]
-            second = at.backward & WEIGHTS != 0
-            by_weights = by_weights.at[stage].add(jnp.where(second, value * kept[at.backward_kept], 0))
-            by_inputs = by_inputs.at[m].add(jnp.where((stage == 0) & first, value * weight, 0))
+            by_weights = by_weights.at[stage].add(jnp.where(for_weights, value * kept[entry.backward_kept_slot], 0))
+            by_inputs = by_inputs.at[m].add(jnp.where((stage == 0) & for_input, value * weight, 0))
             return g * weight, g, (kept, by_weights, by_inputs)
 
-        state = (jnp.zeros(places.kept), jnp.zeros(ranks), jnp.zeros(passes))
-        _, *found = run_lockstep(tables, places, mine, forward, backward, state, jnp.zeros((1, 1, 1)))
+        carry = (jnp.zeros(table.slots.kept), jnp.zeros(ranks), jnp.zeros(passes))
+        _, *found = run_ticks(table, own, forward, backward, carry, jnp.zeros((1, 1, 1)))
         return jax.lax.psum(tuple(found), "stage")
 
     run = jax.shard_map(
@@ -102,7 +103,7 @@ def chain(name: Any, ranks: int = 8, passes: int = 17) -> Any:
         out_specs=PartitionSpec(),
         check_vma=False,
     )
-    by_weights, by_inputs = jax.jit(run)(tables)
+    by_weights, by_inputs = jax.jit(run)(table.entries)
     product = np.prod(weights)
     return distance(product * np.sum(inputs * slopes) / weights, by_weights), distance(product * slopes, by_inputs)
 
@@ -158,7 +159,8 @@ def pipelined(text: str, name: Any) -> Any:
     params = jax.device_put(params, shardings(params, mesh))
     real = jnp.sum(batch()[1][..., 1:] != 0).astype(jnp.float64)
     tokens, segment_ids = jax.device_put(batch(), NamedSharding(mesh, batch_spec(1)))
-    return jax.jit(make_pipelined_pass(skeleton, RUN, mesh, name))(
+    run = dataclasses.replace(RUN, training=dataclasses.replace(RUN.training, pipeline_schedule=name))
+    return jax.jit(make_pipelined_gradients(skeleton, run, mesh))(
         params, biases, tokens, segment_ids, LOSS_WEIGHTS, real
     )
 

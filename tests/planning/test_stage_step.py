@@ -14,11 +14,8 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.pipeline import weights as weights_of_stages
-from dsv3_jax.pipeline.facts import PARTS, schedule_facts
-from dsv3_jax.pipeline.schedules import ScheduleName, make_schedule
-from dsv3_jax.pipeline.simulation import Durations
-from dsv3_jax.pipeline.slots import Places, lockstep, lockstep_time, moe_layers_of_stages
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
+from dsv3_jax.pipeline.weights import manual_axes, to_all_stages, to_stage, weight_layouts
 from dsv3_jax.planning.activations import kept_of_layer
 from dsv3_jax.planning.advice import advise
 from dsv3_jax.planning.collectives import read_collectives
@@ -74,22 +71,20 @@ def counted_from_the_step(config: PlanConfig) -> dict[str, float]:
 
     working = 0.0
     for name, branch in params.items():
-        lies = weights_of_stages.places({name: branch}, mesh, layers)
-        for leaf, place in zip(jax.tree.leaves(branch), jax.tree.leaves(lies), strict=True):
+        layouts = weight_layouts({name: branch}, mesh, layers)
+        for leaf, layout in zip(jax.tree.leaves(branch), jax.tree.leaves(layouts), strict=True):
 
-            def arrive(part: Any, place: Any = place, name: Any = name) -> Any:
-                if name == "moe_blocks":
-                    return weights_of_stages.to_stage(part, place, layers)
-                return weights_of_stages.to_all_stages(part, place)
+            def arrive(part: Any, layout: Any = layout, name: Any = name) -> Any:
+                return to_stage(part, layout, layers) if name == "moe_blocks" else to_all_stages(part, layout)
 
             # What every rank has of the result lies one below the other in a first dimension that all axes cut.
             def on_a_rank(part: Any, arrive: Any = arrive) -> Any:
                 return arrive(part).reshape(1, -1)
 
-            axes = weights_of_stages.taken_axes(mesh)
+            axes = manual_axes(mesh)
             every = PartitionSpec(tuple(axis for axis in mesh.axis_names if axis in axes))
             run = jax.shard_map(
-                on_a_rank, mesh=mesh, in_specs=place.spec, out_specs=every, axis_names=axes, check_vma=False
+                on_a_rank, mesh=mesh, in_specs=layout.spec, out_specs=every, axis_names=axes, check_vma=False
             )
             elements = jax.eval_shape(jax.jit(run), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape[1]
             working += elements * (directions if name == "moe_blocks" else 1)
@@ -134,39 +129,6 @@ def test_weights_lie_as_the_step_lays_them(changes: dict[str, Any]) -> None:
         "working": sum(weight.in_stage for weight in weights),
     }
     assert found == pytest.approx(counted_from_the_step(config), rel=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("name", "ranks", "passes"),
-    [("dualpipe", 16, 120), ("dualpipe", 4, 8), ("zb1p", 4, 31), ("zb1p", 8, 120), ("1f1b", 4, 3), ("1f1b", 6, 200)],
-)
-def test_places_and_time_are_those_of_the_tables(name: ScheduleName, ranks: int, passes: int) -> None:
-    """Also of schedules so long that only their ends are counted."""
-    schedule = make_schedule(name, ranks, passes)
-    tables, places = lockstep(schedule)
-    even = ((1.0, 1.0, 1.0, 2.0),) * ranks
-    facts = schedule_facts(name, ranks, passes, even)
-    assert Places(facts.activations, facts.kept, facts.gradients) == places
-    assert facts.ticks == len(tables.forward)
-    assert facts.ways == sum(bool((table >= 0).any()) for key, table in vars(tables).items() if "arriving" in key)
-    assert facts.seconds == pytest.approx(lockstep_time(schedule, Durations()))
-    done = [(tables.forward >= 0).sum(), *((tables.backward == bits).sum() for bits in (1, 2, 3))]
-    assert facts.parts.sum(axis=(0, 1)) == pytest.approx(done)
-
-
-@pytest.mark.parametrize(("name", "passes"), [("dualpipe", 90), ("zb1p", 77), ("1f1b", 90)])
-def test_the_middle_of_a_long_schedule_repeats_itself(name: ScheduleName, passes: int) -> None:
-    """Each stage with costs of its own, tick by tick."""
-    costs = np.random.default_rng(0).uniform(0, 3, (8, 4))
-    facts = schedule_facts(name, 8, passes, tuple(map(tuple, costs.tolist())))
-    tables, _ = lockstep(make_schedule(name, 8, passes))
-    forward = np.where(tables.forward >= 0, costs[tables.forward_stage, 0], 0)
-    backward = np.where(tables.backward > 0, costs[tables.backward_stage, tables.backward], 0)
-    assert facts.seconds == pytest.approx((forward + backward).max(axis=1).sum())
-    by_rank = np.array([facts.parts[rank].sum(axis=0) for rank in range(8)])
-    for part, bits in enumerate((0, 1, 2, 3)):
-        counted = (tables.backward == bits).sum(axis=0) if bits else (tables.forward >= 0).sum(axis=0)
-        assert by_rank[:, part] == pytest.approx(counted), PARTS[part]
 
 
 def test_memory_of_the_671b_step_by_hand() -> None:

@@ -20,7 +20,7 @@ from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.training.step import make_train_step
 
-model_module._MOST_UNROLLED_LAYERS = 1
+model_module.MOST_UNROLLED_LAYERS = 1
 RATE = float(SETTINGS.learning_rate)
 
 
