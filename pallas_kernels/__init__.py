@@ -1,8 +1,6 @@
 """Kernels of the DeepSeek-V3 system: arrays in, arrays out, on jax alone."""
 
 from pallas_kernels.blockwise_matmul import blockwise_matmul
-from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul
-from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     grouped_weight_gradient,
@@ -20,8 +18,6 @@ __all__ = [
     "blockwise_matmul",
     "combine",
     "dequantize",
-    "fp8_grouped_matmul",
-    "fp8_matmul",
     "gate",
     "grouped_matmul",
     "grouped_weight_gradient",

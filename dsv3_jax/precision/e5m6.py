@@ -16,9 +16,9 @@ from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from dsv3_jax.precision.tiles import magnitude_scales
+from pallas_kernels import TILE
 
 LARGEST = 65024.0  # (1 + 63/64) * 2^15
-_TILE = 128
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("packed", "scales"), meta_fields=("width",))
@@ -41,7 +41,7 @@ def pack(x: Float[Array, "M K"]) -> PackedE5M6:
     """`x` rounded to e5m6; a tile that holds an infinity or NaN comes back as NaN."""
     rows, width = x.shape
     x = x.astype(jnp.float32)
-    scales = magnitude_scales(x, (1, _TILE), LARGEST, power_of_two=True)
+    scales = magnitude_scales(x, (1, TILE), LARGEST, power_of_two=True)
     scaled = jnp.clip(x / _spread(scales, width), -LARGEST, LARGEST)
     bits = lax.bitcast_convert_type(_rounded_to_six_bits(scaled).astype(jnp.float16), jnp.uint16) >> 4
     first, second = jnp.moveaxis(jnp.pad(bits, ((0, 0), (0, width % 2))).reshape(rows, -1, 2), -1, 0)
@@ -65,4 +65,4 @@ def _rounded_to_six_bits(x: Float[Array, "M K"]) -> Float[Array, "M K"]:
 
 
 def _spread(scales: Float[Array, "M tiles"], width: int) -> Float[Array, "M K"]:
-    return jnp.repeat(scales, _TILE, axis=1)[:, :width]
+    return jnp.repeat(scales, TILE, axis=1)[:, :width]

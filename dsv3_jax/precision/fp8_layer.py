@@ -23,11 +23,13 @@ from dsv3_jax.precision.e5m6 import PackedE5M6, pack, unpack
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe, Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.keeping import keep
-from dsv3_jax.precision.products import ROWS, columns_by_columns, rows_by_weights
+from dsv3_jax.precision.products import columns_by_columns, rows_by_weights
 from dsv3_jax.precision.swiglu import swiglu
 from dsv3_jax.precision.tiles import Tiles, dequantize, quantize
+from pallas_kernels import TILE
 
 
+@jax.named_scope("fp8_matmul")
 def fp8_product(
     x: Float[Array, "M in"],
     weight: Float[Array, "..."] | Fp8Weight,
@@ -102,7 +104,7 @@ def _gradient_tiles(
     row_format, column_format = recipe.input_gradient, recipe.weight_gradient
     if isinstance(weight, Fp8Weight):
         out_bar, column_format = weight.pad(out_bar), "none"
-    report = row_format == column_format == "e4m3" and (row_tile, column_tile) == ((1, ROWS), (ROWS, 1))
+    report = row_format == column_format == "e4m3" and (row_tile, column_tile) == ((1, TILE), (TILE, 1))
     if report and row_powers == powers:
         rows, columns = pk.quantize_both(out_bar, power_of_two_scales=powers)
         return rows, columns.mT
@@ -136,10 +138,10 @@ def _weight_gradient(
     if tiles is None:
         if group_sizes is None:
             return jnp.einsum("mn,mk->nk", out_bar, operand, preferred_element_type=jnp.float32)
-        return pk.grouped_weight_gradient(out_bar, operand, group_sizes, row_alignment=ROWS)
+        return pk.grouped_weight_gradient(out_bar, operand, group_sizes, row_alignment=TILE)
     tile = _along_column(recipe)
     powers = _rounded_scales(recipe, role)
-    if isinstance(cache, pk.Quantized) and tile == (ROWS, 1) and not role.swiglu:
+    if isinstance(cache, pk.Quantized) and tile == (TILE, 1) and not role.swiglu:
         columns = pk.requantize_transposed(cache, power_of_two_scales=powers).mT
     else:
         columns = quantize(operand, tile, "e4m3", power_of_two=powers)
@@ -185,7 +187,7 @@ def _plain_product(x: Array, weight: Array | Fp8Weight, group_sizes: Array | Non
     weight = weight.astype(x.dtype)
     if group_sizes is None:
         return jnp.einsum("mk,nk->mn", x, weight)
-    return pk.grouped_matmul(x, weight, group_sizes, row_alignment=ROWS)
+    return pk.grouped_matmul(x, weight, group_sizes, row_alignment=TILE)
 
 
 def _along_row(recipe: Fp8Recipe) -> tuple[int, int]:

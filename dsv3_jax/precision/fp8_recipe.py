@@ -6,11 +6,12 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from dsv3_jax.errors import ConfigError
+from pallas_kernels import TILE
 
 OperandFormat = Literal["e4m3", "none"]
 GradientFormat = Literal["e4m3", "e5m2", "none"]
 AttentionCache = Literal["e5m6", "e4m3", "none"]
-TILES = (0, 16, 32, 64, 128)
+TILES = (0, 16, 32, 64, TILE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Fp8Recipe:
     forward: OperandFormat = "e4m3"
     input_gradient: GradientFormat = "e4m3"
     weight_gradient: GradientFormat = "e4m3"
-    tile: int = 128
+    tile: int = TILE
     promotion: bool = True
     block_wise_gradients: bool = False
     power_of_two_scales: bool = False

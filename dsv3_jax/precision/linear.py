@@ -13,9 +13,9 @@ import pallas_kernels
 from dsv3_jax.precision.fp8_layer import fp8_product
 from dsv3_jax.precision.fp8_recipe import Role
 from dsv3_jax.precision.keeping import keep
-from dsv3_jax.precision.products import ROWS
 from dsv3_jax.precision.recipe import Precision
 from dsv3_jax.precision.swiglu import swiglu
+from pallas_kernels import TILE
 
 
 def linear(
@@ -100,15 +100,15 @@ def _fp8_by_group(
 ) -> Float[Array, "M out"]:
     """The product on groups of whole tiles: where they are not, rows move apart for it and back."""
     assert precision.fp8 is not None
-    if row_alignment % ROWS == 0:
+    if row_alignment % TILE == 0:
         return fp8_product(rows, weights, group_sizes, precision.fp8, role)
     ends = jnp.cumsum(group_sizes)
-    wide_sizes = -(-group_sizes // ROWS) * ROWS
+    wide_sizes = -(-group_sizes // TILE) * TILE
     wide_ends = jnp.cumsum(wide_sizes)
     shift = (wide_ends - wide_sizes) - (ends - group_sizes)  # how far each group moves
 
     count, experts = rows.shape[0], group_sizes.shape[0]
-    places = -(-(count + experts * (ROWS - 1)) // ROWS) * ROWS
+    places = -(-(count + experts * (TILE - 1)) // TILE) * TILE
     group = jnp.minimum(jnp.searchsorted(wide_ends, jnp.arange(places), side="right"), experts - 1)
     source = jnp.arange(places) - shift[group]
     wide = jnp.where((source < ends[group])[:, None], rows[jnp.minimum(source, count - 1)], 0)

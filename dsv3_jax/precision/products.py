@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
 from dsv3_jax.precision.tiles import Tiles, dequantize
+from pallas_kernels import TILE
 
-ROWS = 128  # what groups are multiples of, so that no tile along the rows belongs to two experts
 _STEP = 32  # products that the tensor core adds at a time
 _BITS = 14  # that its accumulator keeps (section 3.3.2)
 
@@ -25,14 +25,14 @@ def rows_by_weights(
     if promotion and _for_kernel(rows, weights, "128x128"):
         if group_sizes is None:
             return pk.blockwise_matmul(rows, weights, out_dtype=out_dtype)  # pyright: ignore
-        return pk.grouped_matmul(rows, weights, group_sizes, row_alignment=ROWS, out_dtype=out_dtype)  # pyright: ignore
+        return pk.grouped_matmul(rows, weights, group_sizes, row_alignment=TILE, out_dtype=out_dtype)  # pyright: ignore
     x, w = dequantize(rows), dequantize(weights)
     if promotion:
         product = _plain_rows_by_weights(x, w, group_sizes)
     elif group_sizes is None:
         product = _short_sums(x[None], w[None])[0]
     else:
-        blocks = x.reshape(-1, ROWS, x.shape[1])
+        blocks = x.reshape(-1, TILE, x.shape[1])
         product = _short_sums(blocks, w[_group_of_blocks(group_sizes, len(blocks))]).reshape(len(x), -1)
         product = jnp.where((jnp.arange(len(x)) < jnp.sum(group_sizes))[:, None], product, 0)
     return product.astype(out_dtype)
@@ -46,12 +46,12 @@ def columns_by_columns(
     if promotion and _for_kernel(left, right, "1x128"):
         if group_sizes is None:
             return pk.blockwise_matmul(left, right, out_dtype=jnp.float32)  # pyright: ignore
-        return pk.grouped_weight_gradient(left, right, group_sizes, row_alignment=ROWS)  # pyright: ignore
+        return pk.grouped_weight_gradient(left, right, group_sizes, row_alignment=TILE)  # pyright: ignore
     a, b = dequantize(left), dequantize(right)
     if group_sizes is None:
         return _contract_last(a, b) if promotion else _short_sums(a[None], b[None])[0]
     if promotion:
-        return pk.grouped_weight_gradient(a.mT, b.mT, group_sizes, row_alignment=ROWS)
+        return pk.grouped_weight_gradient(a.mT, b.mT, group_sizes, row_alignment=TILE)
     return _short_sums_by_group(a.mT, b.mT, group_sizes)
 
 
@@ -63,7 +63,7 @@ def _for_kernel(left: Tiles, right: Tiles, right_tile: str) -> bool:
 def _plain_rows_by_weights(x: Array, w: Array, group_sizes: Int[Array, " E"] | None) -> Float[Array, "M out"]:
     if group_sizes is None:
         return _contract_last(x, w)
-    return pk.grouped_matmul(x, w, group_sizes, row_alignment=ROWS)
+    return pk.grouped_matmul(x, w, group_sizes, row_alignment=TILE)
 
 
 def _contract_last(a: Float[Array, "M K"], b: Float[Array, "N K"]) -> Float[Array, "M N"]:
@@ -71,7 +71,7 @@ def _contract_last(a: Float[Array, "M K"], b: Float[Array, "N K"]) -> Float[Arra
 
 
 def _group_of_blocks(group_sizes: Int[Array, " E"], blocks: int) -> Int[Array, " blocks"]:
-    ends = jnp.cumsum(group_sizes) // ROWS
+    ends = jnp.cumsum(group_sizes) // TILE
     return jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), group_sizes.shape[0] - 1)
 
 
@@ -95,7 +95,7 @@ def _short_sums_by_group(
 ) -> Float[Array, "E N K"]:
     """aᵀ b over each group's rows, the same way."""
     a = jnp.where((jnp.arange(a.shape[0]) < jnp.sum(group_sizes))[:, None], a, 0)
-    groups = jnp.repeat(_group_of_blocks(group_sizes, a.shape[0] // ROWS), ROWS // _STEP)
+    groups = jnp.repeat(_group_of_blocks(group_sizes, a.shape[0] // TILE), TILE // _STEP)
 
     def add(total: Array, operands: tuple[Array, Array, Array]) -> tuple[Array, None]:
         left, right, group = operands

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import pallas_kernels as pk
+from pallas_kernels.quantize.quantized import TILE_SHAPE
 
-_KERNEL_TILES: dict[tuple[int, int], str] = {(1, 128): "1x128", (128, 128): "128x128", (128, 1): "128x1"}
+_KERNEL_TILES = {shape: name for name, shape in TILE_SHAPE.items()}
 _DTYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
 _SMALLEST_MAGNITUDE = 1e-4  # of a tile, as in pallas_kernels: a tile of zeros has a finite scale
 
