@@ -7,10 +7,21 @@ from pallas_kernels.grouped_matmul import (
     masked_grouped_matmul,
     preferred_row_alignment,
 )
-from pallas_kernels.quantize import TILE, Quantized, dequantize, quantize, quantize_both, requantize_transposed
+from pallas_kernels.quantize import (
+    MIN_AMAX,
+    PROMOTION_INTERVAL,
+    TILE,
+    Quantized,
+    dequantize,
+    quantize,
+    quantize_both,
+    requantize_transposed,
+)
 from pallas_kernels.routing import Gates, Permutation, combine, gate, permute
 
 __all__ = [
+    "MIN_AMAX",
+    "PROMOTION_INTERVAL",
     "TILE",
     "Gates",
     "Permutation",

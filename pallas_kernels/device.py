@@ -41,7 +41,8 @@ def choose_implementation(
     """
     platform = target_platform()
     if requested is None:
-        return next((name for name in available if name == platform), "reference")
+        best: Implementation = "hopper" if platform == "hopper" else "tpu" if platform == "tpu" else "reference"
+        return best if best in available else "reference"
     if requested not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {requested!r}")
     if requested not in available:

@@ -1,12 +1,12 @@
-"""A linear map in FP8, for one matrix or one matrix an expert, and what it keeps (report section 3.3, figure 6).
+"""A linear map in FP8, for one matrix or one per expert, with its gradients (report section 3.3, figure 6).
 
     forward          Y  = X Wᵀ    X 1x128 along its width, W 128x128
     input gradient   dX = dY W    dY 1x128 along its width, W 128x128
     weight gradient  dW = dYᵀ X   dY and X 128x1, along the tokens
 
-Kept for the backward pass (section 3.3.3): W in FP8; X in the FP8 tiles of the forward product, re-tiled when the
-weight gradient needs it; behind attention X in 12 bits; behind SwiGLU not X but the input of SwiGLU, in FP8. This is
-the whole recipe in one place: every `if` below is a field of `Fp8Recipe`.
+The map keeps for the backward pass (section 3.3.3): W in FP8; X in the FP8 tiles of the forward product, re-tiled when
+the weight gradient needs it; behind attention X in 12 bits; behind SwiGLU not X but the input of SwiGLU, in FP8. The
+whole recipe is in this file: every `if` on a recipe is a field of `Fp8Recipe`.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def _backward(
         (x_bar,) = pull(x_bar)
     if isinstance(weight, Fp8Weight):
         return x_bar, None, None
+    assert operand is not None
     weight_bar = _weight_gradient(operand, cache, out_bar, for_columns, group_sizes, recipe, role)
     return x_bar, weight_bar.astype(weight_like.dtype), None
 
@@ -123,6 +124,7 @@ def _input_gradient(
     if tiles is None:
         return _plain_product(out_bar, weight.astype(out_bar.dtype).mT, group_sizes)  # pyright: ignore
     stored = weight.tiles() if isinstance(weight, Fp8Weight) else weight
+    assert not isinstance(stored, jax.Array)
     return rows_by_weights(tiles, stored.mT, group_sizes, promotion=recipe.promotion, out_dtype=out_bar.dtype)
 
 
@@ -153,13 +155,13 @@ def _input_tiles(x: Float[Array, "M in"], recipe: Fp8Recipe, role: Role) -> Tile
 
 
 def _rounded_scales(recipe: Fp8Recipe, role: Role) -> bool:
-    """Whether the input's scales are powers of two: where it changes tiles in 12 bits, or travels (3.3.3, 3.4.2)."""
+    """Returns whether the input's scales are powers of two, as they are behind attention and after dispatch (3.3.3)."""
     behind_attention = role.after_attention and recipe.after_attention == "e5m6"
     return recipe.power_of_two_scales or behind_attention or (role.dispatched and recipe.dispatch)
 
 
 def _cached(x: Array, tiles: Tiles, recipe: Fp8Recipe, role: Role) -> Any:
-    """What the backward pass will know of x."""
+    """Returns what is kept of x for the backward pass."""
     if role.swiglu:
         if not recipe.cache_swiglu_input:
             return _kept(x)

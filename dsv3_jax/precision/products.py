@@ -1,7 +1,8 @@
-"""The three products of a linear map over FP8 tiles, for one matrix and for one matrix an expert (figure 6).
+"""The products of a linear map over FP8 tiles, for one matrix and for one per expert (report figure 6).
 
-Two tiled operands that fit go to the products of `pallas_kernels`. All others are multiplied as the float32 numbers
-they stand for; without promotion, with a tensor core's accumulator emulated.
+Operands in tiles that `pallas_kernels` knows are multiplied there; all others are dequantized to float32 first.
+Without promotion a tensor core's accumulator is emulated. Groups of rows are multiples of 128 rows, so that no tile
+along the rows belongs to two experts.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import pallas_kernels as pk
 from dsv3_jax.precision.tiles import Tiles, dequantize
 from pallas_kernels import TILE
 
-_STEP = 32  # products that the tensor core adds at a time
-_BITS = 14  # that its accumulator keeps (section 3.3.2)
+_STEP = 32  # how many products the tensor core adds at a time
+_BITS = 14  # how many bits its accumulator keeps (section 3.3.2)
 
 
 def rows_by_weights(
     rows: Tiles, weights: Tiles, group_sizes: Int[Array, " E"] | None, *, promotion: bool, out_dtype: jnp.dtype
 ) -> Float[Array, "M out"]:
-    """rows[r] · Wᵀ, W that of the row's group: weights [out, in], or [E, out, in] with groups."""
+    """Returns rows[r] · Wᵀ, W being that of the row's group. `weights` is [out, in], or [E, out, in] with groups."""
     if promotion and _for_kernel(rows, weights, "128x128"):
         if group_sizes is None:
             return pk.blockwise_matmul(rows, weights, out_dtype=out_dtype)  # pyright: ignore
@@ -41,7 +42,7 @@ def rows_by_weights(
 def columns_by_columns(
     left: Tiles, right: Tiles, group_sizes: Int[Array, " E"] | None, *, promotion: bool
 ) -> Float[Array, "..."]:
-    """leftᵀ right over the rows, float32: [out, in], or [E, out, in] with groups. Tiles run along the rows."""
+    """Returns leftᵀ · right in float32, [out, in] or with groups [E, out, in]; tiles run along the rows."""
     left, right = left.mT, right.mT
     if promotion and _for_kernel(left, right, "1x128"):
         if group_sizes is None:
@@ -76,7 +77,7 @@ def _group_of_blocks(group_sizes: Int[Array, " E"], blocks: int) -> Int[Array, "
 
 
 def _short_sums(a: Float[Array, "G M K"], b: Float[Array, "G N K"]) -> Float[Array, "G M N"]:
-    """a · bᵀ with the whole sum in a short accumulator."""
+    """Returns a · bᵀ, each sum held in one accumulator of 14 bits."""
     k = a.shape[-1]
 
     def steps(x: Array) -> Array:
@@ -93,7 +94,7 @@ def _short_sums(a: Float[Array, "G M K"], b: Float[Array, "G N K"]) -> Float[Arr
 def _short_sums_by_group(
     a: Float[Array, "M N"], b: Float[Array, "M K"], group_sizes: Int[Array, " E"]
 ) -> Float[Array, "E N K"]:
-    """aᵀ b over each group's rows, the same way."""
+    """Returns aᵀ · b over the rows of each group, each sum held in one accumulator of 14 bits."""
     a = jnp.where((jnp.arange(a.shape[0]) < jnp.sum(group_sizes))[:, None], a, 0)
     groups = jnp.repeat(_group_of_blocks(group_sizes, a.shape[0] // TILE), TILE // _STEP)
 
@@ -107,10 +108,10 @@ def _short_sums_by_group(
 
 
 def _shortened(total: Array, products: Array) -> Array:
-    """total + products as an accumulator of 14 bits adds them: both cut below the 14th bit of the larger.
+    """Returns total + products as an accumulator of 14 bits adds them: both are cut below the 14th bit of the larger.
 
-    The tensor core cuts each of the 32 products alike; here their exact sum is cut (`experiments/fp8_numerics.py`
-    emulates every term).
+    The tensor core cuts each of the 32 products; here their exact sum is cut (`experiments/fp8_numerics.py` emulates
+    every term).
     """
     _, exponent = jnp.frexp(jnp.maximum(jnp.abs(total), jnp.abs(products)))
     unit = jnp.ldexp(jnp.float32(1), exponent - _BITS)
