@@ -26,7 +26,6 @@ import pallas_kernels as pk
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 STEP = 32  # products that one wgmma instruction adds along K
-PROMOTION_INTERVAL = 128  # products
 KEPT_BITS = 14
 
 
@@ -71,7 +70,7 @@ def measure(k: int, distribution: str, outputs: int, seed: int) -> dict[str, flo
     products = (a * b).T
     errors = {
         "without promotion": (tensor_core_sum(products, None) - exact) / scale,
-        "promoted every 128": (tensor_core_sum(products, PROMOTION_INTERVAL) - exact) / scale,
+        "promoted every 128": (tensor_core_sum(products, pk.PROMOTION_INTERVAL) - exact) / scale,
         "float32 accumulation": (products.astype(np.float32).cumsum(axis=0, dtype=np.float32)[-1] - exact) / scale,
         "rounding to e4m3": ((restored[0] * restored[1]).sum(axis=1) - plain) / plain_scale,
     }

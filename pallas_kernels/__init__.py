@@ -1,18 +1,27 @@
 """Kernels of the DeepSeek-V3 system: arrays in, arrays out, on jax alone."""
 
 from pallas_kernels.blockwise_matmul import blockwise_matmul
-from pallas_kernels.fp8_grouped_matmul import fp8_grouped_matmul
-from pallas_kernels.fp8_matmul import fp8_matmul
 from pallas_kernels.grouped_matmul import (
     grouped_matmul,
     grouped_weight_gradient,
     masked_grouped_matmul,
     preferred_row_alignment,
 )
-from pallas_kernels.quantize import TILE, Quantized, dequantize, quantize, quantize_both, requantize_transposed
+from pallas_kernels.quantize import (
+    MIN_AMAX,
+    PROMOTION_INTERVAL,
+    TILE,
+    Quantized,
+    dequantize,
+    quantize,
+    quantize_both,
+    requantize_transposed,
+)
 from pallas_kernels.routing import Gates, Permutation, combine, gate, permute
 
 __all__ = [
+    "MIN_AMAX",
+    "PROMOTION_INTERVAL",
     "TILE",
     "Gates",
     "Permutation",
@@ -20,8 +29,6 @@ __all__ = [
     "blockwise_matmul",
     "combine",
     "dequantize",
-    "fp8_grouped_matmul",
-    "fp8_matmul",
     "gate",
     "grouped_matmul",
     "grouped_weight_gradient",

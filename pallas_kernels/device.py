@@ -1,8 +1,9 @@
-"""Which implementation of an operation runs."""
+"""Chooses the implementation of an operation: the reference in jax.numpy, or the kernels of an accelerator."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -10,10 +11,12 @@ import jax
 from jax.sharding import get_abstract_mesh
 
 Implementation = Literal["reference", "hopper", "tpu"]
+LANES = 128  # numbers in a row of a TPU's vector register; blocks in its memory are multiples as wide
+IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 
 def target_platform() -> Literal["cpu", "hopper", "gpu", "tpu"]:
-    """What a program traced now is meant for: the abstract device of the mesh in force, or the default backend."""
+    """Returns what a program that is traced now will run on: the mesh's abstract device, or the default backend."""
     device = getattr(get_abstract_mesh(), "abstract_device", None)
     if device is not None:
         platform, kind = device.platform, device.device_kind
@@ -25,22 +28,23 @@ def target_platform() -> Literal["cpu", "hopper", "gpu", "tpu"]:
 
 
 def choose_implementation(
-    requested: Implementation | None, available: Sequence[Implementation] = ("reference",)
-) -> str:
-    """The implementation to run.
+    requested: Implementation | None, available: Sequence[Implementation] = IMPLEMENTATIONS
+) -> Implementation:
+    """Returns the name of the implementation to run.
 
     Args:
-      requested: by name, or None for the best one of `available` on the target platform.
-      available: those this operation has for its operands' shapes and dtypes.
+      requested: its name, or None for the best one of `available` on the target platform.
+      available: the implementations that can take the operands at hand; the reference takes all.
 
     Raises:
-      ValueError: the requested one does not exist, is not available, or cannot run on the platform.
+      ValueError: the requested one does not exist, cannot take these operands or cannot run on the platform.
     """
     platform = target_platform()
     if requested is None:
-        return next((name for name in available if name == platform), "reference")
-    if requested not in get_args(Implementation):
-        raise ValueError(f"implementation must be one of {', '.join(get_args(Implementation))}, not {requested!r}")
+        best: Implementation = "hopper" if platform == "hopper" else "tpu" if platform == "tpu" else "reference"
+        return best if best in available else "reference"
+    if requested not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {requested!r}")
     if requested not in available:
         raise ValueError(f"implementation '{requested}' does not exist for these operands; there is {available}")
     if requested != "reference" and requested != platform:
@@ -48,15 +52,28 @@ def choose_implementation(
     return requested
 
 
-def once_a_program(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes a kernel that a program calls at several places be traced, lowered and compiled there once for each shape.
-
-    Without it every place is a kernel of its own: a training step calls each three times and more (the layer, the layer
-    computed anew, the MTP modules), and compiling kernels is most of what compiling the step takes. Interpreted ones
-    stay as they are: an interpreter's callbacks and what is dispatched behind them can wait for each other for ever.
+def kernel_module(operation: str, implementation: Implementation) -> Any:
+    """Returns the module of an operation's implementation; one for an accelerator is imported when it is first used.
 
     Args:
-      static: arguments that are not arrays.
+      operation: a package of `pallas_kernels`, such as "quantize". Where a package has several operations, theirs are
+        "routing/gate" and "routing/rows": `hopper_gate` and `hopper_rows`, beside one `reference` for both.
+    """
+    package, _, part = operation.partition("/")
+    name = f"{implementation}_{part}" if part and implementation != "reference" else implementation
+    return importlib.import_module(f"pallas_kernels.{package}.{name}")
+
+
+def once_a_program(*static: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Returns a decorator that has a kernel traced, lowered and compiled once per program and shape.
+
+    Without it every call in a program is compiled for itself. A training step calls each kernel three times and more
+    (in the layer, in its recomputation, in the MTP modules), and compiling kernels is most of what compiling the step
+    takes. Interpreted kernels are left as they are: an interpreter's callbacks and the programs queued behind them can
+    wait for each other for ever.
+
+    Args:
+      static: names of the arguments that are not arrays.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:

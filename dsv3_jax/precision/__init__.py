@@ -1,4 +1,4 @@
-"""Section 3.3 of the report: what is computed in which format."""
+"""Precision recipes (report section 3.3): which products are computed in which format, and what they keep."""
 
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe
 from dsv3_jax.precision.linear import grouped_linear, grouped_swiglu_linear, linear, swiglu_linear

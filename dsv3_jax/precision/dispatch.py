@@ -1,7 +1,7 @@
-"""What tokens, and the gradients of what comes back for them, are while they travel to experts (report section 3.3.3).
+"""The formats in which tokens are sent to their experts, and gradients of experts' outputs (report section 3.3.3).
 
-Tiles of a recipe's width in FP8, with scales that are powers of two: quantising what such tiles stand for gives the
-same numbers again, so that nothing is lost by a second hop, nor where the product at the end quantises its input.
+Both are FP8 in tiles of the recipe's width whose scales are powers of two. Quantizing the numbers of such tiles gives
+the same tiles again, so neither a second hop nor the product on the receiving rank rounds a second time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dsv3_jax.precision.tiles import Tiles, quantize
 
 @dataclasses.dataclass(frozen=True)
 class TravelFormat:
-    """FP8 rows with a scale every `tile` numbers.
+    """FP8 rows with one scale per `tile` numbers.
 
     Attributes:
       tile: numbers that share a scale.
@@ -27,15 +27,15 @@ class TravelFormat:
     number_format: str
 
     def quantize(self, rows: Float[Array, "M d"]) -> Tiles:
-        """Values [M, d] in FP8 and float32 scales [M, ceil(d / tile)]."""
+        """Returns values [M, d] in FP8 and float32 scales [M, ceil(d / tile)]."""
         return quantize(rows, (1, self.tile), self.number_format, power_of_two=True)
 
 
 def travel_formats(recipe: Fp8Recipe | None) -> tuple[TravelFormat | None, TravelFormat | None]:
-    """Of tokens, and of the gradients of the experts' outputs; None is the dtype of the computation.
+    """Returns the formats of tokens and of gradients of the experts' outputs; None stands for the compute dtype.
 
-    That is what travels where the product behind it has no such tiles either: a scale a tensor, square blocks of
-    gradients, or no FP8 in that product.
+    The compute dtype is sent where the product that follows has no such tiles: with one scale per tensor, with square
+    blocks of gradients, or without FP8 in that product.
     """
     if recipe is None or not recipe.dispatch or not recipe.tile:
         return None, None

@@ -1,12 +1,12 @@
-"""A linear map in FP8, for one matrix or one matrix an expert, and what it keeps (report section 3.3, figure 6).
+"""A linear map in FP8, for one matrix or one per expert, with its gradients (report section 3.3, figure 6).
 
     forward          Y  = X Wᵀ    X 1x128 along its width, W 128x128
     input gradient   dX = dY W    dY 1x128 along its width, W 128x128
     weight gradient  dW = dYᵀ X   dY and X 128x1, along the tokens
 
-Kept for the backward pass (section 3.3.3): W in FP8; X in the FP8 tiles of the forward product, re-tiled when the
-weight gradient needs it; behind attention X in 12 bits; behind SwiGLU not X but the input of SwiGLU, in FP8. This is
-the whole recipe in one place: every `if` below is a field of `Fp8Recipe`.
+The map keeps for the backward pass (section 3.3.3): W in FP8; X in the FP8 tiles of the forward product, re-tiled when
+the weight gradient needs it; behind attention X in 12 bits; behind SwiGLU not X but the input of SwiGLU, in FP8. The
+whole recipe is in this file: every `if` on a recipe is a field of `Fp8Recipe`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from dsv3_jax.precision.e5m6 import PackedE5M6, pack, unpack
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe, Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.keeping import keep
-from dsv3_jax.precision.products import ROWS, columns_by_columns, rows_by_weights
+from dsv3_jax.precision.products import columns_by_columns, rows_by_weights
 from dsv3_jax.precision.swiglu import swiglu
 from dsv3_jax.precision.tiles import Tiles, dequantize, quantize
+from pallas_kernels import TILE
 
 
+@jax.named_scope("fp8_matmul")
 def fp8_product(
     x: Float[Array, "M in"],
     weight: Float[Array, "..."] | Fp8Weight,
@@ -81,6 +83,7 @@ def _backward(
         (x_bar,) = pull(x_bar)
     if isinstance(weight, Fp8Weight):
         return x_bar, None, None
+    assert operand is not None
     weight_bar = _weight_gradient(operand, cache, out_bar, for_columns, group_sizes, recipe, role)
     return x_bar, weight_bar.astype(weight_like.dtype), None
 
@@ -102,7 +105,7 @@ def _gradient_tiles(
     row_format, column_format = recipe.input_gradient, recipe.weight_gradient
     if isinstance(weight, Fp8Weight):
         out_bar, column_format = weight.pad(out_bar), "none"
-    report = row_format == column_format == "e4m3" and (row_tile, column_tile) == ((1, ROWS), (ROWS, 1))
+    report = row_format == column_format == "e4m3" and (row_tile, column_tile) == ((1, TILE), (TILE, 1))
     if report and row_powers == powers:
         rows, columns = pk.quantize_both(out_bar, power_of_two_scales=powers)
         return rows, columns.mT
@@ -121,6 +124,7 @@ def _input_gradient(
     if tiles is None:
         return _plain_product(out_bar, weight.astype(out_bar.dtype).mT, group_sizes)  # pyright: ignore
     stored = weight.tiles() if isinstance(weight, Fp8Weight) else weight
+    assert not isinstance(stored, jax.Array)
     return rows_by_weights(tiles, stored.mT, group_sizes, promotion=recipe.promotion, out_dtype=out_bar.dtype)
 
 
@@ -136,10 +140,10 @@ def _weight_gradient(
     if tiles is None:
         if group_sizes is None:
             return jnp.einsum("mn,mk->nk", out_bar, operand, preferred_element_type=jnp.float32)
-        return pk.grouped_weight_gradient(out_bar, operand, group_sizes, row_alignment=ROWS)
+        return pk.grouped_weight_gradient(out_bar, operand, group_sizes, row_alignment=TILE)
     tile = _along_column(recipe)
     powers = _rounded_scales(recipe, role)
-    if isinstance(cache, pk.Quantized) and tile == (ROWS, 1) and not role.swiglu:
+    if isinstance(cache, pk.Quantized) and tile == (TILE, 1) and not role.swiglu:
         columns = pk.requantize_transposed(cache, power_of_two_scales=powers).mT
     else:
         columns = quantize(operand, tile, "e4m3", power_of_two=powers)
@@ -151,13 +155,13 @@ def _input_tiles(x: Float[Array, "M in"], recipe: Fp8Recipe, role: Role) -> Tile
 
 
 def _rounded_scales(recipe: Fp8Recipe, role: Role) -> bool:
-    """Whether the input's scales are powers of two: where it changes tiles in 12 bits, or travels (3.3.3, 3.4.2)."""
+    """Returns whether the input's scales are powers of two, as they are behind attention and after dispatch (3.3.3)."""
     behind_attention = role.after_attention and recipe.after_attention == "e5m6"
     return recipe.power_of_two_scales or behind_attention or (role.dispatched and recipe.dispatch)
 
 
 def _cached(x: Array, tiles: Tiles, recipe: Fp8Recipe, role: Role) -> Any:
-    """What the backward pass will know of x."""
+    """Returns what is kept of x for the backward pass."""
     if role.swiglu:
         if not recipe.cache_swiglu_input:
             return _kept(x)
@@ -185,7 +189,7 @@ def _plain_product(x: Array, weight: Array | Fp8Weight, group_sizes: Array | Non
     weight = weight.astype(x.dtype)
     if group_sizes is None:
         return jnp.einsum("mk,nk->mn", x, weight)
-    return pk.grouped_matmul(x, weight, group_sizes, row_alignment=ROWS)
+    return pk.grouped_matmul(x, weight, group_sizes, row_alignment=TILE)
 
 
 def _along_row(recipe: Fp8Recipe) -> tuple[int, int]:

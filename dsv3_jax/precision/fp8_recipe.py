@@ -1,4 +1,4 @@
-"""The FP8 recipe of section 3.3 as data: every decision of the report is a field, so that each can be undone alone."""
+"""The settings of the FP8 recipe of section 3.3: each decision of the report is a field that can be changed alone."""
 
 from __future__ import annotations
 
@@ -6,42 +6,46 @@ import dataclasses
 from typing import Any, Literal, get_args
 
 from dsv3_jax.errors import ConfigError
+from pallas_kernels import TILE
 
 OperandFormat = Literal["e4m3", "none"]
 GradientFormat = Literal["e4m3", "e5m2", "none"]
 AttentionCache = Literal["e5m6", "e4m3", "none"]
-TILES = (0, 16, 32, 64, 128)
+TILES = (0, 16, 32, 64, TILE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fp8Recipe:
-    """How the linear maps of a model are computed and what they keep for the backward pass.
+    """Says how the linear maps of a model are computed and what they keep for the backward pass.
 
-    Where a product's tiles are 128 wide, in e4m3 and promoted, it is the public product of `pallas_kernels` (a kernel
-    where the device has one); every other choice is emulated in float32 on any device.
+    A product whose tiles are 128 wide, in e4m3 and promoted, is computed by `pallas_kernels` (by a kernel where the
+    device has one). Every other choice is emulated in float32 on any device.
 
     Attributes:
       forward: format of both operands of Y = X Wᵀ; "none" leaves this product to the compute dtype.
       input_gradient: format of dY in dX = dY W (W is e4m3); "none" leaves it to the compute dtype.
       weight_gradient: format of dY in dW = dYᵀ X (X is e4m3); "none" leaves it to the compute dtype.
-      tile: numbers along the contraction that share a scale, and the side of a weight's square blocks: 128 in the
-        report, 16, 32 or 64, or 0 for one scale a tensor.
-      promotion: sums leave the tensor core for float32 every 128 products; without, an accumulator of 14 bits (as
-        Hopper's) carries the whole sum.
-      block_wise_gradients: dY of the input gradient in square blocks, as weights are (appendix B.2: it diverges).
-      power_of_two_scales: of all activations and gradients, not only of those the report names.
+      tile: how many numbers along the contraction share a scale, and the side of a weight's square blocks: 128 in
+        the report, 16, 32 or 64, or 0 for one scale per tensor.
+      promotion: sums move from the tensor core to float32 after every 128 products; without it an accumulator of 14
+        bits, as Hopper's, holds the whole sum. On a CPU promoted sums are exact to float32's rounding, where a tensor
+        core's 14 bits within 128 products would leave errors of about 3e-4.
+      block_wise_gradients: quantize dY of the input gradient in square blocks, as weights are (appendix B.2: a
+        16B model diverged with it).
+      power_of_two_scales: round the scales of all activations and gradients up to powers of two, not only of those
+        that the report names.
       cache_activations: keep inputs of linear maps in FP8; False keeps them in the compute dtype.
       after_attention: what is kept of the attention's output, the next linear map's input: "e5m6" (12 bits, scales
         that are powers of two), "e4m3" or "none" (the compute dtype).
       cache_swiglu_input: keep the input of SwiGLU in FP8 and recompute its output; False keeps both as they are.
-      dispatch: tokens travel to the experts, and gradients to their down-projections, in FP8 whose scales are powers
-        of two. On one device nothing travels, but the scales are the same.
+      dispatch: send tokens to the experts, and gradients to their down-projections, in FP8 with scales that are
+        powers of two. On one device nothing is sent, but the scales are the same.
     """
 
     forward: OperandFormat = "e4m3"
     input_gradient: GradientFormat = "e4m3"
     weight_gradient: GradientFormat = "e4m3"
-    tile: int = 128
+    tile: int = TILE
     promotion: bool = True
     block_wise_gradients: bool = False
     power_of_two_scales: bool = False
@@ -69,13 +73,13 @@ class Fp8Recipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Role:
-    """Where in the model a linear map stands, as far as the recipe cares.
+    """Says what precedes and follows a linear map in the model, where the recipe depends on it.
 
     Attributes:
       after_attention: its input is the attention's output.
       swiglu: its input is SwiGLU of the array it is given.
-      dispatched: its input has travelled to an expert.
-      gradient_dispatched: the gradient of its output has.
+      dispatched: its input was dispatched to an expert.
+      gradient_dispatched: the gradient of its output was dispatched to an expert.
     """
 
     after_attention: bool = False

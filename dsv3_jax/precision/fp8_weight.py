@@ -75,7 +75,7 @@ class Fp8Weight:
         return dataclasses.replace(self, values=values, scales=scales, view=view)
 
     def reshape(self, *shape: int) -> Fp8Weight:
-        """Returns the same weights under another shape, of which one axis may be -1; nothing is moved or dequantized."""
+        """Returns the same weights under another shape, one axis of which may be -1; no data is moved."""
         known = -math.prod(shape) if -1 in shape else 1
         return dataclasses.replace(self, view=tuple(self.size // max(known, 1) if n == -1 else n for n in shape))
 

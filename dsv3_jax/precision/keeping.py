@@ -1,4 +1,4 @@
-"""The name by which the report's rematerialisation policy knows what it keeps (section 3.2.3)."""
+"""Marks the arrays that the report's recomputation policy keeps for the backward pass (section 3.2.3)."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ KEPT = "kept"
 
 
 def keep(x: jax.Array) -> jax.Array:
-    """`x` unchanged, kept for the backward pass by the report's policy."""
+    """Returns `x`, marked so that the report's recomputation policy keeps it for the backward pass."""
     return checkpoint_name(x, KEPT)

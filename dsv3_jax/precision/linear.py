@@ -1,6 +1,7 @@
-"""The linear maps of the model under a precision recipe: one matrix, and one matrix an expert; plain or behind SwiGLU.
+"""The linear maps of the model under a precision recipe: with one matrix or one per expert, plain or behind SwiGLU.
 
-The maps behind SwiGLU are given its input, so that a recipe can keep that in a small format and recompute the rest.
+A map behind SwiGLU takes the input of SwiGLU, so that a recipe can keep that in a small format and recompute the rest.
+Weights are arrays, or `Fp8Weight`s, which get no gradient.
 """
 
 from __future__ import annotations
@@ -12,23 +13,24 @@ from jaxtyping import Array, Float, Int
 import pallas_kernels
 from dsv3_jax.precision.fp8_layer import fp8_product
 from dsv3_jax.precision.fp8_recipe import Role
+from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.keeping import keep
-from dsv3_jax.precision.products import ROWS
 from dsv3_jax.precision.recipe import Precision
 from dsv3_jax.precision.swiglu import swiglu
+from pallas_kernels import TILE
 
 
 def linear(
     x: Float[Array, "*batch in"],
-    weight: Float[Array, "out in"],
+    weight: Float[Array, "out in"] | Fp8Weight,
     precision: Precision,
     *,
     after_attention: bool = False,
 ) -> Float[Array, "*batch out"]:
-    """y = W x with operands in the recipe's dtype (or FP8); summed in float32 and returned in that dtype.
+    """Returns y = W x in the recipe's dtype. Operands are in that dtype or in FP8; sums are in float32.
 
     Args:
-      after_attention: x is the attention's output, which recipes keep in a format of its own.
+      after_attention: x is the attention's output, which recipes keep for the backward pass in a format of its own.
     """
     dtype = precision.dtype
     if precision.fp8 is not None:
@@ -42,9 +44,9 @@ def linear(
 
 
 def swiglu_linear(
-    gate_up: Float[Array, "*batch 2 width"], weight: Float[Array, "out width"], precision: Precision
+    gate_up: Float[Array, "*batch 2 width"], weight: Float[Array, "out width"] | Fp8Weight, precision: Precision
 ) -> Float[Array, "*batch out"]:
-    """y = W (silu(gate) * up)."""
+    """Returns y = W (silu(gate) * up) in the recipe's dtype."""
     if precision.fp8 is None:
         return linear(swiglu(keep(gate_up)), weight, precision)
     flat = gate_up.reshape(-1, 2 * gate_up.shape[-1]).astype(precision.dtype)
@@ -54,13 +56,17 @@ def swiglu_linear(
 
 def grouped_linear(
     rows: Float[Array, "M in"],
-    weights: Float[Array, "E out in"],
+    weights: Float[Array, "E out in"] | Fp8Weight,
     group_sizes: Int[Array, " E"],
     *,
     row_alignment: int,
     precision: Precision,
 ) -> Float[Array, "M out"]:
-    """y_r = W_e x_r for rows sorted by expert e, `group_sizes[e]` of them each (multiples of `row_alignment`)."""
+    """Returns y_r = W_e x_r for rows r sorted by expert e.
+
+    Args:
+      group_sizes: the number of rows of each expert, multiples of `row_alignment`.
+    """
     dtype = precision.dtype
     if precision.fp8 is not None:
         role = Role(dispatched=True)
@@ -76,13 +82,13 @@ def grouped_linear(
 
 def grouped_swiglu_linear(
     gate_up: Float[Array, "M 2*width"],
-    weights: Float[Array, "E out width"],
+    weights: Float[Array, "E out width"] | Fp8Weight,
     group_sizes: Int[Array, " E"],
     *,
     row_alignment: int,
     precision: Precision,
 ) -> Float[Array, "M out"]:
-    """y_r = W_e (silu(gate_r) * up_r); each row of `gate_up` holds its gate, then its up part."""
+    """Returns y_r = W_e (silu(gate_r) * up_r); each row of `gate_up` holds its gate part, then its up part."""
     if precision.fp8 is None:
         hidden = swiglu(keep(gate_up).reshape(gate_up.shape[0], 2, -1))
         return grouped_linear(hidden, weights, group_sizes, row_alignment=row_alignment, precision=precision)
@@ -92,28 +98,28 @@ def grouped_swiglu_linear(
 
 def _fp8_by_group(
     rows: Float[Array, "M in"],
-    weights: Float[Array, "E out in"],
+    weights: Float[Array, "E out in"] | Fp8Weight,
     group_sizes: Int[Array, " E"],
     row_alignment: int,
     precision: Precision,
     role: Role,
 ) -> Float[Array, "M out"]:
-    """The product on groups of whole tiles: where they are not, rows move apart for it and back."""
+    """Returns the FP8 product; groups that are not whole tiles are padded to them first, and the padding is dropped."""
     assert precision.fp8 is not None
-    if row_alignment % ROWS == 0:
+    if row_alignment % TILE == 0:
         return fp8_product(rows, weights, group_sizes, precision.fp8, role)
     ends = jnp.cumsum(group_sizes)
-    wide_sizes = -(-group_sizes // ROWS) * ROWS
+    wide_sizes = -(-group_sizes // TILE) * TILE
     wide_ends = jnp.cumsum(wide_sizes)
-    shift = (wide_ends - wide_sizes) - (ends - group_sizes)  # how far each group moves
+    shift = (wide_ends - wide_sizes) - (ends - group_sizes)  # how far the rows of each group move
 
     count, experts = rows.shape[0], group_sizes.shape[0]
-    places = -(-(count + experts * (ROWS - 1)) // ROWS) * ROWS
-    group = jnp.minimum(jnp.searchsorted(wide_ends, jnp.arange(places), side="right"), experts - 1)
-    source = jnp.arange(places) - shift[group]
+    padded_rows = -(-(count + experts * (TILE - 1)) // TILE) * TILE
+    group = jnp.minimum(jnp.searchsorted(wide_ends, jnp.arange(padded_rows), side="right"), experts - 1)
+    source = jnp.arange(padded_rows) - shift[group]
     wide = jnp.where((source < ends[group])[:, None], rows[jnp.minimum(source, count - 1)], 0)
     out = fp8_product(wide, weights, wide_sizes, precision.fp8, role)
 
     own = jnp.minimum(jnp.searchsorted(ends, jnp.arange(count), side="right"), experts - 1)
-    place = jnp.minimum(jnp.arange(count) + shift[own], places - 1)
-    return jnp.where((jnp.arange(count) < ends[-1])[:, None], out[place], 0)
+    target = jnp.minimum(jnp.arange(count) + shift[own], padded_rows - 1)
+    return jnp.where((jnp.arange(count) < ends[-1])[:, None], out[target], 0)

@@ -1,7 +1,8 @@
-"""The three products of a linear map over FP8 tiles, for one matrix and for one matrix an expert (figure 6).
+"""The products of a linear map over FP8 tiles, for one matrix and for one per expert (report figure 6).
 
-Two tiled operands that fit go to the products of `pallas_kernels`. All others are multiplied as the float32 numbers
-they stand for; without promotion, with a tensor core's accumulator emulated.
+Operands in tiles that `pallas_kernels` knows are multiplied there; all others are dequantized to float32 first.
+Without promotion a tensor core's accumulator is emulated. Groups of rows are multiples of 128 rows, so that no tile
+along the rows belongs to two experts.
 """
 
 from __future__ import annotations
@@ -12,27 +13,27 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
 from dsv3_jax.precision.tiles import Tiles, dequantize
+from pallas_kernels import TILE
 
-ROWS = 128  # what groups are multiples of, so that no tile along the rows belongs to two experts
-_STEP = 32  # products that the tensor core adds at a time
-_BITS = 14  # that its accumulator keeps (section 3.3.2)
+_STEP = 32  # how many products the tensor core adds at a time
+_BITS = 14  # how many bits its accumulator keeps (section 3.3.2)
 
 
 def rows_by_weights(
     rows: Tiles, weights: Tiles, group_sizes: Int[Array, " E"] | None, *, promotion: bool, out_dtype: jnp.dtype
 ) -> Float[Array, "M out"]:
-    """rows[r] · Wᵀ, W that of the row's group: weights [out, in], or [E, out, in] with groups."""
+    """Returns rows[r] · Wᵀ, W being that of the row's group. `weights` is [out, in], or [E, out, in] with groups."""
     if promotion and _for_kernel(rows, weights, "128x128"):
         if group_sizes is None:
             return pk.blockwise_matmul(rows, weights, out_dtype=out_dtype)  # pyright: ignore
-        return pk.grouped_matmul(rows, weights, group_sizes, row_alignment=ROWS, out_dtype=out_dtype)  # pyright: ignore
+        return pk.grouped_matmul(rows, weights, group_sizes, row_alignment=TILE, out_dtype=out_dtype)  # pyright: ignore
     x, w = dequantize(rows), dequantize(weights)
     if promotion:
         product = _plain_rows_by_weights(x, w, group_sizes)
     elif group_sizes is None:
         product = _short_sums(x[None], w[None])[0]
     else:
-        blocks = x.reshape(-1, ROWS, x.shape[1])
+        blocks = x.reshape(-1, TILE, x.shape[1])
         product = _short_sums(blocks, w[_group_of_blocks(group_sizes, len(blocks))]).reshape(len(x), -1)
         product = jnp.where((jnp.arange(len(x)) < jnp.sum(group_sizes))[:, None], product, 0)
     return product.astype(out_dtype)
@@ -41,17 +42,17 @@ def rows_by_weights(
 def columns_by_columns(
     left: Tiles, right: Tiles, group_sizes: Int[Array, " E"] | None, *, promotion: bool
 ) -> Float[Array, "..."]:
-    """leftᵀ right over the rows, float32: [out, in], or [E, out, in] with groups. Tiles run along the rows."""
+    """Returns leftᵀ · right in float32, [out, in] or with groups [E, out, in]; tiles run along the rows."""
     left, right = left.mT, right.mT
     if promotion and _for_kernel(left, right, "1x128"):
         if group_sizes is None:
             return pk.blockwise_matmul(left, right, out_dtype=jnp.float32)  # pyright: ignore
-        return pk.grouped_weight_gradient(left, right, group_sizes, row_alignment=ROWS)  # pyright: ignore
+        return pk.grouped_weight_gradient(left, right, group_sizes, row_alignment=TILE)  # pyright: ignore
     a, b = dequantize(left), dequantize(right)
     if group_sizes is None:
         return _contract_last(a, b) if promotion else _short_sums(a[None], b[None])[0]
     if promotion:
-        return pk.grouped_weight_gradient(a.mT, b.mT, group_sizes, row_alignment=ROWS)
+        return pk.grouped_weight_gradient(a.mT, b.mT, group_sizes, row_alignment=TILE)
     return _short_sums_by_group(a.mT, b.mT, group_sizes)
 
 
@@ -63,7 +64,7 @@ def _for_kernel(left: Tiles, right: Tiles, right_tile: str) -> bool:
 def _plain_rows_by_weights(x: Array, w: Array, group_sizes: Int[Array, " E"] | None) -> Float[Array, "M out"]:
     if group_sizes is None:
         return _contract_last(x, w)
-    return pk.grouped_matmul(x, w, group_sizes, row_alignment=ROWS)
+    return pk.grouped_matmul(x, w, group_sizes, row_alignment=TILE)
 
 
 def _contract_last(a: Float[Array, "M K"], b: Float[Array, "N K"]) -> Float[Array, "M N"]:
@@ -71,12 +72,12 @@ def _contract_last(a: Float[Array, "M K"], b: Float[Array, "N K"]) -> Float[Arra
 
 
 def _group_of_blocks(group_sizes: Int[Array, " E"], blocks: int) -> Int[Array, " blocks"]:
-    ends = jnp.cumsum(group_sizes) // ROWS
+    ends = jnp.cumsum(group_sizes) // TILE
     return jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks), side="right"), group_sizes.shape[0] - 1)
 
 
 def _short_sums(a: Float[Array, "G M K"], b: Float[Array, "G N K"]) -> Float[Array, "G M N"]:
-    """a · bᵀ with the whole sum in a short accumulator."""
+    """Returns a · bᵀ, each sum held in one accumulator of 14 bits."""
     k = a.shape[-1]
 
     def steps(x: Array) -> Array:
@@ -93,9 +94,9 @@ def _short_sums(a: Float[Array, "G M K"], b: Float[Array, "G N K"]) -> Float[Arr
 def _short_sums_by_group(
     a: Float[Array, "M N"], b: Float[Array, "M K"], group_sizes: Int[Array, " E"]
 ) -> Float[Array, "E N K"]:
-    """aᵀ b over each group's rows, the same way."""
+    """Returns aᵀ · b over the rows of each group, each sum held in one accumulator of 14 bits."""
     a = jnp.where((jnp.arange(a.shape[0]) < jnp.sum(group_sizes))[:, None], a, 0)
-    groups = jnp.repeat(_group_of_blocks(group_sizes, a.shape[0] // ROWS), ROWS // _STEP)
+    groups = jnp.repeat(_group_of_blocks(group_sizes, a.shape[0] // TILE), TILE // _STEP)
 
     def add(total: Array, operands: tuple[Array, Array, Array]) -> tuple[Array, None]:
         left, right, group = operands
@@ -107,10 +108,10 @@ def _short_sums_by_group(
 
 
 def _shortened(total: Array, products: Array) -> Array:
-    """total + products as an accumulator of 14 bits adds them: both cut below the 14th bit of the larger.
+    """Returns total + products as an accumulator of 14 bits adds them: both are cut below the 14th bit of the larger.
 
-    The tensor core cuts each of the 32 products alike; here their exact sum is cut (`experiments/fp8_numerics.py`
-    emulates every term).
+    The tensor core cuts each of the 32 products; here their exact sum is cut (`experiments/fp8_numerics.py` emulates
+    every term).
     """
     _, exponent = jnp.frexp(jnp.maximum(jnp.abs(total), jnp.abs(products)))
     unit = jnp.ldexp(jnp.float32(1), exponent - _BITS)

@@ -1,7 +1,7 @@
-"""Which format each part of the model is computed in.
+"""Precision recipes: in which format each part of the model is computed.
 
-Parameters are stored in the dtype they were made in (float32 masters in training) and cast where they are used.
-Whatever the recipe, the router, softmax, norm statistics, RoPE and the logits are float32 (report section 3.3.1).
+Parameters are stored in the dtype they were made in (float32 masters in training) and cast where they are used. In
+every recipe the router, softmax, norm statistics, RoPE and the logits are float32 (report section 3.3.1).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dsv3_jax.precision.fp8_recipe import Fp8Recipe
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Precision:
-    """A precision recipe, given to the model as an object.
+    """A precision recipe, which a model is given when it is made.
 
     Attributes:
-      name: what people call it.
-      compute_dtype: dtype of activations and of the operands of matrix products, as a name jax.numpy knows.
-      fp8: how linear maps are computed in FP8 (section 3.3); None where they are not. Embedding, output head, router,
+      name: its name on the command line and in reports.
+      compute_dtype: name of the dtype of activations and of the operands of matrix products.
+      fp8: how linear maps are computed in FP8 (section 3.3); None for no FP8. Embedding, output head, router,
         norms, the attention core and the projection of MTP modules never are.
-      moment_dtype: of AdamW's moments (section 3.3.3), unless the training configuration names another.
+      moment_dtype: dtype of AdamW's moments (section 3.3.3), unless the training configuration names another.
     """
 
     name: str
@@ -45,22 +45,22 @@ class Precision:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """`compute_dtype` as a dtype object."""
+        """Returns `compute_dtype` as a dtype object."""
         return jnp.dtype(self.compute_dtype)
 
     @property
     def without_fp8(self) -> Precision:
-        """The same for a map that the report leaves in its original precision."""
+        """Returns the recipe without FP8, for a map that the report leaves in its original precision."""
         return self if self.fp8 is None else dataclasses.replace(self, fp8=None)
 
     @classmethod
     def preset(cls, name: str) -> Precision:
-        """The recipe called `name`; `auto` is bfloat16 where the default device is fast at it, float32 on a CPU.
+        """Returns the recipe called `name`; `auto` is float32 on a CPU and bfloat16 on other devices.
 
-        Fields may be changed behind the name, those of the FP8 recipe included: "fp8,promotion=false,tile=32".
+        Changes of fields may follow the name, those of the FP8 recipe included: "fp8,promotion=false,tile=32".
 
         Raises:
-          ConfigError: no such recipe or field, or a value it cannot have.
+          ConfigError: there is no such recipe or field, or the field cannot have that value.
         """
         name, *changes = name.split(",")
         if name == "auto":

@@ -1,4 +1,4 @@
-"""What a function keeps for its backward pass, counted without running it."""
+"""Counts what a function keeps for its backward pass, without running it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax
 
 
 def saved_bytes(function: Callable[..., Any], *arguments: Any) -> dict[str, int]:
-    """Bytes that differentiating `function` keeps, by dtype, read from its jaxpr.
+    """Returns how many bytes the backward pass of `function` needs from its forward pass, by dtype.
 
-    The values that `jax.vjp` hands from the forward to the backward pass, each counted once; the arguments themselves
-    (parameters, tokens), which exist anyway, are not counted. XLA may keep less, by recomputing what is cheap.
+    They are the values that `jax.vjp` hands on in the jaxpr, each counted once. The arguments themselves (parameters,
+    tokens) are not counted, since they exist anyway. XLA may keep less, by recomputing what is cheap.
 
     Args:
       arguments: arrays or their shapes; `function` is differentiated in the first.

@@ -1,4 +1,4 @@
-"""The activation of every feed-forward network (report section 2.1.2)."""
+"""SwiGLU, the activation of every feed-forward network (report section 2.1.2)."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from jaxtyping import Array, Float
 
 
 def swiglu(gate_up: Float[Array, "*batch 2 width"]) -> Float[Array, "*batch width"]:
-    """silu(gate) * up."""
+    """Returns silu(gate) * up."""
     return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]

@@ -1,4 +1,4 @@
-"""Matrices in FP8 with a scale a tile: the tiles of `pallas_kernels` where they fit, any others emulated (3.3.2)."""
+"""Matrices in FP8 with one scale per tile (report section 3.3.2): those of `pallas_kernels`, and others emulated."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 import pallas_kernels as pk
+from pallas_kernels.quantize.quantized import TILE_SHAPE
 
-_KERNEL_TILES: dict[tuple[int, int], str] = {(1, 128): "1x128", (128, 128): "128x128", (128, 1): "128x1"}
+_KERNEL_TILES = {shape: name for name, shape in TILE_SHAPE.items()}
 _DTYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
-_SMALLEST_MAGNITUDE = 1e-4  # of a tile, as in pallas_kernels: a tile of zeros has a finite scale
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("tile",))
 @dataclasses.dataclass(frozen=True)
 class EmulatedTiles:
-    """A matrix (or a stack of them) in a format or tile that no kernel has. A pytree.
+    """A matrix, or a stack of them, in a format or tile that no kernel has. A pytree.
 
     Attributes:
-      values: an FP8 dtype, [..., M, K].
-      scales: float32, one a tile, [..., ceil(M / tile rows), ceil(K / tile columns)].
+      values: [..., M, K] of an FP8 dtype.
+      scales: float32 [..., ceil(M / tile rows), ceil(K / tile columns)], one per tile.
       tile: rows and columns that share a scale.
     """
 
@@ -34,7 +34,7 @@ class EmulatedTiles:
 
     @property
     def mT(self) -> EmulatedTiles:
-        """The transposed matrix."""
+        """Returns the transposed matrix."""
         return EmulatedTiles(self.values.mT, self.scales.mT, (self.tile[1], self.tile[0]))
 
 
@@ -42,12 +42,12 @@ type Tiles = pk.Quantized | EmulatedTiles
 
 
 def quantize(x: Float[Array, "... M K"], tile: tuple[int, int], number_format: str, *, power_of_two: bool) -> Tiles:
-    """`x` in FP8.
+    """Returns `x` in FP8.
 
     Args:
-      tile: rows and columns that share a scale; (0, 0) for one scale a matrix.
+      tile: rows and columns that share a scale; (0, 0) for one scale per matrix.
       number_format: "e4m3" or "e5m2".
-      power_of_two: round scales up to powers of two.
+      power_of_two: round the scales up to powers of two.
     """
     if number_format == "e4m3" and tile in _KERNEL_TILES:
         return pk.quantize(x, tile=_KERNEL_TILES[tile], power_of_two_scales=power_of_two)  # pyright: ignore
@@ -61,7 +61,7 @@ def quantize(x: Float[Array, "... M K"], tile: tuple[int, int], number_format: s
 
 
 def dequantize(q: Tiles) -> Float[Array, "... M K"]:
-    """The numbers that `q` stands for, in float32."""
+    """Returns the numbers that `q` stands for, in float32."""
     if isinstance(q, pk.Quantized):
         return pk.dequantize(q)
     return q.values.astype(jnp.float32) * _spread(q.scales, q.tile, q.values.shape)
@@ -70,12 +70,12 @@ def dequantize(q: Tiles) -> Float[Array, "... M K"]:
 def magnitude_scales(
     x: Float[Array, "... M K"], tile: tuple[int, int], largest: float, *, power_of_two: bool
 ) -> Float[Array, "... m k"]:
-    """The multiplier that brings each tile's largest magnitude to `largest`; NaN where that is not finite."""
+    """Returns each tile's scale, its largest magnitude over `largest`; NaN where that magnitude is not finite."""
     *batch, m, k = x.shape
     rows, columns = tile
     padded = jnp.pad(jnp.abs(x), [(0, 0)] * len(batch) + [(0, -m % rows), (0, -k % columns)])
     amax = jnp.max(padded.reshape(*batch, -(-m // rows), rows, -(-k // columns), columns), axis=(-3, -1))
-    scales = jnp.maximum(amax, _SMALLEST_MAGNITUDE) / largest
+    scales = jnp.maximum(amax, pk.MIN_AMAX) / largest
     if power_of_two:
         mantissa, exponent = jnp.frexp(scales)
         scales = jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5))

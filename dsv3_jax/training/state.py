@@ -66,7 +66,8 @@ def split_trained(params: nnx.State) -> tuple[nnx.State, nnx.State]:
 
     Only the first have gradients, optimizer state and a running average that differs. `nnx.merge_state` undoes it.
     """
-    return nnx.split_state(params, lambda path, variable: not isinstance(variable.get_value(), Fp8Weight), ...)
+    trained, kept = nnx.split_state(params, lambda path, variable: not isinstance(variable.get_value(), Fp8Weight), ...)
+    return trained, kept
 
 
 def split_model(model: DeepSeekV3) -> tuple[Skeleton, nnx.State, Float[Array, "layers E"]]:

@@ -9,15 +9,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.blockwise_matmul import reference
-from pallas_kernels.device import Implementation, choose_implementation
+from pallas_kernels.device import Implementation, choose_implementation, kernel_module
 from pallas_kernels.quantize.quantized import Quantized, check_quantized
 
 __all__ = ["blockwise_matmul"]
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "hopper", "tpu")
 
-
+@jax.named_scope("blockwise_matmul")
 def blockwise_matmul(
     a: Quantized,
     b: Quantized,
@@ -28,7 +26,7 @@ def blockwise_matmul(
 ) -> Float[Array, "M N"]:
     """A·Bᵀ (+ accumulator): partial sums promoted to float32, with both scales, every 128 of K.
 
-    Both operands lie with K contiguous. Not differentiable: differentiate `fp8_matmul`.
+    K is the last axis of both operands. Not differentiable: see `pallas_kernels.quantize`.
 
     Args:
       a: [M, K] in 1x128 tiles.
@@ -40,26 +38,20 @@ def blockwise_matmul(
       ValueError, TypeError: shapes, tiles or dtypes that do not fit, an implementation that cannot run here.
     """
     _check(a, b, accumulator, out_dtype)
-    name = choose_implementation(implementation, IMPLEMENTATIONS)
+    name = choose_implementation(implementation)
     return _product(a, b, accumulator, name, jnp.dtype(out_dtype))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _product(a, b, accumulator, name, out_dtype):
-    if name == "hopper":
-        from pallas_kernels.blockwise_matmul import hopper
-
-        return hopper.matmul(a, b, accumulator, out_dtype)
-    if name == "tpu":
-        from pallas_kernels.blockwise_matmul import tpu
-
-        return tpu.matmul(a, b, accumulator, out_dtype)
-    return reference.matmul(a, b, accumulator).astype(out_dtype)
+    return kernel_module("blockwise_matmul", name).matmul(a, b, accumulator, out_dtype)
 
 
 @_product.defjvp
 def _refuse(name, out_dtype, primals, tangents):
-    raise TypeError("blockwise_matmul carries no gradient: differentiate fp8_matmul, or apply lax.stop_gradient first")
+    raise TypeError(
+        "blockwise_matmul carries no gradient: give it one (jax.custom_vjp) or apply lax.stop_gradient first"
+    )
 
 
 def _check(a, b, accumulator, out_dtype) -> None:

@@ -37,19 +37,7 @@ def hopper() -> list[Case]:
         case("128x128 blocks, 1000 x 333 x 200", None, "128x128", jnp.bfloat16, sizes=(1000, 333, 200)),
         case("1x128 tiles, 1000 x 333 x 200, float32 added to", None, "1x128", jnp.float32, True, (1000, 333, 200)),
     ]
-    return [*sorted(cases(), key=lambda case: case.name), *ragged, _layer()]
-
-
-def _layer() -> Case:
-    """A Linear layer's three products through the public functions, which choose by the target."""
-    from pallas_kernels.fp8_matmul import fp8_matmul
-
-    def gradients(x, w, out_bar):
-        out, pull = jax.vjp(fp8_matmul, x, w)
-        return out, pull(out_bar)
-
-    x, w, out = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((_M, _K), (2112, _K), (_M, 2112)))
-    return Case("fp8_matmul and its gradients", gradients, (x, w, out))
+    return [*sorted(cases(), key=lambda case: case.name), *ragged]
 
 
 def _words(tiling: Tiling) -> str:

@@ -23,14 +23,13 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.blockwise_matmul.tuning import BLOCK_K, Tiling, choose_tiling
+from pallas_kernels.blockwise_matmul.tuning import WARPGROUP_ROWS, Tiling, choose_tiling
 from pallas_kernels.device import once_a_program
 from pallas_kernels.hopper_launch import multiprocessors, pad_to, swizzled
-from pallas_kernels.quantize.quantized import E4M3, Quantized
+from pallas_kernels.quantize.quantized import E4M3, PROMOTION_INTERVAL, TILE, Quantized
 
 CONSUMERS = 2
 PRODUCER = 2  # the third warpgroup
-WARPGROUP_ROWS = 64
 PRODUCER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
 
@@ -80,9 +79,10 @@ def _launch(operands, shape, out_dtype, by_column, tiling, interpret):
     stages, tile_m, tile_n, cluster = tiling.stages, tiling.tile_m, tiling.tile_n, tiling.cluster
     has_accumulator, depth = len(operands) == 5, operands[0].shape[1]
     freed = {"num_arrivals": CONSUMERS, "num_barriers": stages}
+    transforms = swizzled(PROMOTION_INTERVAL, E4M3, depth)
     scratch: dict[str, Any] = {
-        "a_smem": plgpu.SMEM((stages, tile_m, BLOCK_K), E4M3, transforms=swizzled(BLOCK_K, E4M3, depth)),
-        "b_smem": plgpu.SMEM((stages, tile_n, BLOCK_K), E4M3, transforms=swizzled(BLOCK_K, E4M3, depth)),
+        "a_smem": plgpu.SMEM((stages, tile_m, PROMOTION_INTERVAL), E4M3, transforms=transforms),
+        "b_smem": plgpu.SMEM((stages, tile_n, PROMOTION_INTERVAL), E4M3, transforms=transforms),
         "b_scales_smem": plgpu.SMEM((stages, tile_n), jnp.float32) if by_column else None,
         "out_smem": plgpu.SMEM(
             (CONSUMERS, tile_n // tiling.scale_columns, WARPGROUP_ROWS, tiling.scale_columns),
@@ -113,7 +113,7 @@ def _kernel(*refs, tiling: Tiling, by_column: bool, has_accumulator: bool, **scr
     """One block. `refs`: a, its scales, b, its scales, (accumulator,) out, all in global memory; `scratch` by name."""
     accumulator = refs[4] if has_accumulator else None
     a, a_scales, b, b_scales, out = *refs[:4], refs[-1]
-    k_steps = pl.cdiv(a.shape[1], BLOCK_K)
+    k_steps = pl.cdiv(a.shape[1], PROMOTION_INTERVAL)
     m_tiles, n_tiles = pl.cdiv(out.shape[0], tiling.tile_m * tiling.cluster), pl.cdiv(out.shape[1], tiling.tile_n)
     warpgroup, cluster_rank = lax.axis_index("warpgroup"), lax.axis_index("cluster")
 
@@ -161,7 +161,7 @@ def _produce(
             def _():
                 plgpu.barrier_wait(freed.at[stage])
 
-            depth = pl.ds(k * BLOCK_K, BLOCK_K)
+            depth = pl.ds(k * PROMOTION_INTERVAL, PROMOTION_INTERVAL)
             arrived = filled.at[stage]
             plgpu.copy_gmem_to_smem(a.at[rows, depth], a_smem.at[stage], arrived)
             plgpu.copy_gmem_to_smem(b.at[columns, depth], b_smem.at[stage], arrived, collective_axes=together)
@@ -197,7 +197,7 @@ def _consume(
         if b_scales is None:
             return rows, ()
         last = b_scales.shape[0] - 1
-        blocks = (jnp.minimum(lax.div(column + part * width, BLOCK_K), last) for part in parts)
+        blocks = (jnp.minimum(lax.div(column + part * width, TILE), last) for part in parts)
         return rows, tuple(b_scales[block, k] for block in blocks)
 
     def multiply(stage, acc):

@@ -1,45 +1,29 @@
 """The FP8 product in plain jax.numpy.
 
-`matmul_by_blocks` is the definition (report, section 3.3.2): exact products of e4m3 values are summed over 128 of K,
-the partial sum is promoted to float32 and multiplied by both scales there. `matmul` is the same sum with the scales
-multiplied in first, one float32 product: equal up to the rounding of float32, and as fast as any product.
+The definition (report, section 3.3.2), block l of K being the l-th PROMOTION_INTERVAL columns of both operands:
+
+    C[i, j] = sum over l of  scale_a[i, l] * scale_b[j, l] * (sum over k in block l of a[i, k] * b[j, k])
+
+A kernel has the inner sum in the tensor core's accumulator and the outer one in float32 registers: the promotion. In
+float32 products of e4m3 values are exact, so here the scales are multiplied in first and the sum is one product: equal
+to the definition up to the rounding of float32, and as fast as any product.
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.quantize.quantized import Quantized
 from pallas_kernels.quantize.reference import dequantize
 
-BLOCK_K = 128
 
-
-def matmul(a: Quantized, b: Quantized, accumulator: Float[Array, "M N"] | None) -> Float[Array, "M N"]:
-    """A·Bᵀ (+ accumulator), float32."""
-    float32 = jnp.dtype(jnp.float32)
-    return _add(_contract(dequantize(a, float32), dequantize(b, float32)), accumulator)
-
-
-def matmul_by_blocks(a: Quantized, b: Quantized, accumulator: Float[Array, "M N"] | None) -> Float[Array, "M N"]:
-    """A·Bᵀ (+ accumulator), float32, block by block of K as the hardware does it."""
-    total = jnp.zeros((a.shape[0], b.shape[0]), jnp.float32)
-    for block in range(a.scales.shape[1]):
-        k = slice(block * BLOCK_K, (block + 1) * BLOCK_K)
-        partial = _contract(a.values[:, k].astype(jnp.float32), b.values[:, k].astype(jnp.float32))
-        total += partial * a.scales[:, block, None] * _row_scales(b)[None, :, block]
-    return _add(total, accumulator)
-
-
-def _row_scales(b: Quantized) -> Float[Array, "N K/128"]:
-    return b.scales if b.tile == "1x128" else jnp.repeat(b.scales, BLOCK_K, axis=0)[: b.shape[0]]
-
-
-def _contract(a: Float[Array, "M K"], b: Float[Array, "N K"]) -> Float[Array, "M N"]:
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
-
-
-def _add(product: Float[Array, "M N"], accumulator: Float[Array, "M N"] | None) -> Float[Array, "M N"]:
-    return product if accumulator is None else accumulator + product
+def matmul(
+    a: Quantized, b: Quantized, accumulator: Float[Array, "M N"] | None, out_dtype: DTypeLike
+) -> Float[Array, "M N"]:
+    """Returns A·Bᵀ (+ accumulator), summed in float32."""
+    left, right = (dequantize(q, jnp.dtype(jnp.float32)) for q in (a, b))
+    product = lax.dot_general(left, right, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+    return (product if accumulator is None else accumulator + product).astype(out_dtype)

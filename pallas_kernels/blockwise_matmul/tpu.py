@@ -18,11 +18,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.device import once_a_program
-from pallas_kernels.quantize.quantized import Quantized
+from pallas_kernels.device import LANES, once_a_program
+from pallas_kernels.quantize.quantized import PROMOTION_INTERVAL, TILE, Quantized
 
-BLOCK_K = 128
-_MAX_K_BLOCKS = 8  # of 128 in one grid step
+_MAX_K_BLOCKS = 8  # promotion intervals in one grid step
 _TILE_M = 512
 _TILE_N = 512
 
@@ -38,17 +37,20 @@ def matmul(
 ) -> Float[Array, "M N"]:
     """A·Bᵀ (+ accumulator); operands as in `blockwise_matmul`. K is padded to a multiple of 128 where it is none."""
     (m, k), n = a.shape, b.shape[0]
-    blocks = pl.cdiv(k, BLOCK_K)
+    blocks = pl.cdiv(k, PROMOTION_INTERVAL)
     step = math.gcd(blocks, _MAX_K_BLOCKS)
-    a_values, b_values = (jnp.pad(q.values, ((0, 0), (0, -k % BLOCK_K))) if k % BLOCK_K else q.values for q in (a, b))
+    a_values, b_values = (
+        jnp.pad(q.values, ((0, 0), (0, -k % PROMOTION_INTERVAL))) if k % PROMOTION_INTERVAL else q.values
+        for q in (a, b)
+    )
     # One scale a column of the product and block of K: lanes along N, as the product has it.
-    b_scales = (b.scales if b.tile == "1x128" else jnp.repeat(b.scales, BLOCK_K, axis=0)[:n]).T[:, None]
-    tile_m, tile_n = min(_TILE_M, m + -m % 32), min(_TILE_N, n + -n % 128)
+    b_scales = (b.scales if b.tile == "1x128" else jnp.repeat(b.scales, TILE, axis=0)[:n]).T[:, None]
+    tile_m, tile_n = min(_TILE_M, m + -m % 32), min(_TILE_N, n + -n % LANES)
     operands = [a_values, a.scales, b_values, b_scales]
     in_specs = [
-        pl.BlockSpec((tile_m, step * BLOCK_K), lambda i, j, s: (i, s)),
+        pl.BlockSpec((tile_m, step * PROMOTION_INTERVAL), lambda i, j, s: (i, s)),
         pl.BlockSpec((tile_m, blocks), lambda i, j, s: (i, 0)),
-        pl.BlockSpec((tile_n, step * BLOCK_K), lambda i, j, s: (j, s)),
+        pl.BlockSpec((tile_n, step * PROMOTION_INTERVAL), lambda i, j, s: (j, s)),
         pl.BlockSpec((step, 1, tile_n), lambda i, j, s: (s, 0, j)),
     ]
     if accumulator is not None:
@@ -77,7 +79,7 @@ def _kernel(a_ref, a_scales_ref, b_ref, b_scales_ref, *refs, step: int, has_accu
         total_ref[...] = jnp.zeros_like(total_ref) if accumulator_ref is None else accumulator_ref[...]
 
     for s in range(step):
-        at = pl.ds(s * BLOCK_K, BLOCK_K)
+        at = pl.ds(s * PROMOTION_INTERVAL, PROMOTION_INTERVAL)
         partial = lax.dot_general(
             a_ref[:, at].astype(jnp.bfloat16),
             b_ref[:, at].astype(jnp.bfloat16),

@@ -6,8 +6,10 @@ import dataclasses
 import math
 
 from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES
+from pallas_kernels.quantize.quantized import PROMOTION_INTERVAL, TILE
 
-BLOCK_K = 128
+WARPGROUP_ROWS = 64  # rows of a tile that one warpgroup multiplies: M of a wgmma
+TILE_M = 2 * WARPGROUP_ROWS  # rows of a block's tile: two consumer warpgroups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,15 +24,17 @@ class Tiling:
       raster_width: width of the snake along N in which tiles are visited, for reuse in L2.
     """
 
-    tile_m: int = 128
+    tile_m: int = TILE_M
     tile_n: int = 128
     stages: int = 4
     cluster: int = 1
     raster_width: int = 8
 
     def __post_init__(self) -> None:
-        if self.tile_m != 128:
-            raise ValueError(f"tile_m must be 128 (64 rows a consumer warpgroup), not {self.tile_m}")
+        if self.tile_m != TILE_M:
+            raise ValueError(
+                f"tile_m must be {TILE_M} ({WARPGROUP_ROWS} rows per consumer warpgroup), not {self.tile_m}"
+            )
         if self.tile_n not in (64, 128, 192):
             raise ValueError(f"tile_n must be 64, 128 or 192 (accumulators live in registers), not {self.tile_n}")
         if self.cluster not in (1, 2) or self.stages < 2 or self.raster_width < 1:
@@ -39,11 +43,11 @@ class Tiling:
     @property
     def scale_columns(self) -> int:
         """Columns that one scale of a 128x128 block covers whatever tile of N they are in."""
-        return math.gcd(self.tile_n, BLOCK_K)
+        return math.gcd(self.tile_n, TILE)
 
     def shared_memory_bytes(self, out_bytes: int) -> int:
-        a_stage = self.tile_m * (BLOCK_K + 4)
-        b_stage = self.tile_n * (BLOCK_K + 4)
+        a_stage = self.tile_m * (PROMOTION_INTERVAL + 4)
+        b_stage = self.tile_n * (PROMOTION_INTERVAL + 4)
         return self.stages * (a_stage + b_stage) + self.tile_m * self.tile_n * out_bytes + 2048
 
     def fits(self, out_bytes: int) -> bool:
@@ -79,14 +83,14 @@ def estimated_cycles(tiling: Tiling, m: int, n: int, k: int, multiprocessors: in
                     promotion: tile_n / 2 fused multiply-adds and as many zeros for the next accumulator, a warp
     """
     step = {
-        "tensor cores": tiling.tile_m * tiling.tile_n * BLOCK_K / 4096,
-        "L2": BLOCK_K * (tiling.tile_m + tiling.tile_n / tiling.cluster) / L2_BYTES_PER_CYCLE,
-        "one warpgroup": tiling.tile_m * tiling.tile_n * BLOCK_K / 4096 / 2 + tiling.tile_n + 140,
+        "tensor cores": tiling.tile_m * tiling.tile_n * PROMOTION_INTERVAL / 4096,
+        "L2": PROMOTION_INTERVAL * (tiling.tile_m + tiling.tile_n / tiling.cluster) / L2_BYTES_PER_CYCLE,
+        "one warpgroup": tiling.tile_m * tiling.tile_n * PROMOTION_INTERVAL / 4096 / 2 + tiling.tile_n + 140,
     }
     bound = max(step, key=step.__getitem__)
     clusters = -(-m // (tiling.tile_m * tiling.cluster)) * -(-n // tiling.tile_n)
     rounds = -(-clusters // (multiprocessors // tiling.cluster))
-    return {bound: rounds * -(-k // BLOCK_K) * step[bound], "epilogues": rounds * EPILOGUE_CYCLES}
+    return {bound: rounds * -(-k // PROMOTION_INTERVAL) * step[bound], "epilogues": rounds * EPILOGUE_CYCLES}
 
 
 def candidates(out_bytes: int) -> tuple[Tiling, ...]:

@@ -6,7 +6,7 @@ Plain operands (float32, bfloat16) or FP8 ones (`Quantized`, report section 3.3.
     grouped_weight_gradient   groups along the contraction  out[g]  = lhs[rows of g]ᵀ · rhs[rows of g]
     masked_grouped_matmul     a fixed room a group          out[g, r] = lhs[g, r] · rhs[g]ᵀ for r < counts[g]
 
-The first is differentiable in plain operands; `fp8_grouped_matmul` is the differentiable FP8 product.
+Only the first is differentiable, and only in plain operands.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import Implementation, choose_implementation
 from pallas_kernels.grouped_matmul import dispatch
+from pallas_kernels.grouped_matmul.alignment import ROW_ALIGNMENT
 from pallas_kernels.grouped_matmul.checks import check_contraction, check_masked, check_rows
 from pallas_kernels.quantize.quantized import Quantized
 
 __all__ = ["grouped_matmul", "grouped_weight_gradient", "masked_grouped_matmul", "preferred_row_alignment"]
 
 _BLOCKS = (64, 32, 16, 8, 4, 2, 1)
-_KERNEL_ALIGNMENT = 128  # rows of a kernel's tile, and of an FP8 tile along the rows
 
 
 def preferred_row_alignment(rows: int, groups: int, implementation: Implementation | None = None) -> int:
@@ -35,12 +35,13 @@ def preferred_row_alignment(rows: int, groups: int, implementation: Implementati
     A tile's rows on an accelerator. On a CPU padding costs half a block a group on average and small blocks cost
     trips: the block is the largest of up to 64 rows that an even group would fill. FP8 products need 128 everywhere.
     """
-    if choose_implementation(implementation, dispatch.KERNELS) != "reference":
-        return _KERNEL_ALIGNMENT
+    if choose_implementation(implementation) != "reference":
+        return ROW_ALIGNMENT
     even = max(rows // groups, 1)
     return next(block for block in _BLOCKS if block <= even)
 
 
+@jax.named_scope("grouped_matmul")
 def grouped_matmul(
     lhs: Float[Array, "M K"] | Quantized,
     rhs: Float[Array, "G N K"] | Quantized,
@@ -71,6 +72,7 @@ def grouped_matmul(
     return _grouped_matmul(lhs, rhs, group_sizes, row_alignment, out_dtype, implementation)
 
 
+@jax.named_scope("grouped_weight_gradient")
 def grouped_weight_gradient(
     lhs: Float[Array, "M N"] | Quantized,
     rhs: Float[Array, "M K"] | Quantized,
@@ -96,6 +98,7 @@ def grouped_weight_gradient(
     return dispatch.rows_by_rows(lhs, rhs, group_sizes, row_alignment, implementation)  # pyright: ignore
 
 
+@jax.named_scope("masked_grouped_matmul")
 def masked_grouped_matmul(
     lhs: Float[Array, "G M K"] | Quantized,
     rhs: Float[Array, "G N K"] | Quantized,

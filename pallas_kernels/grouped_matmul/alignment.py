@@ -7,6 +7,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.quantize.quantized import TILE
+
+# Kernels ask every group size to be a multiple of this: then no tile of a kernel, and no FP8 tile along the rows, holds
+# rows of two groups.
+ROW_ALIGNMENT = TILE
+
 
 class Alignment(NamedTuple):
     """Where rows go.

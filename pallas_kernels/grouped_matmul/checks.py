@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from pallas_kernels.grouped_matmul.alignment import ROW_ALIGNMENT
 from pallas_kernels.quantize.quantized import Quantized, check_quantized
-
-FP8_ROWS = 128
 
 
 def check_rows(lhs, rhs, group_sizes, row_alignment: int) -> bool:
@@ -43,9 +42,9 @@ def check_contraction(lhs, rhs, group_sizes, row_alignment: int) -> bool:
         raise ValueError(f"group_sizes must have one dimension, not shape {group_sizes.shape}")
     _check_group_vector("group_sizes", group_sizes, group_sizes.shape[0])
     _check_alignment(lhs.shape[axis], row_alignment)
-    if quantized and row_alignment % FP8_ROWS:
+    if quantized and row_alignment % ROW_ALIGNMENT:
         raise ValueError(
-            f"row_alignment must be a multiple of {FP8_ROWS} for FP8 operands, whose tiles run along the rows, "
+            f"row_alignment must be a multiple of {ROW_ALIGNMENT} for FP8 operands, whose tiles run along the rows, "
             f"not {row_alignment}"
         )
     return quantized

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.device import Implementation, choose_implementation
+from pallas_kernels.device import IMPLEMENTATIONS, Implementation, choose_implementation, kernel_module
 from pallas_kernels.grouped_matmul import reference
-from pallas_kernels.grouped_matmul.alignment import align, take_rows
+from pallas_kernels.grouped_matmul.alignment import ROW_ALIGNMENT, align, take_rows
 from pallas_kernels.quantize.quantized import Quantized
 from pallas_kernels.quantize.reference import dequantize
 
-KERNELS: tuple[Implementation, ...] = ("reference", "hopper", "tpu")
-TILE_ROWS = 128  # what the kernels ask group sizes to be multiples of
 _SMALLEST_BLOCK = 8  # on a CPU, smaller promises are aligned anew: a trip a row would cost more than the copy
 _FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -22,7 +18,7 @@ _FLOAT32 = jnp.dtype(jnp.float32)
 def choose(requested: Implementation | None, lhs: Array | Quantized) -> Implementation:
     """The implementation for these operands; float32 ones have no kernel (tensor cores would round them)."""
     has_kernel = isinstance(lhs, Quantized) or lhs.dtype == jnp.bfloat16
-    return choose_implementation(requested, KERNELS if has_kernel else ("reference",))  # pyright: ignore
+    return choose_implementation(requested, IMPLEMENTATIONS if has_kernel else ("reference",))
 
 
 def rows_by_weights(
@@ -43,7 +39,9 @@ def rows_by_weights(
         return take_rows(out, layout.destination)
     if implementation == "reference":
         return reference.rows_by_weights(lhs, rhs, group_sizes, row_alignment, transposed).astype(out_dtype)
-    return _module(implementation).rows_by_weights(lhs, rhs, group_sizes, out_dtype, transposed=transposed)
+    return kernel_module("grouped_matmul", implementation).rows_by_weights(
+        lhs, rhs, group_sizes, out_dtype, transposed=transposed
+    )
 
 
 def rows_by_quantized_weights(
@@ -57,12 +55,12 @@ def rows_by_quantized_weights(
     if implementation == "reference":
         plain = dequantize(lhs, _FLOAT32), dequantize(rhs, _FLOAT32)
         return rows_by_weights(*plain, group_sizes, row_alignment, out_dtype, implementation)
-    if row_alignment % TILE_ROWS:
-        layout = align(lhs.shape[0], group_sizes, TILE_ROWS)
+    if row_alignment % ROW_ALIGNMENT:
+        layout = align(lhs.shape[0], group_sizes, ROW_ALIGNMENT)
         aligned = Quantized(take_rows(lhs.values, layout.source), take_rows(lhs.scales, layout.source), lhs.tile)
-        out = rows_by_quantized_weights(aligned, rhs, layout.group_sizes, TILE_ROWS, out_dtype, implementation)
+        out = rows_by_quantized_weights(aligned, rhs, layout.group_sizes, ROW_ALIGNMENT, out_dtype, implementation)
         return take_rows(out, layout.destination)
-    return _module(implementation).rows_by_weights(lhs, rhs, group_sizes, out_dtype)
+    return kernel_module("grouped_matmul", implementation).rows_by_weights(lhs, rhs, group_sizes, out_dtype)
 
 
 def rows_by_rows(
@@ -79,7 +77,7 @@ def rows_by_rows(
         return rows_by_rows(*aligned, layout.group_sizes, granule, implementation)
     if implementation == "reference":
         return reference.rows_by_rows(lhs, rhs, group_sizes, row_alignment)
-    return _module(implementation).rows_by_rows(lhs, rhs, group_sizes)
+    return kernel_module("grouped_matmul", implementation).rows_by_rows(lhs, rhs, group_sizes)
 
 
 def quantized_rows_by_rows(
@@ -92,7 +90,7 @@ def quantized_rows_by_rows(
     if implementation == "reference":
         plain = dequantize(lhs, _FLOAT32).T, dequantize(rhs, _FLOAT32).T
         return reference.rows_by_rows(*plain, group_sizes, row_alignment)
-    return _module(implementation).rows_by_rows(lhs, rhs, group_sizes)
+    return kernel_module("grouped_matmul", implementation).rows_by_rows(lhs, rhs, group_sizes)
 
 
 def masked(
@@ -106,18 +104,13 @@ def masked(
         if isinstance(lhs, Quantized) and isinstance(rhs, Quantized):
             lhs, rhs = dequantize(lhs, _FLOAT32), dequantize(rhs, _FLOAT32)
         return reference.masked(lhs, rhs, counts).astype(out_dtype)  # pyright: ignore[reportArgumentType]
-    return _module(implementation).masked(lhs, rhs, counts, out_dtype)
+    return kernel_module("grouped_matmul", implementation).masked(lhs, rhs, counts, out_dtype)
 
 
 def _granule(rows: int, groups: int, row_alignment: int, implementation: Implementation) -> int:
     """What row alignment the implementation needs or is much faster with."""
     if implementation != "reference":
-        return TILE_ROWS
+        return ROW_ALIGNMENT
     if row_alignment >= _SMALLEST_BLOCK or rows < 2 * _SMALLEST_BLOCK * groups:
         return row_alignment
     return _SMALLEST_BLOCK
-
-
-def _module(implementation: Implementation):
-    """The kernels of an accelerator, loaded where they run."""
-    return importlib.import_module(f"pallas_kernels.grouped_matmul.{implementation}")

@@ -28,16 +28,15 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.blockwise_matmul.tuning import TILE_M, WARPGROUP_ROWS
 from pallas_kernels.device import once_a_program
-from pallas_kernels.grouped_matmul.tiling import PART, STAGE_BYTES, TILE_M, WARPGROUPS, Groups, Tiling, choose_tiling
+from pallas_kernels.grouped_matmul.tiling import PART, STAGE_BYTES, WARPGROUPS, Groups, Tiling, choose_tiling
 from pallas_kernels.hopper_launch import multiprocessors, pad_to, swizzled
-from pallas_kernels.quantize.quantized import Quantized
+from pallas_kernels.quantize.quantized import TILE, Quantized
 
 PRODUCER = WARPGROUPS  # the third warpgroup
-WARPGROUP_ROWS = 64
 PRODUCER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
-SCALE = 128  # extent of a scale's block
 ALIKE = 64  # columns of bfloat16 in the widest swizzle: wgmma wants both operands' alike if one is to be transposed
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
@@ -343,7 +342,7 @@ def _consume(
             if b_scales_smem is not None:
                 return rows, ()
             last = scales[1].shape[1] - 1
-            blocks = (jnp.minimum(lax.div(tile.column + part * PART, SCALE), last) for part in parts)
+            blocks = (jnp.minimum(lax.div(tile.column + part * PART, TILE), last) for part in parts)
             return rows, tuple(scales[1][tile.group, block, k] for block in blocks)
 
         def accumulate(k, carry):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pallas_kernels.blockwise_matmul.tuning import EPILOGUE_CYCLES, L2_BYTES_PER_CYCLE
+from pallas_kernels.blockwise_matmul.tuning import EPILOGUE_CYCLES, L2_BYTES_PER_CYCLE, TILE_M
 from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES
+from pallas_kernels.quantize.quantized import PROMOTION_INTERVAL
 
-TILE_M = 128  # rows of a block's tile, 64 a consumer warpgroup
-STAGE_BYTES = 128  # of the contraction in one stage: 128 values in FP8, 64 in bfloat16
+# Bytes of a row that one stage holds: of FP8 the values between two promotions, of bfloat16 half as many.
+STAGE_BYTES = PROMOTION_INTERVAL
 PART = 64  # columns of the tile that leave together
 WARPGROUPS = 2  # that multiply
 

@@ -21,11 +21,11 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.device import once_a_program
-from pallas_kernels.quantize.quantized import Quantized
+from pallas_kernels.device import LANES, once_a_program
+from pallas_kernels.grouped_matmul.alignment import ROW_ALIGNMENT
+from pallas_kernels.quantize.quantized import PROMOTION_INTERVAL, TILE, Quantized
 
-TILE_M = 128
-BLOCK_K = 128
+TILE_M = ROW_ALIGNMENT  # rows of a block's tile, all of one group
 _WEIGHT_BYTES = 4 << 20  # of a group's matrix in VMEM at a time
 _VMEM_BYTES = 48 << 20
 _DEPTH_TILE = 512
@@ -87,17 +87,17 @@ def rows_by_rows(
     groups = group_sizes.shape[0]
     if isinstance(lhs, Quantized) and isinstance(rhs, Quantized):
         n, k = lhs.shape[0], rhs.shape[0]
-        tile_n, tile_k = min(_DEPTH_TILE, n + -n % 128), min(_DEPTH_TILE, k + -k % 128)
+        tile_n, tile_k = min(_DEPTH_TILE, n + -n % LANES), min(_DEPTH_TILE, k + -k % LANES)
         operands = [lhs.values, rhs.values, lhs.scales.T[:, None], rhs.scales.T[:, None]]
         in_specs = [
-            pl.BlockSpec((tile_n, BLOCK_K), lambda i, j, v, group, row_tile, action: (i, row_tile[v])),
-            pl.BlockSpec((tile_k, BLOCK_K), lambda i, j, v, group, row_tile, action: (j, row_tile[v])),
+            pl.BlockSpec((tile_n, TILE_M), lambda i, j, v, group, row_tile, action: (i, row_tile[v])),
+            pl.BlockSpec((tile_k, TILE_M), lambda i, j, v, group, row_tile, action: (j, row_tile[v])),
             pl.BlockSpec((1, 1, tile_n), lambda i, j, v, group, row_tile, action: (row_tile[v], 0, i)),
             pl.BlockSpec((1, 1, tile_k), lambda i, j, v, group, row_tile, action: (row_tile[v], 0, j)),
         ]
     else:
         n, k = lhs.shape[1], rhs.shape[1]
-        tile_n, tile_k = min(_DEPTH_TILE, n + -n % 128), min(_DEPTH_TILE, k + -k % 128)
+        tile_n, tile_k = min(_DEPTH_TILE, n + -n % LANES), min(_DEPTH_TILE, k + -k % LANES)
         operands = [lhs, rhs]
         in_specs = [
             pl.BlockSpec((TILE_M, tile_n), lambda i, j, v, group, row_tile, action: (row_tile[v], i)),
@@ -145,15 +145,15 @@ def _rows(lhs, rhs, group, present, out_dtype, transposed: bool, interpret: Inte
     contraction = lhs.shape[1]
     n = rhs.shape[2 if transposed else 1]
     itemsize = 1 if isinstance(lhs, Quantized) else lhs.dtype.itemsize
-    widest = max(_WEIGHT_BYTES // (contraction * itemsize) // 128 * 128, 128)
-    tile_n = min(widest, _DEPTH_TILE, n + -n % 128)
+    widest = max(_WEIGHT_BYTES // (contraction * itemsize) // LANES * LANES, LANES)
+    tile_n = min(widest, _DEPTH_TILE, n + -n % LANES)
     operands: list[Any] = [lhs, rhs]
     if isinstance(lhs, Quantized):
-        blocks = pl.cdiv(contraction, BLOCK_K)
-        excess = -contraction % BLOCK_K
+        blocks = pl.cdiv(contraction, PROMOTION_INTERVAL)
+        excess = -contraction % PROMOTION_INTERVAL
         a, b = (jnp.pad(q.values, [(0, 0)] * (q.values.ndim - 1) + [(0, excess)]) for q in (lhs, rhs))
         # One scale a column of the product and block of the contraction: lanes along N, as the product has it.
-        b_scales = jnp.repeat(rhs.scales, BLOCK_K, axis=1)[:, :n].swapaxes(1, 2)[:, :, None]
+        b_scales = jnp.repeat(rhs.scales, TILE, axis=1)[:, :n].swapaxes(1, 2)[:, :, None]
         operands, contraction = [a, b, lhs.scales, b_scales], contraction + excess
     in_specs = [pl.BlockSpec((TILE_M, contraction), lambda j, i, group, present: (i, 0))]
     if transposed:
@@ -202,11 +202,11 @@ def _rows_kernel(group_ref, present_ref, a_ref, b_ref, *refs, transposed: bool):
 
 def _promoted(a_ref, b_ref, a_scales_ref, b_scales_ref, shape) -> Float[Array, "128 tile_n"]:
     def add_block(s, total):
-        at = pl.ds(pl.multiple_of(s * BLOCK_K, BLOCK_K), BLOCK_K)
+        at = pl.ds(pl.multiple_of(s * PROMOTION_INTERVAL, PROMOTION_INTERVAL), PROMOTION_INTERVAL)
         partial = _dot(a_ref[:, at].astype(jnp.bfloat16), b_ref[:, at].astype(jnp.bfloat16), (1, 1))
         return total + partial * _column(a_scales_ref[...], s) * b_scales_ref[s]
 
-    return lax.fori_loop(0, a_ref.shape[1] // BLOCK_K, add_block, jnp.zeros(shape, jnp.float32))
+    return lax.fori_loop(0, a_ref.shape[1] // PROMOTION_INTERVAL, add_block, jnp.zeros(shape, jnp.float32))
 
 
 def _depth_kernel(group_ref, row_tile_ref, action_ref, a_ref, b_ref, *refs):
@@ -222,7 +222,7 @@ def _depth_kernel(group_ref, row_tile_ref, action_ref, a_ref, b_ref, *refs):
     def _():
         if scales:
             partial = _dot(a_ref[...].astype(jnp.bfloat16), b_ref[...].astype(jnp.bfloat16), (1, 1))
-            rows = jnp.broadcast_to(scales[0][0], (BLOCK_K, partial.shape[0])).T[:, :1]
+            rows = jnp.broadcast_to(scales[0][0], (LANES, partial.shape[0])).T[:, :1]
             partial = partial * rows * scales[1][0]
         else:
             partial = _dot(a_ref[...], b_ref[...], (0, 0))

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.device import Implementation, choose_implementation
+from pallas_kernels.device import Implementation, choose_implementation, kernel_module
 from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.quantized import (
+    MIN_AMAX,
+    PROMOTION_INTERVAL,
     TILE,
     Quantized,
     Tile,
@@ -22,6 +24,8 @@ from pallas_kernels.quantize.quantized import (
 )
 
 __all__ = [
+    "MIN_AMAX",
+    "PROMOTION_INTERVAL",
     "TILE",
     "Quantized",
     "Tile",
@@ -32,9 +36,8 @@ __all__ = [
     "scales_shape",
 ]
 
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("reference", "hopper", "tpu")
 
-
+@jax.named_scope("quantize")
 def quantize(
     x: Float[Array, "... M K"],
     *,
@@ -44,8 +47,8 @@ def quantize(
 ) -> Quantized:
     """`x` in e4m3 with one float32 scale a tile.
 
-    The definition, with what happens to zeros, infinities and NaN, stands in `quantize/reference.py`. Not
-    differentiable: differentiate `fp8_matmul`, which quantises within.
+    `quantize/reference.py` has the definition and says what happens to zeros, infinities and NaN. Not differentiable:
+    a product of quantized operands needs a gradient of its own (as `dsv3_jax.precision.fp8_layer` has).
 
     Args:
       x: float32 or bfloat16; leading dimensions are separate matrices (one an expert).
@@ -57,7 +60,7 @@ def quantize(
     """
     _check_input(x)
     check_tile(tile)
-    kernels = _implementation(implementation)
+    kernels = kernel_module("quantize", choose_implementation(implementation))
 
     def one_format(x):
         if kernels is reference:
@@ -67,6 +70,7 @@ def quantize(
     return _not_differentiable(one_format)(x)
 
 
+@jax.named_scope("quantize_both")
 def quantize_both(
     x: Float[Array, "M K"],
     *,
@@ -83,10 +87,11 @@ def quantize_both(
     _check_input(x)
     if x.ndim != 2:
         raise ValueError(f"x must be [M, K], not of shape {x.shape}")
-    kernels = _implementation(implementation)
+    kernels = kernel_module("quantize", choose_implementation(implementation))
     return _not_differentiable(lambda x: kernels.quantize_both(x, power_of_two_scales))(x)
 
 
+@jax.named_scope("requantize_transposed")
 def requantize_transposed(
     q: Quantized, *, power_of_two_scales: bool = False, implementation: Implementation | None = None
 ) -> Quantized:
@@ -96,27 +101,16 @@ def requantize_transposed(
     that fall under the new tile's smallest step change.
     """
     check_quantized("q", q, ndim=2)
-    return _implementation(implementation).requantize_transposed(q, power_of_two_scales)
+    return kernel_module("quantize", choose_implementation(implementation)).requantize_transposed(
+        q, power_of_two_scales
+    )
 
 
+@jax.named_scope("dequantize")
 def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "... M K"]:
     """`q` as plain numbers: values times scales, computed in float32, rounded to `dtype`."""
     check_quantized("q", q)
     return reference.dequantize(q, jnp.dtype(dtype))
-
-
-def _implementation(requested: Implementation | None):
-    """The module of kernels to use; those of accelerators are loaded where they run."""
-    name = choose_implementation(requested, IMPLEMENTATIONS)
-    if name == "hopper":
-        from pallas_kernels.quantize import hopper
-
-        return hopper
-    if name == "tpu":
-        from pallas_kernels.quantize import tpu
-
-        return tpu
-    return reference
 
 
 def _over_matrices(function: Callable[[Array], Quantized], x: Float[Array, "... M K"], tile: Tile) -> Quantized:
@@ -124,7 +118,7 @@ def _over_matrices(function: Callable[[Array], Quantized], x: Float[Array, "... 
     *batch, m, k = x.shape
     if not batch:
         return function(x)
-    excess = 0 if tile == "1x128" else -m % 128
+    excess = 0 if tile == "1x128" else -m % TILE
     if excess:
         x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, excess), (0, 0)])
     count = math.prod(batch)
@@ -140,7 +134,7 @@ def _not_differentiable(function):
     @wrapped.defjvp
     def _refuse(primals, tangents):
         raise TypeError(
-            "quantised values carry no gradient: differentiate fp8_matmul, or apply lax.stop_gradient first"
+            "quantized values carry no gradient: give the product one (jax.custom_vjp) or apply lax.stop_gradient first"
         )
 
     return wrapped

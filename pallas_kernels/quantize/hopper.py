@@ -24,10 +24,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.device import once_a_program
 from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors, pad_to, swizzled
-from pallas_kernels.quantize.quantized import E4M3, Quantized, Tile
+from pallas_kernels.quantize.quantized import E4M3, TILE, Quantized, Tile
 from pallas_kernels.quantize.reference import magnitude_bits, scales_from_magnitude, values_from_scaled
 
-TILE = 128
 HALF = 64  # rows of registers a warpgroup holds at a time
 _MAX_BLOCKS = 4  # on one multiprocessor
 

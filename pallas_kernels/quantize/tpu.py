@@ -19,10 +19,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.device import once_a_program
-from pallas_kernels.quantize.quantized import E4M3, Quantized, Tile
+from pallas_kernels.quantize.quantized import E4M3, TILE, Quantized, Tile
 from pallas_kernels.quantize.reference import magnitude_bits, scales_from_magnitude, values_from_scaled
 
-TILE = 128
 _MAX_TILES = 8  # of columns in one grid step
 
 Interpret = pltpu.InterpretParams | None

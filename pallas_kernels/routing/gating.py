@@ -1,17 +1,19 @@
-"""The gate: from router logits to each token's experts, gates and balance statistics (report Eq. 13-20)."""
+"""The gate: from router logits to each token's experts, gates and balance statistics.
+
+Report Eq. 13-16 and 18-20 are written out in `routing/reference.py`. Here are the public function and its gradient.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.device import Implementation, choose_implementation
+from pallas_kernels.device import IMPLEMENTATIONS, Implementation, choose_implementation, kernel_module
 from pallas_kernels.routing import reference
 from pallas_kernels.routing.reference import GateParameters
 
@@ -22,15 +24,15 @@ _MOST_GROUPS = 16  # each is compared with each
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Gates:
-    """What the router decides, and how even it is.
+    """What a router decides for every token, and how evenly it loads the experts.
 
     Attributes:
-      expert_index: chosen experts, best first.
-      gate: their weights, float32.
-      load: assignments of unmasked tokens to each expert, all sequences together.
-      affinity_mean: P_i of Eq. 20: mean over a sequence's unmasked tokens of the normalised affinity.
-      selection_fraction: f_i of Eq. 18: E / K times the share of a sequence's unmasked tokens that hold i in the
-        top K of the bare affinities (no bias, no groups); carries no gradient.
+      expert_index: the K chosen experts of each token, best first; int32.
+      gate: their weights g_{i,t} (Eq. 13), float32.
+      load: how many unmasked tokens, of all sequences together, chose each expert; int32.
+      affinity_mean: P_i (Eq. 20) of each sequence: the mean over its unmasked tokens of the normalized affinity.
+      selection_fraction: f_i (Eq. 18) of each sequence: E / K times the fraction of its unmasked tokens that have
+        expert i among the K largest affinities (no bias, no groups). It carries no gradient.
     """
 
     expert_index: Int[Array, "*S T K"]
@@ -40,6 +42,7 @@ class Gates:
     selection_fraction: Float[Array, "*S E"]
 
 
+@jax.named_scope("gate")
 def gate(
     logits: Float[Array, "*S T E"],
     bias: Float[Array, " E"] | None,
@@ -54,21 +57,26 @@ def gate(
     token_mask: Bool[Array, "*S T"] | None = None,
     implementation: Implementation | None = None,
 ) -> Gates:
-    """Chooses experts by biased affinity within the best groups, and weighs them by bare affinity.
+    """Returns each token's experts, chosen by affinity plus bias within the best groups, and their gates.
 
     Leading axes of `logits` are sequences. The gradient reaches the logits through `gate` and `affinity_mean`; the
-    bias has none. Ties go to the lowest index.
+    bias has none. Of equal candidates the lowest index is chosen.
 
     Args:
-      logits: float32; other floating types have no kernel and are worked on as they are.
-      bias: added for the selection only; None for none.
-      n_group, topk_group: experts form contiguous groups, of which a token may reach `topk_group`.
-      group_score: sum of a group's two best biased affinities, or its best.
-      token_mask: False at tokens the statistics leave out.
+      logits: float32. Other floating dtypes run without a kernel and are not converted.
+      bias: b_i, added to the affinities for the selection only; None for no bias.
+      num_experts_per_tok: K.
+      n_group, topk_group: the experts form `n_group` contiguous groups; a token's experts are in `topk_group` of them.
+      scoring_func: what turns logits into affinities.
+      group_score: a group's score is the sum of its two largest biased affinities, or its largest.
+      norm_topk_prob: divide the gates of a token by their sum.
+      routed_scaling_factor: multiplies every gate.
+      token_mask: False at tokens that the statistics leave out.
+      implementation: "reference", "hopper" or "tpu"; the best one for the target unless given.
 
     Raises:
-      ValueError, TypeError: shapes or numbers that contradict each other, dtypes, an implementation that cannot run
-        here; named.
+      ValueError, TypeError: a shape, number or dtype that does not fit, or an implementation that cannot run here. The
+        message names the argument.
     """
     _check(logits, bias, token_mask, num_experts_per_tok, n_group, topk_group, scoring_func, group_score)
     experts = logits.shape[-1]
@@ -93,23 +101,21 @@ def gate(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _gate(logits, bias, mask, parameters: GateParameters, implementation: str) -> tuple[jax.Array, ...]:
+def _gate(logits, bias, mask, parameters: GateParameters, implementation: Implementation) -> tuple[jax.Array, ...]:
     outputs, _ = _gate_forward(logits, bias, mask, parameters, implementation)
     return outputs
 
 
-def _gate_forward(logits, bias, mask, parameters: GateParameters, implementation: str):
-    kernel = reference.gate
-    if implementation != "reference":
-        kernel = importlib.import_module(f"pallas_kernels.routing.{implementation}_gate").gate
-    index, weights, counts, unrestricted, share_sums = kernel(logits, bias, mask, parameters)
-    tokens = _tokens(logits, mask)
-    fraction = unrestricted * (logits.shape[-1] / parameters.num_experts_per_tok) / tokens
-    return (weights, share_sums / tokens, index, jnp.sum(counts, axis=0), fraction), (logits, index, mask)
+def _gate_forward(logits, bias, mask, parameters: GateParameters, implementation: Implementation):
+    kernel = kernel_module("routing/gate", implementation).gate
+    outputs = kernel(logits, bias, mask, parameters)
+    fraction, mean = reference.balance_statistics(outputs, _tokens(logits, mask), parameters.num_experts_per_tok)
+    load = jnp.sum(outputs.counts, axis=0)
+    return (outputs.gate, mean, outputs.expert_index, load, fraction), (logits, outputs.expert_index, mask)
 
 
-def _gate_backward(parameters: GateParameters, implementation: str, residuals, cotangents):
-    """Gradient to the logits, written out so that nothing is scattered: K comparisons an expert instead."""
+def _gate_backward(parameters: GateParameters, implementation: Implementation, residuals, cotangents):
+    """Returns the gradient to the logits. It scatters nothing: each expert is compared with the K chosen instead."""
     logits, index, mask = residuals
     scores = reference.affinities(logits, parameters.scoring_func)
     weights_bar, mean_bar, *_ = cotangents
@@ -140,14 +146,14 @@ _gate.defvjp(_gate_forward, _gate_backward)
 
 
 def _available(logits, n_group: int) -> tuple[Implementation, ...]:
-    """Kernels hold a token's affinities at once, in whole groups of eight, in float32."""
+    """Returns the implementations for these logits: kernels hold all affinities of a token, in groups of eight."""
     experts = logits.shape[-1]
     fits = experts <= _MOST_EXPERTS and n_group <= _MOST_GROUPS and (experts // n_group) % 8 == 0
-    return ("reference", "hopper", "tpu") if fits and logits.dtype == jnp.float32 else ("reference",)
+    return IMPLEMENTATIONS if fits and logits.dtype == jnp.float32 else ("reference",)
 
 
 def _tokens(logits, mask):
-    """Unmasked tokens of each sequence, at least one: [S, 1]."""
+    """Returns T, the number of unmasked tokens of each sequence and at least 1: [S, 1]."""
     if mask is None:
         return jnp.full((logits.shape[0], 1), float(logits.shape[1]), logits.dtype)
     return jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1).astype(logits.dtype)

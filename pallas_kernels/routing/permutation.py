@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.device import Implementation, choose_implementation
+from pallas_kernels.device import IMPLEMENTATIONS, Implementation, choose_implementation, kernel_module
 from pallas_kernels.routing import reference
 
 
@@ -30,6 +29,7 @@ class Permutation:
     group_sizes: Int[Array, " E"]
 
 
+@jax.named_scope("permute")
 def permute(
     x: Float[Array, "T d"],
     expert_index: Int[Array, "T K"],
@@ -59,6 +59,7 @@ def permute(
     return _permute(x, permutation, expert_index.shape[1], name), permutation
 
 
+@jax.named_scope("combine")
 def combine(
     rows: Float[Array, "M d"],
     gate: Float[Array, "T K"],
@@ -76,8 +77,8 @@ def combine(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _permute(x, permutation: Permutation, chosen: int, implementation: str):
-    return _kernels(implementation).permute(x, permutation.row_of_slot, permutation.slot_of_row)
+def _permute(x, permutation: Permutation, chosen: int, implementation: Implementation):
+    return kernel_module("routing/rows", implementation).permute(x, permutation.row_of_slot, permutation.slot_of_row)
 
 
 def _permute_forward(x, permutation, chosen, implementation):
@@ -87,15 +88,15 @@ def _permute_forward(x, permutation, chosen, implementation):
 def _permute_backward(chosen, implementation, permutation, rows_bar):
     """A token's gradient is the sum of its rows': the way back with every gate 1."""
     ones = jnp.ones((permutation.row_of_slot.shape[0] // chosen, chosen), jnp.float32)
-    return _kernels(implementation).combine(rows_bar, ones, permutation.row_of_slot), None
+    return kernel_module("routing/rows", implementation).combine(rows_bar, ones, permutation.row_of_slot), None
 
 
 _permute.defvjp(_permute_forward, _permute_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _combine(rows, gate, permutation: Permutation, implementation: str):
-    return _kernels(implementation).combine(rows, gate, permutation.row_of_slot)
+def _combine(rows, gate, permutation: Permutation, implementation: Implementation):
+    return kernel_module("routing/rows", implementation).combine(rows, gate, permutation.row_of_slot)
 
 
 def _combine_forward(rows, gate, permutation, implementation):
@@ -104,7 +105,7 @@ def _combine_forward(rows, gate, permutation, implementation):
 
 def _combine_backward(implementation, residuals, out_bar):
     rows, gate, permutation = residuals
-    rows_bar, gate_bar = _kernels(implementation).combine_gradient(
+    rows_bar, gate_bar = kernel_module("routing/rows", implementation).combine_gradient(
         rows, gate, out_bar, permutation.row_of_slot, permutation.slot_of_row
     )
     return rows_bar, gate_bar.astype(gate.dtype), None
@@ -117,11 +118,4 @@ def _available(x) -> tuple[Implementation, ...]:
     """Kernels move rows in pieces of 128 elements, on a TPU of 128 words."""
     if x.dtype not in (jnp.bfloat16, jnp.float32) or x.shape[1] % 128:
         return ("reference",)
-    return ("reference", "hopper", "tpu") if x.shape[1] * x.dtype.itemsize % 512 == 0 else ("reference", "hopper")
-
-
-def _kernels(implementation: str):
-    """The module that moves rows; those of accelerators are loaded where they run."""
-    if implementation == "reference":
-        return reference
-    return importlib.import_module(f"pallas_kernels.routing.{implementation}_rows")
+    return IMPLEMENTATIONS if x.shape[1] * x.dtype.itemsize % 512 == 0 else ("reference", "hopper")

@@ -18,10 +18,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.device import once_a_program
+from pallas_kernels.device import LANES, once_a_program
 from pallas_kernels.routing.reference import GateOutputs, GateParameters, affinities, gates_of
 
-LANES = 128
 _MOST_TOKENS = 512  # in one grid step
 _OUT_OF_REACH = float(np.finfo(np.float32).min)  # below every candidate, above the chosen ones' minus infinity
 

@@ -48,14 +48,6 @@ def test_hopper_kernels_compile_without_spills():
             width = int(instruction.split("n")[-1].split("k32")[0])
             # One fused multiply-add a total: the promotion, and nothing else done twice.
             assert kernel["fused_multiply_adds"] == 64 * width // 128, name
-    layer = next(case for case in cases if case["case"] == "fp8_matmul and its gradients")
-    assert {kernel["kernel"] for kernel in layer["kernels"]} == {
-        "blockwise_matmul",
-        "quantize_blocks",
-        "quantize_rows",
-        "quantize_rows_and_columns",
-        "requantize_transposed",
-    }
 
 
 @pytest.mark.aot

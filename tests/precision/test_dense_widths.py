@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import pallas_kernels
+from dsv3_jax.precision import Precision, linear
 from pallas_kernels.hopper_launch import hopper_target
 
 
@@ -15,7 +15,7 @@ def test_any_sizes_lower_for_hopper(m: int, k: int, n: int) -> None:
     """40 columns of bfloat16 are 80 bytes: whole swizzles of 16 bytes, which there are none of."""
 
     def gradients(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
-        out, pull = jax.vjp(lambda x, w: pallas_kernels.fp8_matmul(x, w, implementation="hopper"), x, w)
+        out, pull = jax.vjp(lambda x, w: linear(x, w, Precision.preset("fp8")), x, w)
         return pull(out)
 
     operands = [jax.ShapeDtypeStruct((m, k), jnp.bfloat16), jax.ShapeDtypeStruct((n, k), jnp.float32)]
