@@ -40,7 +40,7 @@ from dsv3_jax.training.state_layout import StateLayout
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
-    """What the schedules say for one step, as float32 scalars, so that they never cause a recompilation."""
+    """The values of the schedules for one step: float32 arrays, so that a new value never causes a recompilation."""
 
     learning_rate: Float[Array, ""]
     bias_update_speed: Float[Array, ""]
@@ -51,15 +51,26 @@ class StepSettings:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepMetrics:
-    """What one step reports; losses in nats a token."""
+    """The metrics of one step.
+
+    Attributes:
+      loss, main_loss, mtp_loss: in nats per token: the total, the main head's, and one number per MTP depth.
+      balance_loss: the balance term, not weighted, summed over layers.
+      gradient_norm: norm of the whole gradient before clipping.
+      max_violation: MaxVio, averaged over layers.
+      dead_experts: number of experts that no token reached, summed over layers.
+      load: assignments of tokens to each expert of each layer.
+      applied: whether the step was applied, which it is if loss and gradient are finite.
+      nonfinite_steps: how many steps in a row, this one included, were not applied.
+    """
 
     loss: Float[Array, ""]
     main_loss: Float[Array, ""]
     mtp_loss: Float[Array, " D"]
     balance_loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
-    max_violation: Float[Array, ""]  # mean over layers
-    dead_experts: Int[Array, ""]  # summed over layers
+    max_violation: Float[Array, ""]
+    dead_experts: Int[Array, ""]
     load: Int[Array, "layers E"]
     applied: Bool[Array, ""]
     nonfinite_steps: Int[Array, ""]
@@ -69,13 +80,13 @@ TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
 def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout | None = None) -> TrainStep:
-    """The jitted step: (state, tokens [A, B, T+1], segment_ids [A, B, T+1], settings) -> (state, metrics).
+    """Returns the jitted step: (state, tokens [A, B, T+1], segment_ids [A, B, T+1], settings) -> (state, metrics).
 
-    A passes of B sequences are accumulated in float32. The state is donated. Where the loss or the gradient is not
-    finite nothing is applied: parameters, optimizer, average and router biases stay as they were.
+    The gradients of A passes of B sequences are accumulated in float32. The state is donated. If the loss or the
+    gradient is not finite, nothing is applied: parameters, optimizer, average and router biases stay as they were.
 
     Args:
-      layout: of state and batch; one device unless given.
+      layout: the sharding of the state and of the batch; one device unless given.
     """
     layout = layout or StateLayout()
     training = config.training
@@ -221,7 +232,7 @@ def accumulate(
     tokens: Int[Array, "A B T1"],
     segment_ids: Int[Array, "A B T1"],
 ) -> tuple[nnx.State, LossTerms]:
-    """Sums gradients, loss terms and loads over the passes; each pass is already divided by the whole batch."""
+    """Returns gradients, loss terms and loads summed over the passes, which are divided by the whole batch already."""
     if tokens.shape[0] == 1:
         return one_pass(tokens[0], segment_ids[0])
 
@@ -237,13 +248,14 @@ def accumulate(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EvaluationSums:
-    """Sums over one evaluation pass: index 0 is the main head, k the MTP head of depth k.
+    """Sums over one evaluation pass; index 0 is the main head, index k the MTP head of depth k.
 
     Attributes:
       nats: negative log-likelihood of the targets.
-      targets: how many there are.   bytes: the bytes of text they stand for.
-      accepted: targets of depth k where the MTP head's first choice is also the main head's, which sees one token
-        (k tokens) more: the drafts that greedy self-speculation would accept.
+      targets: number of targets.
+      bytes: number of bytes of text that the targets stand for.
+      accepted: number of targets of depth k for which the MTP head's most likely token is also that of the main head,
+        which sees k tokens more. Greedy self-speculation accepts these drafts.
     """
 
     nats: Float[Array, " D1"]
@@ -255,7 +267,7 @@ class EvaluationSums:
 def make_evaluation_step(
     skeleton: Skeleton, config: RunConfig, layout: StateLayout | None = None
 ) -> Callable[..., EvaluationSums]:
-    """The jitted pass: (params, biases, tokens [B, T+1], segment_ids, bytes of each token id [V]) -> sums."""
+    """Returns the jitted pass: (params, biases, tokens [B, T+1], segment_ids, bytes of each token id [V]) -> sums."""
     layout = layout or StateLayout()
     isolate = config.data.isolate_documents
     chunk = config.training.loss_chunk * layout.batch_ranks
