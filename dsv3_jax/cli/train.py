@@ -40,18 +40,18 @@ class TrainOptions:
     """The options of `dsv3 train`.
 
     Attributes:
-      out: folder of the run (required).
-      steps: number of optimizer steps, the same as --training.steps; 0 keeps the preset's number.
+      out: folder of the run.
+      steps: number of optimizer steps, the same as --training.steps.
       precision: float32, bfloat16, fp8 (report section 3.3; single choices can be changed: "fp8,promotion=false") or
         auto (bfloat16 where the device computes fast in it, float32 elsewhere).
       init_from: folder of a run or of a published checkpoint, whose weights and architecture a new run starts from.
     """
 
-    out: str = ""
+    out: Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")] = ""
     preset: Annotated[str, tyro.conf.arg(help=_PRESET_HELP)] = "nano"
-    steps: int = 0
+    steps: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: the preset's number)")] = 0
     precision: str = "auto"
-    init_from: str = ""
+    init_from: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: random weights)")] = ""
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig

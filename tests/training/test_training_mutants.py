@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from small_runs import LENGTH
 
-from dsv3_jax.training import balance, losses, optimizer
+from dsv3_jax.modules import balance
+from dsv3_jax.training import losses, optimizer
 from dsv3_jax.training.schedules import REPORT_TOKENS, TrainingSchedule
 
 VOCABULARY = 11
