@@ -113,9 +113,9 @@ def make_schedule(name: ScheduleName, ranks: int, micro_batches: int) -> Pipelin
     """
     check_micro_batches(name, ranks, micro_batches)
     programs: dict[ScheduleName, Callable[[int, int, int], Iterator[Action]]] = {
-        "1f1b": _one_forward_one_backward,
-        "zb1p": _zero_bubble,
-        "dualpipe": _dualpipe,
+        "1f1b": one_forward_one_backward,
+        "zb1p": zero_bubble,
+        "dualpipe": dualpipe,
     }
     return PipelineSchedule(
         name=name,
@@ -126,7 +126,7 @@ def make_schedule(name: ScheduleName, ranks: int, micro_batches: int) -> Pipelin
     )
 
 
-def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> Iterator[Action]:
+def one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> Iterator[Action]:
     """Yields the actions of a rank in 1F1B: it alternates forward and backward as soon as gradients arrive."""
     ahead = min(ranks - 1 - rank, micro_batches)
     for m in range(micro_batches + ahead):
@@ -136,7 +136,7 @@ def _one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> Iter
             yield (Chunk("I", m - ahead), Chunk("W", m - ahead))
 
 
-def _zero_bubble(rank: int, ranks: int, micro_batches: int) -> Iterator[Action]:
+def zero_bubble(rank: int, ranks: int, micro_batches: int) -> Iterator[Action]:
     """Yields the actions of a rank in ZB1P: 1F1B with the backward split, and W delayed to fill the bubble at the end.
 
     Rank r delays W by r micro-batches, so that every rank holds the activations of `ranks` micro-batches.
@@ -155,7 +155,7 @@ def _zero_bubble(rank: int, ranks: int, micro_batches: int) -> Iterator[Action]:
         yield (Chunk("W", m),)
 
 
-def _dualpipe(rank: int, ranks: int, micro_batches: int) -> Iterator[Action]:
+def dualpipe(rank: int, ranks: int, micro_batches: int) -> Iterator[Action]:
     """Yields the actions of a rank in DualPipe, which is figure 5 of the report for 8 ranks and 20 micro-batches.
 
     Micro-batches enter the pipeline at both ends. In the steady phase (step 4) the forward pass of a micro-batch of one
