@@ -1,4 +1,4 @@
-# make train: set up, then train the laptop-size model on the default corpus.   make test: set up, then run all checks.
+# `make` or `make help` lists the commands.
 PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,9 +7,13 @@ RUN ?= runs/nano
 .PHONY: help setup setup-dev setup-aot train test lint clean
 
 help:
-	@echo "make train   train the 'nano' preset on Python's own source code (about 5 minutes on 2 cores) into $(RUN)"
-	@echo "make test    lint, type check and run the whole test suite (about a quarter of an hour on 2 cores)"
-	@echo "make setup   only create $(VENV) with the package and the dsv3 command in it"
+	@echo "make train      trains the 'nano' preset on Python's own source code and writes the run to $(RUN): 5 minutes on 2 cores"
+	@echo "make test       runs the linter, the type checker and all tests: MINUTES on 2 cores, 3 GB of memory, 2 GB of disk"
+	@echo "make lint       runs the linter and the type checker only: 1 minute"
+	@echo "make setup      installs the package and the command dsv3 into $(VENV)"
+	@echo "make setup-dev  installs the tools of the tests and notebooks as well"
+	@echo "make setup-aot  installs the compilers for GPUs and TPUs that this machine does not have: 1 GB of disk"
+	@echo "make clean      deletes $(VENV), compiled programs and build files; runs and data stay"
 
 setup: $(VENV)/.installed
 setup-dev: $(VENV)/.installed-dev

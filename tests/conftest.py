@@ -14,6 +14,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # that runs can be compared bit for bit; those that compile for other hardware must not.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", simulated.QUICK_TO_COMPILE)
+# An interpreted Hopper kernel runs one program per warpgroup of a cluster, all at the same time, and they wait for one
+# another in callbacks. XLA runs parts of programs in a pool of threads, one per core: when callbacks block all of them,
+# the program that would release them cannot go on. Clusters here have at most 6 warpgroups.
+os.environ.setdefault("PJRT_NPROC", "16")
 
 import jax
 import pytest

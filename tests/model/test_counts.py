@@ -63,7 +63,7 @@ def test_counts_equal_what_is_allocated(name):
 
 def test_forward_products_of_the_traced_model_are_the_counted_ones(monkeypatch):
     """Sums 2mkn over the products that a model with one expert and no padding of rows really makes."""
-    monkeypatch.setattr(attention_core, "_CHUNKS", 1)  # the whole square, as is counted here
+    monkeypatch.setattr(attention_core, "CHUNKS", 1)  # the whole square, as is counted here
     config = ModelConfig.preset(
         "tiny",
         n_routed_experts=2,

@@ -5,31 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 
-import jax.experimental.pallas.tpu as pltpu
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-
-from pallas_kernels.hopper_launch import interpreted_hopper
-
-
-@contextlib.contextmanager
-def _interpreted_tpu():
-    device = AbstractDevice(device_kind="TPU v6e", num_cores=1, platform="tpu")
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        yield pltpu.InterpretParams()
+from interpreted import interpreted_hopper, interpreted_tpu
 
 
 @pytest.fixture
 def on_device(monkeypatch):
-    """on_device("hopper" or "tpu", module of its kernels, names of them): where public functions choose those kernels.
+    """Returns on_device(device, module of its kernels, names of them), inside which public functions run those kernels.
 
-    On Hopper every access to shared memory is checked for races.
+    `device` is "hopper", where every access to shared memory is checked for races, or "tpu".
     """
 
     @contextlib.contextmanager
     def interpreted(device: str, kernels, *names: str):
         with (
-            interpreted_hopper() if device == "hopper" else _interpreted_tpu() as interpret,
+            interpreted_hopper() if device == "hopper" else interpreted_tpu() as interpret,
             monkeypatch.context() as patch,
         ):
             for name in names:

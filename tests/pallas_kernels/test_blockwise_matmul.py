@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import interpreted_hopper
 
 import pallas_kernels as pk
 from pallas_kernels.blockwise_matmul import hopper, tpu
 from pallas_kernels.blockwise_matmul.tuning import Tiling, candidates, choose_tiling
-from pallas_kernels.hopper_launch import hopper_target, interpreted_hopper
+from pallas_kernels.hopper_launch import hopper_target
 
 
 def operands(m, n, k, b_tile="128x128", seed=0):

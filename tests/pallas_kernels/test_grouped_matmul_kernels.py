@@ -9,11 +9,11 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted import interpreted_hopper
 
 import pallas_kernels as pk
 from pallas_kernels.grouped_matmul import hopper, tpu
 from pallas_kernels.grouped_matmul.tiling import Tiling, candidates, choose_tiling
-from pallas_kernels.hopper_launch import interpreted_hopper
 
 ROWS, OUT, IN = 512, 144, 208  # ragged in every tile but the rows
 SIZES = {

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import interpreted_hopper
 
 import pallas_kernels as pk
-from pallas_kernels.hopper_launch import interpreted_hopper
 from pallas_kernels.quantize import _over_matrices, hopper, reference, tpu
 
 TILES = {"1x128": (1, 128), "128x128": (128, 128), "128x1": (128, 1)}

@@ -9,9 +9,9 @@ import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreted import interpreted_hopper
 
 import pallas_kernels as pk
-from pallas_kernels.hopper_launch import interpreted_hopper
 from pallas_kernels.routing import hopper_gate, hopper_rows, reference, tpu_gate, tpu_rows
 from pallas_kernels.routing.reference import GateParameters
 
