@@ -3,13 +3,13 @@
     python -m pallas_kernels.compile_ahead hopper blockwise_matmul quantize
     python -m pallas_kernels.compile_ahead v6e blockwise_matmul
 
-prints a JSON list with one entry a kernel: registers, spills, shared memory and tensor-core instructions on Hopper, the
-size of the program on a TPU. Needs the wheels of the extra `aot` on PYTHONPATH (`make setup-aot` puts them into
-`.venv/aot`) and, for Hopper, ptxas on PATH. Run it in a process of its own: a CUDA plugin or libtpu changes what a JAX
-process believes its devices to be.
+prints a JSON object with a list per operation and an entry per kernel: registers, spills, shared memory and tensor-core
+instructions on Hopper, the size of the program on a TPU. It needs the wheels of the extra `aot` on PYTHONPATH (`make
+setup-aot` puts them into `.venv/aot`) and, for Hopper, ptxas on PATH. Run it in a process of its own: a CUDA plugin or
+libtpu changes what a JAX process believes its devices to be.
 
-An operation lists what to compile in its module `ahead_cases`: functions `hopper()` and `tpu()`, of which it may lack
-one, that return `Case`s.
+The module `ahead_cases` of an operation lists what to compile: its functions `hopper()` and `tpu()`, of which it may
+lack one, return `Case`s.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Case:
 
 
 def why_unavailable(target: str) -> str | None:
-    """What is missing to compile for `target` in this process, or None."""
+    """Returns what is missing to compile for `target` in this process, or None."""
     module = "jax_plugins.xla_cuda13" if target == "hopper" else "libtpu"
     try:
         found = importlib.util.find_spec(module) is not None
@@ -73,7 +73,7 @@ def why_unavailable(target: str) -> str | None:
 
 
 def compile_cases(target: str, cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """Compiles each case for `target` and returns what the compiler said of it."""
+    """Compiles each case for `target` and returns what the compiler reported."""
     return [_compile_for_hopper(case) if target == "hopper" else _compile_for_tpu(case, target) for case in cases]
 
 
@@ -175,7 +175,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 
 def _prepare(target: str) -> None:
-    """What must be in place before jax is first asked for devices."""
+    """Sets what must be set before jax is first asked for devices."""
     import jax
 
     # With another platform named, the CUDA plugin would look for a driver and cuDNN.

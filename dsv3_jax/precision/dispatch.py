@@ -15,7 +15,7 @@ from dsv3_jax.precision.tiles import Tiles, quantize
 
 
 @dataclasses.dataclass(frozen=True)
-class TravelFormat:
+class DispatchFormat:
     """FP8 rows with one scale per `tile` numbers.
 
     Attributes:
@@ -31,7 +31,7 @@ class TravelFormat:
         return quantize(rows, (1, self.tile), self.number_format, power_of_two=True)
 
 
-def travel_formats(recipe: Fp8Recipe | None) -> tuple[TravelFormat | None, TravelFormat | None]:
+def dispatch_formats(recipe: Fp8Recipe | None) -> tuple[DispatchFormat | None, DispatchFormat | None]:
     """Returns the formats of tokens and of gradients of the experts' outputs; None stands for the compute dtype.
 
     The compute dtype is sent where the product that follows has no such tiles: with one scale per tensor, with square
@@ -39,6 +39,6 @@ def travel_formats(recipe: Fp8Recipe | None) -> tuple[TravelFormat | None, Trave
     """
     if recipe is None or not recipe.dispatch or not recipe.tile:
         return None, None
-    tokens = TravelFormat(recipe.tile, recipe.forward) if recipe.forward != "none" else None
+    tokens = DispatchFormat(recipe.tile, recipe.forward) if recipe.forward != "none" else None
     rows_of_gradients = recipe.input_gradient != "none" and not recipe.block_wise_gradients
-    return tokens, TravelFormat(recipe.tile, recipe.input_gradient) if rows_of_gradients else None
+    return tokens, DispatchFormat(recipe.tile, recipe.input_gradient) if rows_of_gradients else None

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.precision.dispatch import TravelFormat
+from dsv3_jax.precision.dispatch import DispatchFormat
 from dsv3_jax.precision.tiles import dequantize
 from dsv3_jax.sharding.expert_layout import HopRanks
 
@@ -33,8 +33,8 @@ class Hop(HopRanks):
     """
 
     ragged: bool = False
-    tokens: TravelFormat | None = None
-    gradients: TravelFormat | None = None
+    tokens: DispatchFormat | None = None
+    gradients: DispatchFormat | None = None
 
     @property
     def index(self) -> Int[Array, ""]:
@@ -137,7 +137,7 @@ send_back.defvjp(_send_back_forward, _send_back_backward)
 
 
 def _send_in_format(
-    hop: Hop, slots: int, wire: TravelFormat | None, rows: Array, route: Route, beside: Array | None = None
+    hop: Hop, slots: int, wire: DispatchFormat | None, rows: Array, route: Route, beside: Array | None = None
 ) -> tuple[Float[Array, "M d"], Any]:
     """Sends rows in the format `wire`, and float32 numbers beside them, together with the scales if there are any."""
     if wire is None:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
-from dsv3_jax.precision.dispatch import travel_formats
+from dsv3_jax.precision.dispatch import dispatch_formats
 from dsv3_jax.sharding.expert_hops import Hop
 from dsv3_jax.sharding.expert_layout import hops_between
 from dsv3_jax.sharding.expert_rows import over_hops
@@ -73,7 +73,7 @@ class ExpertExchange:
     @property
     def hops(self) -> tuple[Hop, ...]:
         """The exchanges between ranks that a token goes through, in their order."""
-        tokens, gradients = travel_formats(self.shapes.fp8)
+        tokens, gradients = dispatch_formats(self.shapes.fp8)
         return tuple(
             Hop(**vars(hop), ragged=self._ragged, tokens=tokens, gradients=gradients)
             for hop in hops_between(self.mesh.shape["expert"], self.shapes.groups, self.shapes.reached_groups)

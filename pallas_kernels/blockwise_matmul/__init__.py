@@ -24,7 +24,7 @@ def blockwise_matmul(
     out_dtype: DTypeLike = jnp.bfloat16,
     implementation: Implementation | None = None,
 ) -> Float[Array, "M N"]:
-    """A·Bᵀ (+ accumulator): partial sums promoted to float32, with both scales, every 128 of K.
+    """Returns A·Bᵀ (+ accumulator); after every 128 of K the sum is scaled and promoted to float32.
 
     K is the last axis of both operands. Not differentiable: see `pallas_kernels.quantize`.
 
@@ -35,7 +35,7 @@ def blockwise_matmul(
       out_dtype: bfloat16 or float32.
 
     Raises:
-      ValueError, TypeError: shapes, tiles or dtypes that do not fit, an implementation that cannot run here.
+      ValueError, TypeError: shapes, tiles or dtypes that do not fit, or an implementation that cannot run here.
     """
     _check(a, b, accumulator, out_dtype)
     name = choose_implementation(implementation)

@@ -1,4 +1,4 @@
-"""What is compiled ahead of this operation: every tiling in every form, at sizes of V3's own layers."""
+"""Lists what of this operation is compiled ahead: every tiling in every form, at sizes of V3's own layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def hopper() -> list[Case]:
         for tiling in candidates(4):
             yield case(f"1x128 tiles, float32 added to, {_words(tiling)}", tiling, "1x128", jnp.float32, True)
 
-    # N = 2112 and K = 2112 are V3's joint down-projection: no multiple of 128, but of 64. 1000 x 333 x 200 fit nothing.
+    # N = 2112 and K = 2112 are V3's joint down-projection: a multiple of 64 but not of 128. The last sizes fit no tile.
     ragged = [
         case("128x128 blocks, N = 2112", None, "128x128", jnp.bfloat16, sizes=(_M, 2112, _K)),
         case("128x128 blocks, K = 2112", None, "128x128", jnp.bfloat16, sizes=(_M, _K, 2112)),

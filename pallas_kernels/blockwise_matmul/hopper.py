@@ -1,11 +1,11 @@
 """The FP8 product on Hopper, in Mosaic GPU: TMA, wgmma on e4m3, warp specialisation, a persistent grid.
 
-One block a multiprocessor holds three warpgroups. The producer walks the block's tiles and, 128 of K at a time, has TMA
-copy a tile of A, one of B and A's scales into a ring of shared-memory stages. The two consumers, 64 rows of the tile
-each, multiply what arrives with four wgmma (128 = 4 x 32 of K), then add the partial sum times both scales to totals
-in float32 registers: the tensor core's own accumulator, good to about 14 bits, never sums more than 128 products
-(report, section 3.3.2). While one consumer promotes, the other's wgmma keep the tensor cores busy. A picture and the
-reasons stand in `pallas_kernels/README.md`.
+Each multiprocessor runs one block of three warpgroups. The producer visits the block's tiles and, 128 of K at a time,
+has TMA copy a tile of A, one of B and B's scales into a ring of shared-memory stages. The two consumers, with 64 rows
+of the tile each, multiply what arrives with four wgmma (128 = 4 x 32 of K). Then they add the partial sum times both
+scales to totals in float32 registers: the tensor core's own accumulator has about 14 bits and never sums more than 128
+products (report, section 3.3.2). While one consumer promotes, the other's wgmma keep the tensor cores busy.
+`pallas_kernels/README.md` has a picture and the reasons.
 
 Edges cost nothing: TMA reads zeros outside of an array and drops what would be written there.
 """
@@ -48,11 +48,10 @@ def matmul(
     tiling: Tiling | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Float[Array, "M N"]:
-    """A·Bᵀ (+ accumulator); operands as in `blockwise_matmul`.
+    """Returns A·Bᵀ (+ accumulator); operands as in `blockwise_matmul`.
 
-    TMA moves whole swizzled tiles: operands are padded first, by a copy, where M is no multiple of 8, N none of 8 (16
-    where bfloat16 comes out) or K none of 32, and the product is cut to size. Sizes that are need no copy, whatever the
-    tiles.
+    TMA moves whole swizzled tiles. So operands are padded by a copy unless M is a multiple of 8, N one of 8 (of 16 for
+    a bfloat16 result) and K one of 32, and the padding of the product is cut off.
     """
     (m, k), n = a.shape, b.shape[0]
     if accumulator is not None and out_dtype != jnp.float32:
@@ -110,7 +109,7 @@ def _launch(operands, shape, out_dtype, by_column, tiling, interpret):
 
 
 def _kernel(*refs, tiling: Tiling, by_column: bool, has_accumulator: bool, **scratch):
-    """One block. `refs`: a, its scales, b, its scales, (accumulator,) out, all in global memory; `scratch` by name."""
+    """The program of one block. `refs` are a, its scales, b, its scales, (accumulator,) out, all in global memory."""
     accumulator = refs[4] if has_accumulator else None
     a, a_scales, b, b_scales, out = *refs[:4], refs[-1]
     k_steps = pl.cdiv(a.shape[1], PROMOTION_INTERVAL)
@@ -118,7 +117,7 @@ def _kernel(*refs, tiling: Tiling, by_column: bool, has_accumulator: bool, **scr
     warpgroup, cluster_rank = lax.axis_index("warpgroup"), lax.axis_index("cluster")
 
     def for_each_tile(body):
-        """Calls body(first row, first column, steps of K done before this tile) for every tile of this block."""
+        """Calls body(first row, first column, steps of K before this tile) for every tile of this block."""
 
         @plgpu.nd_loop((m_tiles * n_tiles,), collective_axes="blocks")
         def _(loop):
@@ -146,7 +145,7 @@ def _produce(
     for_each_tile, k_steps, a, b, b_scales, tiling,
     *, a_smem, b_smem, b_scales_smem, filled, freed, **_,
 ):  # fmt: skip
-    """Keeps the ring full: waits until both consumers are through with a stage, then has TMA fill it anew."""
+    """Keeps the ring full: waits until both consumers have finished with a stage, then has TMA fill it again."""
     together = "cluster" if tiling.cluster > 1 else None
 
     def fill_stages(row, column, steps_before):
@@ -172,7 +171,7 @@ def _produce(
 
     steps = for_each_tile(fill_stages)
 
-    # A block must not end while its cluster still writes to it or signals it.
+    # A block must not end while the other block of its cluster may still write to it or signal it.
     @pl.loop(jnp.maximum(steps - tiling.stages, 0), steps)
     def _(step):
         plgpu.barrier_wait(freed.at[lax.rem(step, tiling.stages)])
@@ -188,9 +187,9 @@ def _consume(
     wg_rows = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
     def scales_from_global(row, column, k):
-        """A's scales of the warpgroup's rows and the scale of B's block for each part of the tile.
+        """Returns A's scales of the warpgroup's rows and the scale of B's block for each part of the tile.
 
-        Past the edges any do: the values there are zeros.
+        Past the edges of the matrices the scales do not matter, since the values there are zeros.
         """
         k = jnp.minimum(k, k_steps - 1)
         rows = plgpu.load(a_scales.at[k, pl.ds(row, WARPGROUP_ROWS)], layout=_ROWS, optimized=False)
@@ -205,7 +204,7 @@ def _consume(
         return acc[...]
 
     def columns_from_shared(stage):
-        """The scales of B's rows, in the producer's ring. The fence orders these reads before TMA's next write."""
+        """Returns the scales of B's rows from the ring. The fence orders these reads before TMA's next write."""
         columns = tuple(
             plgpu.load(b_scales_smem.at[stage, pl.ds(part * width, width)], layout=_COLUMNS) for part in parts
         )
@@ -225,7 +224,7 @@ def _consume(
             )
             column_scales = () if b_scales is not None else columns_from_shared(stage)
             plgpu.barrier_arrive(freed.at[stage])
-            # Of the next step: their way from global memory is hidden behind this step's promotion and next product.
+            # The next step's scales: loading them overlaps with this step's promotion and the next product.
             upcoming = scales_from_global(row, column, k + 1)
             promoted = []
             for part in parts:

@@ -1,8 +1,8 @@
 """The FP8 product on TPUs, in Mosaic TPU.
 
-Neither v5p nor v6e multiplies FP8: the operands travel and rest in VMEM as e4m3, which halves their traffic, and are
-widened to bfloat16, exactly, on their way into the matrix unit. Its float32 sums over 128 of K are exact to float32, so
-promotion is a matter of scaling only: the partial sum of each 128 of K times its row's and its column's scale.
+Neither v5p nor v6e multiplies FP8. The operands are e4m3 in HBM and VMEM, which halves their traffic, and are widened
+to bfloat16, exactly, before the matrix unit. It sums in float32, so promotion is only scaling: the partial sum of each
+128 of K is multiplied by its row's and its column's scale.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def matmul(
     *,
     interpret: pltpu.InterpretParams | None = None,
 ) -> Float[Array, "M N"]:
-    """A·Bᵀ (+ accumulator); operands as in `blockwise_matmul`. K is padded to a multiple of 128 where it is none."""
+    """Returns A·Bᵀ (+ accumulator); operands as in `blockwise_matmul`. K is padded to a multiple of 128."""
     (m, k), n = a.shape, b.shape[0]
     blocks = pl.cdiv(k, PROMOTION_INTERVAL)
     step = math.gcd(blocks, _MAX_K_BLOCKS)
@@ -43,7 +43,7 @@ def matmul(
         jnp.pad(q.values, ((0, 0), (0, -k % PROMOTION_INTERVAL))) if k % PROMOTION_INTERVAL else q.values
         for q in (a, b)
     )
-    # One scale a column of the product and block of K: lanes along N, as the product has it.
+    # One scale per column of the product and block of K, with N along the lanes as in the product.
     b_scales = (b.scales if b.tile == "1x128" else jnp.repeat(b.scales, TILE, axis=0)[:n]).T[:, None]
     tile_m, tile_n = min(_TILE_M, m + -m % 32), min(_TILE_N, n + -n % LANES)
     operands = [a_values, a.scales, b_values, b_scales]
@@ -94,7 +94,7 @@ def _kernel(a_ref, a_scales_ref, b_ref, b_scales_ref, *refs, step: int, has_accu
 
 
 def _column(scales_ref, index) -> Float[Array, "tile_m 1"]:
-    """One column of the scales. Lanes cannot be indexed by a run-time number, so the others are blanked and summed."""
+    """Returns one column of the scales, by a masked sum: lanes cannot be indexed by a number known at run time only."""
     scales = scales_ref[...]
     lane = lax.broadcasted_iota(jnp.int32, scales.shape, 1)
     return jnp.sum(jnp.where(lane == index, scales, 0), axis=1, keepdims=True)

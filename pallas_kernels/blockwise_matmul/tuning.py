@@ -14,14 +14,14 @@ TILE_M = 2 * WARPGROUP_ROWS  # rows of a block's tile: two consumer warpgroups
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """One cut of the product.
+    """One way to cut the product into tiles.
 
     Attributes:
       tile_m: rows of a block's tile; two consumer warpgroups share them.
       tile_n: columns of a block's tile, a multiple of 64.
-      stages: tiles of 128 of K in flight between the producer and the consumers.
-      cluster: blocks, neighbours along M, that load each tile of B once for all (TMA multicast).
-      raster_width: width of the snake along N in which tiles are visited, for reuse in L2.
+      stages: steps of 128 of K for which the ring between producer and consumers has buffers.
+      cluster: how many blocks, neighbours along M, share each tile of B, which is loaded once (TMA multicast).
+      raster_width: width along N of the snake in which tiles are visited, for reuse in L2.
     """
 
     tile_m: int = TILE_M
@@ -42,7 +42,7 @@ class Tiling:
 
     @property
     def scale_columns(self) -> int:
-        """Columns that one scale of a 128x128 block covers whatever tile of N they are in."""
+        """The widest part of a tile whose columns always share one scale of a 128x128 block."""
         return math.gcd(self.tile_n, TILE)
 
     def shared_memory_bytes(self, out_bytes: int) -> int:
@@ -59,7 +59,7 @@ TUNED: dict[tuple[int, int, int], Tiling] = {}
 
 
 def choose_tiling(m: int, n: int, k: int, out_bytes: int, multiprocessors: int) -> Tiling:
-    """A tuned entry, or the cut that finishes first by counting cycles."""
+    """Returns the tuned entry, or the tiling with the fewest estimated cycles."""
     if (tuned := TUNED.get((m, n, k))) and tuned.fits(out_bytes):
         return tuned
     return min(
@@ -67,20 +67,20 @@ def choose_tiling(m: int, n: int, k: int, out_bytes: int, multiprocessors: int) 
     )
 
 
-# Bytes a cycle that one multiprocessor gets from L2 when all ask: what published kernels' rates imply.
+# Bytes per cycle that one multiprocessor gets from L2 when all read: what published kernels' rates imply.
 L2_BYTES_PER_CYCLE = 33
-EPILOGUE_CYCLES = 1500  # a tile's way out, which no product of the same warpgroup overlaps
+EPILOGUE_CYCLES = 1500  # to write a tile, during which the same warpgroup multiplies nothing
 
 
 def estimated_cycles(tiling: Tiling, m: int, n: int, k: int, multiprocessors: int) -> dict[str, float]:
-    """Cycles of the busiest multiprocessor: those of the main loop under what bounds it, and those of epilogues.
+    """Returns the cycles of the busiest multiprocessor, in its main loop and in its epilogues.
 
-    The main loop's key is the resource that is busy longest for a step of 128 of K:
+    The main loop's key is the resource that is busy longest in a step of 128 of K:
 
-    tensor cores    4,096 multiply-adds a cycle
+    tensor cores    4,096 multiply-adds per cycle
     L2              the step's tiles of A and B, B's shared by the cluster
     one warpgroup   its wgmma alone (the other's fill the gaps only if they can), about 100 cycles of waiting, and the
-                    promotion: tile_n / 2 fused multiply-adds and as many zeros for the next accumulator, a warp
+                    promotion: per warp tile_n / 2 fused multiply-adds and as many zeros for the next accumulator
     """
     step = {
         "tensor cores": tiling.tile_m * tiling.tile_n * PROMOTION_INTERVAL / 4096,
@@ -94,7 +94,7 @@ def estimated_cycles(tiling: Tiling, m: int, n: int, k: int, multiprocessors: in
 
 
 def candidates(out_bytes: int) -> tuple[Tiling, ...]:
-    """The tuning space: what `--tune` times and what is compiled ahead."""
+    """Returns the tuning space: what `--tune` times and what is compiled ahead."""
     all_of = (
         Tiling(tile_n=tile_n, stages=stages, cluster=cluster)
         for tile_n, cluster in ((192, 2), (192, 1), (128, 2), (128, 1), (64, 1))

@@ -1,10 +1,10 @@
-"""Matrix products over groups of rows, one weight matrix a group: the experts of a mixture.
+"""Matrix products over groups of rows with one weight matrix per group: the experts of a mixture.
 
 Plain operands (float32, bfloat16) or FP8 ones (`Quantized`, report section 3.3.2), in three forms:
 
     grouped_matmul            rows contiguous by group      out[r]  = lhs[r] · rhs[group of r]ᵀ
     grouped_weight_gradient   groups along the contraction  out[g]  = lhs[rows of g]ᵀ · rhs[rows of g]
-    masked_grouped_matmul     a fixed room a group          out[g, r] = lhs[g, r] · rhs[g]ᵀ for r < counts[g]
+    masked_grouped_matmul     M rows for each group         out[g, r] = lhs[g, r] · rhs[g]ᵀ for r < counts[g]
 
 Only the first is differentiable, and only in plain operands.
 """
@@ -30,10 +30,11 @@ _BLOCKS = (64, 32, 16, 8, 4, 2, 1)
 
 
 def preferred_row_alignment(rows: int, groups: int, implementation: Implementation | None = None) -> int:
-    """What to pad each group to so that the product of `rows` rows over `groups` groups is fastest.
+    """Returns the multiple to pad each group to so that the product of `rows` rows over `groups` groups is fastest.
 
-    A tile's rows on an accelerator. On a CPU padding costs half a block a group on average and small blocks cost
-    trips: the block is the largest of up to 64 rows that an even group would fill. FP8 products need 128 everywhere.
+    On an accelerator it is the rows of a tile. On a CPU padding costs half a block per group on average, and small
+    blocks cost iterations: it is the largest block of up to 64 rows that an even group would fill. FP8 products need
+    128 everywhere.
     """
     if choose_implementation(implementation) != "reference":
         return ROW_ALIGNMENT
@@ -51,18 +52,18 @@ def grouped_matmul(
     out_dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "M N"]:
-    """lhs[r] · rhs[g]ᵀ for each row r of group g, summed in float32; differentiable in plain operands.
+    """Returns lhs[r] · rhs[g]ᵀ for each row r of group g, summed in float32; differentiable in plain operands.
 
     Args:
       lhs: rows contiguous by group, in the order of the groups; float32 or bfloat16, or FP8 in 1x128 tiles.
-      rhs: one matrix a group, [out, in]; dtype of `lhs`, or FP8 in 128x128 blocks.
+      rhs: one matrix [out, in] per group; in the dtype of `lhs`, or FP8 in 128x128 blocks.
       group_sizes: rows of each group. They may add up to fewer than M: the rows after them give zeros.
-      row_alignment: the caller's promise that M and every group size are multiples of it. Rows are copied into an
-        aligned layout and back where kernels need more (128), so promise what is true.
-      out_dtype: of the result; that of `lhs` (bfloat16 for FP8) unless given.
+      row_alignment: the caller's promise that M and every group size are multiples of it. Where a kernel needs a
+        larger one (128), rows are copied into an aligned layout and back, so promise the largest that is true.
+      out_dtype: dtype of the result; that of `lhs` (bfloat16 for FP8) unless given.
 
     Raises:
-      ValueError, TypeError: shapes or dtypes that do not fit, named; an implementation that cannot run here.
+      ValueError, TypeError: a shape or dtype that does not fit, which is named, or an implementation that cannot run.
     """
     quantized = check_rows(lhs, rhs, group_sizes, row_alignment)
     implementation = dispatch.choose(implementation, lhs)
@@ -81,7 +82,7 @@ def grouped_weight_gradient(
     row_alignment: int = 1,
     implementation: Implementation | None = None,
 ) -> Float[Array, "G N K"]:
-    """lhs[rows of g]ᵀ · rhs[rows of g] for every group g, float32; zeros for an empty group. Not differentiable.
+    """Returns lhs[rows of g]ᵀ · rhs[rows of g] for every group g in float32, zeros for an empty one. No gradient.
 
     Args:
       lhs, rhs: float32 or bfloat16, rows contiguous by group as in `grouped_matmul`; or FP8 and transposed, [N, M]
@@ -89,7 +90,7 @@ def grouped_weight_gradient(
       row_alignment: the caller's promise that M and every group size are multiples of it.
 
     Raises:
-      ValueError, TypeError: shapes or dtypes that do not fit, named; an implementation that cannot run here.
+      ValueError, TypeError: a shape or dtype that does not fit, which is named, or an implementation that cannot run.
     """
     quantized = check_contraction(lhs, rhs, group_sizes, row_alignment)
     implementation = dispatch.choose(implementation, lhs)
@@ -107,13 +108,13 @@ def masked_grouped_matmul(
     out_dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "G M N"]:
-    """lhs[g, r] · rhs[g]ᵀ for r < counts[g] and zeros for the other rows: the layout for decoding.
+    """Returns lhs[g, r] · rhs[g]ᵀ for r < counts[g] and zeros for the other rows: the layout for decoding.
 
-    Room for M rows a group is fixed, so that a captured program serves every step; kernels skip tiles without rows.
-    Operands as in `grouped_matmul`. Not differentiable.
+    Every group has M rows whatever their number, so that one compiled program serves every step; kernels skip tiles
+    without rows. Operands are as in `grouped_matmul`. Not differentiable.
 
     Raises:
-      ValueError, TypeError: shapes or dtypes that do not fit, named; an implementation that cannot run here.
+      ValueError, TypeError: a shape or dtype that does not fit, which is named, or an implementation that cannot run.
     """
     quantized = check_masked(lhs, rhs, counts)
     implementation = dispatch.choose(implementation, lhs)

@@ -1,4 +1,4 @@
-"""What is compiled ahead of this operation: every form and its tilings, at sizes of V3's experts (32 on a device)."""
+"""Lists what of this operation is compiled ahead: every form and its tilings, at sizes of V3's experts, 32 of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pallas_kernels.grouped_matmul.tiling import Tiling, candidates
 from pallas_kernels.quantize.quantized import E4M3, Quantized, Tile, scales_shape
 
 _ROWS, _GROUPS, _OUT, _IN = 32768, 32, 4096, 7168
-_ROOM = 128  # rows a group in the masked layout
+_MASKED_ROWS = 128  # rows per group in the masked layout
 
 
 def hopper() -> list[Case]:
@@ -24,8 +24,8 @@ def hopper() -> list[Case]:
         for fp8 in (False, True):
             for form, function, arguments, out_bytes in _forms(fp8, kernels):
                 tilings = candidates("depth" if form == "depth" else "rows", fp8, out_bytes)
-                # The others are the kernel of "rows" but for a mask or the order of the weights: the widest, of a
-                # cluster, needs most registers and shared memory.
+                # The other forms differ from "rows" by a mask or the order of the weights only: of these the widest
+                # tiling in a cluster is compiled, which needs most registers and shared memory.
                 for tiling in tilings if form in ("rows", "depth") else tilings[:1]:
                     name = f"{form}, {'FP8' if fp8 else 'bfloat16'}, {_words(tiling)}"
                     yield Case(name, functools.partial(function, tiling=tiling), arguments)
@@ -34,12 +34,12 @@ def hopper() -> list[Case]:
 
 
 def _forms(fp8: bool, kernels: Any) -> Iterator[tuple[str, Any, tuple[Any, ...], int]]:
-    """Name, function, arguments and bytes of an output element of each form."""
+    """Yields name, function, arguments and bytes of an output element of each form."""
     sizes = jax.ShapeDtypeStruct((_GROUPS,), jnp.int32)
     rows, weights = _operand((_ROWS, _IN), fp8, "1x128"), _operand((_GROUPS, _OUT, _IN), fp8, "128x128")
     yield "rows", functools.partial(kernels.rows_by_weights, out_dtype=jnp.bfloat16), (rows, weights, sizes), 2
-    room = _operand((_GROUPS, _ROOM, _IN), fp8, "1x128")
-    yield "masked", functools.partial(kernels.masked, out_dtype=jnp.bfloat16), (room, weights, sizes), 2
+    padded = _operand((_GROUPS, _MASKED_ROWS, _IN), fp8, "1x128")
+    yield "masked", functools.partial(kernels.masked, out_dtype=jnp.bfloat16), (padded, weights, sizes), 2
     if fp8:
         columns = _operand((_OUT, _ROWS), fp8, "1x128"), _operand((_IN, _ROWS), fp8, "1x128")
         yield "depth", kernels.rows_by_rows, (*columns, sizes), 4

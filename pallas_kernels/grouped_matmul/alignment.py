@@ -1,4 +1,4 @@
-"""Groups of any size laid out anew so that each starts at a multiple of what a kernel's tiles need."""
+"""Moves groups of rows of any size so that each starts at a multiple of a kernel's tile."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ROW_ALIGNMENT = TILE
 
 
 class Alignment(NamedTuple):
-    """Where rows go.
+    """An aligned layout of M rows.
 
     Attributes:
       source: the row that each aligned row holds; M where it holds none.
       destination: the aligned row of each row; one past the end for rows that belong to no group.
-      group_sizes: of the aligned layout.
+      group_sizes: the sizes of the aligned groups.
     """
 
     source: Int[Array, " aligned"]
@@ -29,7 +29,7 @@ class Alignment(NamedTuple):
 
 
 def align(rows: int, group_sizes: Int[Array, " G"], granule: int) -> Alignment:
-    """The layout in which every group starts at a multiple of `granule`."""
+    """Returns the layout in which every group starts at a multiple of `granule`."""
     groups = group_sizes.shape[0]
     most = rows + min(groups, rows) * (granule - 1)
     aligned_rows = -(-most // granule) * granule
@@ -44,12 +44,12 @@ def align(rows: int, group_sizes: Int[Array, " G"], granule: int) -> Alignment:
 
 
 def take_rows(x: Float[Array, "rows ..."], index: Int[Array, " wanted"]) -> Float[Array, "wanted ..."]:
-    """Rows of `x`; zeros where the index is past its end."""
+    """Returns rows of `x`, and zeros where the index is past its end."""
     return x.at[index].get(mode="fill", fill_value=0)
 
 
 def _locate(row, starts, sizes):
-    """The last group that starts at or before each row, how far into it the row is, and whether it holds the row."""
+    """Returns the last group that starts at or before each row, the offset in it, and whether it holds the row."""
     group = jnp.searchsorted(starts, row, side="right") - 1
     offset = row - starts[group]
     return group, offset, offset < sizes[group]

@@ -1,4 +1,4 @@
-"""What the operands of grouped products must be; every error names the argument, what it is and what it should be."""
+"""Checks the operands of grouped products; every error names the argument, what it is and what it should be."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pallas_kernels.quantize.quantized import Quantized, check_quantized
 
 
 def check_rows(lhs, rhs, group_sizes, row_alignment: int) -> bool:
-    """Of rows by weights; True when both operands are FP8."""
+    """Checks operands of rows by weights; returns whether both are FP8."""
     quantized = _both_or_neither(lhs, rhs)
     if quantized:
         check_quantized("lhs", lhs)
@@ -26,7 +26,7 @@ def check_rows(lhs, rhs, group_sizes, row_alignment: int) -> bool:
 
 
 def check_contraction(lhs, rhs, group_sizes, row_alignment: int) -> bool:
-    """Of rows by rows; True when both operands are FP8 (and transposed)."""
+    """Checks operands of rows by rows; returns whether both are FP8, and then transposed."""
     quantized = _both_or_neither(lhs, rhs)
     if quantized:
         check_quantized("lhs", lhs, ndim=2)
@@ -51,7 +51,7 @@ def check_contraction(lhs, rhs, group_sizes, row_alignment: int) -> bool:
 
 
 def check_masked(lhs, rhs, counts) -> bool:
-    """Of the masked layout; True when both operands are FP8."""
+    """Checks operands of the masked layout; returns whether both are FP8."""
     quantized = _both_or_neither(lhs, rhs)
     if quantized:
         check_quantized("lhs", lhs, ndim=3)

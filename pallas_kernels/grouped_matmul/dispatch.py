@@ -1,4 +1,4 @@
-"""From checked operands to an implementation, with rows laid out as it needs them."""
+"""Calls an implementation with checked operands, whose rows are first aligned as it needs them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pallas_kernels.grouped_matmul.alignment import ROW_ALIGNMENT, align, take_r
 from pallas_kernels.quantize.quantized import Quantized
 from pallas_kernels.quantize.reference import dequantize
 
-_SMALLEST_BLOCK = 8  # on a CPU, smaller promises are aligned anew: a trip a row would cost more than the copy
+_SMALLEST_BLOCK = 8  # rows; for a smaller alignment a CPU copies rows, which is faster than an iteration per row
 _FLOAT32 = jnp.dtype(jnp.float32)
 
 
 def choose(requested: Implementation | None, lhs: Array | Quantized) -> Implementation:
-    """The implementation for these operands; float32 ones have no kernel (tensor cores would round them)."""
+    """Returns the implementation for these operands; float32 has no kernel (tensor cores would round it)."""
     has_kernel = isinstance(lhs, Quantized) or lhs.dtype == jnp.bfloat16
     return choose_implementation(requested, IMPLEMENTATIONS if has_kernel else ("reference",))
 
@@ -30,7 +30,7 @@ def rows_by_weights(
     implementation: Implementation,
     transposed: bool = False,
 ) -> Float[Array, "M N"]:
-    """`transposed`: contract with the out axis of `rhs` instead, [G, K, N]."""
+    """Returns `grouped_matmul` of plain operands; `transposed`: `rhs` is [G, K, N], contracted over K."""
     granule = _granule(lhs.shape[0], group_sizes.shape[0], row_alignment, implementation)
     if row_alignment % granule:
         layout = align(lhs.shape[0], group_sizes, granule)
@@ -108,7 +108,7 @@ def masked(
 
 
 def _granule(rows: int, groups: int, row_alignment: int, implementation: Implementation) -> int:
-    """What row alignment the implementation needs or is much faster with."""
+    """Returns the row alignment that the implementation needs or is much faster with."""
     if implementation != "reference":
         return ROW_ALIGNMENT
     if row_alignment >= _SMALLEST_BLOCK or rows < 2 * _SMALLEST_BLOCK * groups:

@@ -1,15 +1,15 @@
 """Grouped products on Hopper, in Mosaic GPU: bfloat16 and FP8, groups along the rows or along the contraction.
 
 The pipeline is that of `blockwise_matmul/hopper.py`: a producer warpgroup has TMA fill a ring of stages, two consumer
-warpgroups multiply with wgmma, a persistent grid walks the tiles. What differs is where a tile's operands lie:
+warpgroups multiply with wgmma, a persistent grid visits the tiles. What differs is where a tile's operands come from:
 
-    rows    tile t of 128 rows lies within one group (sizes are multiples of 128); a table gives its group and how many
+    rows    tile t of 128 rows is within one group (sizes are multiples of 128); a table gives its group and how many
             of its rows count. A tile without rows takes no step of the contraction and only writes its zeros.
     depth   tile (g, i, j) of group g's own matrix contracts over the group's rows; a table gives where they start and
             how many steps they take. An empty group writes zeros.
 
-So cost follows the rows present, whatever the number of groups. A tile's number of steps is known only when it runs:
-the position in the ring is carried from tile to tile, by producer and consumers alike.
+So the cost follows the number of rows, whatever the number of groups. A tile's number of steps is known only when it
+runs: producer and consumers carry the position in the ring from tile to tile.
 
 FP8 sums are promoted to float32 with their scales every 128 of the contraction; bfloat16 ones stay in the tensor core's
 accumulator, where two steps' products are in flight.
@@ -37,7 +37,7 @@ from pallas_kernels.quantize.quantized import TILE, Quantized
 PRODUCER = WARPGROUPS  # the third warpgroup
 PRODUCER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
-ALIKE = 64  # columns of bfloat16 in the widest swizzle: wgmma wants both operands' alike if one is to be transposed
+ALIKE = 64  # columns of bfloat16 in the widest swizzle, which both operands must have where wgmma transposes one
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
@@ -49,10 +49,10 @@ class Form(NamedTuple):
     """What is static about a product.
 
     Attributes:
-      groups: lie along the rows of the left operand, or along the depth of the contraction.
+      groups: whether groups are along the rows of the left operand or along the contraction (depth).
       fp8: operands in e4m3 with scales.
       row_major: the right operand is [contraction, columns] in memory, else [columns, contraction].
-      masked: rows past the count of a tile are to be zeroed.
+      masked: rows past the count of a tile are set to zero.
     """
 
     groups: Groups
@@ -62,12 +62,12 @@ class Form(NamedTuple):
 
     @property
     def depth(self) -> int:
-        """Extent of the contraction in one stage."""
+        """The size of the contraction in one stage."""
         return STAGE_BYTES if self.fp8 else STAGE_BYTES // 2
 
 
 class Tile(NamedTuple):
-    """Where one tile's work lies."""
+    """The operands and the number of steps of one tile."""
 
     group: Array
     row: Array
@@ -88,7 +88,7 @@ def rows_by_weights(
     tiling: Tiling | None = None,
     interpret: Interpret = None,
 ) -> Float[Array, "M N"]:
-    """Each row times its group's matrix; M and the sizes are multiples of 128. `transposed`: `rhs` is [G, K, N]."""
+    """Returns each row times its group's matrix; M and sizes are multiples of 128. `transposed`: `rhs` is [G, K, N]."""
     tiles = lhs.shape[0] // TILE_M
     ends = jnp.cumsum(group_sizes.astype(jnp.int32)) // TILE_M
     tile = jnp.arange(tiles, dtype=jnp.int32)
@@ -108,8 +108,8 @@ def masked(
     tiling: Tiling | None = None,
     interpret: Interpret = None,
 ) -> Float[Array, "G M N"]:
-    """The first counts[g] rows of each group times its matrix, zeros after them. Rows are padded to 128s."""
-    groups, room, _ = lhs.shape
+    """Returns the first counts[g] rows of each group times its matrix, zeros after them. M is padded to 128s."""
+    groups, height, _ = lhs.shape
     rows = jax.tree.map(lambda x: pad_to(x, TILE_M, 1), lhs)
     padded = rows.shape[1]
     rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows)
@@ -119,7 +119,7 @@ def masked(
     present = jnp.clip(left, 0, TILE_M).reshape(-1)
     form = Form("rows", isinstance(lhs, Quantized), masked=True)
     out = _rows(rows, rhs, (group, present), form, jnp.dtype(out_dtype), tiling, interpret)
-    return out.reshape(groups, padded, -1)[:, :room]
+    return out.reshape(groups, padded, -1)[:, :height]
 
 
 @once_a_program("tiling")
@@ -131,7 +131,7 @@ def rows_by_rows(
     tiling: Tiling | None = None,
     interpret: Interpret = None,
 ) -> Float[Array, "G N K"]:
-    """lhs[rows of g]ᵀ · rhs[rows of g], float32; FP8 operands transposed, [N, M] and [K, M]. Sizes are 128s."""
+    """Returns lhs[rows of g]ᵀ · rhs[rows of g]; FP8 operands are [N, M] and [K, M]. Sizes are multiples of 128."""
     form = Form("depth", isinstance(lhs, Quantized), row_major=not isinstance(lhs, Quantized))
     sizes = group_sizes.astype(jnp.int32)
     steps = sizes // form.depth
@@ -209,7 +209,7 @@ def _a_row_major(form: Form) -> bool:
 
 
 def _kernel(*refs, form: Form, tiling: Tiling, **scratch):
-    """One block. `refs`: the two tables, a, b, (their scales,) out, in global memory; `scratch` by name."""
+    """The program of one block. `refs` are the two tables, a, b, (their scales,) out, all in global memory."""
     *tables, a, b = refs[:4]
     scales, out = refs[4:-1], refs[-1]
     warpgroup = lax.axis_index("warpgroup")
@@ -227,9 +227,9 @@ def _kernel(*refs, form: Form, tiling: Tiling, **scratch):
 
 
 def _for_each_tile(body, *, tables, a, out, form: Form, tiling: Tiling):
-    """Calls body(tile, steps done before it) for each tile of this block; returns all its steps.
+    """Calls body(tile, steps before it) for each tile of this block; returns the number of all its steps.
 
-    Columns run fastest: blocks at work together share rows of the left operand, and the group's matrix stays in L2
+    Columns change fastest: blocks that run together share rows of the left operand, and the group's matrix stays in L2
     for the group's next rows.
     """
     rows, columns = out.shape[-2:]
@@ -259,7 +259,7 @@ def _produce(
     for_each_tile, a, b, scales, form: Form, tiling: Tiling,
     *, a_smem, b_smem, b_scales_smem, filled, freed, **_,
 ):  # fmt: skip
-    """Keeps the ring full: waits until both consumers are through with a stage, then has TMA fill it anew."""
+    """Keeps the ring full: waits until both consumers have finished with a stage, then has TMA fill it again."""
     together = "cluster" if tiling.cluster > 1 else None
 
     def fill_stages(tile: Tile, steps_before):
@@ -289,7 +289,7 @@ def _produce(
 
     steps = for_each_tile(fill_stages)
 
-    # A block must not end while its cluster still writes to it or signals it.
+    # A block must not end while the other block of its cluster may still write to it or signal it.
     @pl.loop(jnp.maximum(steps - tiling.stages, 0), steps)
     def _(step):
         plgpu.barrier_wait(freed.at[lax.rem(step, tiling.stages)])
@@ -299,7 +299,7 @@ def _consume(
     for_each_tile, warpgroup, scales, out, form: Form, tiling: Tiling,
     *, a_smem, b_smem, b_scales_smem, out_smem, filled, freed,
 ):  # fmt: skip
-    """Multiplies what arrives and writes the tiles."""
+    """Multiplies the stages as they arrive and writes the tiles."""
     parts = range(tiling.tile_n // PART)
 
     def multiply(acc, stage):
@@ -307,7 +307,7 @@ def _consume(
         plgpu.wgmma(acc, _transposed(a) if _a_row_major(form) else a, b if form.row_major else _transposed(b))
 
     def product_in_accumulator(tile: Tile, steps_before):
-        """Of bfloat16 operands. A stage is free when the next step's products are under way and its own are done."""
+        """Multiplies bfloat16. A stage is free when its products are done, while those of the next step run."""
 
         def contract(acc):
             @pl.loop(0, tile.steps)
@@ -332,12 +332,12 @@ def _consume(
         return tuple(total[:, part * PART : (part + 1) * PART] for part in parts)
 
     def product_promoted(tile: Tile, steps_before):
-        """Of FP8 operands: each step's products leave the accumulator, are scaled and added up in registers."""
+        """Multiplies FP8: each step's sums leave the accumulator and are scaled and added up in registers."""
         row = tile.row + warpgroup * WARPGROUP_ROWS
 
         def scales_from_global(k):
             k = tile.first_step + jnp.maximum(jnp.minimum(k, tile.steps - 1), 0)
-            k = jnp.minimum(k, scales[0].shape[0] - 1)  # of an empty group at the end
+            k = jnp.minimum(k, scales[0].shape[0] - 1)  # for an empty group at the end
             rows = plgpu.load(scales[0].at[k, pl.ds(row, WARPGROUP_ROWS)], layout=_ROWS, optimized=False)
             if b_scales_smem is not None:
                 return rows, ()
@@ -362,7 +362,7 @@ def _consume(
                 )
                 plgpu.commit_smem()  # orders these reads before TMA's next write
             plgpu.barrier_arrive(freed.at[stage])
-            # Of the next step: their way from global memory hides behind this promotion and the next product.
+            # The next step's scales: loading them overlaps with this promotion and the next product.
             upcoming = scales_from_global(k + 1)
             promoted = []
             for part in parts:

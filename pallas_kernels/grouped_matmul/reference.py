@@ -1,12 +1,12 @@
-"""Grouped products in plain jax.numpy: the definition, and the implementation on a CPU.
+"""Grouped products in plain jax.numpy: what the operations mean, and what runs on a CPU.
 
-Where groups are large enough to fill a matrix product, the first rows of every group, an even share each, go through
-one product batched over the groups: no weight is copied and all cores work. What a group holds beyond its share is
-visited by a loop, block by block, whose trip count follows the rows that are there. However the rows fall, none is
-left out, and the cost is that of an even load plus the excess. `jax.lax.ragged_dot` is not used: on a CPU it multiplies
-every row with every group.
+If groups are large enough to fill a matrix product, the first rows of every group, an even share each, are multiplied
+in one product batched over the groups: no weight is copied and all cores work. A loop multiplies the rows beyond a
+group's share, block by block; it has as many iterations as there are such blocks. So no row is dropped however uneven
+the groups are, and the cost is that of an even load plus the excess. `jax.lax.ragged_dot` is not used: on a CPU it
+multiplies every row with every group.
 
-FP8 operands are dequantised first: products of e4m3 values are exact in float32, so this differs from the promotion
+FP8 operands are dequantized first: products of e4m3 values are exact in float32, so this differs from the promotion
 every 128 of K only by float32 rounding.
 """
 
@@ -26,9 +26,9 @@ def rows_by_weights(
     block: int,
     transposed: bool = False,
 ) -> Float[Array, "M N"]:
-    """lhs[r] · rhs[group of r]ᵀ, accumulated in float32; rows past the last group are zero.
+    """Returns lhs[r] · rhs[group of r]ᵀ, summed in float32; rows past the last group are zero.
 
-    `block` divides M and every group size. `transposed`: without the transposition, `rhs` being [G, K, N].
+    `block` divides M and every group size. `transposed`: `rhs` is [G, K, N], and is not transposed.
     """
     contracted, out_axis = (1, 2) if transposed else (2, 1)
     dtype = jnp.promote_types(lhs.dtype, jnp.float32)
@@ -39,7 +39,7 @@ def rows_by_weights(
         shares = blocks[layout.share_blocks].reshape(rhs.shape[0], -1, lhs.shape[1])
         product = lax.dot_general(shares, rhs, (((2,), (contracted,)), ((0,), (0,))), preferred_element_type=dtype)
         product = product.reshape(-1, block, product.shape[-1])
-        out = jnp.where(layout.in_share[:, None, None], product[layout.place_in_shares], 0)
+        out = jnp.where(layout.in_share[:, None, None], product[layout.index_in_shares], 0)
 
     def multiply_block(i, out):
         at = layout.excess_block(i)
@@ -55,7 +55,7 @@ def rows_by_weights(
 def rows_by_rows(
     lhs: Float[Array, "M N"], rhs: Float[Array, "M K"], group_sizes: Int[Array, " G"], block: int
 ) -> Float[Array, "G N K"]:
-    """lhs[rows of g]ᵀ · rhs[rows of g] for every group, in float32: the gradient of the weights.
+    """Returns lhs[rows of g]ᵀ · rhs[rows of g] for every group, in float32: the gradient of the weights.
 
     `block` divides M and every group size. An empty group gives zeros.
     """
@@ -82,28 +82,28 @@ def rows_by_rows(
 
 
 def masked(lhs: Float[Array, "G M K"], rhs: Float[Array, "G N K"], counts: Int[Array, " G"]) -> Float[Array, "G M N"]:
-    """lhs[g, r] · rhs[g]ᵀ for r < counts[g], zero for the other rows, in float32."""
+    """Returns lhs[g, r] · rhs[g]ᵀ for r < counts[g], zero for the other rows, in float32."""
     dtype = jnp.promote_types(lhs.dtype, jnp.float32)
     out = lax.dot_general(lhs, rhs, (((2,), (2,)), ((0,), (0,))), preferred_element_type=dtype)
     return jnp.where((jnp.arange(lhs.shape[1]) < counts[:, None])[..., None], out, 0)
 
 
-_LEAST_SHARE = 16  # rows; below, a group's weights cost more to read than the product, and many groups may be empty
+_LEAST_SHARE = 16  # rows; for fewer, reading a group's weights costs more than its product, and it may be empty
 
 
 class _Layout(NamedTuple):
-    """Where each group's blocks of rows are: its share at the front, its excess behind.
+    """Says which blocks of rows are in their group's share (its first blocks) and which are in excess of it.
 
     Attributes:
-      share: blocks of a group's share; 0 where groups are small on average.
-      group: group of each block of rows (the last for blocks past the end).
-      share_blocks: blocks of all shares, group by group; where a group does not fill its share, any other.
+      share: number of blocks in a group's share; 0 where groups are small on average.
+      group: group of each block of rows (the last group for blocks past the end).
+      share_blocks: blocks of all shares, group by group; blocks of other groups where a group does not fill its share.
       share_is_filled: whether that block is the group's own.
       in_share: whether a block of rows is in its group's share.
-      place_in_shares: where among all shares.
-      excess: how many blocks hold rows beyond their group's share.
-      excess_ends: that count, summed up to and with each group.
-      ends: blocks of all groups, summed likewise.
+      index_in_shares: its index in `share_blocks`.
+      excess: number of blocks that are in excess of their group's share.
+      excess_ends: running total of that number over the groups.
+      ends: running total of all blocks over the groups.
     """
 
     share: int
@@ -111,7 +111,7 @@ class _Layout(NamedTuple):
     share_blocks: Int[Array, " shares"]
     share_is_filled: Bool[Array, " shares"]
     in_share: Bool[Array, " blocks"]
-    place_in_shares: Int[Array, " blocks"]
+    index_in_shares: Int[Array, " blocks"]
     excess: Int[Array, ""]
     excess_ends: Int[Array, " G"]
     ends: Int[Array, " G"]
@@ -126,7 +126,7 @@ class _Layout(NamedTuple):
         ends = jnp.cumsum(sizes)
         at = jnp.arange(blocks)
         group = jnp.minimum(jnp.searchsorted(ends, at, side="right"), groups - 1)
-        place = at - (ends - sizes)[group]
+        position = at - (ends - sizes)[group]
         slots = jnp.arange(share)
         excess_ends = jnp.cumsum(jnp.maximum(sizes - share, 0))
         return cls(
@@ -134,14 +134,14 @@ class _Layout(NamedTuple):
             group=group,
             share_blocks=jnp.minimum((ends - sizes)[:, None] + slots, blocks - 1).reshape(-1),
             share_is_filled=(slots < sizes[:, None]).reshape(-1),
-            in_share=(place < share) & (at < ends[-1]),
-            place_in_shares=group * share + jnp.minimum(place, max(share - 1, 0)),
+            in_share=(position < share) & (at < ends[-1]),
+            index_in_shares=group * share + jnp.minimum(position, max(share - 1, 0)),
             excess=excess_ends[-1],
             excess_ends=excess_ends,
             ends=ends,
         )
 
     def excess_block(self, i: Int[Array, ""]) -> Int[Array, ""]:
-        """The i-th block that is beyond its group's share."""
+        """Returns the i-th block that is in excess of its group's share."""
         group = jnp.searchsorted(self.excess_ends, i, side="right")
         return self.ends[group] - (self.excess_ends[group] - i)

@@ -1,4 +1,4 @@
-"""How the Hopper grouped products are cut into tiles."""
+"""Tilings of the grouped products on Hopper, and the one that a problem gets."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pallas_kernels.quantize.quantized import PROMOTION_INTERVAL
 
 # Bytes of a row that one stage holds: of FP8 the values between two promotions, of bfloat16 half as many.
 STAGE_BYTES = PROMOTION_INTERVAL
-PART = 64  # columns of the tile that leave together
-WARPGROUPS = 2  # that multiply
+PART = 64  # columns of a tile that are written together
+WARPGROUPS = 2  # warpgroups that multiply
 
-Groups = Literal["rows", "depth"]  # along what the groups lie
+Groups = Literal["rows", "depth"]  # groups along the rows, or along the contraction
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """One cut.
+    """One way to cut a product into tiles.
 
     Attributes:
       tile_n: columns of a block's tile.
-      stages: pieces of the contraction in flight between the producer and the consumers.
-      cluster: blocks, neighbours along the columns, that load each tile of the left operand once for all (TMA
-        multicast). Neighbours along the rows may belong to two groups, so the right operand cannot be shared.
+      stages: steps of the contraction for which the ring between producer and consumers has buffers.
+      cluster: how many blocks, neighbours along the columns, share each tile of the left operand, which is loaded once
+        (TMA multicast). Neighbours along the rows may belong to two groups, so the right operand cannot be shared.
     """
 
     tile_n: int
@@ -45,13 +45,13 @@ class Tiling:
 
     @property
     def slots(self) -> int:
-        """Buffers a warpgroup has for parts of the tile on their way out; the parts are a multiple of them."""
+        """How many buffers a warpgroup has for parts of a tile being written; it divides their number."""
         parts = self.tile_n // PART
         return 2 if parts % 2 == 0 else parts
 
 
 def candidates(groups_along: Groups, fp8: bool, out_bytes: int) -> tuple[Tiling, ...]:
-    """The tuning space. FP8 keeps two sets of sums in registers; along the depth the columns' scales lie there too."""
+    """Returns the tuning space. FP8 has two sets of sums in registers; along the depth the columns' scales too."""
     widths = (256, 128) if not fp8 else (192, 128, 64) if groups_along == "rows" else (128, 64)
     cuts = []
     for cluster in (2, 1):
@@ -69,7 +69,7 @@ TUNED: dict[tuple[str, int, int, int], Tiling] = {}
 def choose_tiling(
     groups_along: Groups, columns: int, contraction: int, groups: int, fp8: bool, out_bytes: int
 ) -> Tiling:
-    """A tuned entry, or the cut that takes 128 rows through all columns first by counting cycles."""
+    """Returns the tuned entry, or the tiling with the fewest estimated cycles for 128 rows and all columns."""
     tuned = TUNED.get((f"{groups_along} {'fp8' if fp8 else 'bf16'}", columns, contraction, groups))
     if tuned and tuned.fits(fp8, out_bytes):
         return tuned
@@ -84,11 +84,11 @@ def choose_tiling(
 
 
 def step_cycles(tiling: Tiling, groups_along: Groups, fp8: bool) -> dict[str, float]:
-    """How long one stage's work keeps each resource busy, as in `blockwise_matmul.tuning.estimated_cycles`.
+    """Returns for how many cycles one stage keeps each resource busy, as `blockwise_matmul.tuning.estimated_cycles`.
 
-    A stage is 128 bytes of the contraction: FP8 and bfloat16 take the tensor cores the same time for it. Products of
-    bfloat16 are not promoted, and two of a warpgroup's are in flight at once; along the depth each of FP8's sums has
-    a scale of its own.
+    A stage is 128 bytes of the contraction, which take the tensor cores the same time in FP8 and in bfloat16. Sums in
+    bfloat16 are not promoted, and a warpgroup has two products in flight; along the depth each FP8 sum has a scale of
+    its own.
     """
     products = TILE_M * tiling.tile_n * STAGE_BYTES / 4096
     busy = {

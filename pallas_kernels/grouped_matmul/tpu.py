@@ -1,11 +1,11 @@
 """Grouped products on TPUs, in Mosaic TPU: bfloat16 and FP8, groups along the rows or along the contraction.
 
 Tables that say which group a tile of 128 rows belongs to are read ahead of the grid (scalar prefetch), so the pipeline
-fetches the right matrix. Groups along the rows: a step holds the whole contraction, and a group's piece of its matrix
-stays in VMEM while the group's tiles pass. Groups along the contraction: a group's product stays in VMEM while the
-group's tiles are added to it; an empty group gets one step, which writes its zeros.
+fetches the right matrix. With groups along the rows, a step has the whole contraction, and a piece of a group's matrix
+stays in VMEM for all of the group's tiles. With groups along the contraction, a group's product stays in VMEM while the
+products of its tiles are added to it; an empty group gets one step, which writes its zeros.
 
-v5p and v6e have no FP8 matrix unit: e4m3 operands travel as such and are widened to bfloat16, exactly, in VMEM.
+v5p and v6e have no FP8 matrix unit: operands are e4m3 in HBM and VMEM and are widened to bfloat16, exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pallas_kernels.grouped_matmul.alignment import ROW_ALIGNMENT
 from pallas_kernels.quantize.quantized import PROMOTION_INTERVAL, TILE, Quantized
 
 TILE_M = ROW_ALIGNMENT  # rows of a block's tile, all of one group
-_WEIGHT_BYTES = 4 << 20  # of a group's matrix in VMEM at a time
+_WEIGHT_BYTES = 4 << 20  # bytes of a group's matrix in VMEM at a time
 _VMEM_BYTES = 48 << 20
 _DEPTH_TILE = 512
 
@@ -43,7 +43,7 @@ def rows_by_weights(
     transposed: bool = False,
     interpret: Interpret = None,
 ) -> Float[Array, "M N"]:
-    """Each row times its group's matrix; M and the sizes are multiples of 128. `transposed`: `rhs` is [G, K, N]."""
+    """Returns each row times its group's matrix; M and sizes are multiples of 128. `transposed`: `rhs` is [G, K, N]."""
     tiles = lhs.shape[0] // TILE_M
     ends = jnp.cumsum(group_sizes.astype(jnp.int32)) // TILE_M
     tile = jnp.arange(tiles, dtype=jnp.int32)
@@ -61,17 +61,17 @@ def masked(
     *,
     interpret: Interpret = None,
 ) -> Float[Array, "G M N"]:
-    """The first counts[g] rows of each group times its matrix, zeros after them. Rows are padded to 128s."""
-    groups, room, _ = lhs.shape
-    padded = room + -room % TILE_M
-    rows = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - room), (0, 0))) if padded != room else x, lhs)
+    """Returns the first counts[g] rows of each group times its matrix, zeros after them. M is padded to 128s."""
+    groups, height, _ = lhs.shape
+    padded = height + -height % TILE_M
+    rows = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, padded - height), (0, 0))) if padded != height else x, lhs)
     rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows)
     tiles = padded // TILE_M
     group = jnp.repeat(jnp.arange(groups, dtype=jnp.int32), tiles)
     left = counts.astype(jnp.int32)[:, None] - TILE_M * jnp.arange(tiles, dtype=jnp.int32)
     present = jnp.clip(left, 0, TILE_M).reshape(-1)
     out = _rows(rows, rhs, group, present, jnp.dtype(out_dtype), False, interpret)
-    return out.reshape(groups, padded, -1)[:, :room]
+    return out.reshape(groups, padded, -1)[:, :height]
 
 
 @once_a_program()
@@ -82,7 +82,7 @@ def rows_by_rows(
     *,
     interpret: Interpret = None,
 ) -> Float[Array, "G N K"]:
-    """lhs[rows of g]ᵀ · rhs[rows of g], float32; FP8 operands transposed, [N, M] and [K, M]. Sizes are 128s."""
+    """Returns lhs[rows of g]ᵀ · rhs[rows of g]; FP8 operands are [N, M] and [K, M]. Sizes are multiples of 128."""
     group, row_tile, action = _visits(group_sizes.astype(jnp.int32), _rows_of(lhs) // TILE_M)
     groups = group_sizes.shape[0]
     if isinstance(lhs, Quantized) and isinstance(rhs, Quantized):
@@ -124,7 +124,7 @@ _SKIP, _ADD, _START, _ZERO = range(4)
 
 
 def _visits(group_sizes: Int[Array, " G"], row_tiles: int) -> tuple[Array, Array, Array]:
-    """Which group and tile of rows each step sees and what it does there; an empty group gets one step."""
+    """Returns the group, the tile of rows and the action of each step; an empty group gets one step."""
     tiles = group_sizes // TILE_M
     visits = jnp.maximum(tiles, 1)
     ends = jnp.cumsum(visits)
@@ -152,7 +152,7 @@ def _rows(lhs, rhs, group, present, out_dtype, transposed: bool, interpret: Inte
         blocks = pl.cdiv(contraction, PROMOTION_INTERVAL)
         excess = -contraction % PROMOTION_INTERVAL
         a, b = (jnp.pad(q.values, [(0, 0)] * (q.values.ndim - 1) + [(0, excess)]) for q in (lhs, rhs))
-        # One scale a column of the product and block of the contraction: lanes along N, as the product has it.
+        # One scale per column of the product and block of the contraction, with N along the lanes as in the product.
         b_scales = jnp.repeat(rhs.scales, TILE, axis=1)[:, :n].swapaxes(1, 2)[:, :, None]
         operands, contraction = [a, b, lhs.scales, b_scales], contraction + excess
     in_specs = [pl.BlockSpec((TILE_M, contraction), lambda j, i, group, present: (i, 0))]
@@ -181,7 +181,7 @@ def _rows(lhs, rhs, group, present, out_dtype, transposed: bool, interpret: Inte
 
 
 def _rows_kernel(group_ref, present_ref, a_ref, b_ref, *refs, transposed: bool):
-    """`refs`: the scales of both if they are FP8, and the tile of the product."""
+    """The program of a grid step. `refs` are the scales of both operands if they are FP8, and the product's tile."""
     *scales, out_ref = refs
     present = present_ref[pl.program_id(1)]
 
@@ -210,7 +210,7 @@ def _promoted(a_ref, b_ref, a_scales_ref, b_scales_ref, shape) -> Float[Array, "
 
 
 def _depth_kernel(group_ref, row_tile_ref, action_ref, a_ref, b_ref, *refs):
-    """`refs`: the scales of both if they are FP8, and a group's product."""
+    """The program of a grid step. `refs` are the scales of both operands if they are FP8, and a group's product."""
     *scales, out_ref = refs
     action = action_ref[pl.program_id(2)]
 
@@ -242,6 +242,6 @@ def _dot(a, b, contracted: tuple[int, int]):
 
 
 def _column(scales: Float[Array, "128 blocks"], index) -> Float[Array, "128 1"]:
-    """One column of the scales. Lanes cannot be indexed by a run-time number, so the others are blanked and summed."""
+    """Returns one column of the scales, by a masked sum: lanes cannot be indexed by a number known at run time only."""
     lane = lax.broadcasted_iota(jnp.int32, scales.shape, 1)
     return jnp.sum(jnp.where(lane == index, scales, 0), axis=1, keepdims=True)

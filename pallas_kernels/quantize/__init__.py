@@ -1,4 +1,4 @@
-"""Fine-grained quantisation to FP8 (report, sections 3.3.2 and 3.5.2)."""
+"""Fine-grained quantization to FP8 (report, sections 3.3.2 and 3.5.2)."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def quantize(
     power_of_two_scales: bool = False,
     implementation: Implementation | None = None,
 ) -> Quantized:
-    """`x` in e4m3 with one float32 scale a tile.
+    """Returns `x` in e4m3 with one float32 scale per tile.
 
     `quantize/reference.py` has the definition and says what happens to zeros, infinities and NaN. Not differentiable:
     a product of quantized operands needs a gradient of its own (as `dsv3_jax.precision.fp8_layer` has).
 
     Args:
-      x: float32 or bfloat16; leading dimensions are separate matrices (one an expert).
+      x: float32 or bfloat16; leading dimensions are separate matrices (such as one per expert).
       tile: "1x128" along the last axis (activations), "128x128" (weights), "128x1" along the last but one.
       power_of_two_scales: round every scale up to a power of two (UE8M0), so that re-tiling is nearly exact.
 
     Raises:
-      ValueError, TypeError: shapes or dtypes that do not fit, an implementation that cannot run here.
+      ValueError, TypeError: shapes or dtypes that do not fit, or an implementation that cannot run here.
     """
     _check_input(x)
     check_tile(tile)
@@ -77,12 +77,12 @@ def quantize_both(
     power_of_two_scales: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[Quantized, Quantized]:
-    """`x` quantised along its rows and along its columns, reading it once.
+    """Returns `x` quantized along its rows and along its columns; a kernel reads it once.
 
     Returns:
       along_rows: [M, K] in 1x128 tiles.
-      along_columns: the transposed matrix [K, M] in 1x128 tiles, each over 128 rows of `x`: the contraction of a
-        weight gradient runs over the rows, and the tensor cores want it contiguous.
+      along_columns: the transposed matrix [K, M] in 1x128 tiles, each over 128 rows of `x`. A weight gradient
+        contracts over the rows, and the tensor cores need the contraction to be contiguous.
     """
     _check_input(x)
     if x.ndim != 2:
@@ -95,10 +95,10 @@ def quantize_both(
 def requantize_transposed(
     q: Quantized, *, power_of_two_scales: bool = False, implementation: Implementation | None = None
 ) -> Quantized:
-    """The transposed [K, M] of `q` [M, K], in 1x128 tiles along M: how a cached activation enters a weight gradient.
+    """Returns the transpose [K, M] of `q` [M, K] in 1x128 tiles along M, as weight gradients need cached activations.
 
-    `q` is dequantised, transposed and quantised anew (section 3.5.2). When both have power-of-two scales, only values
-    that fall under the new tile's smallest step change.
+    `q` is dequantized, transposed and quantized again (section 3.5.2). With power-of-two scales on both sides only
+    values below the new tile's smallest step change.
     """
     check_quantized("q", q, ndim=2)
     return kernel_module("quantize", choose_implementation(implementation)).requantize_transposed(
@@ -108,13 +108,13 @@ def requantize_transposed(
 
 @jax.named_scope("dequantize")
 def dequantize(q: Quantized, dtype: DTypeLike = jnp.float32) -> Float[Array, "... M K"]:
-    """`q` as plain numbers: values times scales, computed in float32, rounded to `dtype`."""
+    """Returns values times scales, computed in float32 and rounded to `dtype`."""
     check_quantized("q", q)
     return reference.dequantize(q, jnp.dtype(dtype))
 
 
 def _over_matrices(function: Callable[[Array], Quantized], x: Float[Array, "... M K"], tile: Tile) -> Quantized:
-    """`function` of one matrix over the matrices of `x`: one below the other, each filled up to whole tiles."""
+    """Returns `function` applied to all matrices of `x`, stacked as one, each padded to whole tiles."""
     *batch, m, k = x.shape
     if not batch:
         return function(x)
@@ -128,7 +128,7 @@ def _over_matrices(function: Callable[[Array], Quantized], x: Float[Array, "... 
 
 
 def _not_differentiable(function):
-    """`function`, with an error instead of a derivative that would itself be rounded to e4m3."""
+    """Returns `function` with an error for its derivative, which would itself be rounded to e4m3."""
     wrapped = jax.custom_jvp(function)
 
     @wrapped.defjvp

@@ -1,4 +1,4 @@
-"""What is compiled ahead of this operation: every tile and both input dtypes, at sizes of V3's own activations."""
+"""Lists what of this operation is compiled ahead: every tile and both input dtypes, at sizes of V3's activations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pallas_kernels.compile_ahead import Case
 from pallas_kernels.quantize.quantized import E4M3, Quantized, scales_shape
 
 _SHAPE = (4096, 7168)
-# The width of V3's joint down-projection is a multiple of 64 only; the other shape fits nothing.
+# The width of V3's joint down-projection is a multiple of 64 only; the other shape is a multiple of no tile.
 _RAGGED = {"4096 x 2112": (4096, 2112), "1000 x 333": (1000, 333)}
 
 

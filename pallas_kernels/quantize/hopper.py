@@ -1,12 +1,12 @@
-"""Quantisation on Hopper, in Mosaic GPU: each value is read from global memory once, by TMA.
+"""Quantization on Hopper, in Mosaic GPU: each value is read from global memory once, by TMA.
 
 A block is one warpgroup and works on tiles of 128 x 128. Reading a tile row-wise gives the 1x128 tiles; reading the
 same shared memory transposed (ldmatrix does that for bfloat16 at no cost) gives the tiles along the columns with the
-very same arithmetic, a row of registers being a column of `x`. Nothing is reused, so there is no ring of stages:
-several blocks share a multiprocessor, and while one computes the others' copies are under way.
+same arithmetic: a row of registers is then a column of `x`. Nothing is reused, so there is no ring of stages. Several
+blocks share a multiprocessor, and while one computes, the copies of the others proceed.
 
-Scales leave as [tiles along the contraction, rows], the order in which the product reads them; the transposes on
-either side of the stored format cancel under jit.
+Scales are written as [tiles along the contraction, rows], the order in which the product reads them; the transposes
+to the stored format and from it cancel under jit.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors, p
 from pallas_kernels.quantize.quantized import E4M3, TILE, Quantized, Tile
 from pallas_kernels.quantize.reference import magnitude_bits, scales_from_magnitude, values_from_scaled
 
-HALF = 64  # rows of registers a warpgroup holds at a time
-_MAX_BLOCKS = 4  # on one multiprocessor
+HALF = 64  # rows that a warpgroup has in registers at a time
+_MAX_BLOCKS = 4  # blocks per multiprocessor
 
 
 @once_a_program("tile", "power_of_two_scales")
@@ -39,7 +39,7 @@ def quantize(
     *,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> Quantized:
-    """As `reference.quantize` for one matrix. "128x1" is quantised transposed and then turned, by a copy."""
+    """Computes `reference.quantize` for one matrix. "128x1" is quantized transposed and then transposed by a copy."""
     if tile == "128x128":
         return _quantize_blocks(x, power_of_two_scales, interpret)
     if tile == "1x128":
@@ -51,7 +51,7 @@ def quantize(
 def quantize_both(
     x: Float[Array, "M K"], power_of_two_scales: bool, *, interpret: plgpu.InterpretGPUParams | None = None
 ) -> tuple[Quantized, Quantized]:
-    """`x` and its transpose, both in 1x128 tiles, from one reading of `x`."""
+    """Returns `x` and its transpose, both in 1x128 tiles, reading `x` once."""
     rows, columns = _quantize_tiles(x, power_of_two_scales, interpret, rows=True, columns=True)
     return rows, columns
 
@@ -60,7 +60,7 @@ def quantize_both(
 def requantize_transposed(
     q: Quantized, power_of_two_scales: bool, *, interpret: plgpu.InterpretGPUParams | None = None
 ) -> Quantized:
-    """The transpose of `q` (1x128 tiles) quantised anew in 1x128 tiles."""
+    """Returns the transpose of `q` (1x128 tiles), quantized again in 1x128 tiles."""
     (m, k), values = q.shape, pad_to(q.values, 32, 32)
     rows, columns = values.shape
     kernel = functools.partial(_requantize_kernel, power_of_two=power_of_two_scales)
@@ -83,7 +83,7 @@ def requantize_transposed(
 
 
 def _quantize_tiles(x, power_of_two, interpret, *, rows: bool, columns: bool) -> list[Quantized]:
-    """Along the rows, or along the columns (transposed), or both in this order."""
+    """Quantizes along the rows, or along the columns (transposed), or both in this order."""
     (m, k), x = x.shape, pad_to(x, 32 if columns else 8, 32)
     padded_m, padded_k = x.shape
     out_types, scratch = [], {"x_smem": _tile_smem(x.dtype, padded_k), "arrived": plgpu.Barrier()}
@@ -126,7 +126,7 @@ def _quantize_blocks(x, power_of_two, interpret) -> Quantized:
 
 
 def _tile_smem(dtype, extent: int):
-    """A tile of an array whose rows have `extent` elements."""
+    """Returns the buffer for a tile of an array whose rows have `extent` elements."""
     return plgpu.SMEM((TILE, TILE), dtype, transforms=swizzled(TILE, dtype, extent))
 
 
@@ -135,12 +135,12 @@ def _cut(x: Array, rows: int, columns: int) -> Array:
 
 
 def _scales_struct(contraction: int, others: int) -> jax.ShapeDtypeStruct:
-    """Scales [tiles along the contraction, others]; TMA wants rows of a multiple of 16 bytes."""
+    """Returns the type of scales [tiles along the contraction, others]; TMA needs rows of a multiple of 16 bytes."""
     return jax.ShapeDtypeStruct((pl.cdiv(contraction, TILE), others + -others % 4), jnp.float32)
 
 
 def _launch(kernel, name: str, shape: tuple[int, ...], out_types, scratch: dict[str, Any], interpret):
-    """`kernel`, told its grid of tiles, one warpgroup a block, as many blocks as find room and each with many tiles."""
+    """Returns a launch of `kernel` over a grid of tiles: one warpgroup per block, as many blocks as memory allows."""
     tiles = pl.cdiv(shape[0], TILE), pl.cdiv(shape[1], TILE)
     used = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(scratch) if isinstance(s, pl.MemoryRef))
     together = min(SHARED_MEMORY_BYTES // (used + 3072), _MAX_BLOCKS)
@@ -157,7 +157,7 @@ def _launch(kernel, name: str, shape: tuple[int, ...], out_types, scratch: dict[
 
 
 def _tiles_kernel(x, *outs, x_smem, rows_smem, columns_smem, arrived, tiles, power_of_two):
-    """`outs`: values and scales along the rows, then along the columns, of which either may be missing."""
+    """The program of one block. `outs` are values and scales along the rows, then along the columns, as wanted."""
 
     @plgpu.nd_loop(tiles, collective_axes="blocks")
     def _(loop):
@@ -239,7 +239,7 @@ def _blocks_kernel(x, values, scales, *, x_smem, values_smem, scale_smem, arrive
             return plgpu.load(x_smem.at[pl.ds(start, HALF)], layout=plgpu.Layout.WGMMA_8BIT).astype(jnp.float32)
 
         largest = jnp.maximum(*(jnp.max(magnitude_bits(half(start)), axis=1) for start in (0, HALF)))
-        # As a vector, since Mosaic reinterprets the bits of no scalar; read back from shared memory to store one.
+        # A vector, since Mosaic cannot reinterpret the bits of a scalar; one of it is read back from shared memory.
         scale = scales_from_magnitude(lax.broadcast_in_dim(jnp.max(largest), (HALF,), ()), power_of_two)
         scale_smem[...] = scale
         for start in (0, HALF):

@@ -1,4 +1,4 @@
-"""The stored form of a fine-grained FP8 matrix (report, section 3.3.2): e4m3 values and one float32 scale a tile."""
+"""The stored form of a fine-grained FP8 matrix (report, section 3.3.2): e4m3 values and one float32 scale per tile."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TILE_SHAPE: dict[str, tuple[int, int]] = {"1x128": (1, TILE), "128x128": (TILE, 
 
 E4M3 = jnp.float8_e4m3fn
 E4M3_MAX = 448.0
-# The released kernels' floor: a tile of zeros gets a scale that neither divides by zero nor underflows.
+# The least largest magnitude of a tile, from the released kernels: a tile of zeros gets a finite, normal scale.
 MIN_AMAX = 1e-4
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("values", "scales"), meta_fields=("tile",))
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A matrix as `values * scales`, each scale shared by one tile. A pytree; the tile is static.
+    """A matrix that is `values * scales`, with one scale per tile. A pytree; the tile is static.
 
     Attributes:
       values: float8_e4m3fn [..., M, K].
@@ -49,13 +49,13 @@ class Quantized:
 
     @property
     def mT(self) -> Quantized:
-        """The transposed matrix: same values and scales, the tile turned."""
+        """Returns the transposed matrix, with the same values and scales in transposed tiles."""
         turned: dict[str, Tile] = {"1x128": "128x1", "128x1": "1x128", "128x128": "128x128"}
         return Quantized(self.values.mT, self.scales.mT, turned[self.tile])
 
 
 def scales_shape(shape: tuple[int, ...], tile: Tile) -> tuple[int, ...]:
-    """Shape of the scales of a matrix of `shape`; ragged tiles at the edges have one too."""
+    """Returns the shape of the scales of a matrix of `shape`; partial tiles at the edges have a scale too."""
     rows, columns = TILE_SHAPE[tile]
     return (*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // columns))
 

@@ -1,14 +1,14 @@
-"""Quantisation in plain jax.numpy: the definition, and the implementation on a CPU.
+"""Quantization in plain jax.numpy: what the operations mean, and what runs on a CPU.
 
 A tile with largest magnitude `amax` is stored as
 
     scale  = max(amax, 1e-4) / 448            (or the next power of two at or above that)
     values = e4m3(clip(x * (1 / scale), -448, 448)),   to nearest even
 
-A tile that holds an infinity or a NaN gets a NaN scale, so that all of it is NaN when used: what went wrong upstream
-stays visible instead of turning into a large finite number. Its values mean nothing. The clip is needed: JAX's cast to
-e4m3 does not saturate, 465 becomes NaN. The reciprocal of the scale is rounded once and multiplied, as kernels do, so a
-division a tile is enough.
+A tile that holds an infinity or a NaN gets a NaN scale, so that all of it is NaN when used: an upstream error stays
+visible instead of turning into a large finite number. Its values mean nothing. The clip is needed because JAX's cast
+to e4m3 does not saturate: 465 becomes NaN. Values are multiplied by the reciprocal of the scale, as in kernels, so that
+one division per tile is enough.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ def dequantize(q: Quantized, dtype: jnp.dtype) -> Float[Array, "... M K"]:
 
 
 def magnitude_bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
-    """|x| as an integer in the same order, infinities above all numbers and NaN above them.
+    """Returns |x| as integers in the same order, with infinities above all numbers and NaN above infinities.
 
-    The largest magnitude is taken of these: a float maximum does not pass NaN on everywhere (XLA on a CPU drops it).
+    The largest magnitude is taken of these, since a float maximum may drop a NaN (XLA does on a CPU).
     """
     return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 0x7FFFFFFF
 
 
 def scales_from_magnitude(bits: Int[Array, "..."], power_of_two: bool) -> Float[Array, "..."]:
-    """float32 multipliers from each tile's largest `magnitude_bits`; NaN where that is not finite."""
+    """Returns float32 scales from each tile's largest `magnitude_bits`; NaN where that is not finite."""
     amax = jax.lax.bitcast_convert_type(bits, jnp.float32)
     scales = jnp.maximum(amax, MIN_AMAX) / E4M3_MAX
     if power_of_two:
@@ -60,7 +60,7 @@ def scales_from_magnitude(bits: Int[Array, "..."], power_of_two: bool) -> Float[
 
 
 def round_up_to_power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """2^ceil(log2 x) of positive normal float32 numbers, exact: carry into the exponent, drop the mantissa."""
+    """Returns 2^ceil(log2 x) of positive normal float32 numbers exactly, by a carry from the mantissa."""
     bits: Int[Array, "..."] = jax.lax.bitcast_convert_type(x, jnp.int32)
     return jax.lax.bitcast_convert_type((bits + 0x7FFFFF) & 0x7F800000, jnp.float32)
 
@@ -70,7 +70,7 @@ def values_from_scaled(scaled: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _split(x: Array, tile: tuple[int, int]) -> Array:
-    """[..., M, K] to [..., M/rows, rows, K/columns, columns], ragged edges filled with zeros."""
+    """Returns [..., M, K] as [..., M/rows, rows, K/columns, columns], padded with zeros to whole tiles."""
     *batch, m, k = x.shape
     rows, columns = tile
     if m % rows or k % columns:
@@ -79,6 +79,6 @@ def _split(x: Array, tile: tuple[int, int]) -> Array:
 
 
 def _join(blocks: Array, shape: tuple[int, ...]) -> Array:
-    """The inverse of `_split`: back to `shape`, without what filled the edges."""
+    """Undoes `_split`: returns an array of `shape`, without the padding."""
     *batch, m_blocks, rows, k_blocks, columns = blocks.shape
     return blocks.reshape(*batch, m_blocks * rows, k_blocks * columns)[..., : shape[-2], : shape[-1]]

@@ -1,8 +1,8 @@
-"""Quantisation on TPUs, in Mosaic TPU: tiles of 128 x 128 in VMEM, each value of `x` read from HBM once.
+"""Quantization on TPUs, in Mosaic TPU: tiles of 128 x 128 in VMEM, each value of `x` read from HBM once.
 
-A grid step holds 128 rows and up to eight tiles of columns. Scales leave as [tiles along the contraction, 1, rows],
-lanes along the rows: a column of scales is turned into a row by transposing its broadcast, which the transpose unit
-does while the vector unit works. `interpret` is for tests on a CPU.
+A grid step has 128 rows and up to eight tiles of columns. Scales are written as [tiles along the contraction, 1, rows]
+with rows along the lanes: a column of scales becomes a row by transposing its broadcast, which the transpose unit does
+while the vector unit works. `interpret` is for tests on a CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pallas_kernels.device import once_a_program
 from pallas_kernels.quantize.quantized import E4M3, TILE, Quantized, Tile
 from pallas_kernels.quantize.reference import magnitude_bits, scales_from_magnitude, values_from_scaled
 
-_MAX_TILES = 8  # of columns in one grid step
+_MAX_TILES = 8  # tiles of columns in one grid step
 
 Interpret = pltpu.InterpretParams | None
 
@@ -31,7 +31,7 @@ Interpret = pltpu.InterpretParams | None
 def quantize(
     x: Float[Array, "M K"], tile: Tile, power_of_two_scales: bool, *, interpret: Interpret = None
 ) -> Quantized:
-    """As `reference.quantize` for one matrix. "128x1" is quantised transposed and then turned, by a copy."""
+    """Computes `reference.quantize` for one matrix. "128x1" is quantized transposed and then transposed by a copy."""
     if tile == "128x128":
         return _quantize_blocks(x, power_of_two_scales, interpret)
     if tile == "1x128":
@@ -43,14 +43,14 @@ def quantize(
 def quantize_both(
     x: Float[Array, "M K"], power_of_two_scales: bool, *, interpret: Interpret = None
 ) -> tuple[Quantized, Quantized]:
-    """`x` and its transpose, both in 1x128 tiles, from one reading of `x`."""
+    """Returns `x` and its transpose, both in 1x128 tiles, reading `x` once."""
     rows, columns = _quantize_tiles(x, power_of_two_scales, interpret, rows=True, columns=True)
     return rows, columns
 
 
 @once_a_program("power_of_two_scales")
 def requantize_transposed(q: Quantized, power_of_two_scales: bool, *, interpret: Interpret = None) -> Quantized:
-    """The transpose of `q` (1x128 tiles) quantised anew in 1x128 tiles."""
+    """Returns the transpose of `q` (1x128 tiles), quantized again in 1x128 tiles."""
     m, k = q.shape
     grid, width = _grid(m, k)
     values, scales = pl.pallas_call(
@@ -69,7 +69,7 @@ def requantize_transposed(q: Quantized, power_of_two_scales: bool, *, interpret:
 
 
 def _quantize_tiles(x, power_of_two, interpret, *, rows: bool, columns: bool) -> list[Quantized]:
-    """Along the rows, or along the columns (transposed), or both in this order."""
+    """Quantizes along the rows, or along the columns (transposed), or both in this order."""
     m, k = x.shape
     grid, width = _grid(m, k)
     out_specs: list[Any] = []
@@ -113,7 +113,7 @@ def _quantize_blocks(x, power_of_two, interpret) -> Quantized:
 
 
 def _grid(m: int, k: int) -> tuple[tuple[int, int], int]:
-    """Grid steps, and the columns of one."""
+    """Returns the grid, and the columns of one grid step."""
     tiles = pl.cdiv(k, TILE)
     width = TILE * math.gcd(tiles, _MAX_TILES)
     return (pl.cdiv(m, TILE), pl.cdiv(k, width)), width
@@ -161,7 +161,7 @@ def _blocks_kernel(x_ref, values_ref, scales_ref, *, shape, power_of_two):
 
 
 def _quantize_columns(x, values_ref, scales_ref, power_of_two) -> None:
-    """The transpose of a tile with one scale a column of it."""
+    """Writes the transpose of a tile, with one scale per column of the tile."""
     scales = scales_from_magnitude(jnp.max(magnitude_bits(x), axis=0, keepdims=True), power_of_two)
     values_ref[...] = (jnp.clip(x * (1 / scales), -448, 448)).T.astype(E4M3)
     scales_ref[...] = scales
@@ -172,7 +172,7 @@ def _as_row(column: Float[Array, "128 1"]) -> Float[Array, "1 128"]:
 
 
 def _without_outside(x: Float[Array, "128 128"], t: int, shape: tuple[int, int]) -> Float[Array, "128 128"]:
-    """`x` with zeros for what lies past the matrix's edges, where VMEM holds anything."""
+    """Returns `x` with zeros past the matrix's edges, where VMEM is not initialized."""
     m, k = shape
     if m % TILE == 0 and k % TILE == 0:
         return x

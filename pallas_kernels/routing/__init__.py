@@ -1,4 +1,4 @@
-"""MoE routing: gating, and the permutation of tokens to expert order and back (report section 2.1.2)."""
+"""MoE routing: the gate, and the permutation of tokens to expert order and back (report section 2.1.2)."""
 
 from pallas_kernels.routing.gating import Gates, gate
 from pallas_kernels.routing.permutation import Permutation, combine, permute

@@ -1,4 +1,4 @@
-"""What is compiled ahead of this operation: V3's own router and width, and the routers of its relatives."""
+"""Lists what of routing is compiled ahead: V3's router and width, and the routers of its relatives."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ROUTERS = (
 )
 
 
-# Name, tokens, slots a token, width, rows, dtype.
+# Name, tokens, experts per token, width, rows, dtype.
 _MOVES = (
     ("V3, groups padded to 128", _TOKENS, 8, 7168, _TOKENS * 8 + 256 * 128, jnp.bfloat16),
     ("V3, not padded", _TOKENS, 8, 7168, _TOKENS * 8, jnp.bfloat16),

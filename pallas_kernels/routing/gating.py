@@ -172,10 +172,10 @@ def _check(logits, bias, token_mask, chosen, n_group, topk_group, scoring_func, 
     if n_group < 1 or experts % n_group:
         raise ValueError(f"n_group must divide the {experts} experts of logits, not {n_group}")
     if not 1 <= topk_group <= n_group:
-        raise ValueError(f"topk_group must lie between 1 and n_group ({n_group}), not {topk_group}")
+        raise ValueError(f"topk_group must be between 1 and n_group ({n_group}), not {topk_group}")
     if not 1 <= chosen <= topk_group * (experts // n_group):
         reachable = topk_group * (experts // n_group)
-        raise ValueError(f"num_experts_per_tok must lie between 1 and the {reachable} experts in reach, not {chosen}")
+        raise ValueError(f"num_experts_per_tok must be between 1 and the {reachable} experts in reach, not {chosen}")
     if scoring_func not in reference.SCORING_FUNCTIONS:
         raise ValueError(f"scoring_func must be one of {reference.SCORING_FUNCTIONS}, not {scoring_func!r}")
     if group_score not in reference.GROUP_SCORES:

@@ -1,11 +1,11 @@
 """The gate on Hopper, in Mosaic GPU: one pass from logits to experts, gates and statistics.
 
-A warpgroup takes 16 tokens, a warp four of them, eight lanes a token: a token's candidates lie in the registers of
+A warpgroup has 16 tokens, a warp four of them, and eight lanes share a token: its candidates are in the registers of
 eight neighbours (32 each with 256 experts), so that a maximum over the experts costs three shuffles. Each of the K
-choices is the largest candidate, the lowest index that reaches it, and minus infinity in its place; nothing is sorted.
-Several such blocks share a multiprocessor and hide each other's shuffles and copies. The counts and sums over a tile's
-tokens are written a tile; adding the tiles up, in a fixed order, and normalising the K gates are left to XLA, which has
-to turn them from [K, tokens] anyway.
+choices is the lowest index among the largest candidates, which is then replaced by minus infinity; nothing is sorted.
+Several such blocks share a multiprocessor and hide each other's shuffles and copies. The counts and sums over the
+tokens of a tile are written once per tile. XLA adds the tiles up, in a fixed order, and normalizes the K gates, which
+it has to transpose from [K, tokens] anyway.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from pallas_kernels.device import once_a_program
 from pallas_kernels.hopper_launch import multiprocessors
 from pallas_kernels.routing.reference import GateOutputs, GateParameters, gates_of
 
-TILE = 16  # tokens
-_LANES = 8  # that share a token
-_BLOCKS = 3  # on one multiprocessor: as many as have room in its registers with 256 experts
+TILE = 16  # tokens of a block's tile
+_LANES = 8  # lanes that share a token
+_BLOCKS = 3  # blocks per multiprocessor: as many as its registers allow with 256 experts
 _OUT_OF_REACH = float(np.finfo(np.float32).min)  # below every candidate, above the chosen ones' minus infinity
 
 Interpret = plgpu.InterpretGPUParams | None
@@ -43,7 +43,7 @@ def gate(
     *,
     interpret: Interpret = None,
 ) -> GateOutputs:
-    """As `reference.gate`. Sequences are padded to a multiple of 16 tokens; groups are multiples of 8 experts."""
+    """Computes `reference.gate`; sequences are padded to multiples of 16 tokens, groups are multiples of 8 experts."""
     sequences, tokens, experts = logits.shape
     chosen = parameters.num_experts_per_tok
     counted = jnp.ones((sequences, tokens), jnp.float32) if mask is None else mask.astype(jnp.float32)
@@ -85,12 +85,12 @@ def gate(
 
 
 def _piece(experts: int, n_group: int) -> int:
-    """Columns worked on together: a group, or a part of the only group."""
+    """Returns how many experts are computed together: those of a group, or a part of the only group."""
     return experts // n_group if n_group > 1 else math.gcd(experts, 4 * _LANES)
 
 
 def _layout(width: int) -> Any:
-    """16 tokens by `width` experts: 4 tokens a warp, 8 lanes a token, up to 4 neighbouring experts a lane."""
+    """Returns the layout of 16 tokens by `width` experts: 4 tokens per warp, 8 lanes per token, 4 experts per lane."""
     vector = math.gcd(width // _LANES, 4)
     columns = _LANES * vector
     tiling = plgpu.Tiling(((TILE, columns), (TILE // 4, columns), (vector,)))
@@ -106,7 +106,7 @@ def _kernel(
     layout = _layout(width)
 
     def numbers(piece: int):
-        """Index of each column's expert, as float32: exact, and of the layout and type of what it is chosen by."""
+        """Returns the expert of each column as float32, which is exact, in the layout of the candidates."""
         column = plgpu.broadcasted_iota(jnp.int32, (TILE, width), 1, layout=layout)
         return (column + piece * width).astype(jnp.float32)
 
@@ -114,7 +114,7 @@ def _kernel(
         return [plgpu.load(affinity_smem.at[p], layout=layout) for p in pieces]
 
     def best(candidates):
-        """The lowest expert that has each token's largest candidate, and its affinity."""
+        """Returns the lowest expert that has each token's largest candidate, and its affinity."""
         largest, expert, affinity = candidates[0], numbers(0), affinities()[0]
         for p in pieces[1:]:
             better = candidates[p] > largest
@@ -140,7 +140,7 @@ def _kernel(
         return largest + jnp.max(others, axis=1)
 
     def within_best_groups(candidates):
-        """The candidates of each token's best groups; those of the others are out of reach."""
+        """Returns the candidates of each token's best groups; those of others get a value below all."""
         if parameters.n_group == 1:
             return candidates
         scores = [group_score(p, c) for p, c in zip(pieces, candidates, strict=True)]
@@ -156,7 +156,7 @@ def _kernel(
         return tuple(allowed)
 
     def choose(candidates, nothing):
-        """Each token's experts and their affinities to shared memory, best first. Returns the other candidates."""
+        """Writes each token's experts and affinities to shared memory, best first; returns the other candidates."""
 
         def one(k, candidates):
             expert, affinity = best(candidates)
@@ -184,7 +184,7 @@ def _kernel(
             ]
             candidates = tuple(s + _down(b, s) for s, b in zip(candidates, biases, strict=True))
         candidates = tuple(jnp.maximum(c, _OUT_OF_REACH) for c in candidates)
-        # Comparisons overlook a NaN; in the sum of the affinities it shows, and through 0 * NaN in the gates.
+        # A comparison ignores a NaN. The sum of the affinities does not, and 0 * NaN brings it into the gates.
         total = functools.reduce(jnp.add, [jnp.sum(s, axis=1) for s in affinities()])
         restricted = choose(within_best_groups(candidates), 0.0 * total)
         unrestricted = restricted
@@ -207,7 +207,7 @@ def _kernel(
 
 
 def _score_in_place(affinity_smem, pieces, layout, scoring_func: str) -> None:
-    """Affinities where the logits were."""
+    """Replaces the logits in shared memory by affinities."""
     logits = [plgpu.load(affinity_smem.at[p], layout=layout) for p in pieces]
     if scoring_func == "sigmoid":
         scores = [1.0 / (1.0 + jnp.exp(-x)) for x in logits]

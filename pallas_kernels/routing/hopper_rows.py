@@ -1,14 +1,14 @@
-"""Rows to expert order and back on Hopper, in Mosaic GPU: memory is all, so every row crosses it once.
+"""Rows to expert order and back on Hopper, in Mosaic GPU. Memory bounds the time, so every row is moved once.
 
-Each kernel goes by token: a token's row is read once and written to its K places, or its K rows are read and one sum is
-written. Whole pieces of rows travel by TMA, which takes the places from registers; a producer warpgroup keeps a ring of
-shared-memory stages full, the other warpgroup sends on what arrives. Two blocks share a multiprocessor.
+Each kernel goes from token to token: a token's row is read once and written to its K rows, or its K rows are read and
+one sum is written. TMA moves whole pieces of rows to and from indices in registers. A producer warpgroup keeps a ring
+of shared-memory stages full, and the other warpgroup computes and sends. Two blocks share a multiprocessor.
 
-    permute            x[t]               -> rows[place of (t, k)] for every k
-    combine            rows[places of t]  -> sum over k of gate[t, k] * row
-    combine_gradient   both               -> out_bar[t] * gate[t, k] to each place, and <row, out_bar[t]> for each gate
+    permute            x[t]               -> rows[row of (t, k)] for every k
+    combine            rows[rows of t]    -> sum over k of gate[t, k] * row
+    combine_gradient   both               -> out_bar[t] * gate[t, k] to each row, and <row, out_bar[t]> for each gate
 
-Rows are seen as [.., pieces, lanes] since TMA moves at most 256 elements along an axis.
+Rows are reshaped to [.., pieces, lanes] since TMA moves at most 256 elements along an axis.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.device import once_a_program
 from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors
 
-LANES = 128  # the width of a row must be a multiple
-_BLOCKS = 2  # on one multiprocessor
+LANES = 128  # elements of a piece; the width of a row must be a multiple
+_BLOCKS = 2  # blocks per multiprocessor
 _RING_BYTES = SHARED_MEMORY_BYTES // _BLOCKS - 16 * 1024
 _MOST_STAGES = 8
-_CHUNK = 1024  # elements of a row that the warpgroup has in registers at a time: 8 a thread
-_ROWS_AT_ONCE = 8  # of zeros: their places are read together
+_CHUNK = 1024  # elements of a row that the warpgroup has in registers at a time: 8 per thread
+_ROWS_AT_ONCE = 8  # rows of zeros whose indices are read together
 _PRODUCER, _SENDER = 0, 1
 
 Interpret = plgpu.InterpretGPUParams | None
@@ -64,7 +64,7 @@ def permute(
     *,
     interpret: Interpret = None,
 ) -> Float[Array, "M d"]:
-    """As `reference.permute`."""
+    """Computes `reference.permute`."""
     cut = _cut(x.shape[1], 16 * 1024 // x.dtype.itemsize)
     chosen = row_of_slot.shape[0] // x.shape[0]
     padding = _padding_rows(row_of_slot, slot_of_row)
@@ -94,7 +94,7 @@ def combine(
     *,
     interpret: Interpret = None,
 ) -> Float[Array, "T d"]:
-    """As `reference.combine`."""
+    """Computes `reference.combine`."""
     (tokens, chosen), width = gate.shape, rows.shape[1]
     cut = _cut(width, _CHUNK)
     stages = _stages(chosen * cut.elements * rows.dtype.itemsize)
@@ -124,12 +124,12 @@ def combine_gradient(
     *,
     interpret: Interpret = None,
 ) -> tuple[Float[Array, "M d"], Float[Array, "T K"]]:
-    """As `reference.combine_gradient`."""
+    """Computes `reference.combine_gradient`."""
     (tokens, chosen), width = gate.shape, rows.shape[1]
     cut = _cut(width, _CHUNK)
     padding = _padding_rows(row_of_slot, slot_of_row)
     row_bytes = cut.elements * rows.dtype.itemsize
-    # Besides the ring there are the rows on their way out: those of one step leave while the next are computed.
+    # Besides the ring there are the rows being written: those of one step are sent while the next are computed.
     stages = _stages((chosen + 1) * row_bytes, spent=2 * chosen * row_bytes)
     rows_bar, gate_bar = _launch(
         functools.partial(_combine_gradient_kernel, chosen=chosen, cut=cut, stages=stages),
@@ -153,7 +153,7 @@ def combine_gradient(
 
 
 def _cut(width: int, most: int) -> _Cut:
-    """The longest equal chunks of up to `most` elements."""
+    """Returns the cut of a row into the longest equal chunks of up to `most` elements."""
     lanes = 256 if width % 256 == 0 else LANES
     pieces = width // lanes
     longest = max(n for n in range(1, min(pieces, max(most // lanes, 1), 256) + 1) if pieces % n == 0)
@@ -165,7 +165,7 @@ def _stages(stage_bytes: int, spent: int = 0) -> int:
 
 
 def _padding_rows(row_of_slot: Array, slot_of_row: Array) -> list[Array]:
-    """The rows that hold no slot, then M up to a whole number of iterations; [] where every row holds one."""
+    """Returns the padding rows, then M up to a whole number of iterations; [] where there are none."""
     slots, rows = row_of_slot.shape[0], slot_of_row.shape[0]
     if rows == slots:
         return []
@@ -192,7 +192,7 @@ def _launch(kernel, name: str, out_type, scratch: dict[str, Any], tokens: int, i
 
 
 def _for_each_chunk(tokens: int, cut: _Cut, body) -> Array:
-    """Calls body(token, chunk, step) for all of this block's; returns the number of steps."""
+    """Calls body(token, chunk, step) for all chunks of this block; returns the number of steps."""
 
     @plgpu.nd_loop((tokens,), collective_axes="blocks")
     def _(loop):
@@ -205,9 +205,9 @@ def _for_each_chunk(tokens: int, cut: _Cut, body) -> Array:
 
 
 def _fill_ring(tokens: int, cut: _Cut, stages: int, filled, freed, copy) -> None:
-    """The producer: copy(token, chunk, stage, barrier) for all of this block's, each once its stage is free.
+    """The producer: calls copy(token, chunk, stage, barrier) for all chunks of this block, each when its stage is free.
 
-    It leaves with the last stage free, so that a barrier is never given up with an arrival unseen.
+    It ends when the last stage is free, so that no barrier is dropped before all its arrivals are waited for.
     """
 
     def fill_stage(token, chunk, step):
@@ -243,11 +243,11 @@ def _permute_kernel(
     def _():
         def send(token, chunk, step):
             stage = lax.rem(step, stages)
-            places = [row_of_slot[token * chosen + k] for k in range(chosen)]
+            targets = [row_of_slot[token * chosen + k] for k in range(chosen)]
             plgpu.barrier_wait(filled.at[stage])
-            for place in places:
-                plgpu.copy_smem_to_gmem(x_smem.at[stage], rows.at[place, cut.at(chunk)])
-            # What the step before sent has left shared memory; this step's copies may still be under way.
+            for target in targets:
+                plgpu.copy_smem_to_gmem(x_smem.at[stage], rows.at[target, cut.at(chunk)])
+            # The previous step's copies have left shared memory; this step's may still be in flight.
             plgpu.wait_smem_to_gmem(chosen, wait_read_only=True)
 
             @pl.when(step > 0)
@@ -269,9 +269,9 @@ def _combine_kernel(
     @pl.when(warpgroup == _PRODUCER)
     def _():
         def copy(token, chunk, stage, arrived):
-            places = [row_of_slot[token * chosen + k] for k in range(chosen)]
-            for k, place in enumerate(places):
-                plgpu.copy_gmem_to_smem(rows.at[place, cut.at(chunk)], rows_smem.at[stage, k], arrived)
+            targets = [row_of_slot[token * chosen + k] for k in range(chosen)]
+            for k, target in enumerate(targets):
+                plgpu.copy_gmem_to_smem(rows.at[target, cut.at(chunk)], rows_smem.at[stage, k], arrived)
 
         _fill_ring(out.shape[0], cut, stages, filled, freed, copy)
 
@@ -309,10 +309,10 @@ def _combine_gradient_kernel(
     @pl.when(warpgroup == _PRODUCER)
     def _():
         def copy(token, chunk, stage, arrived):
-            places = [row_of_slot[token * chosen + k] for k in range(chosen)]
+            targets = [row_of_slot[token * chosen + k] for k in range(chosen)]
             plgpu.copy_gmem_to_smem(out_bar.at[token, cut.at(chunk)], bar_smem.at[stage], arrived)
-            for k, place in enumerate(places):
-                plgpu.copy_gmem_to_smem(rows.at[place, cut.at(chunk)], rows_smem.at[stage, k], arrived)
+            for k, target in enumerate(targets):
+                plgpu.copy_gmem_to_smem(rows.at[target, cut.at(chunk)], rows_smem.at[stage, k], arrived)
 
         _fill_ring(tokens, cut, stages, filled, freed, copy)
 
@@ -322,7 +322,7 @@ def _combine_gradient_kernel(
         def _(loop):
             (token,) = loop.index
             slots = [token * chosen + k for k in range(chosen)]
-            places, gates = [row_of_slot[slot] for slot in slots], [gate[slot] for slot in slots]
+            targets, gates = [row_of_slot[slot] for slot in slots], [gate[slot] for slot in slots]
 
             def one_chunk(chunk, products):
                 step = loop.local_index * cut.count + chunk
@@ -337,7 +337,7 @@ def _combine_gradient_kernel(
                 plgpu.commit_smem()  # also orders these reads before TMA's next write
                 plgpu.barrier_arrive(freed.at[stage])
                 for k in range(chosen):
-                    plgpu.copy_smem_to_gmem(leaving.at[k], rows_bar.at[places[k], cut.at(chunk)])
+                    plgpu.copy_smem_to_gmem(leaving.at[k], rows_bar.at[targets[k], cut.at(chunk)])
                 return tuple(summed)
 
             zeros = plgpu.layout_cast(jnp.zeros((cut.pieces, cut.lanes), jnp.float32), layout)
@@ -350,7 +350,7 @@ def _combine_gradient_kernel(
 
 
 def _write_zeros(padding, rows, zeros_smem, cut: _Cut) -> None:
-    """Zeros to the rows that `padding` lists, several at a time."""
+    """Writes zeros to the rows that `padding` lists, several at a time."""
     if not padding:
         return
     zeros_smem[...] = plgpu.layout_cast(jnp.zeros(zeros_smem.shape, zeros_smem.dtype), _layout(cut, zeros_smem.dtype))
@@ -359,16 +359,16 @@ def _write_zeros(padding, rows, zeros_smem, cut: _Cut) -> None:
     @plgpu.nd_loop((padding[0].shape[0] // _ROWS_AT_ONCE, cut.count), collective_axes="blocks")
     def _(loop):
         some, chunk = loop.index
-        places = [padding[0][some * _ROWS_AT_ONCE + i] for i in range(_ROWS_AT_ONCE)]
-        for place in places:
+        targets = [padding[0][some * _ROWS_AT_ONCE + i] for i in range(_ROWS_AT_ONCE)]
+        for target in targets:
 
-            @pl.when(place < rows.shape[0])
-            def _(place=place):
-                plgpu.copy_smem_to_gmem(zeros_smem, rows.at[place, cut.at(chunk)])
+            @pl.when(target < rows.shape[0])
+            def _(target=target):
+                plgpu.copy_smem_to_gmem(zeros_smem, rows.at[target, cut.at(chunk)])
 
 
 def _layout(cut: _Cut, dtype) -> Any:
-    """Neighbouring elements in one thread, 16 bytes of them where the chunk is long enough."""
+    """Returns the layout with neighbouring elements in one thread, 16 bytes where the chunk is long enough."""
     vector = math.gcd(cut.elements // 128, 16 // jnp.dtype(dtype).itemsize)
     return plgpu.Layout.WG_STRIDED((cut.pieces, cut.lanes), vec_size=vector)
 

@@ -1,4 +1,4 @@
-"""Tokens to expert order and back, with gradients that gather instead of scatter (so that they are repeatable)."""
+"""Moves tokens to expert order and back; gradients gather instead of scattering, so that they are repeatable."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pallas_kernels.routing import reference
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Permutation:
-    """How (token, slot) pairs lie in expert order.
+    """The order of the (token, expert) pairs when they are sorted by expert.
 
     Attributes:
-      row_of_slot: row of each pair, the slots of a token side by side.
-      slot_of_row: pair of each row; T*K at padding rows.
-      group_sizes: rows of each expert, padding included: multiples of the alignment.
+      row_of_slot: the row of each pair; the K pairs of a token are side by side.
+      slot_of_row: the pair of each row; T*K at padding rows.
+      group_sizes: the rows of each expert, padding included: multiples of the alignment.
     """
 
     row_of_slot: Int[Array, " TK"]
@@ -38,13 +38,18 @@ def permute(
     row_alignment: int = 1,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "M d"], Permutation]:
-    """Copies each token once for each of its experts, sorted by expert.
+    """Returns a copy of each token for each of its experts, sorted by expert, and the permutation.
 
     Args:
-      row_alignment: each expert's rows are padded with zeros to a multiple of this.
+      x: float32 or bfloat16 for kernels; any dtype otherwise.
+      expert_index: the K experts of each token, integers.
+      row_alignment: the rows of each expert are padded with zeros to a multiple of this.
 
     Returns:
-      Rows, M of them: the most that T*K assignments can take under the alignment; rows past the groups are zero.
+      M rows, the most that T*K pairs can take under the alignment (rows past the groups are zero), and their order.
+
+    Raises:
+      ValueError, TypeError: a shape or dtype that does not fit, which is named, or an implementation that cannot run.
     """
     if x.ndim != 2 or expert_index.ndim != 2 or expert_index.shape[0] != x.shape[0]:
         raise ValueError(
@@ -67,7 +72,7 @@ def combine(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "T d"]:
-    """The weighted sum of each token's rows, added up in float32 and returned in the dtype of `rows`."""
+    """Returns sum_k gate[t, k] * row of (t, k) for every token t, summed in float32, in the dtype of `rows`."""
     slots = permutation.row_of_slot.shape[0]
     if gate.ndim != 2 or gate.size != slots:
         raise ValueError(f"gate must be [tokens, slots] with {slots} elements, not of shape {gate.shape}")
@@ -86,7 +91,7 @@ def _permute_forward(x, permutation, chosen, implementation):
 
 
 def _permute_backward(chosen, implementation, permutation, rows_bar):
-    """A token's gradient is the sum of its rows': the way back with every gate 1."""
+    """Returns the sum of each token's rows: `combine` with every gate 1."""
     ones = jnp.ones((permutation.row_of_slot.shape[0] // chosen, chosen), jnp.float32)
     return kernel_module("routing/rows", implementation).combine(rows_bar, ones, permutation.row_of_slot), None
 
@@ -115,7 +120,7 @@ _combine.defvjp(_combine_forward, _combine_backward)
 
 
 def _available(x) -> tuple[Implementation, ...]:
-    """Kernels move rows in pieces of 128 elements, on a TPU of 128 words."""
+    """Returns the implementations for `x`: kernels move rows in pieces of 128 elements, on a TPU of 128 words."""
     if x.dtype not in (jnp.bfloat16, jnp.float32) or x.shape[1] % 128:
         return ("reference",)
     return IMPLEMENTATIONS if x.shape[1] * x.dtype.itemsize % 512 == 0 else ("reference", "hopper")

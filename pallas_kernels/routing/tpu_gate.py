@@ -1,9 +1,9 @@
 """The gate on TPUs, in Mosaic TPU: one pass from logits to experts, gates and statistics.
 
-Tokens lie along the lanes and experts along the sublanes, so that a maximum over the experts is elementwise work of the
-vector unit and a group of a multiple of 8 experts is a block of whole registers. Each of the K choices is the largest
-candidate, the lowest index that reaches it, and minus infinity in its place. The counts and sums of a sequence stay in
-VMEM, one a lane, while its tokens pass; XLA adds up the lanes.
+Tokens are along the lanes and experts along the sublanes, so that a maximum over the experts is elementwise work of the
+vector unit and a group of a multiple of 8 experts is a block of whole registers. Each of the K choices is the lowest
+index among the largest candidates, which is then replaced by minus infinity. The counts and sums of a sequence stay in
+VMEM, one per lane, until all its tokens are done; XLA adds up the lanes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float
 from pallas_kernels.device import LANES, once_a_program
 from pallas_kernels.routing.reference import GateOutputs, GateParameters, affinities, gates_of
 
-_MOST_TOKENS = 512  # in one grid step
+_MOST_TOKENS = 512  # tokens in one grid step
 _OUT_OF_REACH = float(np.finfo(np.float32).min)  # below every candidate, above the chosen ones' minus infinity
 
 
@@ -34,7 +34,7 @@ def gate(
     *,
     interpret: pltpu.InterpretParams | None = None,
 ) -> GateOutputs:
-    """As `reference.gate`. Sequences are padded to a multiple of 128 tokens; groups are multiples of 8 experts."""
+    """Computes `reference.gate`; sequences are padded to multiples of 128 tokens, groups are multiples of 8 experts."""
     sequences, tokens, experts = logits.shape
     chosen = parameters.num_experts_per_tok
     step = min(_MOST_TOKENS, tokens + -tokens % LANES)
@@ -84,7 +84,7 @@ def _kernel(logits_ref, counted_ref, *refs, parameters: GateParameters):
     counted = counted_ref[0]
     number = lax.broadcasted_iota(jnp.int32, scores.shape, 0).astype(jnp.float32)
     total = jnp.sum(scores, axis=0, keepdims=True)
-    # Comparisons overlook a NaN; in the sum of the affinities it shows, and through 0 * NaN in the gates.
+    # A comparison ignores a NaN. The sum of the affinities does not, and 0 * NaN brings it into the gates.
     nothing = 0.0 * total
 
     def best(candidates):
@@ -120,7 +120,7 @@ def _affinities(logits: Float[Array, "E T"], scoring_func: str) -> Float[Array, 
 
 
 def _first_of_largest(x: Array, number: Array, axis: int) -> Array:
-    """The least number among those of the largest elements along `axis`; the largest number if there are but NaN."""
+    """Returns the least `number` of the largest elements along `axis`; the largest number if all elements are NaN."""
     reached = x == jnp.max(x, axis=axis, keepdims=True)
     return jnp.min(jnp.where(reached, number, jnp.max(number, axis=axis, keepdims=True)), axis=axis, keepdims=True)
 
@@ -128,7 +128,7 @@ def _first_of_largest(x: Array, number: Array, axis: int) -> Array:
 def _within_best_groups(
     candidates: Float[Array, "E T"], number: Float[Array, "E T"], parameters: GateParameters
 ) -> Float[Array, "E T"]:
-    """The candidates of each token's best groups; those of the others are out of reach."""
+    """Returns the candidates of each token's best groups; those of others get a value below all."""
     if parameters.n_group == 1:
         return candidates
     grouped = candidates.reshape(parameters.n_group, -1, candidates.shape[1])
@@ -147,6 +147,6 @@ def _within_best_groups(
 
 
 def _a_lane(x: Float[Array, "E T"]) -> Float[Array, "E 128"]:
-    """Sums over the tokens that share a lane."""
+    """Returns the sums over the tokens of each lane."""
     parts = [x[:, start : start + LANES] for start in range(0, x.shape[1], LANES)]
     return functools.reduce(jnp.add, parts)

@@ -1,8 +1,8 @@
-"""Rows to expert order and back on TPUs, in Mosaic TPU: single rows fetched by DMA, those of the next tile meanwhile.
+"""Rows to expert order and back on TPUs, in Mosaic TPU: single rows are fetched by DMA, one tile ahead.
 
-Two rows of bfloat16 share 32-bit words, and a DMA cannot take one without the other. So bfloat16 rows are packed first,
-the left half of a row with its right half, by one pass of XLA over the array that is gathered from; the kernels unpack
-them in VMEM. Float32 rows travel as they are.
+Two rows of bfloat16 share 32-bit words, and a DMA cannot copy one without the other. So XLA first packs the left half
+of each bfloat16 row with its right half, in one pass over the array that is gathered from, and the kernels unpack them
+in VMEM. Float32 rows are copied as they are.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels.device import once_a_program
 
-ROWS = 64  # of a tile in expert order
-TOKENS = 16  # of a tile in token order
+ROWS = 64  # rows of a tile in expert order
+TOKENS = 16  # tokens of a tile in token order
 _VMEM_BYTES = 48 << 20
 
 Interpret = pltpu.InterpretParams | None
@@ -34,7 +34,7 @@ def permute(
     *,
     interpret: Interpret = None,
 ) -> Float[Array, "M d"]:
-    """As `reference.permute`."""
+    """Computes `reference.permute`."""
     shape = (slot_of_row.shape[0], x.shape[1])
     (rows,) = _by_row(
         functools.partial(_permute_kernel, width=x.shape[1]),
@@ -58,7 +58,7 @@ def combine_gradient(
     *,
     interpret: Interpret = None,
 ) -> tuple[Float[Array, "M d"], Float[Array, "T K"]]:
-    """As `reference.combine_gradient`."""
+    """Computes `reference.combine_gradient`."""
     gate_of_row = gate.astype(jnp.float32).reshape(-1).at[slot_of_row].get(mode="fill", fill_value=0)
     rows_bar, products = _by_row(
         _combine_gradient_kernel,
@@ -80,7 +80,7 @@ def combine(
     *,
     interpret: Interpret = None,
 ) -> Float[Array, "T d"]:
-    """As `reference.combine`."""
+    """Computes `reference.combine`."""
     (tokens, chosen), width = gate.shape, rows.shape[1]
     tiles = pl.cdiv(tokens, TOKENS)
     excess = tiles * TOKENS - tokens
@@ -91,10 +91,10 @@ def combine(
             num_scalar_prefetch=1,
             grid=(tiles,),
             in_specs=[
-                pl.BlockSpec((TOKENS, chosen), lambda i, places: (i, 0)),
+                pl.BlockSpec((TOKENS, chosen), lambda i, row_indices: (i, 0)),
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
-            out_specs=pl.BlockSpec((TOKENS, width), lambda i, places: (i, 0)),
+            out_specs=pl.BlockSpec((TOKENS, width), lambda i, row_indices: (i, 0)),
             scratch_shapes=[
                 pltpu.VMEM((2, chosen, TOKENS, packed.shape[1]), packed.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
@@ -108,10 +108,10 @@ def combine(
 
 
 def _by_row(kernel, name: str, x, token_of_row, others: list[Array], out_shape: list[Any], interpret: Interpret):
-    """`kernel` over tiles of rows in expert order: the rows of `x` they come from, and the same tiles of `others`."""
+    """Runs `kernel` over tiles of rows in expert order, with the rows of `x` they come from and tiles of `others`."""
     rows = token_of_row.shape[0]
     tiles = pl.cdiv(rows, ROWS)
-    # A row without a slot, and what is past the end, comes from a row of zeros after the last.
+    # Padding rows, and rows past the end, come from a row of zeros that is appended.
     token_of_row = jnp.pad(jnp.minimum(token_of_row, x.shape[0]), (0, tiles * ROWS - rows), constant_values=x.shape[0])
     packed = jnp.pad(_packed(x), ((0, 1), (0, 0)))
 
@@ -155,11 +155,11 @@ def _combine_gradient_kernel(
     product_ref[...] = product
 
 
-def _combine_kernel(place_ref, gate_ref, rows_ref, out_ref, fetched_ref, semaphores, *, chosen: int):
+def _combine_kernel(row_ref, gate_ref, rows_ref, out_ref, fetched_ref, semaphores, *, chosen: int):
     def copies(tile, slot):
         def copy(i):
             token, k = lax.div(i, chosen), lax.rem(i, chosen)
-            source = rows_ref.at[pl.ds(place_ref[tile * TOKENS * chosen + i], 1)]
+            source = rows_ref.at[pl.ds(row_ref[tile * TOKENS * chosen + i], 1)]
             return pltpu.make_async_copy(source, fetched_ref.at[slot, k, pl.ds(token, 1)], semaphores.at[slot])
 
         return copy
@@ -184,9 +184,9 @@ def _fetch_rows(token_ref, x_ref, fetched_ref, semaphores) -> Array:
 
 
 def _fetch_ahead(copies, count: int) -> Array:
-    """Starts the copies of the next tile and waits for those of this one; returns the buffer they are in.
+    """Starts the copies of the next tile and waits for those of this one; returns the index of their buffer.
 
-    `copies(tile, buffer)` gives a function from 0 .. count - 1 to a copy.
+    `copies(tile, buffer)` returns a function from 0 .. count - 1 to a copy.
     """
     tile = pl.program_id(0)
     slot = lax.rem(tile, 2)
@@ -209,7 +209,7 @@ def _fetch_ahead(copies, count: int) -> Array:
 
 
 def _halves(dtype) -> int:
-    """In how many parts a row of `dtype` comes out of its packed form."""
+    """Returns how many numbers of `dtype` a 32-bit word holds."""
     return 4 // jnp.dtype(dtype).itemsize
 
 
@@ -218,7 +218,7 @@ def _columns(width: int, parts: int) -> list[pl.Slice]:
 
 
 def _packed(x: Float[Array, "n d"]) -> Array:
-    """Rows of 32-bit words: float32 as it is, bfloat16 with the left half of a row in the low bits."""
+    """Returns rows of 32-bit words: float32 as it is, bfloat16 with the left half of a row in the low bits."""
     if _halves(x.dtype) == 1:
         return x
     left, right = jnp.split(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32), 2, axis=1)
@@ -226,7 +226,7 @@ def _packed(x: Float[Array, "n d"]) -> Array:
 
 
 def _parts(words: Array, dtype) -> list[Float[Array, "n part"]]:
-    """The inverse of `_packed`, in float32, which holds bfloat16 exactly: a float32's upper half."""
+    """Undoes `_packed`, in float32: a bfloat16 is the upper half of a float32."""
     if _halves(dtype) == 1:
         return [words]
     bits: UInt32[Array, "n part"] = words

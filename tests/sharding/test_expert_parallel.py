@@ -9,7 +9,7 @@ import pytest
 from simulated import run_simulated
 
 from dsv3_jax.precision import Precision
-from dsv3_jax.precision.dispatch import TravelFormat, travel_formats
+from dsv3_jax.precision.dispatch import DispatchFormat, dispatch_formats
 from dsv3_jax.sharding.expert_layout import HopRanks, hops_between
 
 TOLERANCE = 1e-5  # of float32 sums in another order
@@ -93,16 +93,16 @@ def test_peers_have_the_same_place_in_their_groups() -> None:
     ("recipe", "tokens", "gradients"),
     [
         ("bfloat16", None, None),
-        ("fp8", TravelFormat(128, "e4m3"), TravelFormat(128, "e4m3")),
+        ("fp8", DispatchFormat(128, "e4m3"), DispatchFormat(128, "e4m3")),
         ("fp8,dispatch=false", None, None),
         ("fp8,tile=0", None, None),
-        ("fp8,tile=32,input_gradient=e5m2", TravelFormat(32, "e4m3"), TravelFormat(32, "e5m2")),
-        ("fp8,forward=none", None, TravelFormat(128, "e4m3")),
-        ("fp8,block_wise_gradients=true", TravelFormat(128, "e4m3"), None),
+        ("fp8,tile=32,input_gradient=e5m2", DispatchFormat(32, "e4m3"), DispatchFormat(32, "e5m2")),
+        ("fp8,forward=none", None, DispatchFormat(128, "e4m3")),
+        ("fp8,block_wise_gradients=true", DispatchFormat(128, "e4m3"), None),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_the_recipe_says_of_travelling(
-    recipe: str, tokens: TravelFormat | None, gradients: TravelFormat | None
+    recipe: str, tokens: DispatchFormat | None, gradients: DispatchFormat | None
 ) -> None:
-    assert travel_formats(Precision.preset(recipe).fp8) == (tokens, gradients)
+    assert dispatch_formats(Precision.preset(recipe).fp8) == (tokens, gradients)
