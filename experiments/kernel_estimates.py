@@ -29,7 +29,7 @@ COPY_TB_PER_S = 4.3
 # (K, N) of V3's linear maps.
 LAYERS = ((7168, 2112), (1536, 24576), (512, 32768), (16384, 7168), (7168, 4096), (2048, 7168))
 # Bytes moved and issue slots, per element. 128 lanes issue per cycle; minima, maxima and conversions take two slots.
-QUANTISE = {
+QUANTIZE = {
     "1x128, bfloat16": (3.03, 10),
     "128x128, bfloat16": (3.0, 13),
     "both orientations, bfloat16": (4.06, 21),
@@ -72,9 +72,9 @@ def product(m: int, n: int, k: int) -> str:
     return f"| {m} | {n} | {k} | {cut} | {limit} | {microseconds[limit]:.0f} | {tflops:,.0f} | {share} |"
 
 
-def quantise(name: str) -> str:
+def quantize(name: str) -> str:
     """Returns the table row of one quantisation kernel."""
-    moved, slots = QUANTISE[name]
+    moved, slots = QUANTIZE[name]
     memory = moved / (COPY_TB_PER_S * 1e12 / MULTIPROCESSORS / (CLOCK_GHZ * 1e9))
     arithmetic = slots / 128
     share = min(1.0, memory / arithmetic)
@@ -161,7 +161,7 @@ def main() -> None:
         "",
         "| kernel | bytes | issue slots | by memory | by issue | share of the copy bandwidth at best |",
         "| --- | --- | --- | --- | --- | --- |",
-        *(quantise(name) for name in QUANTISE),
+        *(quantize(name) for name in QUANTIZE),
         "",
         f"## Grouped FP8 products ({GROUPED_ROWS:,} rows in all)",
         "",

@@ -167,7 +167,7 @@ def _xla_fp8(a: pk.Quantized, b: pk.Quantized) -> jax.Array:
     return product * jnp.bfloat16(0.5)
 
 
-def quantise(m: int, k: int) -> Iterator[Problem]:
+def quantize(m: int, k: int) -> Iterator[Problem]:
     """Yields the four quantisation kernels, each with the least number of bytes it must move."""
 
     def make(key):

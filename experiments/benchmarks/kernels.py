@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from device_timing import median_milliseconds, number_of_sets
 from grouped_problems import grouped, grouped_weight_gradient, masked
-from kernel_problems import OURS, Problem, Search, dense, quantise, weight_gradient
+from kernel_problems import OURS, Problem, Search, dense, quantize, weight_gradient
 from routing_problems import routing
 
 from pallas_kernels.device import target_platform
@@ -48,7 +48,7 @@ def problems(families: list[str], sanity: bool) -> Iterator[Problem]:
         yield from (weight_gradient(256 if sanity else 4096, n, k) for k, n in layers)
     if "quantise" in families:
         for m, k in ((200, 256),) if sanity else ((4096, 7168), (8192, 2048), (4096, 18432)):
-            yield from quantise(m, k)
+            yield from quantize(m, k)
     experts = layers[:1] if sanity else ((4096, 7168), (7168, 2048))
     loads = [(groups, skewed) for groups in ((4,) if sanity else (8, 32, 256)) for skewed in (False, True)]
     rows = 1024 if sanity else 32768

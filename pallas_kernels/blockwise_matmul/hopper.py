@@ -1,11 +1,11 @@
 """The FP8 product on Hopper, in Mosaic GPU: TMA, wgmma on e4m3, warp specialisation, a persistent grid.
 
 Each multiprocessor runs one block of three warpgroups. The producer visits the block's tiles and, 128 of K at a time,
-has TMA copy a tile of A, one of B and B's scales into a ring of shared-memory stages. The two consumers, with 64 rows
-of the tile each, multiply what arrives with four wgmma (128 = 4 x 32 of K). Then they add the partial sum times both
-scales to totals in float32 registers: the tensor core's own accumulator has about 14 bits and never sums more than 128
-products (report, section 3.3.2). While one consumer promotes, the other's wgmma keep the tensor cores busy.
-`pallas_kernels/README.md` has a picture and the reasons.
+has TMA copy a tile of A and one of B (for a weight gradient B's scales too) into a ring of shared-memory stages. The
+two consumers, with 64 rows of the tile each, multiply what arrives with four wgmma (128 = 4 x 32 of K). Then they add
+the partial sum times both scales to totals in float32 registers: the tensor core's own accumulator has about 14 bits
+and never sums more than 128 products (report, section 3.3.2). While one consumer promotes, the other's wgmma keep the
+tensor cores busy. `pallas_kernels/README.md` has a picture and the reasons.
 
 Edges cost nothing: TMA reads zeros outside of an array and drops what would be written there.
 """

@@ -184,8 +184,8 @@ def test_permute_and_combine_gradients():
     [
         ({"bias": jnp.zeros(7)}, "bias must have shape \\(8,\\)"),
         ({"n_group": 3}, "n_group must divide"),
-        ({"topk_group": 2}, "topk_group must lie"),
-        ({"num_experts_per_tok": 9}, "num_experts_per_tok must lie"),
+        ({"topk_group": 2}, "topk_group must be"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok must be"),
         ({"scoring_func": "tanh"}, "scoring_func must be one of"),
         ({"group_score": "mean"}, "group_score must be one of"),
         ({"token_mask": jnp.ones((3,), bool)}, "token_mask must have shape"),
