@@ -1,1 +1,1 @@
-"""What a run needs before it is started: memory, traffic, time and cost, on paper and from the compiler itself."""
+"""What a run needs, before it is started: memory, traffic, time and cost, calculated and as the compiler says."""
