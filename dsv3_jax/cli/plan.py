@@ -104,12 +104,17 @@ def _plan(options: PlanOptions) -> Plan:
     from dsv3_jax.planning.plan import make_plan
     from dsv3_jax.planning.search import search
     from dsv3_jax.sharding.mesh import MeshConfig
+    from dsv3_jax.training.defaults import default_run
 
     target = Target.parse(options.target)
     if options.mesh:
-        return make_plan(of_preset(options.preset, target, MeshConfig.parse(options.mesh), **_given(options)))
-    plan = search(options.preset, target, 1, **_given(options))[0].plan
-    print(f"--mesh is not given: this is the best that --search finds, {plan.config.mesh.written}", file=sys.stderr)
+        plan = make_plan(of_preset(options.preset, target, MeshConfig.parse(options.mesh), **_given(options)))
+    else:
+        plan = search(options.preset, target, 1, **_given(options))[0].plan
+        print(f"--mesh is not given: the best that --search finds is {plan.config.mesh.written}", file=sys.stderr)
+    batch, planned = default_run(options.preset).training.batch_size, plan.config.batch_size
+    if options.batch_size is None and planned != batch:
+        print(f"the preset's batch of {batch} does not divide over this mesh: planned with {planned}", file=sys.stderr)
     return plan
 
 
