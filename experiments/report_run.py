@@ -343,7 +343,7 @@ def traffic(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:
 
 
 def _tokens(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:
-    """The all-to-all of tokens to their experts and back, forward and backward (section 3.2.2).
+    """Returns the all-to-all of tokens to their experts and back, forward and backward (section 3.2.2).
 
     A token is sent once to each of at most `topk_group` nodes, and inside the node to its experts.
     """
@@ -363,7 +363,7 @@ def _tokens(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:
 
 
 def _replicas(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:
-    """Once per step: gradients are reduce-scattered over replicas, and the new weights all-gathered."""
+    """Returns what is sent once per step: gradients reduce-scattered over replicas, and new weights all-gathered."""
     formats = FORMATS[config.precision]
     sent: dict[str, float] = defaultdict(float)
     for group, count in _groups(config, layers):
@@ -377,7 +377,7 @@ def _replicas(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:
 
 
 def _tensor_sums(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:
-    """Four all-reduces per layer: behind attention and feed-forward, forward and backward."""
+    """Returns four all-reduces per layer: behind attention and feed-forward, forward and backward."""
     blocks = (layers["dense"] + layers["moe"] + layers["mtp"]) / _copies(config)
     sent = config.passes * blocks * 4 * 2 * (1 - 1 / config.mesh.tensor) * config.hidden_bytes
     return [flow_over(config, "tensor", TENSOR_SUMS, sent)]

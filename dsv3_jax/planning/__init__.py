@@ -1,1 +1,1 @@
-"""What a run needs, before it is started: memory, traffic, time and cost, calculated and as the compiler says."""
+"""Calculates what a run needs before it is started, and asks the compiler: memory, traffic, time and cost."""

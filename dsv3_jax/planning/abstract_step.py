@@ -1,4 +1,4 @@
-"""The real training step with shapes for arrays: state and batch on a mesh of devices that need not exist."""
+"""Traces the real training step with shapes for arrays, for the devices of a mesh that need not exist."""
 
 from __future__ import annotations
 

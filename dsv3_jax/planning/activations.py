@@ -1,4 +1,4 @@
-"""Bytes of activations on one device of a training step, at the moment it holds most (report sections 3.2.3, 3.3.3).
+"""Calculates the bytes of activations on one device of a training step at its peak (report sections 3.2.3, 3.3.3).
 
 What a block keeps is read from the traced block (`traced_block`). The load of the experts is taken to be even, as the
 auxiliary-loss-free balancing makes it.
@@ -45,7 +45,7 @@ _BLOCKS_OF: dict[LayerKind, tuple[BlockKind, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class ActivationMemory:
-    """Bytes on one device.
+    """The bytes of activations on one device.
 
     Attributes:
       kept: bytes kept from the forward to the backward pass, over all layers and micro-batches in flight, by name.
@@ -92,7 +92,7 @@ def _without_stages(config: PlanConfig) -> ActivationMemory:
 
 
 def _with_stages(config: PlanConfig) -> ActivationMemory:
-    """Only inputs of layers are kept, and each layer is recomputed (`pipeline.stage`).
+    """Returns the activations of a stage: inputs of layers are kept, and each layer is recomputed (`pipeline.stage`).
 
     Only the dense layers of the first stage and the MTP modules of the last follow the rematerialisation policy.
     """
@@ -111,13 +111,13 @@ def _with_stages(config: PlanConfig) -> ActivationMemory:
 
 
 def _moe_layer(config: PlanConfig) -> float:
-    """The backward pass of one layer: its weights, sliced from their stack, and its gradients before they are added."""
+    """Returns the bytes of one layer's backward pass, with its sliced weights and gradients before they are added."""
     weights = _weight_bytes(config, "moe") / moe_slots(config)
     return 2 * weights + gathered_bytes(config, "moe", ahead=0) + _backward(config, "moe")
 
 
 def _first_stage(config: PlanConfig) -> float:
-    """The backward pass of all dense layers, whose gradients are stacked before they are added."""
+    """Returns the bytes of the backward pass of all dense layers, whose gradients are stacked before they are added."""
     count = config.model.num_dense_layers
     if not count:
         return 0.0
@@ -126,7 +126,7 @@ def _first_stage(config: PlanConfig) -> float:
 
 
 def _last_stage(config: PlanConfig) -> float:
-    """The losses of all depths: logits, the output head as it is multiplied, its gradient, and what MTP modules keep.
+    """Returns the bytes of the losses: logits, the head as it is multiplied, its gradient, and what MTP modules keep.
 
     With an fsdp axis the head's gradient is reduce-scattered from whole ones in float32.
     """
@@ -202,7 +202,7 @@ def gathered_bytes(config: PlanConfig, kind: LayerKind, *, ahead: int) -> float:
 
 
 def _backward(config: PlanConfig, kind: LayerKind) -> float:
-    """What the backward pass of one layer reads and computes."""
+    """Returns the bytes that the backward pass of one layer reads and computes."""
     buffers = exchange_buffers(config) if kind == "moe" and config.target.devices > 1 else 0.0
     return working_bytes(config, kind) + attention_core_memory(config) + buffers
 

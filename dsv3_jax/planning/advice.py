@@ -1,4 +1,4 @@
-"""Which options would make a plan fit, or give it more memory: each is changed alone and the plan made again."""
+"""Finds the options that would make a plan fit, or save memory: each is changed alone and the plan made again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the compiler makes of a plan's training step, asked in a process of its own."""
+"""Asks the compiler, in a process of its own, what it makes of a plan's training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan is made for: a training run on a cluster."""
+"""Describes what a plan is made for: a training run on a cluster."""
 
 from __future__ import annotations
 

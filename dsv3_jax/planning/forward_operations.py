@@ -1,4 +1,4 @@
-"""Operations per token of one forward pass, and how those of the attention core grow when tiles are computed whole."""
+"""Counts the operations per token of a forward pass, and of the attention core in both directions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The clusters that a plan can be made for: peak rates, memory and links of devices, and what kernels reach of them."""
+"""Describes clusters: peak rates, memory and links of their devices, and what kernels reach of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which values a compiled backward pass reads from memory: those that XLA does not compute again while it reads."""
+"""Finds the values that a compiled backward pass reads from memory, because XLA does not compute them again."""
 
 from __future__ import annotations
 

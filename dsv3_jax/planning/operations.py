@@ -1,4 +1,4 @@
-"""Floating point operations of a step, recomputation included (report sections 3.2.3, 4.2)."""
+"""Counts the floating point operations of a step, recomputation included (report sections 3.2.3, 4.2)."""
 
 from __future__ import annotations
 

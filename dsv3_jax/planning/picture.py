@@ -1,4 +1,4 @@
-"""A plan as a picture: what fills a device, and where a step's time goes."""
+"""Draws a plan: what fills a device, and where a step's time goes."""
 
 from __future__ import annotations
 

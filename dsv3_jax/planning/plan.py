@@ -1,4 +1,4 @@
-"""A plan: what every device holds, sends and computes in a training step, without compiling anything."""
+"""Makes a plan: what every device holds, sends and computes in a training step, without compiling anything."""
 
 from __future__ import annotations
 

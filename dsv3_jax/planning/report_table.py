@@ -1,4 +1,4 @@
-"""A plan as tables on the terminal."""
+"""Prints a plan as tables."""
 
 from __future__ import annotations
 

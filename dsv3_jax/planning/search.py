@@ -1,4 +1,4 @@
-"""Which mesh: every shape that divides the model, ranked by its plan; the best compiled and ranked again."""
+"""Ranks every mesh that divides the model by its plan; the best can be compiled and ranked again."""
 
 from __future__ import annotations
 

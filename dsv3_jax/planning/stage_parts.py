@@ -1,4 +1,4 @@
-"""What the stages of a pipelined step compute, how often, and how long they wait for each other.
+"""Counts what the stages of a pipelined step compute, how often, and how long they wait for each other.
 
 As `pipeline.stage` runs it, a MoE layer is computed forward once, and every part of a backward pass recomputes it from
 its input. So the gradient for the input alone costs one forward pass more, and so does that for the weights. Ranks
@@ -25,7 +25,7 @@ from dsv3_jax.planning.weights import LayerKind, layers_of_rank, stages_per_rank
 
 @dataclasses.dataclass(frozen=True)
 class LayerRuns:
-    """How often a rank computes a layer of each kind in a step: forward, backward, and the gradients of its weights."""
+    """How often a rank computes a layer of each kind in a step: forward, backward, and gradients of its weights."""
 
     forward: dict[LayerKind, float]
     backward: dict[LayerKind, float]

@@ -1,7 +1,7 @@
-"""How long a step takes at least: rooflines of products, memory and links, and the pipeline's bubble.
+"""Estimates how long a step takes: rooflines of products, memory and links, and the pipeline's bubble.
 
-Three figures that are not to be mixed: at the hardware's peaks; at what the best kernels are known to reach of them;
-and as far from the second as the report's own run was (`REPORT_FRACTION`).
+There are three estimates, which are not to be mixed: at the hardware's peaks; at what the best kernels are known to
+reach of them; and as far from the second as the report's own run was (`REPORT_FRACTION`).
 """
 
 from __future__ import annotations

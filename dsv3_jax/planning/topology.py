@@ -1,4 +1,4 @@
-"""Descriptions of the devices of clusters that do not exist here, for the compiler.
+"""Describes the devices of clusters that do not exist here, for the compiler.
 
 Only a process of its own may use this: `prepare` decides which platform JAX compiles for.
 """

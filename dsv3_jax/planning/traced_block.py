@@ -1,4 +1,4 @@
-"""What one block of the model keeps for its backward pass and all-gathers, read from the block itself.
+"""Reads from a block of the model what it keeps for its backward pass and which weights it all-gathers.
 
 A block is traced abstractly, with the shapes that one rank computes: nothing is compiled and no array is made.
 """
@@ -34,7 +34,7 @@ LAYER_INPUT = "layer input"
 
 @dataclasses.dataclass(frozen=True)
 class BlockShape:
-    """A block that is given one sequence.
+    """The shape of a block that is given one sequence.
 
     Attributes:
       kind: a dense or MoE layer; "join" is what an MTP module does before its MoE layer, "head" the output head.

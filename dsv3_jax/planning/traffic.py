@@ -1,4 +1,4 @@
-"""Bytes that a device sends in a step, by mesh axis (report sections 3.2.1 to 3.2.3).
+"""Calculates the bytes that a device sends in a step, by mesh axis (report sections 3.2.1 to 3.2.3).
 
 What layers need is sent whenever they are computed: forward once, and again in each part of a backward pass. What
 belongs to weights is sent once per step.
@@ -36,7 +36,7 @@ _TPU_LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What one axis carries.
+    """The bytes of one kind that a device sends over one mesh axis.
 
     Attributes:
       axis: the mesh axis.
@@ -75,7 +75,7 @@ def flow_over(config: PlanConfig, axis: str, what: str, sent: float, *, in_node:
 
 
 def _while_computing(config: PlanConfig, runs: LayerRuns) -> list[Traffic]:
-    """The exchange of tokens, FSDP's gathers and sums, and tensor parallelism's sums."""
+    """Returns what a rank sends for its layers: tokens, FSDP's gathers and sums, and tensor parallelism's sums."""
     flows: list[Traffic] = []
     if config.mesh.expert > 1:
         tokens = [
@@ -147,10 +147,7 @@ def _in_lanes(config: PlanConfig, numbers: float) -> float:
 
 
 def _once(config: PlanConfig) -> list[Traffic]:
-    """What is sent once per step: weights to the stages and gradients back, sums over replicas, new weights.
-
-    Hidden states are sent in every tick of a pipeline, whether there are any or not.
-    """
+    """Returns what is sent once per step for weights, and in every tick of a pipeline for hidden states."""
     mesh = config.mesh
     others = 1 - 1 / mesh.stage
     exchanged = opposite = 0.0

@@ -1,4 +1,4 @@
-"""Where a training step keeps its weights and optimizer state: the abstract model under the sharding rules.
+"""Derives where a training step keeps weights and optimizer state from the abstract model and the sharding rules.
 
 Pipelined steps are described in `pipeline.weights`: the state shards every weight over the stages too, and a step
 begins with an exchange after which each rank has all layers of its own stage, or of its two stages under DualPipe.
@@ -40,7 +40,7 @@ _STAGE = "stage"
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One array of the parameter tree, all its stacked layers together; numbers are elements on one device.
+    """One array of the parameter tree with all its stacked layers, in elements on one device.
 
     Attributes:
       kind: the kind of layer it belongs to.
@@ -65,7 +65,7 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class StateMemory:
-    """Bytes on one device.
+    """The bytes of weights, gradients and optimizer state on one device.
 
     Attributes:
       parameters: elements whose gradients this device computes.
