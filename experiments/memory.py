@@ -1,10 +1,10 @@
-"""Bytes of attention: what MLA caches and keeps, against MHA, GQA and MQA of the same width; and what FP8 keeps.
+"""Counts the bytes that MLA caches and keeps, against MHA, GQA and MQA of the same width, and what FP8 keeps.
 
     python experiments/memory.py [--scale tiny|small|1b|v3]
 
 Report sections 2.1.1 (the cache) and 3.3.3 (activations). Three tables, none needs an accelerator:
-  cache: bytes a token and layer, on paper and measured as the size of the arrays that `init_cache` (MLA) or plain keys
-    and values allocate.
+  cache: bytes per token and layer, calculated, and measured as the size of the arrays that `init_cache` (MLA) or plain
+    keys and values allocate.
   attention: bytes that one layer's attention keeps for its backward pass, counted from its jaxpr.
   step: bytes that the whole model keeps of a batch, counted the same way, for each precision and rematerialisation.
 """
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def tables_of(size: Size) -> dict[str, Any]:
-    """The three tables of one size; bytes."""
+    """Returns the three tables of one size, in bytes."""
     heads = {"MHA": size.model.num_attention_heads, "GQA": min(GROUPS, size.model.num_attention_heads // 2), "MQA": 1}
     tables: dict[str, Any] = {
         "cache on paper": cache_on_paper(size.model, heads),
@@ -88,14 +88,14 @@ def tables_of(size: Size) -> dict[str, Any]:
 
 
 def cache_on_paper(model: ModelConfig, heads: dict[str, int]) -> dict[str, int]:
-    """bfloat16 bytes a token and layer: latent and rotary key, or keys and values of every key-value head."""
+    """Returns bfloat16 bytes per token and layer: latent and rotary key, or keys and values of every key-value head."""
     width = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
     mla = 2 * (model.kv_lora_rank + model.qk_rope_head_dim)
     return {"MLA": mla, **{name: 2 * count * width for name, count in heads.items()}}
 
 
 def cache_measured(model: ModelConfig, heads: dict[str, int]) -> dict[str, float]:
-    """The same from the arrays themselves, for one sequence of 64 tokens."""
+    """Returns the same bytes, measured on the arrays of one sequence of 64 tokens."""
     length = 64
 
     def latents() -> Any:
@@ -118,7 +118,7 @@ def cache_measured(model: ModelConfig, heads: dict[str, int]) -> dict[str, float
 
 
 def attention_saved(size: Size, key_value_heads: int | None, precision: str = "bfloat16") -> int:
-    """Bytes one layer's attention keeps of a batch: MLA, or plain attention with so many key-value heads."""
+    """Returns the bytes that a layer's attention keeps of a batch: MLA, or attention with that many key-value heads."""
     model, recipe = size.model, Precision.preset(precision)
     x = jax.ShapeDtypeStruct((size.batch, size.length, model.hidden_size), recipe.dtype)
     positions = jnp.broadcast_to(jnp.arange(size.length), (size.batch, size.length))
@@ -140,7 +140,7 @@ def attention_saved(size: Size, key_value_heads: int | None, precision: str = "b
 
 
 def _plain_attention(model: ModelConfig, key_value_heads: int, recipe: Precision):
-    """Attention with keys and values of `key_value_heads` heads, shared evenly by the query heads; no positions."""
+    """Returns attention whose query heads share `key_value_heads` heads of keys and values evenly; no positions."""
     heads, width = model.num_attention_heads, model.qk_head_dim
 
     def attend(weights: list[Array], x: Float[Array, "B T d"]) -> Float[Array, "B T d"]:
@@ -155,7 +155,7 @@ def _plain_attention(model: ModelConfig, key_value_heads: int, recipe: Precision
 
 
 def step_saved(size: Size, precision: str, policy: str) -> int:
-    """Bytes that the model keeps of one training batch, up to the head (whose chunks of logits are recomputed)."""
+    """Returns the bytes that the model keeps of a training batch, up to the head, whose logits are recomputed."""
     module = nnx.eval_shape(
         lambda: DeepSeekV3(size.model, rngs=nnx.Rngs(0), precision=Precision.preset(precision), remat=policy)
     )
@@ -173,7 +173,7 @@ def step_saved(size: Size, precision: str, policy: str) -> int:
 
 
 def draw(tables: dict[str, Any]):
-    """A panel a size: the cache a token and layer; and for the first size what a step keeps."""
+    """Draws a panel per size with its cache per token and layer, and one with what a step of one size keeps."""
     figure, axes = new_figure(len(tables) + 1, width=4.0)
     for axis, (name, table) in zip(axes, tables.items(), strict=False):
         cache = table["cache on paper"]

@@ -6,24 +6,25 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsv3_jax.cli.options import parse
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 
 if TYPE_CHECKING:
     from dsv3_jax.planning.plan import Plan
 
-_DESCRIPTION = """Memory, traffic, time and cost of a run on a cluster, before it is started.
+_DESCRIPTION = """Memory, traffic, time and cost of a training run on a cluster, before it is started.
 
-On paper in milliseconds; with --compile the real training step is compiled for the cluster, which need not be there,
-and the compiler's own figures are put beside the paper's. Targets: h100:N, h200:N, h800:N, v5p:N (or v5p:16x16x8),
-v6e:N, local. Axes of --mesh: stage, data, fsdp, expert, tensor; one may be -1 (the rest of the devices).
+A plan takes a few seconds. With --compile the real training step is also compiled for the cluster, which need not
+exist, and the compiler's figures are printed beside the plan's. Targets: h100:N, h200:N, h800:N, v5p:N (or
+v5p:16x16x8), v6e:N, local. Axes of --mesh: stage, data, fsdp, expert, tensor; one may be -1 (the rest of the devices).
+
+An option that is not given has the value that `dsv3 train` uses for the preset. Where that batch does not divide over
+the mesh, the plan takes the smallest that does. Without --mesh the plan is of the best mesh that --search finds.
 
 Examples:
   dsv3 plan --preset v3-671b --target h800:2048 --mesh stage=16,expert=64,data=2 --precision fp8 --batch-size 15360
-  ... --layout report      the same on paper as the report ran it, with weights and activations laid out as it says
   dsv3 plan --preset v3-671b --target h200:2048 --mesh fsdp=32,expert=64 --compile --out plans/h200
   dsv3 plan --preset ablation-16b --target h100:64 --search 10
 """
@@ -36,21 +37,19 @@ class PlanOptions:
     Attributes:
       preset: the model.
       target: the cluster: h200:2048, v5p:16x16x8, local ...
-      mesh: sizes of its axes, such as stage=16,expert=64,data=2.
-      sequence_length: tokens a sequence; 0: 4096, or the model's longest if that is less.
-      batch_size: sequences a step over the whole cluster; 0: one micro-batch a rank.
-      micro_batch_size: sequences a forward pass on each rank.
-      precision: float32, bfloat16 or fp8.
-      rematerialisation: none, report, products or full.
-      gradient_dtype: of accumulated gradients: float32 or bfloat16.
-      moment_dtype: of Adam's moments: float32, bfloat16, or recipe for what the precision names.
-      zero: divide optimizer state over replicas (ZeRO-1).
-      average: running average of the weights: host, device or none.
-      schedule: of the pipeline: dualpipe, zb1p or 1f1b.
-      layout: of the figures on paper: step, this project's training step, or with stages report, the report's own run.
-      tokens: of the whole run, such as 14.8e12.
+      mesh: sizes of the mesh axes, such as stage=16,expert=64,data=2; the best mesh of --search unless given.
+      sequence_length: tokens per sequence; 0 for the preset's.
+      batch_size: sequences per step over the whole cluster; 0 for the fewest that keep the mesh busy.
+      micro_batch_size: sequences per forward pass on each rank; 0 for all of the rank's.
+      precision: float32, bfloat16, fp8 or auto, as for dsv3 train; auto is bfloat16 on GPUs and TPUs.
+      rematerialisation: what the backward pass recomputes: none, report, products or full.
+      moment_dtype: dtype of Adam's moments: float32, bfloat16, or recipe for what the precision names.
+      zero: shard optimizer state over the replicas of its parameters (ZeRO-1).
+      average: keep a running average of the weights: device, or none.
+      schedule: pipeline schedule: dualpipe, zb1p or 1f1b.
+      tokens: tokens of the whole run, such as 14.8e12.
       compile: compile the real training step for the target and compare.
-      search: rank this many mesh shapes on paper; with --compile the best are compiled and ranked again.
+      search: rank this many mesh shapes; with --compile the best are compiled and ranked again.
       json: print JSON instead of tables.
       out: folder for plan.json, plan.txt and plan.png.
     """
@@ -59,16 +58,14 @@ class PlanOptions:
     target: str = "h200:2048"
     mesh: str = ""
     sequence_length: int = 0
-    batch_size: int = 0
-    micro_batch_size: int = 1
-    precision: str = "bfloat16"
-    rematerialisation: str = "report"
-    gradient_dtype: str = "float32"
-    moment_dtype: str = "recipe"
+    batch_size: int | None = None
+    micro_batch_size: int | None = None
+    precision: str | None = None
+    rematerialisation: str | None = None
+    moment_dtype: Literal["recipe", "float32", "bfloat16"] | None = None
     zero: bool = True
-    average: str = "host"
-    schedule: str = "dualpipe"
-    layout: str = "step"
+    average: Literal["device", "none"] | None = None
+    schedule: Literal["dualpipe", "zb1p", "1f1b"] | None = None
     tokens: float = 14.8e12
     compile: bool = False
     search: int = 0
@@ -78,41 +75,54 @@ class PlanOptions:
 
 def main(argv: list[str]) -> int:
     """Parses, plans, and returns the exit code."""
+    if any(word.split("=")[0] == "--layout" for word in argv):
+        raise UserError(
+            "--layout is gone: a plan is of this project's training step; the report's own run is calculated by "
+            "`python experiments/report_run.py`"
+        )
     options = parse(PlanOptions, argv, prog="dsv3 plan", description=_DESCRIPTION, default=PlanOptions())
     if options.search < 0:
         raise UserError(f"--search takes how many meshes to show, such as 10, not {options.search}")
+    if options.search and options.mesh:
+        raise UserError("--search chooses the mesh itself: leave out --mesh")
     if options.search:
         return _search(options)
-    from dsv3_jax.planning.config import PlanConfig
-    from dsv3_jax.planning.plan import make_plan
-    from dsv3_jax.sharding.mesh import MeshConfig
-
-    mesh = MeshConfig.parse(options.mesh) if options.mesh else MeshConfig(fsdp=-1)
-    config = PlanConfig(mesh=mesh, **_run(options))
-    plan = make_plan(config)
+    plan = _plan(options)
     compiled = None
     if options.compile:
         from dsv3_jax.planning.compiled import compile_plan
 
-        compiled = compile_plan(config)
+        compiled = compile_plan(plan.config)
     _deliver(plan, compiled, options)
     return 0
 
 
-def _run(options: PlanOptions) -> dict[str, Any]:
-    """All fields of a plan's configuration but the mesh."""
-    from dsv3_jax.planning.config import PlanConfig
+def _plan(options: PlanOptions) -> Plan:
+    """Returns the plan on the mesh that is given, or on the best."""
+    from dsv3_jax.planning.config import of_preset
     from dsv3_jax.planning.hardware import Target
+    from dsv3_jax.planning.plan import make_plan
+    from dsv3_jax.planning.search import search
+    from dsv3_jax.sharding.mesh import MeshConfig
+    from dsv3_jax.training.defaults import default_run
 
-    model = ModelConfig.preset(options.preset)
-    fields = {field.name for field in dataclasses.fields(PlanConfig)}
-    same = {name: value for name, value in vars(options).items() if name in fields}
-    changed = {
-        "model": model,
-        "target": Target.parse(options.target),
-        "sequence_length": options.sequence_length or min(4096, model.max_position_embeddings),
-    }
-    return {name: value for name, value in (same | changed).items() if name != "mesh"}
+    target = Target.parse(options.target)
+    if options.mesh:
+        plan = make_plan(of_preset(options.preset, target, MeshConfig.parse(options.mesh), **_given(options)))
+    else:
+        plan = search(options.preset, target, 1, **_given(options))[0].plan
+        print(f"--mesh is not given: the best that --search finds is {plan.config.mesh.written}", file=sys.stderr)
+    batch, planned = default_run(options.preset).training.batch_size, plan.config.batch_size
+    if options.batch_size is None and planned != batch:
+        print(f"the preset's batch of {batch} does not divide over this mesh: planned with {planned}", file=sys.stderr)
+    return plan
+
+
+def _given(options: PlanOptions) -> dict[str, Any]:
+    """Returns the options that are fields of a plan's configuration; None where `dsv3 train`'s default is taken."""
+    names = ("batch_size", "micro_batch_size", "precision", "rematerialisation", "moment_dtype", "zero", "average")
+    given = {name: getattr(options, name) for name in (*names, "schedule", "tokens")}
+    return given | {"sequence_length": options.sequence_length or None}
 
 
 def _deliver(plan: Plan, compiled: Any, options: PlanOptions) -> None:
@@ -152,18 +162,17 @@ def _folder(name: str) -> Path:
 def _search(options: PlanOptions) -> int:
     from rich.console import Console
 
+    from dsv3_jax.planning.hardware import Target
     from dsv3_jax.planning.search import search, search_as_dict, show_search
 
-    if options.mesh:
-        raise UserError("--search chooses the mesh itself: leave out --mesh")
     found = search(
-        count=options.search,
+        options.preset,
+        Target.parse(options.target),
+        options.search,
         compile_best=options.compile,
         say=lambda line: print(line, file=sys.stderr, flush=True),
-        **_run(options),
+        **_given(options),
     )
-    if not found:
-        raise UserError(f"no mesh of {options.target} divides this model and batch; change --target or --batch-size")
     text = json.dumps(search_as_dict(found), indent=1)
     if options.json:
         print(text)

@@ -1,1 +1,1 @@
-"""What a run needs before it is started: memory, traffic, time and cost, on paper and from the compiler itself."""
+"""Calculates what a run needs before it is started, and asks the compiler: memory, traffic, time and cost."""

@@ -1,4 +1,4 @@
-"""The real training step with shapes for arrays: state and batch laid out on a mesh of devices that need not exist."""
+"""Traces the real training step with shapes for arrays, for the devices of a mesh that need not exist."""
 
 from __future__ import annotations
 
@@ -10,64 +10,38 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv3_jax.data import DataConfig
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import OneDevice
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.config import PlanConfig
-from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import make_mesh
 from dsv3_jax.sharding.rules import batch_spec
-from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.state import Skeleton, new_state
 from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.training.step import StepSettings, make_train_step
 
 
-def run_of(config: PlanConfig) -> RunConfig:
-    """The training run that a plan is of."""
-    return RunConfig(
-        preset="",
-        model=config.model,
-        data=DataConfig(sequence_length=config.sequence_length, vocab_size=config.model.vocab_size),
-        training=TrainingConfig(
-            batch_size=config.batch_size,
-            micro_batch_size=config.batch_size // config.passes,
-            rematerialisation=config.rematerialisation,
-            loss_chunk=config.tokens_a_pass,
-            pipeline_schedule=config.schedule,
-            zero=config.zero,
-            moment_dtype=config.moment_dtype,  # pyright: ignore[reportArgumentType]
-            ema_decay=0.99 if config.average == "device" else 0.0,
-        ),
-        precision=config.precision,
-        mesh=config.mesh,
-    )
-
-
 def traced_step(config: PlanConfig, devices: Sequence[Any]) -> Any:
-    """`make_train_step`'s step traced for these devices, ready to be lowered."""
-    mesh = make_mesh(config.mesh, devices)
+    """Returns `make_train_step`'s step traced for these devices, ready to be lowered."""
+    mesh, run = make_mesh(config.mesh, devices), config.run
     layout = StateLayout(mesh, config.zero, layers=moe_layers_of_stages(config.model, config.mesh.stage))
-    run = run_of(config)
 
     def make() -> DeepSeekV3:
-        precision = Precision.preset(run.precision)
-        remat = run.training.rematerialisation
         devices = layout.devices if config.target.devices > 1 else OneDevice()
-        return DeepSeekV3(config.model, rngs=nnx.Rngs(0), precision=precision, devices=devices, remat=remat)
+        remat = run.training.rematerialisation
+        return DeepSeekV3(config.model, rngs=nnx.Rngs(0), precision=config.recipe, devices=devices, remat=remat)
 
     graph, _, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
-    # Router biases, the only other variables, are written anew in every step.
+    # Router biases are the only other variables; every step overwrites them.
     skeleton = Skeleton(graph, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest))
     state = jax.eval_shape(lambda: new_state(make(), run)[1])
-    state = jax.tree.map(_laid_out, state, layout.of_state(state))
-    shape = (config.passes, config.batch_size // config.passes, config.sequence_length + 1)
+    state = jax.tree.map(_with_sharding, state, layout.of_state(state))
+    shape = (config.passes, config.sequences_per_pass, config.sequence_length + 1)
     batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, batch_spec(leading=1)))
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
     settings = StepSettings(scalar, scalar, scalar, scalar)
     return make_train_step(skeleton, run, layout).trace(state, batch, batch, settings)
 
 
-def _laid_out(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+def _with_sharding(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,163 +1,253 @@
-"""Bytes of activations a token leaves behind for the backward pass, layer by layer (report sections 3.2.3, 3.3.3).
+"""Calculates the bytes of activations on one device of a training step at its peak (report sections 3.2.3, 3.3.3).
 
-Per token and layer, on one device; what belongs to heads, feed-forward widths or the vocabulary is divided over the
-tensor axis. Load on the experts is taken to be even, as the auxiliary-loss-free balancing makes it.
+What a block keeps is read from the traced block (`traced_block`). The load of the experts is taken to be even, as the
+auxiliary-loss-free balancing makes it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, defaultdict
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable
 
+from dsv3_jax.model import MOST_UNROLLED_LAYERS
+from dsv3_jax.modules.attention_core import KEPT_LENGTH, LARGEST_CHUNK
+from dsv3_jax.pipeline.facts import schedule_facts
 from dsv3_jax.planning.config import PlanConfig
-from dsv3_jax.planning.layers import LayerKind
+from dsv3_jax.planning.traced_block import (
+    LAYER_INPUT,
+    BlockKind,
+    BlockShape,
+    TracedBlock,
+    kept_by_block,
+    traced_block,
+)
+from dsv3_jax.planning.weights import LayerKind, abstract_mesh, layers_of_rank, moe_slots, stages_per_rank, weights_of
+from dsv3_jax.sharding.expert_parallel import BUFFER_ROWS
+from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.sharding.rules import WITHIN_A_STAGE, weight_axes
 
-_WIDE = 4  # bytes of float32
-CHUNK = 512  # queries whose logits the attention core holds at a time, and in long sequences keys
-WHOLE_ROWS = 1024  # the longest sequence of which it holds logits with all keys
-_LOGIT_COPIES = 3  # logits, weights and their gradient
-_LOGITS_IN_LOSS = 3  # float32 copies of the vocabulary's logits
-EXCHANGE_ROOM = 2
-"""Rows of the buffers between experts on different devices, over those of an even load."""
+_FLOAT32 = 4  # bytes
+_LOGIT_COPIES = 3  # of the attention core: logits, weights and their gradient
+_LOSS_COPIES = 3  # of the vocabulary's logits: logits, their exponentials and their gradient
+LAYERS: tuple[LayerKind, ...] = ("dense", "moe", "mtp")
+"""Kinds of layers that have a transformer block."""
+
+_BLOCKS_OF: dict[LayerKind, tuple[BlockKind, ...]] = {
+    "dense": ("dense",),
+    "moe": ("moe",),
+    "mtp": ("join", "moe"),
+    "head": ("head",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationMemory:
-    """Bytes on one device.
+    """The bytes of activations on one device.
 
     Attributes:
-      kept: from the forward to the backward pass, by what it is, over all layers and micro-batches in flight.
-      kept_a_layer: of one layer and one micro-batch, by kind of layer.
-      micro_batches: that are in flight at the peak.
-      recomputed: one layer's activations while its backward pass runs, the attention core's logits included.
-      loss: logits of the vocabulary, and their gradient.
+      kept: bytes kept from the forward to the backward pass, over all layers and micro-batches in flight, by name.
+      kept_per_layer: bytes that one layer keeps of one micro-batch, by kind of layer.
+      micro_batches: micro-batches in flight at the peak.
+      recomputed: bytes of one layer while its backward pass runs.
+      loss: bytes of the vocabulary's logits and of their gradient.
     """
 
     kept: dict[str, float]
-    kept_a_layer: dict[LayerKind, float]
+    kept_per_layer: dict[LayerKind, float]
     micro_batches: float
     recomputed: float
     loss: float
 
     @property
     def total(self) -> float:
-        """What is kept, and the larger of what the loss and a layer's backward pass need beside it."""
+        """What is kept, and the larger of what the loss and a layer's backward pass need."""
         return sum(self.kept.values()) + max(self.recomputed, self.loss)
 
 
-def kept_of_layer(config: PlanConfig, kind: LayerKind, policy: str) -> dict[str, float]:
-    """Bytes a token that one layer keeps under a rematerialisation policy, by what they are."""
-    if kind in ("embedding", "head"):
-        return {}
-    model, formats, tensor = config.model, config.formats, config.mesh.tensor
-    d, width = model.hidden_size, formats.compute
-    kept: dict[str, float] = {"layer input": d * width}
-    if kind == "mtp":
-        kept["layer input"] += d * width  # what the projection joins, beside what it gives
-    if policy == "full":
-        return kept
-    heads = model.num_attention_heads / tensor
-    latents = (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
-    kept["attention latents"] = latents * width
-    if policy in ("products", "none"):
-        per_head = model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim
-        kept["queries, keys, values"] = heads * per_head * width
-    if policy in ("report", "none"):
-        kept["attention core's output"] = heads * model.v_head_dim * formats.attention_output
-    kept["attention's output"] = d * width
-    if kind == "dense":
-        kept |= _feed_forward(model.intermediate_size / tensor, config, policy)
-    else:
-        kept |= _mixture(config, policy)
-    if policy == "none":
-        # The norms' inputs in float32 and outputs, which are the linear maps' inputs, and the normed latents.
-        kept["norms"] = 2 * d * (_WIDE + formats.linear_input) + latents * (_WIDE + formats.linear_input)
-    return kept
+def activation_memory(config: PlanConfig) -> ActivationMemory:
+    """Returns the activations of any rank."""
+    return _with_stages(config) if config.has_stages else _without_stages(config)
 
 
-def _feed_forward(width: float, config: PlanConfig, policy: str) -> dict[str, float]:
-    formats = config.formats
-    kept = {"SwiGLU input": 2 * width * (formats.swiglu_input if policy != "products" else formats.compute)}
-    if policy == "products":
-        kept["feed-forward output"] = config.model.hidden_size * formats.compute
-    if policy == "none" and not formats.is_fp8:
-        kept["SwiGLU output"] = width * formats.compute
-    return kept
-
-
-def _mixture(config: PlanConfig, policy: str) -> dict[str, float]:
-    model, formats, tensor = config.model, config.formats, config.mesh.tensor
-    kept: dict[str, float] = {"router": model.n_routed_experts * _WIDE}
-    shared = model.n_shared_experts * model.moe_intermediate_size / tensor
-    if shared:
-        kept |= _feed_forward(shared, config, policy)
-    if policy == "products":
-        return kept  # products of one matrix an expert are not among what this policy keeps
-    if config.spreads_experts:
-        return kept
-    rows = model.num_experts_per_tok
-    routed = _feed_forward(rows * model.moe_intermediate_size / tensor, config, policy)
-    for name, size in routed.items():
-        kept[name] = kept.get(name, 0.0) + size
-    kept["experts' output"] = rows * model.hidden_size * formats.compute
-    if policy == "none":
-        kept["experts' input"] = rows * model.hidden_size * formats.linear_input
-    return kept
-
-
-def activation_memory(config: PlanConfig, layers: Counter[LayerKind]) -> ActivationMemory:
-    """Of a rank that holds these layers, at the moment it holds most; but for the step with stages (`stage_step`)."""
-    tokens = config.tokens_a_pass
-    in_flight = micro_batches_in_flight(config)
+def _without_stages(config: PlanConfig) -> ActivationMemory:
     kept: dict[str, float] = defaultdict(float)
-    kept_a_layer: dict[LayerKind, float] = {}
-    for kind, count in layers.items():
-        of_layer = kept_of_layer(config, kind, config.rematerialisation)
-        kept_a_layer[kind] = tokens * sum(of_layer.values())
-        for name, size in of_layer.items():
-            kept[name] += count * in_flight * tokens * size
-    working = [tokens * sum(kept_of_layer(config, kind, "none").values()) for kind in layers]
-    has_head = layers["head"] > 0
-    vocabulary = config.model.vocab_size / config.mesh.tensor
+    per_layer: dict[LayerKind, float] = {}
+    layers = layers_of_rank(config)
+    for kind in LAYERS:
+        if count := layers[kind]:
+            of_layer = kept_of_layer(config, kind, unrolled=kind == "mtp" or count <= MOST_UNROLLED_LAYERS)
+            per_layer[kind] = sum(of_layer.values())
+            for name, size in of_layer.items():
+                kept[name] += count * size
     return ActivationMemory(
         kept=dict(kept),
-        kept_a_layer={kind: size for kind, size in kept_a_layer.items() if size},
-        micro_batches=in_flight,
-        recomputed=max(working) + attention_core_memory(config) + exchange_buffers(config),
-        loss=has_head * _LOGITS_IN_LOSS * tokens * vocabulary * _WIDE,
+        kept_per_layer=per_layer,
+        micro_batches=1,
+        recomputed=max(_backward(config, "moe" if kind == "mtp" else kind) for kind in per_layer),
+        loss=_LOSS_COPIES * _logits(config, _tokens_per_piece(config, config.sequences_per_pass)[0]),
     )
 
 
+def _with_stages(config: PlanConfig) -> ActivationMemory:
+    """Returns the activations of a stage: inputs of layers are kept, and each layer is recomputed (`pipeline.stage`).
+
+    Only the dense layers of the first stage and the MTP modules of the last follow the rematerialisation policy.
+    """
+    facts = schedule_facts(config.schedule, config.mesh.stage, config.passes)
+    of_stage = moe_slots(config) // stages_per_rank(config)
+    return ActivationMemory(
+        kept={
+            LAYER_INPUT: facts.kept * of_stage * config.hidden_bytes,
+            "received from other stages": (facts.activations + facts.gradients) * config.hidden_bytes,
+        },
+        kept_per_layer={"moe": config.hidden_bytes},
+        micro_batches=facts.kept,
+        recomputed=max(_moe_layer(config), _first_stage(config)),
+        loss=_last_stage(config),
+    )
+
+
+def _moe_layer(config: PlanConfig) -> float:
+    """Returns the bytes of one layer's backward pass, with its sliced weights and gradients before they are added."""
+    weights = _weight_bytes(config, "moe") / moe_slots(config)
+    return 2 * weights + gathered_bytes(config, "moe", ahead=0) + _backward(config, "moe")
+
+
+def _first_stage(config: PlanConfig) -> float:
+    """Returns the bytes of the backward pass of all dense layers, whose gradients are stacked before they are added."""
+    count = config.model.num_dense_layers
+    if not count:
+        return 0.0
+    kept = count * sum(kept_of_layer(config, "dense", unrolled=count <= MOST_UNROLLED_LAYERS).values())
+    return _weight_bytes(config, "dense") + gathered_bytes(config, "dense", ahead=0) + kept + _backward(config, "dense")
+
+
+def _last_stage(config: PlanConfig) -> float:
+    """Returns the bytes of the losses: logits, the head as it is multiplied, its gradient, and what MTP modules keep.
+
+    With an fsdp axis the head's gradient is reduce-scattered from whole ones in float32.
+    """
+    model, depths = config.model, config.model.num_nextn_predict_layers
+    tokens, whole = _tokens_per_piece(config, config.micro_batch_size)
+    logits = (1 + depths if whole else _LOSS_COPIES) * _logits(config, tokens)
+    head = model.vocab_size * model.hidden_size / config.mesh.tensor
+    copies = 2 * config.recipe.dtype.itemsize + (_FLOAT32 if config.mesh.fsdp > 1 else 0)
+    return logits + copies * head + depths * sum(kept_of_layer(config, "mtp").values())
+
+
+def _tokens_per_piece(config: PlanConfig, sequences: int) -> tuple[int, bool]:
+    """Returns the tokens whose logits a rank holds at a time, and whether they are all (`losses.cross_entropies`).
+
+    Args:
+      sequences: those that the program sees at a time: a rank's in a pipeline, else those of all ranks.
+    """
+    length = config.sequence_length
+    pieces = min(-(-sequences * length // config.run.training.loss_chunk), length)
+    return config.micro_batch_size * -(-length // pieces), pieces == 1
+
+
+def _logits(config: PlanConfig, tokens: float) -> float:
+    return tokens * config.model.vocab_size / config.mesh.tensor * _FLOAT32
+
+
+def kept_of_layer(config: PlanConfig, kind: LayerKind, *, unrolled: bool = False) -> dict[str, float]:
+    """Returns the bytes that a layer keeps of a micro-batch under the run's rematerialisation policy, by what they are.
+
+    Args:
+      kind: "dense", "moe" or "mtp".
+      unrolled: whether the layer is outside a loop over layers, so that the compiler decides what it keeps where the
+        policy leaves all to it.
+    """
+    if kind == "mtp":  # its inputs are joined outside of what the policy covers
+        joined = _traced(config, "join", lambda block: block.working - block.inputs)
+        return kept_of_layer(config, "moe", unrolled=True) | {"joined inputs of MTP": joined}
+    policy = config.rematerialisation
+    if policy == "none" and unrolled:
+        return {"kept without rematerialisation": working_bytes(config, kind)}
+    (block,) = _BLOCKS_OF[kind]
+    one = kept_by_block(_shape(config, block, 1), policy)
+    two = kept_by_block(_shape(config, block, 2), policy) if config.mesh.tensor > 1 else one
+    return {name: _of_rank(config, size, two.get(name, 0.0)) for name, size in one.items()}
+
+
+def working_bytes(config: PlanConfig, kind: LayerKind) -> float:
+    """Returns the bytes of activations that a layer's backward pass reads of a micro-batch, its inputs included."""
+    return sum(_traced(config, block, lambda block: block.working) for block in _BLOCKS_OF[kind])
+
+
+def gathered_weights(config: PlanConfig, kind: LayerKind) -> tuple[tuple[float, int], ...]:
+    """Returns the weights of a layer that FSDP all-gathers: elements on a device once gathered, and bytes of each."""
+    shapes = tuple(_shape(config, block, 1) for block in _BLOCKS_OF[kind])
+    return _gathered(shapes, config.mesh)
+
+
+@functools.lru_cache(maxsize=4096)
+def _gathered(shapes: tuple[BlockShape, ...], mesh: MeshConfig) -> tuple[tuple[float, int], ...]:
+    found = []
+    for weight in [weight for shape in shapes for weight in traced_block(shape).gathered]:
+        axes = weight_axes(weight.shape, abstract_mesh(mesh), WITHIN_A_STAGE)
+        if "fsdp" in axes:
+            shards = math.prod(mesh.sizes[axis] for axis in axes if axis and axis != "fsdp")
+            found.append((math.prod(weight.shape.shape) / shards, weight.dtype.itemsize))
+    return tuple(found)
+
+
+def gathered_bytes(config: PlanConfig, kind: LayerKind, *, ahead: int) -> float:
+    """Returns the bytes of a layer's all-gathered weights, of `ahead` more that follow, and of their gradients."""
+    weights = gathered_weights(config, kind)
+    return sum(elements * ((1 + ahead) * width + _FLOAT32) for elements, width in weights)
+
+
+def _backward(config: PlanConfig, kind: LayerKind) -> float:
+    """Returns the bytes that the backward pass of one layer reads and computes."""
+    buffers = exchange_buffers(config) if kind == "moe" and config.target.devices > 1 else 0.0
+    return working_bytes(config, kind) + attention_core_memory(config) + buffers
+
+
 def attention_core_memory(config: PlanConfig) -> float:
-    """Logits of the attention core's backward pass; and the gradients that its loop over tiles carries."""
-    model, width = config.model, config.formats.compute
+    """Returns the bytes of a tile's logits in the attention core's backward pass, and of the gradients of all tiles."""
+    model, width = config.model, config.recipe.dtype.itemsize
     heads, length = model.num_attention_heads / config.mesh.tensor, config.sequence_length
-    keys = length if length <= WHOLE_ROWS else CHUNK
-    logits = config.micro_batch_size * heads * min(CHUNK, length) * keys * _WIDE * _LOGIT_COPIES
-    if length <= WHOLE_ROWS:
+    keys = length if length <= KEPT_LENGTH else LARGEST_CHUNK
+    logits = config.micro_batch_size * heads * min(LARGEST_CHUNK, length) * keys * _FLOAT32 * _LOGIT_COPIES
+    if length <= KEPT_LENGTH:
         return logits
-    # Queries' are added to tile by tile, in float32; keys' and values' are so for one chunk at a time.
-    a_token = model.qk_head_dim * _WIDE + (model.qk_head_dim + model.v_head_dim) * width
-    a_chunk = (model.qk_head_dim + model.v_head_dim) * _WIDE
-    return logits + config.micro_batch_size * heads * (length * a_token + CHUNK * a_chunk)
+    # Gradients of queries are added up tile by tile in float32; those of keys and values for one chunk at a time.
+    per_token = model.qk_head_dim * _FLOAT32 + (model.qk_head_dim + model.v_head_dim) * width
+    per_chunk = (model.qk_head_dim + model.v_head_dim) * _FLOAT32
+    return logits + config.micro_batch_size * heads * (length * per_token + LARGEST_CHUNK * per_chunk)
 
 
 def exchange_buffers(config: PlanConfig) -> float:
-    """Room for a piece's worst case: rows as they arrive, sorted, multiplied, and the gradients of each."""
-    if not config.spreads_experts:
-        return 0.0
+    """Returns the bytes of the largest piece of the experts' exchange: rows received, sorted, multiplied; gradients."""
     model = config.model
-    rows = EXCHANGE_ROOM * config.tokens_a_pass * model.num_experts_per_tok
-    a_row = 2 * model.hidden_size + 3 * model.moe_intermediate_size / config.mesh.tensor
-    return 2 * rows * a_row * config.formats.compute
+    rows = BUFFER_ROWS * config.tokens_per_pass * model.num_experts_per_tok
+    per_row = 2 * model.hidden_size + 3 * model.moe_intermediate_size / config.mesh.tensor
+    return 2 * rows * per_row * config.recipe.dtype.itemsize
 
 
-def micro_batches_in_flight(config: PlanConfig) -> float:
-    """Micro-batches whose activations a rank of the report's layout holds of every layer it has (its table 2).
+def _weight_bytes(config: PlanConfig, kind: LayerKind) -> float:
+    """Returns the bytes of all weights of a kind that a rank computes with, or of their gradients."""
+    return sum(weight.in_step * weight.itemsize for weight in weights_of(config) if weight.kind == kind)
 
-    Without stages one. 1F1B and ZB1P hold PP of their stage; DualPipe PP + 1 of its two stages together.
+
+def _shape(config: PlanConfig, kind: BlockKind, tensor: int) -> BlockShape:
+    return BlockShape(config.model, kind, config.recipe, tensor, config.sequence_length, config.target.devices > 1)
+
+
+def _traced(config: PlanConfig, kind: BlockKind, figure: Callable[[TracedBlock], float]) -> float:
+    """Returns a figure of a block, on one rank of the tensor axis."""
+    one = figure(traced_block(_shape(config, kind, 1)))
+    two = figure(traced_block(_shape(config, kind, 2))) if config.mesh.tensor > 1 else one
+    return _of_rank(config, one, two)
+
+
+def _of_rank(config: PlanConfig, one: float, two: float) -> float:
+    """Returns the bytes of a micro-batch on a rank, from those of a sequence with one and with two tensor ranks.
+
+    A part of the bytes is divided over the tensor axis, the rest is on all its ranks.
     """
-    stages = config.mesh.stage
-    if stages == 1:
-        return 1
-    return (stages + 1) / 2 if config.schedule == "dualpipe" else min(stages, config.passes)
+    return config.micro_batch_size * (one - 2 * (one - two) * (1 - 1 / config.mesh.tensor))

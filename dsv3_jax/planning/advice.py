@@ -1,25 +1,28 @@
-"""Which knob would make a plan fit, or give it more room: every knob is turned alone and the plan made again."""
+"""Finds the options that would make a plan fit, or save memory: each is changed alone and the plan made again."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.hardware import Target
 from dsv3_jax.planning.plan import Plan, make_plan
 
+_WORTH_SAVING = 0.01  # of the plan's memory
+
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """One changed knob.
+    """One changed option.
 
     Attributes:
-      change: as one would write it on the command line.
-      saved: bytes a device.
+      change: the options of `dsv3 train`, as written on its command line.
+      saved: bytes per device.
       fits: whether it is enough.
-      slower: expected time a token over the plan's, less one.
+      slower: expected time per token over the plan's, minus one.
     """
 
     change: str
@@ -29,59 +32,59 @@ class Advice:
 
 
 def advise(plan: Plan) -> list[Advice]:
-    """Knobs that save memory: those that suffice first, the cheapest in time first; then by what they save."""
+    """Returns options that save memory: those that are enough first, the cheapest in time first; then by memory."""
     found = []
-    for change, config in _changed(plan.config):
-        try:
-            other = make_plan(config())
-        except ConfigError:
-            continue  # this knob does not turn here
+    for config in _changed(plan.config):
+        other = make_plan(config)
         saved = plan.memory - other.memory
-        if saved > 0.01 * plan.memory:
-            per_token = [p.expected.total * p.config.target.devices / p.config.tokens_a_step for p in (plan, other)]
+        if saved > _WORTH_SAVING * plan.memory:
+            per_token = [p.expected.total * p.config.target.devices / p.config.tokens_per_step for p in (plan, other)]
+            change = _written(plan.config, config)
             found.append(Advice(change, saved, other.fits, per_token[1] / per_token[0] - 1))
     return sorted(found, key=lambda advice: (not advice.fits, advice.slower if advice.fits else -advice.saved))
 
 
-def _changed(config: PlanConfig) -> Iterator[tuple[str, Callable[[], PlanConfig]]]:
+def _written(before: PlanConfig, after: PlanConfig) -> str:
+    """Returns the options of `dsv3 train` that differ, and the devices if they do."""
+    options = before.train_options
+    changed = [f"{name} {value}".strip() for name, value in after.train_options.items() if options.get(name) != value]
+    more = after.target.devices != before.target.devices
+    return " ".join([f"{after.target.devices:,} devices with"] * more + changed)
+
+
+def _changed(config: PlanConfig) -> Iterator[PlanConfig]:
+    """Yields the configurations with one option changed that are possible."""
+    for changes in _changes(config):
+        try:
+            yield dataclasses.replace(config, **changes)
+        except ConfigError:
+            continue
+
+
+def _changes(config: PlanConfig) -> Iterator[dict[str, Any]]:
     mesh = config.mesh
-
-    def replaced(**changes: object):
-        return lambda: dataclasses.replace(config, **changes)  # pyright: ignore[reportArgumentType]
-
-    def meshed(**changes: int):
-        return replaced(mesh=dataclasses.replace(mesh, **changes))
-
     for policy in ("report", "full"):
         if policy != config.rematerialisation:
-            yield f"--rematerialisation {policy}", replaced(rematerialisation=policy)
-    if config.precision == "float32":
-        yield "--precision bfloat16", replaced(precision="bfloat16")
-    if config.precision != "fp8":
-        yield "--precision fp8", replaced(precision="fp8")
-    if config.moment_width > 2:
-        yield "--moment-dtype bfloat16", replaced(moment_dtype="bfloat16")
-    if config.gradient_dtype != "bfloat16":
-        yield "--gradient-dtype bfloat16", replaced(gradient_dtype="bfloat16")
+            yield {"rematerialisation": policy}
+    if config.recipe.dtype.itemsize > 2:
+        yield {"precision": "bfloat16"}
+    if config.recipe.fp8 is None:
+        yield {"precision": "fp8"}
+    if config.run.moment_dtype != "bfloat16":
+        yield {"moment_dtype": "bfloat16"}
     if config.average == "device":
-        yield "--average host", replaced(average="host")
+        yield {"average": "none"}
     if not config.zero:
-        yield "--zero", replaced(zero=True)
+        yield {"zero": True}
     if config.micro_batch_size > 1:
-        yield (
-            f"--micro-batch-size {config.micro_batch_size // 2}",
-            replaced(micro_batch_size=config.micro_batch_size // 2),
-        )
+        yield {"micro_batch_size": config.micro_batch_size // 2}
     for source in ("data", "fsdp", "expert"):
         for sink in ("fsdp", "expert", "tensor", "stage"):
             size = getattr(mesh, source)
             if sink != source and size % 2 == 0:
-                change = {source: size // 2, sink: 2 * getattr(mesh, sink)}
-                yield f"--mesh ...,{','.join(f'{k}={v}' for k, v in change.items())}", meshed(**change)
-    more = Target(config.target.accelerator, 2 * config.target.devices)
-    if more.devices <= more.accelerator.largest and more.accelerator.platform != "cpu":
+                moved = dataclasses.replace(mesh, **{source: size // 2, sink: 2 * getattr(mesh, sink)})
+                yield {"mesh": moved}
+    accelerator, devices = config.target.accelerator, 2 * config.target.devices
+    if devices <= accelerator.largest and accelerator.platform != "cpu":
         wider = dataclasses.replace(mesh, fsdp=2 * mesh.fsdp)
-        yield (
-            f"{more.devices:,} devices with fsdp={wider.fsdp}",
-            replaced(target=more, mesh=wider, batch_size=2 * config.batch_size),
-        )
+        yield {"target": Target(accelerator, devices), "mesh": wider, "batch_size": 2 * config.batch_size}

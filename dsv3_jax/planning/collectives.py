@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its HLO text: how often each runs, over whom, what it sends."""
+"""Reads the collectives of a compiled program from its HLO text: how often each runs, over which devices, and bytes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All runs of like collectives in one execution of the program.
+    """All runs of collectives of one kind and group size in one execution of the program.
 
     Attributes:
       kind: all-gather, all-reduce, reduce-scatter, all-to-all, ragged-all-to-all or collective-permute.
       group: devices that take part in each.
-      runs: how often one runs, loops included.
-      sent: bytes a device sends in all runs.
-      largest: bytes of the largest one's result.
+      runs: how often they run, loops included.
+      sent: bytes that a device sends in all runs.
+      largest: bytes of the largest result.
     """
 
     kind: str
@@ -38,12 +38,12 @@ class Collective:
 
 
 def read_collectives(hlo: str) -> list[Collective]:
-    """Collectives of a module in HLO text form, most bytes first.
+    """Returns the collectives of a module in HLO text form, most bytes first.
 
-    A loop whose number of passes the compiler does not know counts once, and of a conditional every branch. How many
-    rows of a ragged all-to-all travel is known only when it runs: each counts as the smaller of the arrays that rows
-    leave and arrive in, which on the first hop holds as many as may be sent, while the other, and both on a second hop,
-    have room for what never comes at once.
+    A loop whose number of passes the compiler does not know is counted once, and every branch of a conditional is
+    counted. How many rows a ragged all-to-all sends is known only when it runs. It is counted with the smaller of its
+    send and receive buffers. On the first hop that is as many rows as may be sent; the receive buffer, and both buffers
+    of a second hop, are larger than what arrives.
     """
     hlo = re.sub(r"/\*index=\d+\*/", "", hlo)  # counters in long tuples
     bodies = _computations(hlo)
@@ -74,7 +74,7 @@ def read_collectives(hlo: str) -> list[Collective]:
 
 
 def _computations(hlo: str) -> dict[str, str]:
-    """Name and text of every computation."""
+    """Returns name and text of every computation."""
     bodies = {}
     starts = list(_COMPUTATION.finditer(hlo))
     for start, following in zip(starts, [*starts[1:], None], strict=True):
@@ -83,7 +83,7 @@ def _computations(hlo: str) -> dict[str, str]:
 
 
 def _executions(bodies: dict[str, str], hlo: str) -> Counter[str]:
-    """How often each computation runs in one execution of the program."""
+    """Returns how often each computation runs in one execution of the program."""
     calls: dict[str, Counter[str]] = {name: Counter() for name in bodies}
     for name, body in bodies.items():
         for line in body.splitlines():
@@ -100,7 +100,7 @@ def _executions(bodies: dict[str, str], hlo: str) -> Counter[str]:
 
 
 def _passes(loop: str, bodies: dict[str, str]) -> int:
-    """Of a loop: as the compiler notes it, or as its condition compares the counter with the one constant there."""
+    """Returns the passes of a loop: those the compiler notes, or the one constant that its condition compares with."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop)
     if known:
         return int(known[1])
@@ -132,7 +132,7 @@ def _group_size(rest: str) -> int:
 
 
 def _result_bytes(shape: str, kind: str, *, started: bool, group: int) -> float:
-    """Bytes of the result; a started collective's shape is (operands, results, ...)."""
+    """Returns the bytes of the result; the shape of a started collective is (operands, results, ...)."""
     arrays = [_array_bytes(*match) for match in _ARRAY.findall(shape)]
     if not arrays:
         return 0.0
@@ -144,9 +144,9 @@ def _result_bytes(shape: str, kind: str, *, started: bool, group: int) -> float:
 
 
 def _rows_bytes(shape: str, rest: str, body: str) -> float:
-    """Of the smaller array of rows of a ragged all-to-all: in its shape, which may name operands, or its first operand.
+    """Returns the bytes of the smaller buffer of a ragged all-to-all.
 
-    Offsets and sizes have one dimension.
+    The buffers are in its shape, which may include operands, and its first operand; offsets and sizes have one axis.
     """
     operand = re.match(r"%?([\w.\-]+)", rest)
     if operand:
@@ -164,7 +164,7 @@ def _array_bytes(dtype: str, dimensions: str) -> float:
 
 
 def _sent(kind: str, result: float, group: int) -> float:
-    """Bytes a device sends: of its result, by the usual ring or direct algorithm."""
+    """Returns the bytes that a device sends, by the usual ring or direct algorithm."""
     others = (group - 1) / group
     factors = {"all-gather": others, "all-reduce": 2 * others, "reduce-scatter": group - 1, "collective-permute": 1.0}
     return result * factors.get(kind, others)

@@ -1,8 +1,9 @@
-"""Compiles a plan's training step for its cluster, in a process of its own, and says what the compiler made of it.
+"""Compiles a plan's training step for its cluster, in a process of its own, and prints what the compiler made of it.
 
     python -m dsv3_jax.planning.compile_ahead < request.json
 
-prints one JSON object. Needs the wheels of the extra `aot` on PYTHONPATH (`make setup-aot`) and JAX_PLATFORMS=cpu.
+prints one JSON object: the compiler's figures, or {"error": reason}. It needs the wheels of the extra `aot` on
+PYTHONPATH (`make setup-aot`) and JAX_PLATFORMS=cpu.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.planning import topology
 from dsv3_jax.planning.collectives import read_collectives
 from dsv3_jax.planning.config import PlanConfig
-from dsv3_jax.planning.request import from_json
 
 
 def compile_step(config: PlanConfig) -> dict[str, Any]:
-    """Lowers and compiles the step; seconds, the compiler's bytes a device, collectives."""
+    """Lowers and compiles the step; returns seconds, bytes per device and collectives."""
     from dsv3_jax.planning.abstract_step import traced_step
 
     start = time.perf_counter()
@@ -50,8 +50,10 @@ def compile_step(config: PlanConfig) -> dict[str, Any]:
 
 
 def _compile(lowered: Any, platform: str) -> Any:
-    """Without trials of kernels on a GPU: where there is none nothing can be timed, and yet every candidate would be
-    compiled, which is half of all compiling. Some products of small matrices have no kernel but those on trial.
+    """Compiles, on GPUs without autotuning if possible.
+
+    Without a GPU nothing can be timed, and yet every candidate kernel would be compiled, which is half of all
+    compiling. Some products of small matrices have no kernel but the candidates of autotuning.
     """
     if platform == "cuda":
         with contextlib.suppress(RuntimeError):
@@ -59,16 +61,23 @@ def _compile(lowered: Any, platform: str) -> Any:
     return lowered.compile()
 
 
-def main() -> int:
-    config = from_json(json.load(sys.stdin))
+def answer(config: PlanConfig) -> dict[str, Any]:
+    """Returns the compiler's figures, or under "error" why there are none."""
     try:
         if reason := topology.why_unavailable(config.target):
             raise UserError(reason)
         topology.prepare(config.target)
-        result = compile_step(config)
+        return compile_step(config)
     except UserError as error:
-        result = {"error": " ".join(str(error).split())}
-    print(json.dumps(result))
+        return {"error": " ".join(str(error).split())}
+    except Exception as error:  # whatever the compiler says is the answer
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return {"error": f"the compiler refuses this step: {type(error).__name__}: {(lines or ['no reason'])[0]}"}
+
+
+def main() -> int:
+    """Reads the request and prints the answer."""
+    print(json.dumps(answer(PlanConfig.from_json(json.load(sys.stdin)))))
     return 0
 
 

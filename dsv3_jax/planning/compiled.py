@@ -1,4 +1,4 @@
-"""What the compiler makes of a plan, from a process of its own; and that beside the paper's figures."""
+"""Asks the compiler, in a process of its own, what it makes of a plan's training step."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from dsv3_jax.errors import UserError
 from dsv3_jax.planning.collectives import Collective
 from dsv3_jax.planning.config import PlanConfig
-from dsv3_jax.planning.request import to_json
 
-_CHANGE_COMPILATION = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # variables that a plan must not feel
+_CHANGE_COMPILATION = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # they would change what is compiled
 _TIMEOUT = 1800  # seconds; the 671B step for 2,048 devices takes one to five minutes
 
 
@@ -25,10 +25,13 @@ class CompiledPlan:
     """The compiler's figures, bytes on one device.
 
     Attributes:
-      argument_bytes: state and batch.   output_bytes: the new state and the metrics, of which `alias_bytes` take the
-        place of arguments.   temporary_bytes: everything between.   code_bytes: the program.
-      peak_bytes: the most that is held at one time, as far as the compiler says; else their sum.
-      collectives: all that the program has.
+      argument_bytes: state and batch.
+      output_bytes: the new state and the metrics.
+      alias_bytes: those outputs that are written over arguments.
+      temporary_bytes: everything else that the step allocates.
+      code_bytes: the program.
+      peak_bytes: the most that is allocated at one time, where the compiler says it; else the sum.
+      collectives: all collectives of the program.
       lower_seconds, compile_seconds, host_peak_bytes: what compiling took on this machine.
     """
 
@@ -44,42 +47,64 @@ class CompiledPlan:
     host_peak_bytes: float
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns plain values, for JSON."""
         return dataclasses.asdict(self)
 
 
 def compile_plan(config: PlanConfig) -> CompiledPlan:
-    """Compiles the training step of a plan.
+    """Returns what the compiler makes of a plan's training step.
 
     Raises:
-      UserError: the compilers for the target are not installed, or the compiler refuses the program, with its reason.
+      UserError: the compilers for the target are not installed, or the compiler refuses the step, with its reason.
     """
     command = [sys.executable, "-m", "dsv3_jax.planning.compile_ahead"]
-    request = json.dumps(to_json(config))
-    try:
-        done = subprocess.run(
-            command, input=request, capture_output=True, text=True, timeout=_TIMEOUT, env=_environment(), check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise UserError(f"the compiler was stopped after {_TIMEOUT / 60:.0f} minutes; is the machine busy?") from None
-    line = done.stdout.strip().splitlines()[-1:] or [""]
-    try:
-        result = json.loads(line[0])
-    except json.JSONDecodeError:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UserError(f"the compiler stopped: {reason}") from None
+    request = json.dumps(config.to_json())
+    with tempfile.TemporaryDirectory(prefix="dsv3-plan-") as scratch:
+        try:
+            done = subprocess.run(
+                command,
+                input=request,
+                capture_output=True,
+                text=True,
+                timeout=_TIMEOUT,
+                env=_environment(scratch),
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            minutes = f"{_TIMEOUT / 60:.0f} minutes"
+            raise UserError(f"the compiler was stopped after {minutes}; is the machine busy?") from None
+    result = _answer_of(done)
     if "error" in result:
         raise UserError(result["error"])
     collectives = [Collective(**values) for values in result.pop("collectives")]
     return CompiledPlan(collectives=collectives, **result)
 
 
-def _environment() -> dict[str, str]:
-    """This process's, with the compilers for absent hardware on the path where `make setup-aot` puts them."""
+def _answer_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """Returns the JSON object that the process printed last, or how it ended."""
+    try:
+        return json.loads((done.stdout.strip().splitlines() or [""])[-1])
+    except json.JSONDecodeError:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        how = f"by signal {-done.returncode}" if done.returncode < 0 else f"with exit code {done.returncode}"
+        return {"error": f"the compiler's process ended {how} (is there enough memory?): {last}"}
+
+
+def _environment(scratch: str) -> dict[str, str]:
+    """Returns this process's environment, with the compilers for absent hardware that `make setup-aot` installs.
+
+    Args:
+      scratch: the folder for the compilers' temporary files and logs.
+    """
     package = importlib.util.find_spec("dsv3_jax")
     root = Path(package.origin).parents[1] if package and package.origin else Path()
     places = [Path(sys.prefix) / "aot", root / ".venv" / "aot"]
     path = [*[str(place) for place in places if place.is_dir()][:1], str(root)]
     before = os.environ.get("PYTHONPATH")
     environment = {name: value for name, value in os.environ.items() if name not in _CHANGE_COMPILATION}
-    return environment | {"PYTHONPATH": os.pathsep.join(path + ([before] if before else [])), "JAX_PLATFORMS": "cpu"}
+    return environment | {
+        "PYTHONPATH": os.pathsep.join(path + ([before] if before else [])),
+        "JAX_PLATFORMS": "cpu",
+        "TMPDIR": scratch,
+        "TPU_LOG_DIR": scratch,
+    }

@@ -1,4 +1,4 @@
-"""Clusters a plan is made for: peak rates, memory and links of their devices, and what kernels reach of the peaks."""
+"""Describes clusters: peak rates, memory and links of their devices, and what kernels reach of them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ Platform = Literal["gpu", "tpu", "cpu"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Accelerator:
-    """One device and its links; bytes, bytes/s and FLOP/s, links in one direction.
+    """One device and its links. Units are bytes, bytes/s and FLOP/s; links are counted in one direction.
 
     Attributes:
-      name: what people call it.
-      platform: which compiler it has.
+      name: the usual name of the device.
+      platform: the compiler that it needs.
       memory: bytes of device memory.
-      flops: dense bfloat16 peak.   fp8_flops: dense FP8 peak; the bfloat16 one where FP8 products are not faster.
-      bandwidth: of the device memory.
-      node: devices joined by the fast links: a server of GPUs, a slice of TPUs.
-      inner_link: bandwidth a device has to those of its node.   outer_link: to devices of other nodes.
+      flops: the dense bfloat16 peak.
+      fp8_flops: the dense FP8 peak; the bfloat16 peak where FP8 products are not faster.
+      bandwidth: bandwidth of the device memory.
+      node: devices joined by the fast links: a server of GPUs, or a slice of TPUs.
+      inner_link: bandwidth from a device to the others of its node.
+      outer_link: bandwidth from a device to devices of other nodes.
       flops_reached, fp8_reached, bandwidth_reached: fractions of the peaks that good kernels reach.
-      largest: devices of the largest cluster that is one mesh.
+      largest: devices of the largest cluster that can be one mesh.
     """
 
     name: str
@@ -46,7 +48,7 @@ class Accelerator:
 
 # Peaks: vendors' data sheets. Reached on Hopper: cuBLAS 769-798 of 989 TFLOP/s in bfloat16 and 4.3 of 4.8 TB/s, both
 # measured on an H200; DeepGEMM up to 1,550 of 1,979 in FP8. H800 links: the effective 160 and 50 GB/s of section 3.2.2.
-# TPU: one axis of the torus in both directions; nothing here has an FP8 unit, so that FP8 products run as bfloat16.
+# TPU links: one axis of the torus in both directions. No TPU here has an FP8 unit: FP8 products run as bfloat16.
 _HOPPER = Accelerator(
     name="H100",
     platform="gpu",
@@ -86,7 +88,7 @@ ACCELERATORS: dict[str, Accelerator] = {
         largest=256,
     ),
 }
-"""By the name that `--target` gives them; `local` is found when asked for."""
+"""The accelerators by the name that `--target` gives them; `local` is looked up when it is asked for."""
 
 TARGET_NAMES = (*ACCELERATORS, "local")
 
@@ -96,9 +98,9 @@ class Target:
     """A cluster.
 
     Attributes:
-      accelerator: what each device is.
-      devices: how many.
-      topology: of TPUs, the torus: (16, 16, 8).
+      accelerator: the kind of its devices.
+      devices: how many there are.
+      topology: sides of the torus of TPUs, such as (16, 16, 8).
     """
 
     accelerator: Accelerator
@@ -107,7 +109,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """`h200:2048`, `v5p:512`, `v5p:16x16x8`, `v6e:16x16` or `local` (the devices of this machine).
+        """Reads `h200:2048`, `v5p:512`, `v5p:16x16x8`, `v6e:16x16` or `local` (the devices of this machine).
 
         Raises:
           ConfigError: no such accelerator, or no such size of it.
@@ -132,18 +134,20 @@ class Target:
             )
         if accelerator.platform != "tpu":
             if len(shape) > 1:
-                raise ConfigError(f"target '{text}': {accelerator.name} is counted, not laid out: {name}:{devices}")
+                raise ConfigError(
+                    f"target '{text}': GPU targets take a number of devices, not a topology: {name}:{devices}"
+                )
             return cls(accelerator, devices)
         return cls(accelerator, devices, _torus(name, shape if len(shape) > 1 else (devices,)))
 
     @property
     def name(self) -> str:
-        """For titles: `2,048 x H800`."""
+        """The cluster as titles write it: `2,048 x H800`."""
         return f"{self.devices:,} x {self.accelerator.name}"
 
 
 def local_target() -> Target:
-    """This machine: its accelerators where JAX sees known ones, else its processors.
+    """Returns this machine: its accelerators where JAX sees known ones, else its processors.
 
     A CPU is rated at 50 GFLOP/s a core and 10 GB/s, which is the order of magnitude and no more.
     """
@@ -173,7 +177,7 @@ def local_target() -> Target:
 
 
 def _torus(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The slice's torus; a bare number of devices becomes the most cubic shape whose sides the hardware has."""
+    """Returns the sides of a slice's torus; for a number of devices the most cubic shape that the hardware has."""
     rank = 3 if name == "v5p" else 2
     if len(shape) == rank:
         return shape

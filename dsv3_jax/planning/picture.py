@@ -1,4 +1,4 @@
-"""A plan as a picture: what fills a device, and where a step's time goes."""
+"""Draws a plan: what fills a device, and where a step's time goes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 import matplotlib
 
 from dsv3_jax.planning.plan import Plan
-from dsv3_jax.planning.published import like_the_report
 from dsv3_jax.planning.report_table import memory_parts
 
 matplotlib.use("Agg")
@@ -30,7 +29,7 @@ _TIMES = {
     "fp8_products": ("FP8 products", "#1f4e8c"),
     "products": ("other products", "#2f6db3"),
     "attention": ("attention core", "#9cc3e6"),
-    "memory": ("all that is no product", "#7a5195"),
+    "memory": ("reading and writing activations", "#7a5195"),
     "optimizer": ("optimizer", "#b07cc6"),
     "exposed": ("communication not hidden", "#d9822b"),
     "bubble": ("pipeline bubble", "#bbbbbb"),
@@ -38,7 +37,7 @@ _TIMES = {
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
-    """Writes a PNG."""
+    """Writes a PNG of the plan."""
     config = plan.config
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), width_ratios=[1, 1], layout="constrained")
     axes = ", ".join(f"{axis}={value}" for axis, value in vars(config.mesh).items() if value > 1) or "one device"
@@ -59,7 +58,7 @@ def _draw_memory(axes: Axes, plan: Plan) -> None:
         bottom += value / unit
     axes.axhline(capacity / unit, color="#b03030", linestyle="--", linewidth=1.2)
     axes.text(-0.48, capacity / unit, f"device: {capacity / unit:.0f}", color="#b03030", va="bottom", fontsize=9)
-    axes.set(xlim=(-0.5, 1.75), ylim=(0, 1.12 * max(bottom, capacity / unit)), ylabel="GiB of a device")
+    axes.set(xlim=(-0.5, 1.75), ylim=(0, 1.12 * max(bottom, capacity / unit)), ylabel="GiB per device")
     axes.set_title("fits" if plan.fits else f"does not fit: {-plan.spare / unit:.1f} GiB too much")
     axes.set_xticks([])
     handles, labels = axes.get_legend_handles_labels()
@@ -75,12 +74,12 @@ def _draw_time(axes: Axes, plan: Plan) -> None:
             if getattr(plan.bound, field) or getattr(plan.expected, field):
                 axes.barh(row, value, left=start, color=colour, height=0.5, label=label if row == 0 else None)
             start += value
-    like_report = like_the_report(plan)
+    like_report = plan.at_the_reports_pace
     axes.barh(2, like_report, color="#dddddd", height=0.5)
-    axes.set_yticks([0, 1, 2], [*rows, "as the report's\nrun was"])
+    axes.set_yticks([0, 1, 2], [*rows, "at the report's\npace"])
     totals = [plan.bound.total, plan.expected.total, like_report]
     for row, seconds in enumerate(totals):
         axes.text(seconds, row, f" {seconds:.3g} s, MFU {100 * plan.mfu(seconds):.0f}%", va="center", fontsize=9)
-    axes.set(xlim=(0, 1.35 * max(totals)), ylim=(-0.5, 4.0), xlabel="seconds a step")
-    axes.set_title(f"{plan.config.tokens_a_step:,} tokens a step")
+    axes.set(xlim=(0, 1.35 * max(totals)), ylim=(-0.5, 4.0), xlabel="seconds per step")
+    axes.set_title(f"{plan.config.tokens_per_step:,} tokens per step")
     axes.legend(frameon=False, loc="upper right", fontsize=9, ncols=2)

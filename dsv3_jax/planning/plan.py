@@ -1,4 +1,4 @@
-"""A plan on paper: what every device holds, sends and computes, from the configuration alone, in milliseconds."""
+"""Makes a plan: what every device holds, sends and computes in a training step, without compiling anything."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from collections import Counter
 from typing import Any
 
 from dsv3_jax.counts import count_flops
-from dsv3_jax.planning.activations import ActivationMemory, activation_memory
+from dsv3_jax.planning.activations import LAYERS, ActivationMemory, activation_memory, gathered_bytes
 from dsv3_jax.planning.config import PlanConfig
-from dsv3_jax.planning.layers import LayerKind, rank_layers
-from dsv3_jax.planning.operations import operations
-from dsv3_jax.planning.stage_step import stage_activation_memory, stage_rank_layers, stage_state_memory
-from dsv3_jax.planning.stage_traffic import stage_traffic
-from dsv3_jax.planning.state_memory import StateMemory, state_memory
-from dsv3_jax.planning.step_time import StepTime, step_time
+from dsv3_jax.planning.operations import operations, operations_without_recomputation
+from dsv3_jax.planning.step_time import REPORT_FRACTION, Reached, StepTime, exposed_communication, step_time
 from dsv3_jax.planning.traffic import Traffic, traffic
+from dsv3_jax.planning.weights import LayerKind, StateMemory, layers_of_rank, state_memory
 
 RESERVED = 2 * 2**30
 """Bytes that the runtime, its communication buffers and fragmentation take (0.8 to 2 GB in arXiv 2502.07846)."""
@@ -23,17 +20,17 @@ RESERVED = 2 * 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One run on one cluster, seen from the rank of the stage axis that holds most.
+    """One run on one cluster.
 
     Attributes:
-      config: what was asked.
-      rank: that rank of the stage axis; in the training step, where all hold the same, the one that computes and sends
-        most.
-      layers: what it holds.
-      state, activations: bytes on each of its devices.
-      flows: what it sends in a step.
-      bound: time of a step at the hardware's peaks.   expected: at what the best kernels reach.
-      recomputed: operations made twice, as a share of all.
+      config: what the plan is made for.
+      rank: the rank of the stage axis that computes and sends most; all ranks need the same memory.
+      layers: the layers that each rank holds.
+      state, activations: bytes on each device.
+      flows: what that rank sends in a step.
+      bound: time of a step at the hardware's peaks.
+      expected: time of a step with the best kernels known.
+      recomputed: operations that are computed again, as a fraction of all others.
     """
 
     config: PlanConfig
@@ -48,72 +45,64 @@ class Plan:
 
     @property
     def memory(self) -> float:
-        """Bytes a device needs."""
-        return self.state.on_device + self.activations.total + RESERVED
+        """Bytes that a device needs."""
+        return self.state.total + self.activations.total + RESERVED
 
     @property
     def spare(self) -> float:
-        """Bytes a device has left; negative where the plan does not fit."""
+        """Bytes that a device has left; negative where the plan does not fit."""
         return self.config.target.accelerator.memory - self.memory
 
     @property
     def fits(self) -> bool:
+        """Whether a device has the memory."""
         return self.spare >= 0
+
+    @property
+    def at_the_reports_pace(self) -> float:
+        """Seconds of a step that computes as far from the best kernels as the report's run did, over the same links."""
+        computing = (self.expected.total - self.expected.exposed) / REPORT_FRACTION
+        return max(computing + exposed_communication(self.config, self.flows, computing), self.expected.total)
+
+    @property
+    def train_options(self) -> dict[str, str]:
+        """Options with which `dsv3 train` makes this run."""
+        return self.config.train_options
 
     @property
     def model_flops(self) -> float:
         """Operations of a step over the whole cluster as MFU counts them: causal, no recomputation, no MTP."""
         config = self.config
-        return count_flops(config.model, config.sequence_length).training * config.tokens_a_step
+        return count_flops(config.model, config.sequence_length).training * config.tokens_per_step
 
     def mfu(self, seconds: float) -> float:
-        """Model FLOPs utilisation of a step that takes so long, over the bfloat16 peak (as the report's 39% is)."""
+        """Returns the model FLOPs utilisation over the bfloat16 peak, if a step takes so long (the report: 39%)."""
         target = self.config.target
         return self.model_flops / (seconds * target.devices * target.accelerator.flops)
 
     def device_hours(self, seconds: float) -> float:
-        """Of the whole run, if a step takes so long."""
+        """Returns the device hours of the whole run, if a step takes so long."""
         config = self.config
-        return config.tokens / config.tokens_a_step * seconds * config.target.devices / 3600
+        return config.tokens / config.tokens_per_step * seconds * config.target.devices / 3600
 
     def days(self, seconds: float) -> float:
-        """Of the whole run, if a step takes so long."""
+        """Returns the days of the whole run, if a step takes so long."""
         return self.device_hours(seconds) / self.config.target.devices / 24
+
+    def tokens_per_device(self, seconds: float) -> float:
+        """Returns tokens per second and device, if a step takes so long."""
+        return self.config.tokens_per_step / seconds / self.config.target.devices
 
 
 def make_plan(config: PlanConfig) -> Plan:
-    """The plan of a configuration that passed its checks."""
-    if config.has_pipelined_step:
-        return _pipelined_plan(config)
-    dualpipe = config.mesh.stage > 1 and config.schedule == "dualpipe"
-    copies = 2 if dualpipe else 1
-    ranks = rank_layers(config.model, config.mesh.stage, dualpipe=dualpipe)
-    memories = [(state_memory(config, layers, copies=copies), activation_memory(config, layers)) for layers in ranks]
-    worst = max(range(len(ranks)), key=lambda rank: memories[rank][0].on_device + memories[rank][1].total)
-    layers = ranks[worst]
-    state, activations = memories[worst]
-    flows = traffic(config, layers, copies=copies)
-    return _timed(config, worst, layers, state, activations, flows, copies)
-
-
-def _pipelined_plan(config: PlanConfig) -> Plan:
-    """Of the training step with stages, all of whose ranks hold the same."""
-    rank, flows = stage_traffic(config)
-    state, activations = stage_state_memory(config), stage_activation_memory(config)
-    return _timed(config, rank, stage_rank_layers(config), state, activations, flows, copies=1)
-
-
-def _timed(
-    config: PlanConfig,
-    rank: int,
-    layers: Counter[LayerKind],
-    state: StateMemory,
-    activations: ActivationMemory,
-    flows: list[Traffic],
-    copies: int,
-) -> Plan:
-    times = [step_time(config, layers, state, flows, peaks=peaks, copies=copies) for peaks in (True, False)]
-    once = operations(config, once=True).total
+    """Returns the plan of a training step."""
+    rank, flows = traffic(config)
+    layers = layers_of_rank(config)
+    gathered = 0.0
+    if config.mesh.fsdp > 1 and not config.has_stages:  # in a stage, beside the activations of what it computes
+        gathered = max(gathered_bytes(config, kind, ahead=1) for kind in (*LAYERS, "head") if layers[kind])
+    state, activations = state_memory(config, gathered), activation_memory(config)
+    best = Reached.by_best_kernels(config.target.accelerator)
     return Plan(
         config=config,
         rank=rank,
@@ -121,42 +110,42 @@ def _timed(
         state=state,
         activations=activations,
         flows=flows,
-        bound=times[0],
-        expected=times[1],
-        recomputed=operations(config).total / once - 1,
+        bound=step_time(config, state, flows, Reached()),
+        expected=step_time(config, state, flows, best),
+        recomputed=operations(config).total / operations_without_recomputation(config).total - 1,
     )
 
 
 def plan_as_dict(plan: Plan) -> dict[str, Any]:
-    """For programs: every figure of the plan with its unit in its name."""
-    from dsv3_jax.planning.published import like_the_report
-
-    config, times = plan.config, {}
-    seconds = {"bound": plan.bound.total, "best_kernels": plan.expected.total}
-    seconds["at_the_reports_pace"] = like_the_report(plan)
-    for name, value in seconds.items():
-        times[name] = {
+    """Returns every figure of the plan for programs, with its unit in its name."""
+    config = plan.config
+    seconds = {
+        "bound": plan.bound.total,
+        "best_kernels": plan.expected.total,
+        "at_the_reports_pace": plan.at_the_reports_pace,
+    }
+    times = {
+        name: {
             "step_seconds": value,
             "mfu": plan.mfu(value),
-            "tokens_per_second_per_device": config.tokens_a_step / value / config.target.devices,
+            "tokens_per_second_per_device": plan.tokens_per_device(value),
             "days": plan.days(value),
             "device_hours": plan.device_hours(value),
         }
+        for name, value in seconds.items()
+    }
+    run = config.to_json()
+    model, target, mesh = (run.pop(name) for name in ("model", "target", "mesh"))
     return {
-        "model": config.model.to_dict(),
+        "model": model,
         "target": {
             "name": config.target.accelerator.name,
-            "devices": config.target.devices,
-            "topology": list(config.target.topology),
+            "devices": target["devices"],
+            "topology": list(target["topology"]),
             "memory_bytes": config.target.accelerator.memory,
         },
-        "mesh": dataclasses.asdict(config.mesh),
-        "run": {
-            field.name: getattr(config, field.name)
-            for field in dataclasses.fields(config)
-            if field.name not in ("model", "target", "mesh")
-        }
-        | {"passes": config.passes, "tokens_a_step": config.tokens_a_step, "steps": config.steps},
+        "mesh": mesh,
+        "run": run | {"passes": config.passes, "tokens_a_step": config.tokens_per_step, "steps": config.steps},
         "rank": {"stage": plan.rank, "layers": dict(plan.layers), "parameters": plan.state.parameters},
         "bytes_a_device": {
             "masters": plan.state.masters,
@@ -166,13 +155,12 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
             "moments": plan.state.moments,
             "average": plan.state.average,
             "activations_kept": plan.activations.kept,
-            "activations_kept_a_layer": plan.activations.kept_a_layer,
+            "activations_kept_a_layer": plan.activations.kept_per_layer,
             "activations_recomputed": plan.activations.recomputed,
             "loss": plan.activations.loss,
             "reserved": RESERVED,
             "total": plan.memory,
             "spare": plan.spare,
-            "host_average": plan.state.host_average,
         },
         "fits": plan.fits,
         "traffic_bytes_a_step": [dataclasses.asdict(flow) for flow in plan.flows],

@@ -1,4 +1,4 @@
-"""A plan as tables for people."""
+"""Prints a plan as tables."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from rich.text import Text
 from dsv3_jax.planning.advice import advise
 from dsv3_jax.planning.compiled import CompiledPlan
 from dsv3_jax.planning.plan import RESERVED, Plan
-from dsv3_jax.planning.published import DEVICES, GPU_HOURS, like_the_report, report_run
 
 _SHOWN_ADVICE = 5
-_LAYOUTS = {"step": "this project's step", "report": "the report's run"}
 
 
 def size(count: float) -> str:
-    """Bytes with three digits."""
+    """Returns bytes with three digits and a unit."""
     for unit, name in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
         if abs(count) >= unit:
             return f"{count / unit:.{0 if abs(count) >= 100 * unit else 1 if abs(count) >= 10 * unit else 2}f} {name}"
@@ -27,7 +25,7 @@ def size(count: float) -> str:
 
 
 def show(plan: Plan, console: Console, compiled: CompiledPlan | None = None) -> None:
-    """Prints the whole plan, and what the compiler said of it."""
+    """Prints the whole plan, and the compiler's figures beside it if there are any."""
     console.print(Group(*_parts(plan)))
     if compiled is not None:
         console.print(
@@ -36,7 +34,7 @@ def show(plan: Plan, console: Console, compiled: CompiledPlan | None = None) -> 
 
 
 def memory_parts(plan: Plan) -> dict[str, float]:
-    """What fills a device, in the order of the table and the picture."""
+    """Returns what fills a device, in the order of the table and the picture."""
     state, activations = plan.state, plan.activations
     parts = {
         "master weights": state.masters,
@@ -68,15 +66,15 @@ def _title(plan: Plan) -> RenderableType:
     config = plan.config
     axes = ", ".join(f"{axis}={value}" for axis, value in vars(config.mesh).items() if value > 1) or "one device"
     held = ", ".join(f"{count} {kind}" for kind, count in plan.layers.items())
-    fullest = f"fullest rank of the stage axis: {plan.rank} ({held})"
-    if config.has_pipelined_step:
-        fullest = f"room on every rank of the stage axis: {held}; busiest rank: {plan.rank}"
-    schedule = "" if config.mesh.stage == 1 else f", {config.schedule}, laid out as {_LAYOUTS[config.layout]}"
+    layers = f"layers: {held}"
+    if config.has_stages:
+        layers = f"layers of every rank of the stage axis: {held}; busiest rank: {plan.rank}"
     lines = [
         f"{config.model.num_parameters(mtp=True) / 1e9:.1f}B parameters on {config.target.name}: {axes}",
-        f"{config.batch_size:,} sequences of {config.sequence_length:,} a step, {config.passes} micro-batches of "
-        f"{config.micro_batch_size} a rank; {config.precision}, rematerialisation {config.rematerialisation}{schedule}",
-        f"{fullest}, {plan.state.parameters / 1e9:.3g}B parameters a device",
+        f"{config.batch_size:,} sequences of {config.sequence_length:,} per step, {config.passes} micro-batches of "
+        f"{config.micro_batch_size} per rank; {config.precision}, rematerialisation {config.rematerialisation}"
+        + (f", {config.schedule}" if config.has_stages else ""),
+        f"{layers}; {plan.state.parameters / 1e9:.3g}B parameters per device",
     ]
     return Text("\n".join(lines) + "\n")
 
@@ -95,8 +93,6 @@ def _memory(plan: Plan) -> Table:
         table.add_row(name, size(value), f"{100 * value / capacity:.1f}%")
     table.add_section()
     table.add_row("all", size(plan.memory), f"{100 * plan.memory / capacity:.1f}%")
-    if plan.state.host_average:
-        table.add_row("in the host's memory: running average", size(plan.state.host_average), "")
     return table
 
 
@@ -104,10 +100,12 @@ def _verdict(plan: Plan) -> RenderableType:
     capacity = size(plan.config.target.accelerator.memory)
     if plan.fits:
         return Text(f"Fits: {size(plan.spare)} of {capacity} to spare.\n", style="green")
-    lines = [f"Does not fit: {size(-plan.spare)} more than the {capacity} of a device. One knob alone would save:"]
+    lines = [
+        f"Does not fit: {size(-plan.spare)} more than the {capacity} of a device. Options of dsv3 train would save:"
+    ]
     for advice in advise(plan)[:_SHOWN_ADVICE]:
         enough = "fits" if advice.fits else "not enough alone"
-        lines.append(f"  {advice.change:38s} {size(advice.saved):>9s}  {enough}, time a token {advice.slower:+.0%}")
+        lines.append(f"  {advice.change:52s} {size(advice.saved):>9s}  {enough}, time per token {advice.slower:+.0%}")
     return Text("\n".join(lines) + "\n", style="red")
 
 
@@ -117,13 +115,13 @@ def _activations(plan: Plan) -> Table:
     for name, value in sorted(activations.kept.items(), key=lambda item: -item[1]):
         table.add_row(name, size(value))
     table.add_section()
-    for kind, value in activations.kept_a_layer.items():
+    for kind, value in activations.kept_per_layer.items():
         table.add_row(f"one {kind} layer, one micro-batch", size(value))
     return table
 
 
 def _traffic(plan: Plan) -> Table:
-    table = _table("Sent by a device in a step", "axis", "what", "bytes", "over", "seconds")
+    table = _table("Sent by a device per step", "axis", "what", "bytes", "over", "seconds")
     for flow in plan.flows:
         link = "between nodes" if flow.between_nodes else "within a node"
         table.add_row(flow.axis, flow.what, size(flow.sent), link, f"{flow.seconds:.3g}")
@@ -136,17 +134,17 @@ def _time(plan: Plan) -> Table:
         "",
         "step, s",
         "MFU",
-        "tokens/s a device",
+        "tokens/s per device",
         "days",
         "device hours",
     )
     rows = {
         "at the hardware's peaks": plan.bound.total,
         "with the best kernels known": plan.expected.total,
-        "at the pace of the report's run": like_the_report(plan),
+        "at the pace of the report's run": plan.at_the_reports_pace,
     }
     for name, seconds in rows.items():
-        rate = plan.config.tokens_a_step / seconds / plan.config.target.devices
+        rate = plan.tokens_per_device(seconds)
         table.add_row(
             name,
             f"{seconds:.3g}",
@@ -162,20 +160,22 @@ def _notes(plan: Plan) -> Text:
     time = plan.expected
     parts = {name: value for name, value in vars(time).items() if value}
     spent = ", ".join(f"{name.replace('_', ' ')} {value / time.total:.0%}" for name, value in parts.items())
-    lines = [f"Best kernels' step: {spent}; {plan.recomputed:.0%} of the operations are made twice."]
+    lines = [f"Best kernels' step: {spent}; recomputation adds {plan.recomputed:.0%} operations."]
     if plan.config.target.accelerator.platform == "cpu":
         lines.append("A processor's speed here is an order of magnitude; `dsv3 train` measures it.")
-    if plan.config == report_run():
-        hours = plan.device_hours(plan.expected.total)
-        lines.append(
-            f"Published for this run: {GPU_HOURS:,.0f} GPU hours on {DEVICES:,} H800s, MFU 39%. It took "
-            f"{GPU_HOURS / hours:.2f} times what the best kernels would."
-        )
+    options = [f"{name} {value}".strip() for name, value in plan.train_options.items() if _is_said(name, value)]
+    if options:
+        lines.append(f"Options of dsv3 train for this plan: {' '.join(options)}")
     return Text("\n".join(lines))
 
 
+def _is_said(option: str, value: str) -> bool:
+    """Whether an option of `dsv3 train` is worth printing: mesh axes of size 1 and what ZeRO does by itself are not."""
+    return not (option.startswith("--mesh.") and value == "1") and option != "--training.zero"
+
+
 def _comparison(plan: Plan, compiled: CompiledPlan) -> Table:
-    table = _table("Paper and compiler, a device", "", "paper", "compiler")
+    table = _table("Plan and compiler, per device", "", "plan", "compiler")
     state = plan.state
     arguments = state.masters + state.moments + state.average
     table.add_row("arguments: master weights, moments, average", size(arguments), size(compiled.argument_bytes))
@@ -190,7 +190,7 @@ def _comparison(plan: Plan, compiled: CompiledPlan) -> Table:
 def _collectives(compiled: CompiledPlan) -> Table:
     table = _table("Collectives of the compiled step", "kind", "devices", "runs", "sent", "largest result")
     for item in compiled.collectives:
-        # What of a ragged exchange's room is filled is known when it runs.
+        # How many rows of a ragged exchange's buffers are filled is known when it runs.
         most = "at most " if item.kind.startswith("ragged") else ""
         table.add_row(item.kind, f"{item.group:,}", f"{item.runs:,}", most + size(item.sent), size(item.largest))
     return table
@@ -199,11 +199,11 @@ def _collectives(compiled: CompiledPlan) -> Table:
 def _compiler_verdict(plan: Plan, compiled: CompiledPlan) -> Text:
     spare = plan.config.target.accelerator.memory - compiled.peak_bytes
     verdict = f"fits with {size(spare)} to spare" if spare >= 0 else f"does not fit: {size(-spare)} too much"
-    notes = "" if plan.config.is_training_step else "The paper is of the report's layout, the compiler's word of ours. "
-    if plan.config.mesh.stage > 1:
-        notes += "Of a stage's collectives every branch counts in every tick, and one layer.\n"
+    notes = ""
+    if plan.config.has_stages:
+        notes = "A stage's collectives are counted in every branch of every tick, and for one layer.\n"
     return Text(
-        f"{notes}By the compiler the step {verdict}. Lowered in {compiled.lower_seconds:.0f} s and compiled in "
+        f"{notes}The compiler says: the step {verdict}. Lowered in {compiled.lower_seconds:.0f} s and compiled in "
         f"{compiled.compile_seconds:.0f} s here, within {size(compiled.host_peak_bytes)}.",
         style="green" if spare >= 0 else "red",
     )

@@ -1,4 +1,4 @@
-"""Which mesh: every shape that divides the model, ranked on paper; the best compiled and ranked again."""
+"""Ranks every mesh that divides the model by its plan; the best can be compiled and ranked again."""
 
 from __future__ import annotations
 
@@ -13,20 +13,26 @@ from rich.table import Table
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.planning.compiled import CompiledPlan, compile_plan
-from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.planning.config import PlanConfig, of_preset
 from dsv3_jax.planning.hardware import Target
 from dsv3_jax.planning.plan import Plan, make_plan, plan_as_dict
-from dsv3_jax.planning.published import like_the_report
 from dsv3_jax.planning.report_table import size
 from dsv3_jax.sharding.mesh import MeshConfig
 
-_COMPILED = 3  # of the best on paper
+_COMPILED = 3  # of the best plans
 _MOST_STAGES = 64
+_MOST_TENSOR_RANKS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """One mesh. `compiled` where it was, `refused` why it could not be."""
+    """One mesh.
+
+    Attributes:
+      plan: the plan of the run on it.
+      compiled: the compiler's figures, where it was asked.
+      refused: why the compiler has none.
+    """
 
     plan: Plan
     compiled: CompiledPlan | None = None
@@ -34,45 +40,49 @@ class Candidate:
 
     @property
     def fits(self) -> bool:
-        """By the compiler where it was asked, else on paper."""
+        """Whether a device has the memory: by the compiler where it was asked, else by the plan."""
         if self.compiled is not None:
             return self.compiled.peak_bytes <= self.plan.config.target.accelerator.memory
         return self.plan.fits and not self.refused
 
     @property
-    def seconds_a_token(self) -> float:
-        """Expected, over the whole cluster."""
-        return like_the_report(self.plan) / self.plan.config.tokens_a_step
-
-    @property
     def rank(self) -> tuple[bool, float, float]:
-        """Those that fit first, then by time, then by memory."""
+        """Its place in an order of those that fit first, then by time per token, then by memory."""
         memory = self.compiled.peak_bytes if self.compiled else self.plan.memory
-        return (not self.fits, self.seconds_a_token, memory)
+        return (not self.fits, self.plan.at_the_reports_pace / self.plan.config.tokens_per_step, memory)
 
 
 def search(
-    model: ModelConfig,
+    preset: str,
     target: Target,
     count: int,
     *,
     compile_best: bool = False,
     say: Callable[[str], None] = lambda line: None,
-    **run: Any,
+    **given: Any,
 ) -> list[Candidate]:
-    """The `count` best meshes for a run.
+    """Returns the `count` best meshes for a preset's run, all with the same batch if any mesh can take it.
 
     Args:
+      compile_best: compile the best of them and rank these before the others.
       say: is told what is compiled next, which takes minutes.
-      run: the other fields of PlanConfig.
-      compile_best: compile the best of those on paper and rank these before the others.
+      given: as in `planning.config.of_preset`.
+
+    Raises:
+      UserError: no mesh divides the model and the batch.
     """
-    found = []
-    for mesh in meshes(model, target.devices):
+    configs = []
+    for mesh in meshes(ModelConfig.preset(preset), target.devices):
         try:
-            found.append(Candidate(make_plan(PlanConfig(model=model, target=target, mesh=mesh, **run))))
+            configs.append(of_preset(preset, target, mesh, **given))
         except ConfigError:
             continue
+    if not configs:
+        raise UserError(f"no mesh of {target.name} divides this model and batch; change --target or --batch-size")
+    if given.get("batch_size") is None:
+        smallest = min(config.batch_size for config in configs)
+        configs = [config for config in configs if config.batch_size == smallest]
+    found = [_candidate(config, may_shrink=given.get("micro_batch_size") is None) for config in configs]
     found = sorted(found, key=lambda candidate: candidate.rank)[:count]
     if not compile_best:
         return found
@@ -84,8 +94,16 @@ def search(
     return [*sorted(compiled, key=lambda candidate: candidate.rank), *rest]
 
 
+def _candidate(config: PlanConfig, *, may_shrink: bool) -> Candidate:
+    """Returns a mesh's plan, if allowed with micro-batches of one sequence where larger ones do not fit."""
+    plan = make_plan(config)
+    if plan.fits or config.micro_batch_size == 1 or not may_shrink:
+        return Candidate(plan)
+    return Candidate(make_plan(dataclasses.replace(config, micro_batch_size=1)))
+
+
 def meshes(model: ModelConfig, devices: int) -> Iterator[MeshConfig]:
-    """Every mesh of `devices` whose axes divide experts, heads and widths; stages up to one a layer."""
+    """Yields every mesh of `devices` whose axes divide experts and heads, with at most a stage per layer."""
     for stage in _divisors(devices):
         if stage > min(_MOST_STAGES, model.num_hidden_layers):
             continue
@@ -93,7 +111,7 @@ def meshes(model: ModelConfig, devices: int) -> Iterator[MeshConfig]:
             if model.n_routed_experts % expert:
                 continue
             for tensor in _divisors(devices // stage // expert):
-                if tensor > 8 or model.num_attention_heads % tensor:
+                if tensor > _MOST_TENSOR_RANKS or model.num_attention_heads % tensor:
                     continue
                 rest = devices // stage // expert // tensor
                 for fsdp in _divisors(rest):
@@ -112,7 +130,7 @@ def _compiled(candidate: Candidate) -> Candidate:
 
 
 def search_as_dict(found: list[Candidate]) -> list[dict[str, Any]]:
-    """For JSON, best first."""
+    """Returns plain values for JSON, best first."""
     return [
         plan_as_dict(candidate.plan)
         | {"compiled": candidate.compiled.as_dict() if candidate.compiled else None, "refused": candidate.refused}
@@ -122,32 +140,18 @@ def search_as_dict(found: list[Candidate]) -> list[dict[str, Any]]:
 
 def show_search(found: list[Candidate], console: Console) -> None:
     """Prints the ranking."""
-    config = found[0].plan.config
-    title = f"Meshes of {config.target.name}, best first"
+    title = f"Meshes of {found[0].plan.config.target.name}, best first"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (
-        "stage",
-        "data",
-        "fsdp",
-        "expert",
-        "tensor",
-        "sequences",
-        "memory",
-        "to spare",
-        "tokens/s a device",
-        "MFU",
-    ):
-        table.add_column(name, justify="right")
+    columns = ["stage", "data", "fsdp", "expert", "tensor"]
+    columns += ["sequences", "memory", "to spare", "tokens/s per device", "MFU"]
     with_compiler = any(candidate.compiled or candidate.refused for candidate in found)
-    if with_compiler:
-        table.add_column("compiler's peak", justify="right")
+    for name in columns + ["compiler's peak"] * with_compiler:
+        table.add_column(name, justify="right")
     for candidate in found:
-        plan, mesh = candidate.plan, candidate.plan.config.mesh
-        seconds = like_the_report(plan)
-        rate = plan.config.tokens_a_step / seconds / plan.config.target.devices
-        row = [str(value) for value in dataclasses.astuple(mesh)]
-        row += [f"{plan.config.batch_size:,}", size(plan.memory), size(plan.spare), f"{rate:,.0f}"]
-        row.append(f"{100 * plan.mfu(seconds):.1f}%")
+        plan, seconds = candidate.plan, candidate.plan.at_the_reports_pace
+        row = [str(value) for value in dataclasses.astuple(plan.config.mesh)]
+        row += [f"{plan.config.batch_size:,}", size(plan.memory), size(plan.spare)]
+        row += [f"{plan.tokens_per_device(seconds):,.0f}", f"{100 * plan.mfu(seconds):.1f}%"]
         if with_compiler:
             row.append(candidate.refused or (size(candidate.compiled.peak_bytes) if candidate.compiled else ""))
         table.add_row(*row, style=None if candidate.fits else "red")

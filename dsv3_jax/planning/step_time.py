@@ -1,27 +1,32 @@
-"""How long a step takes at least: rooflines of products, memory and links, and the pipeline's bubble.
+"""Estimates how long a step takes: rooflines of products, memory and links, and the pipeline's bubble.
 
-Three figures, never mixed: at the hardware's peaks; at what the best kernels are known to reach of them; and with the
-same distance to the second that the report's own run had (`dsv3_jax.planning.published`).
+There are three estimates, which are not to be mixed: at the hardware's peaks; at what the best kernels are known to
+reach of them; and as far from the second as the report's own run was (`REPORT_FRACTION`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 
-from dsv3_jax.planning.activations import kept_of_layer
+from dsv3_jax.planning.activations import LAYERS, working_bytes
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.hardware import Accelerator
-from dsv3_jax.planning.layers import LayerKind
 from dsv3_jax.planning.operations import operations
-from dsv3_jax.planning.stage_time import idle_in_ticks, stage_memory_traffic, waiting_ticks
-from dsv3_jax.planning.stage_traffic import IN_TICKS
-from dsv3_jax.planning.state_memory import StateMemory
-from dsv3_jax.planning.traffic import REPLICAS, TENSOR_SUMS, TOKENS, Traffic
+from dsv3_jax.planning.stage_parts import backward_parts, bubble, waiting
+from dsv3_jax.planning.traffic import REPLICAS, TENSOR_SUMS, TOKENS, WHILE_COMPUTING, Traffic
+from dsv3_jax.planning.weights import StateMemory
 
-_ATTENTION_REACHED = 0.65  # of what plain products reach: softmax stands between the two products
-_MEMORY_PASSES = 6  # written and read forward, read and written backward for itself and its gradient
-_OPTIMIZER_PASSES = 2  # masters and moments are read and written, gradients read twice
+REPORT_FRACTION = 0.4944518052731055
+"""How fast the report's run computed, as a fraction of this planner's figure for it with the best kernels known.
+
+It stands for all that rooflines leave out: quantisation, waiting, kernels of 2024, multiprocessors lent to
+communication. A careful run of 2,048 devices is known to have reached it. `experiments/report_run.py` derives it.
+"""
+
+_ATTENTION_REACHED = 0.65  # of what plain products reach, because softmax is between the two products
+_OPTIMIZER_PASSES = 2  # masters and moments are read and written
+_MEMORY_PASSES = 6  # activations: written and read forward; read and written backward, for themselves and gradients
+_FORWARD_PASSES, _BACKWARD_PASSES = 2, 6  # the same in a stage, whose backward parts recompute
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +34,10 @@ class StepTime:
     """Seconds of a step.
 
     Attributes:
-      fp8_products, products, attention: of matrix products, recomputation included.
-      memory: traffic of everything that is not a product.
-      optimizer: of the update at the end of the step.
-      exposed: communication that computation does not hide.
+      fp8_products, products, attention: time of matrix products, recomputation included.
+      memory: time of reading and writing activations.
+      optimizer: time of the update at the end of the step.
+      exposed: time of communication that is not hidden behind computation.
       bubble: idle time of the pipeline.
     """
 
@@ -46,36 +51,35 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """All of it."""
         return sum(dataclasses.astuple(self))
 
 
-def step_time(
-    config: PlanConfig,
-    layers: Counter[LayerKind],
-    state: StateMemory,
-    flows: list[Traffic],
-    *,
-    peaks: bool,
-    copies: int,
-) -> StepTime:
-    """Of a rank that holds these layers.
+@dataclasses.dataclass(frozen=True)
+class Reached:
+    """Fractions of the peaks."""
 
-    Args:
-      peaks: at the hardware's peaks, instead of at what good kernels reach.
-      copies: as in `traffic`.
-    """
+    fp8: float = 1.0
+    products: float = 1.0
+    attention: float = 1.0
+    bandwidth: float = 1.0
+
+    @classmethod
+    def by_best_kernels(cls, accelerator: Accelerator) -> Reached:
+        """Returns what the best kernels known reach on an accelerator."""
+        plain = accelerator.flops_reached
+        return cls(accelerator.fp8_reached, plain, plain * _ATTENTION_REACHED, accelerator.bandwidth_reached)
+
+
+def step_time(config: PlanConfig, state: StateMemory, flows: list[Traffic], reached: Reached) -> StepTime:
+    """Returns the time of a step in which kernels reach these fractions of the hardware's peaks."""
     accelerator = config.target.accelerator
-    reached = _Reached.peaks() if peaks else _Reached.of(accelerator)
     work = operations(config)
     fp8 = work.fp8_products / (accelerator.fp8_flops * reached.fp8)
     products = work.products / (accelerator.flops * reached.products)
     attention = work.attention / (accelerator.flops * reached.attention)
     bandwidth = accelerator.bandwidth * reached.bandwidth
-    moved = sum(count * sum(kept_of_layer(config, kind, "none").values()) for kind, count in layers.items()) / copies
-    passes = float(_MEMORY_PASSES)
-    if config.has_pipelined_step:
-        moved, passes = stage_memory_traffic(config)
-    memory = passes * moved * config.tokens_a_pass * config.passes / bandwidth
+    memory = _activation_traffic(config) / bandwidth
     update = _OPTIMIZER_PASSES * (state.masters + state.moments) + state.gradients + state.working_weights
     computing = fp8 + products + attention + memory
     return StepTime(
@@ -85,55 +89,29 @@ def step_time(
         memory=memory,
         optimizer=update / bandwidth,
         exposed=exposed_communication(config, flows, computing),
-        bubble=computing * bubble_fraction(config),
+        bubble=computing * bubble(config) if config.has_stages else 0.0,
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reached:
-    fp8: float
-    products: float
-    attention: float
-    bandwidth: float
-
-    @classmethod
-    def peaks(cls) -> _Reached:
-        return cls(1.0, 1.0, 1.0, 1.0)
-
-    @classmethod
-    def of(cls, accelerator: Accelerator) -> _Reached:
-        plain = accelerator.flops_reached
-        return cls(accelerator.fp8_reached, plain, plain * _ATTENTION_REACHED, accelerator.bandwidth_reached)
+def _activation_traffic(config: PlanConfig) -> float:
+    """Returns the bytes of activations that a rank reads and writes in a step."""
+    model = config.model
+    counts = {"dense": model.num_dense_layers, "moe": model.num_moe_layers, "mtp": model.num_nextn_predict_layers}
+    computed = sum(counts[kind] * working_bytes(config, kind) for kind in LAYERS if counts[kind]) * config.passes
+    if not config.has_stages:
+        return _MEMORY_PASSES * computed
+    return (_FORWARD_PASSES + _BACKWARD_PASSES * backward_parts(config)) * computed / config.mesh.stage
 
 
 def exposed_communication(config: PlanConfig, flows: list[Traffic], computing: float) -> float:
-    """Communication that computation does not hide.
+    """Returns the seconds of communication that computation does not hide.
 
-    DualPipe runs one micro-batch's exchange of tokens beside the other's computation; FSDP's gathers and a pipeline's
-    hand-overs run ahead of their use. Tensor sums, an exchange of tokens without DualPipe, and what happens once at the
-    end of a step stand in the way. What is hidden can hide behind computation only as far as there is any. The training
-    step with stages hides nothing, and in a tick all ranks wait for the one that sends longest.
+    Without stages, FSDP's gathers and sums run beside the computation of other layers, as long as there is any. Tensor
+    sums, the exchange of tokens and what happens once at the end of a step stop the computation. A pipelined step hides
+    nothing, and in a tick all ranks wait for the one that sends longest.
     """
-    if config.has_pipelined_step:
-        return sum(flow.seconds * (waiting_ticks(config) if flow.what in IN_TICKS else 1) for flow in flows)
-    dualpipe = config.mesh.stage > 1 and config.schedule == "dualpipe"
-    open_whats = {TENSOR_SUMS, REPLICAS}
-    if not dualpipe:
-        open_whats.add(TOKENS)
-    exposed = sum(flow.seconds for flow in flows if flow.what in open_whats)
-    hidden = sum(flow.seconds for flow in flows if flow.what not in open_whats)
+    if config.has_stages:
+        return sum(flow.seconds * (waiting(config) if flow.what in WHILE_COMPUTING else 1) for flow in flows)
+    exposed = sum(flow.seconds for flow in flows if flow.what in (TENSOR_SUMS, REPLICAS, TOKENS))
+    hidden = sum(flow.seconds for flow in flows if flow.what not in (TENSOR_SUMS, REPLICAS, TOKENS))
     return exposed + max(hidden - computing, 0.0)
-
-
-def bubble_fraction(config: PlanConfig) -> float:
-    """Idle time over busy time: in the step as its ticks have it (`stage_time`); in the report's layout by table 2.
-
-    There with chunk times F = 1, B = 2 of which W = 1, F beside B = 3.
-    """
-    stages = config.mesh.stage
-    if stages == 1:
-        return 0.0
-    if config.has_pipelined_step:
-        return idle_in_ticks(config)
-    idle = {"dualpipe": (stages / 2 - 1) * (3 + 2 - 3), "zb1p": (stages - 1) * (1 + 2 - 2), "1f1b": (stages - 1) * 3}
-    return idle[config.schedule] / (3 * config.passes)

@@ -1,6 +1,6 @@
-"""Devices of clusters that are not there, for the compiler: described, never reached.
+"""Describes the devices of clusters that do not exist here, for the compiler.
 
-Only for a process of its own: `prepare` decides what JAX believes its platform to be.
+Only a process of its own may use this: `prepare` decides which platform JAX compiles for.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ device_description_str: "NVIDIA {name}"
 
 
 def why_unavailable(target: Target) -> str | None:
-    """What is missing to compile for `target` in this process, or None."""
+    """Returns what is missing to compile for `target` in this process, or None."""
     platform = target.accelerator.platform
     module = {"gpu": "jax_plugins.xla_cuda13", "tpu": "libtpu", "cpu": "jax"}[platform]
     try:
@@ -45,13 +45,13 @@ def why_unavailable(target: Target) -> str | None:
 
 
 def prepare(target: Target) -> None:
-    """What must be in place before JAX is first asked for devices."""
+    """Sets up JAX for the target, before it is first asked for devices."""
     if target.accelerator.platform == "tpu":
         os.environ.update(
             TPU_SKIP_MDS_QUERY="1",
             TPU_ACCELERATOR_TYPE="v5litepod-4",
             TPU_WORKER_HOSTNAMES="localhost",
-            # libtpu locks the chip, of which there is none: two compilations may run at once.
+            # libtpu locks the chip. There is none, so two compilations may run at once.
             ALLOW_MULTIPLE_LIBTPU_LOAD="1",
         )
     if target.accelerator.platform == "cpu":
@@ -68,7 +68,7 @@ def prepare(target: Target) -> None:
 
 
 def devices_of(target: Target) -> list[Any]:
-    """Descriptions of every device of the cluster, in the order meshes are filled in.
+    """Returns a description of every device of the cluster, in the order in which meshes are filled.
 
     Raises:
       UserError: the compiler does not know such a cluster.

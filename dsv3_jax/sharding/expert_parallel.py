@@ -109,7 +109,7 @@ class ExpertExchange:
         def a_piece(parts: tuple[Array, ...]) -> Array:
             """Applies the experts to both halves of a piece, neither of which waits for the other."""
             out: list[Any] = [
-                _keeping_arguments(one, *(part[half] for part in parts), gate_up, down) for half in range(halves)
+                recomputed(one, *(part[half] for part in parts), gate_up, down) for half in range(halves)
             ]
             return jnp.stack(out)
 
@@ -131,7 +131,7 @@ def _gathered(weight: Float[Array, "..."], axes: tuple[str | None, ...]) -> Floa
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _keeping_arguments(function: Callable[..., Array], *arguments: Array) -> Array:
+def recomputed(function: Callable[..., Array], *arguments: Array) -> Array:
     """Returns `function(*arguments)`, which the backward pass recomputes.
 
     This is not `jax.checkpoint`, because the policy of a rematerialised layer around it would keep the named values
@@ -148,4 +148,4 @@ def _recompute(function: Callable[..., Array], arguments: tuple[Array, ...], out
     return jax.vjp(function, *arguments)[1](out_bar)
 
 
-_keeping_arguments.defvjp(_keep_arguments, _recompute)
+recomputed.defvjp(_keep_arguments, _recompute)

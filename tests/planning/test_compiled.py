@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import tempfile
+from typing import Any
+
 import pytest
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
+from dsv3_jax.planning import compile_ahead
 from dsv3_jax.planning.collectives import read_collectives
 from dsv3_jax.planning.compiled import CompiledPlan, compile_plan
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.hardware import Target
 from dsv3_jax.planning.plan import RESERVED, make_plan
-from dsv3_jax.planning.request import from_json, to_json
 from dsv3_jax.sharding.mesh import MeshConfig
 
 MODEL = ModelConfig.preset(
@@ -83,7 +89,7 @@ def test_a_request_comes_back_equal() -> None:
         config = PlanConfig(
             model=ModelConfig.preset("v3-671b"), target=Target.parse(target), mesh=MeshConfig(fsdp=32, expert=64)
         )
-        assert from_json(to_json(config)) == config
+        assert PlanConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
 def compiled_or_skip(config: PlanConfig) -> CompiledPlan:
@@ -96,14 +102,55 @@ def compiled_or_skip(config: PlanConfig) -> CompiledPlan:
         raise
 
 
+def test_a_refusal_is_the_compilers_own_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the last line of a traceback, which JAX ends with a remark about hidden frames."""
+
+    def refuse(config: PlanConfig) -> None:
+        raise RuntimeError(
+            "RESOURCE_EXHAUSTED: out of memory allocating 96 GiB; 80 GiB available.\n\nLargest:\n  all-gather"
+        )
+
+    monkeypatch.setattr(compile_ahead, "compile_step", refuse)
+    monkeypatch.setattr(compile_ahead.topology, "prepare", lambda target: None)
+    monkeypatch.setattr(compile_ahead.topology, "why_unavailable", lambda target: None)
+    config = PlanConfig(model=MODEL, target=Target.parse("h200:8"), mesh=MeshConfig(fsdp=8), sequence_length=128)
+    assert compile_ahead.answer(config) == {
+        "error": "the compiler refuses this step: RuntimeError: RESOURCE_EXHAUSTED: out of memory allocating 96 GiB; "
+        "80 GiB available."
+    }
+
+
+@pytest.mark.parametrize(("code", "said"), [(-9, "by signal 9"), (1, "exit code 1")])
+def test_a_process_that_dies_is_said(monkeypatch: pytest.MonkeyPatch, code: int, said: str) -> None:
+    folders = []
+
+    def run(command: list[str], **settings: Any) -> subprocess.CompletedProcess[str]:
+        folders.append(settings["env"]["TMPDIR"])
+        assert os.path.isdir(folders[0])
+        return subprocess.CompletedProcess(command, code, "warming up\n", "loading\nkilled\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    config = PlanConfig(model=MODEL, target=Target.parse("h200:8"), mesh=MeshConfig(fsdp=8), sequence_length=128)
+    with pytest.raises(UserError, match=f"{said}.*killed"):
+        compile_plan(config)
+    assert not os.path.exists(folders[0])
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize(("target", "expert"), [("h200:8", 4), ("v5p:2x2x1", 2)])
 def test_the_compiler_agrees_with_the_paper(target: str, expert: int) -> None:
     """Arguments nearly exactly (the step has a few numbers more), the peak to a factor, tokens' exchange by count."""
     config = PlanConfig(
-        model=MODEL, target=Target.parse(target), mesh=MeshConfig(fsdp=2, expert=expert), sequence_length=128
+        model=MODEL,
+        target=Target.parse(target),
+        mesh=MeshConfig(fsdp=2, expert=expert),
+        sequence_length=128,
+        average="none",
     )
+    before = set(os.listdir(tempfile.gettempdir()))
     compiled = compiled_or_skip(config)
+    left = set(os.listdir(tempfile.gettempdir())) - before
+    assert not [name for name in left if name.startswith(("mosaic-gpu", "tpu_logs", "dsv3-plan"))]
     plan = make_plan(config)
     assert compiled.argument_bytes == pytest.approx(plan.state.masters + plan.state.moments, rel=0.02)
     assert 0.4 < compiled.peak_bytes / (plan.memory - RESERVED) < 2
@@ -125,6 +172,7 @@ def test_a_pipeline_compiles_for_absent_devices(target: str) -> None:
         mesh=MeshConfig(stage=2, expert=2),
         sequence_length=128,
         schedule="1f1b",
+        average="none",
     )
     compiled = compiled_or_skip(config)
     plan = make_plan(config)

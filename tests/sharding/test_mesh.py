@@ -10,9 +10,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.counts import count_parameters
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.planning.layers import parameter_groups, stage_layers
 from dsv3_jax.sharding.mesh import AXES, MeshConfig
 from dsv3_jax.sharding.rules import ZERO, AxisRules, parameter_specs
 
@@ -71,13 +71,16 @@ def elements_a_device(rules: AxisRules, sizes: dict[str, int]) -> int:
 
 
 def test_every_large_parameter_is_divided_as_planned() -> None:
-    """The 671B model by the real rules, beside the planner's groups, whose figures are all linear in this."""
+    """The 671B model by the real rules, beside counts of what FSDP, the expert and the tensor axis should divide."""
     sizes: dict[str, int] = dict(zip(AXES, (1, 1, 32, 16, 4), strict=True))
-    planned = sum(
-        count * group.on_a_device(MeshConfig(**sizes))
-        for kind, count in stage_layers(V3, 1)[0].items()
-        for group in parameter_groups(V3, kind)
-    )
-    assert elements_a_device(AxisRules(), sizes) == pytest.approx(planned, rel=1e-4)
+    counts = count_parameters(V3)
+    layers, moe = V3.num_hidden_layers + 1, V3.num_moe_layers + 1
+    experts = moe * V3.n_routed_experts * counts.block.routed_expert
+    latents = layers * V3.hidden_size * ((V3.q_lora_rank or 0) + V3.kv_lora_rank + V3.qk_rope_head_dim)
+    narrow = latents + moe * V3.n_routed_experts * V3.hidden_size + 2 * V3.hidden_size**2  # no tensor axis
+    whole = layers * (2 * V3.hidden_size + (V3.q_lora_rank or 0) + V3.kv_lora_rank) + 4 * V3.hidden_size  # norms
+    wide = counts.total + counts.mtp_total - moe * V3.n_routed_experts - experts - narrow - whole
+    planned = experts / (32 * 16 * 4) + wide / (32 * 4) + narrow / 32 + whole
+    assert elements_a_device(AxisRules(), sizes) == planned
     everywhere = V3.num_parameters(mtp=True) / math.prod(sizes.values())
     assert everywhere <= elements_a_device(ZERO, sizes) < 1.02 * everywhere

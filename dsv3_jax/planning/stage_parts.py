@@ -1,0 +1,141 @@
+"""Counts what the stages of a pipelined step compute, how often, and how long they wait for each other.
+
+As `pipeline.stage` runs it, a MoE layer is computed forward once, and every part of a backward pass recomputes it from
+its input. So the gradient for the input alone costs one forward pass more, and so does that for the weights. Ranks
+advance in ticks, each of which takes as long as the rank that computes most in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+
+import numpy as np
+from jaxtyping import Float
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.counts import count_flops
+from dsv3_jax.pipeline.facts import PARTS, ScheduleFacts, schedule_facts
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
+from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.planning.forward_operations import attention_core, forward_operations
+from dsv3_jax.planning.weights import LayerKind, layers_of_rank, stages_per_rank
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRuns:
+    """How often a rank computes a layer of each kind in a step: forward, backward, and gradients of its weights."""
+
+    forward: dict[LayerKind, float]
+    backward: dict[LayerKind, float]
+    by_weights: dict[LayerKind, float]
+
+
+def layer_runs(config: PlanConfig) -> list[LayerRuns]:
+    """Returns the runs of every rank of the stage axis that differs from those before it."""
+    if not config.has_stages:
+        layers = layers_of_rank(config)
+        runs: dict[LayerKind, float] = {kind: float(count * config.passes) for kind, count in layers.items()}
+        return [LayerRuns(runs, runs, runs)]
+    facts = schedule_facts(config.schedule, config.mesh.stage, config.passes)
+    different = config.mesh.stage // facts.parts.shape[1]  # with two directions the other half mirrors the first
+    return [_runs_of_rank(config, facts, rank) for rank in range(different)]
+
+
+def _runs_of_rank(config: PlanConfig, facts: ScheduleFacts, rank: int) -> LayerRuns:
+    model, layers = config.model, moe_layers_of_stages(config.model, config.mesh.stage)
+    forward, backward, by_weights = (defaultdict[LayerKind, float](float) for _ in range(3))
+    for direction in range(facts.parts.shape[1]):
+        stage = facts.stage(rank, direction)
+        parts = dict(zip(PARTS, facts.parts[rank, direction].tolist(), strict=True))
+        weights = parts["W"] + parts["IW"]
+        forward["moe"] += parts["F"] * layers[stage]
+        # The first stage sends its input's gradient to no one, and does not compute it alone.
+        backward["moe"] += (weights + (parts["I"] if stage else 0)) * layers[stage]
+        by_weights["moe"] += weights * layers[stage]
+        own: dict[LayerKind, int] = {}
+        if stage == 0:
+            own = {"dense": model.num_dense_layers}
+        elif stage == len(layers) - 1:
+            own = {"mtp": model.num_nextn_predict_layers, "head": 1}
+        for kind, count in own.items():
+            forward[kind] += count * parts["F"]
+            by_weights[kind] += count * parts["F"]
+            # The head's forward pass, which is one for all depths, is followed by its gradient at once.
+            backward[kind] += count * parts["F"] * (kind != "head")
+    return LayerRuns(forward, backward, by_weights)
+
+
+def operations_per_token(config: PlanConfig) -> tuple[float, float, float]:
+    """Returns operations per token of a step: linear maps, attention core, and output head with router."""
+    counts = _facts(config).of_stages / config.passes
+    linear, attention, plain = np.einsum("sp,spw->w", counts, _costs(config))
+    return float(linear), float(attention), float(plain)
+
+
+def backward_parts(config: PlanConfig) -> float:
+    """Returns how often a micro-batch's layers are computed in backward parts, on average over the stages."""
+    return float(_facts(config).of_stages[:, 1:].sum() / config.passes / config.mesh.stage)
+
+
+def bubble(config: PlanConfig) -> float:
+    """Returns idle time over computing time of the average rank."""
+    facts = _facts(config)
+    return facts.seconds / float(_busy(config, facts).mean()) - 1
+
+
+def waiting(config: PlanConfig) -> float:
+    """Returns the time of the step over the computing time of the busiest rank.
+
+    What is sent in a tick takes longer by the same factor, since the other ranks wait for it too.
+    """
+    facts = _facts(config)
+    return facts.seconds / float(_busy(config, facts).max())
+
+
+def _busy(config: PlanConfig, facts: ScheduleFacts) -> Float[np.ndarray, " stages"]:
+    """Returns operations per token of every rank."""
+    costs = _costs(config).sum(axis=2)
+    busy = (facts.parts[:, 0] * costs).sum(axis=1)
+    return busy + (facts.parts[:, 1] * costs[::-1]).sum(axis=1) if stages_per_rank(config) == 2 else busy
+
+
+def _facts(config: PlanConfig) -> ScheduleFacts:
+    costs = _costs(config).sum(axis=2)
+    return schedule_facts(config.schedule, config.mesh.stage, config.passes, tuple(map(tuple, costs.tolist())))
+
+
+def _costs(config: PlanConfig) -> Float[np.ndarray, "stages parts 3"]:
+    return _costs_of(config.model, config.mesh.stage, config.sequence_length, config.rematerialisation)
+
+
+@functools.lru_cache(maxsize=64)
+def _costs_of(model: ModelConfig, stages: int, length: int, policy: str) -> Float[np.ndarray, "stages parts 3"]:
+    """Returns operations per token of every stage and part of PARTS: linear maps, attention core, head and router."""
+    layers = np.array(moe_layers_of_stages(model, stages))
+    counts, core = count_flops(model, length), attention_core(model, length)
+    either = np.array([counts.terms["attention_projections"], counts.terms["attention_core"] * core.computed, 0])
+    either /= model.num_hidden_layers
+    routed = counts.terms["routed_experts"] + counts.terms["shared_experts"]
+    moe = either + np.array([routed, 0, counts.terms["router"]]) / model.num_moe_layers
+    dense = model.num_dense_layers * either + np.array([counts.terms["dense_feed_forward"], 0, 0])
+    _, _, plain = forward_operations(model, length)
+    last = model.num_nextn_predict_layers * moe
+    last[2] = plain - counts.terms["router"]  # heads, projections and routers of the MTP modules with the head
+    gradient = np.array([2, core.backward, 2])
+    # The blocks of first and last stage that are not in the pipelined stack recompute what the policy says.
+    again = np.array([policy == "full", policy != "none", 0], float)
+
+    of_layers = layers[:, None] * moe
+    first, end = (np.arange(len(layers))[:, None] == stage for stage in (0, len(layers) - 1))
+    by_weights = of_layers * (1 + gradient) + first * dense * (1 + gradient + again)
+    by_loss = end * last * (1 + gradient + again)
+    parts = {
+        "F": of_layers + first * dense,
+        # The first stage sends its input's gradient to no one.
+        "I": ~first * of_layers * (1 + np.array([1, core.backward, 1])) + by_loss,
+        "W": by_weights,
+        "IW": by_weights + by_loss,
+    }
+    return np.stack([parts[part] for part in PARTS], axis=1)

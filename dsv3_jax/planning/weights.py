@@ -1,0 +1,190 @@
+"""Derives where a training step keeps weights and optimizer state from the abstract model and the sharding rules.
+
+Pipelined steps are described in `pipeline.weights`: the state shards every weight over the stages too, and a step
+begins with an exchange after which each rank has all layers of its own stage, or of its two stages under DualPipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from typing import Literal
+
+import jax
+from flax import nnx
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model import abstract_model
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
+from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.sharding.ranks import axes_of
+from dsv3_jax.sharding.rules import BATCH_AXES, parameter_specs, rules_over_stages
+
+LayerKind = Literal["embedding", "dense", "moe", "mtp", "head"]
+KINDS: dict[str, LayerKind] = {
+    "embedding": "embedding",
+    "dense_blocks": "dense",
+    "moe_blocks": "moe",
+    "mtp": "mtp",
+    "final_norm": "head",
+    "head": "head",
+}
+"""The kind of layer that each branch of the parameter tree belongs to."""
+
+_STAGE = "stage"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One array of the parameter tree with all its stacked layers, in elements on one device.
+
+    Attributes:
+      kind: the kind of layer it belongs to.
+      itemsize: bytes per element of the master weight.
+      in_state: elements of the master weight.
+      moment: elements of each of Adam's moments.
+      in_step: elements that the rank computes with and keeps gradients of.
+      opposite: those of `in_step` that DualPipe's second stage adds, which come from the opposite rank.
+      stage_dimension: the dimension that the state shards over the stages; None where every stage has all.
+      replicas: axes of the batch whose ranks hold the same elements.
+    """
+
+    kind: LayerKind
+    itemsize: int
+    in_state: float
+    moment: float
+    in_step: float
+    opposite: float
+    stage_dimension: int | None
+    replicas: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class StateMemory:
+    """The bytes of weights, gradients and optimizer state on one device.
+
+    Attributes:
+      parameters: elements whose gradients this device computes.
+      masters: what the optimizer updates.
+      working_weights: in a pipelined step, the copy of the stage's weights that it computes with.
+      gathered_weights: weights and gradients of a layer while its FSDP shards are all-gathered.
+      gradients: the accumulated gradients.
+      moments: Adam's two.
+      average: the running average of the weights.
+    """
+
+    parameters: float
+    masters: float
+    working_weights: float
+    gathered_weights: float
+    gradients: float
+    moments: float
+    average: float
+
+    @property
+    def total(self) -> float:
+        """All bytes of the state, its gradients and copies of weights."""
+        return (
+            self.masters + self.working_weights + self.gathered_weights + self.gradients + self.moments + self.average
+        )
+
+
+def stages_per_rank(config: PlanConfig) -> int:
+    """Returns how many stages' layers a rank of the stage axis holds: two under DualPipe."""
+    return 2 if config.has_stages and config.schedule == "dualpipe" else 1
+
+
+def moe_slots(config: PlanConfig) -> int:
+    """Returns how many MoE layers a rank has memory for: those of the fullest stage, for each stage it holds."""
+    return max(moe_layers_of_stages(config.model, config.mesh.stage)) * stages_per_rank(config)
+
+
+def layers_of_rank(config: PlanConfig) -> Counter[LayerKind]:
+    """Returns how many layers of each kind every rank of the stage axis holds while the step runs."""
+    model = config.model
+    held: Counter[LayerKind] = Counter({"embedding": 1, "dense": model.num_dense_layers, "head": 1})
+    held["moe"] = moe_slots(config) if config.has_stages else model.num_moe_layers
+    held["mtp"] = model.num_nextn_predict_layers
+    return +held
+
+
+def state_memory(config: PlanConfig, gathered: float) -> StateMemory:
+    """Returns the bytes of the state on any device; `gathered` are those of layers being all-gathered."""
+    weights = weights_of(config)
+    masters = sum(weight.in_state * weight.itemsize for weight in weights)
+    in_step = sum(weight.in_step * weight.itemsize for weight in weights)
+    return StateMemory(
+        parameters=sum(weight.in_step for weight in weights),
+        masters=masters,
+        working_weights=in_step if config.has_stages else 0.0,
+        gathered_weights=gathered,
+        gradients=in_step,
+        moments=sum(weight.moment for weight in weights) * 2 * moment_bytes(config),
+        average=masters if config.average == "device" else 0.0,
+    )
+
+
+def moment_bytes(config: PlanConfig) -> int:
+    """Returns the bytes per element of each of Adam's moments."""
+    return jax.numpy.dtype(config.run.moment_dtype).itemsize
+
+
+def weights_of(config: PlanConfig) -> tuple[Weight, ...]:
+    """Returns every array of the parameter tree."""
+    return _weights(config.model, config.mesh, stages_per_rank(config), config.zero)
+
+
+@functools.lru_cache(maxsize=4)
+def _parameters(model: ModelConfig) -> nnx.State:
+    return nnx.state(abstract_model(model), nnx.Param)
+
+
+@functools.lru_cache(maxsize=4096)
+def _weights(model: ModelConfig, mesh: MeshConfig, stages_held: int, zero: bool) -> tuple[Weight, ...]:
+    tree = _parameters(model)
+    layers = moe_layers_of_stages(model, mesh.stage) if mesh.stage > 1 else ()
+    abstract = abstract_mesh(mesh)
+    shapes = jax.tree_util.tree_leaves_with_path(tree)
+    specs = _leaves(parameter_specs(tree, abstract, rules_over_stages(layers)))
+    moments = _leaves(parameter_specs(tree, abstract, rules_over_stages(layers, zero=True))) if zero else specs
+    found = []
+    for (path, leaf), spec, moment in zip(shapes, specs, moments, strict=True):
+        kind = KINDS[path[0].key]
+        elements = math.prod(leaf.shape)
+        in_step, opposite = elements / _shards(spec, mesh, leave_out=_STAGE), 0.0
+        if layers and kind == "moe":
+            in_step *= max(layers) / model.num_moe_layers
+            opposite = in_step * (stages_held - 1)
+        axes = [axes_of(entry) for entry in spec]
+        found.append(
+            Weight(
+                kind=kind,
+                itemsize=leaf.dtype.itemsize,
+                in_state=elements / _shards(spec, mesh),
+                moment=elements / _shards(moment, mesh),
+                in_step=in_step + opposite,
+                opposite=opposite,
+                stage_dimension=next((dim for dim, names in enumerate(axes) if _STAGE in names), None),
+                replicas=tuple(axis for axis in BATCH_AXES if all(axis not in names for names in axes)),
+            )
+        )
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def abstract_mesh(mesh: MeshConfig) -> AbstractMesh:
+    """Returns the mesh without devices, for the sharding rules."""
+    return AbstractMesh(tuple(mesh.sizes.values()), tuple(mesh.sizes))
+
+
+def _leaves(specs: nnx.State) -> list[PartitionSpec]:
+    return jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+
+
+def _shards(spec: PartitionSpec, mesh: MeshConfig, leave_out: str = "") -> int:
+    """Returns the number of shards that a spec cuts an array into, without those along one axis."""
+    return math.prod(mesh.sizes[axis] for entry in spec for axis in axes_of(entry) if axis != leave_out)
