@@ -15,7 +15,7 @@ from dsv3_jax.planning.activations import LAYERS, gathered_weights
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.stage_parts import LayerRuns, layer_runs
 from dsv3_jax.planning.weights import weights_of
-from dsv3_jax.precision.dispatch import TravelFormat, travel_formats
+from dsv3_jax.precision.dispatch import DispatchFormat, dispatch_formats
 from dsv3_jax.sharding.expert_layout import hops_between
 from dsv3_jax.sharding.mesh import AXES
 
@@ -115,7 +115,7 @@ def _tokens_over_hops(config: PlanConfig, forward: float, backward: float) -> Tr
     """
     model, width = config.model, config.recipe.dtype.itemsize
     chosen, back = model.num_experts_per_tok, model.hidden_size * width
-    tokens, gradients = travel_formats(config.recipe.fp8)
+    tokens, gradients = dispatch_formats(config.recipe.fp8)
     rows = _row_bytes(config, tokens, 2 * chosen)
     sent = forward * (rows + back)
     sent += backward * (rows + _row_bytes(config, gradients, 0) + back + _in_lanes(config, chosen) * _FLOAT32)
@@ -132,7 +132,7 @@ def _tokens_over_hops(config: PlanConfig, forward: float, backward: float) -> Tr
     return flow_over(config, "expert", TOKENS, outside, in_node=inside)
 
 
-def _row_bytes(config: PlanConfig, form: TravelFormat | None, numbers: int) -> float:
+def _row_bytes(config: PlanConfig, form: DispatchFormat | None, numbers: int) -> float:
     """Returns the bytes of a hidden state on its way, and of so many numbers that are sent with it."""
     hidden = config.model.hidden_size
     if form is None:

@@ -108,9 +108,7 @@ class ExpertExchange:
 
         def a_piece(parts: tuple[Array, ...]) -> Array:
             """Applies the experts to both halves of a piece, neither of which waits for the other."""
-            out: list[Any] = [
-                recomputed(one, *(part[half] for part in parts), gate_up, down) for half in range(halves)
-            ]
+            out: list[Any] = [recomputed(one, *(part[half] for part in parts), gate_up, down) for half in range(halves)]
             return jnp.stack(out)
 
         parts = tuple(x.reshape(pieces, halves, -1, *x.shape[1:]) for x in (u, expert_index, gate))
