@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import platform
 import statistics
@@ -233,7 +232,7 @@ def run_arms(
         print(f"[{number + 1}/{total}] {options.name}: {name}, seed {seed}", flush=True)
         config = arms[name](seed)
         start = starts.get(name) if starts else None
-        given = {"initial_model": functools.partial(start, config)} if start else {}
+        given = {"initial_model": lambda devices, start=start, config=config: start(config)} if start else {}
         results[name].append(run_arm(config, folder, **given))
     return results
 
@@ -242,7 +241,7 @@ def run_arm(config: RunConfig, folder: Path, **start: Any) -> ArmResult:
     """Runs one arm to its end, or reads its results if it has finished. Exits the process if the run was interrupted.
 
     Args:
-      start: `initial_model=`, a function without arguments that returns the model to start from.
+      start: `initial_model=`, a function from the devices to the model to start from.
     """
     run = RunFolder(folder)
     if not run.summary.exists():

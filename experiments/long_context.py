@@ -176,7 +176,10 @@ def extend(options: Options, plan: Plan, seed: int) -> tuple[dict[str, ArmResult
 
     def run(name: str, phase: int, yarn: bool, before: str | None) -> None:
         config = run_of_phase(options, plan, seed, phase, yarn)
-        start = {} if before is None else {"initial_model": functools.partial(weights_of, runs[before].folder, config)}
+        start = {}
+        if before is not None:
+            source = runs[before].folder
+            start = {"initial_model": lambda devices: load_checkpoint(source, devices=devices)[0]}
         print(f"{options.name}: {name}, seed {seed}, {plan.lengths[phase]} tokens", flush=True)
         runs[name] = run_arm(config, options.runs / f"{name.replace(' ', '_').replace(',', '')}-{seed}", **start)
 

@@ -1,4 +1,4 @@
-"""`dsv3 export-hf`."""
+"""The command `dsv3 export-hf`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NoReturn
 from dsv3_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from dsv3_jax.interop.layout import Layout
+    from dsv3_jax.interop.stored_format import StoredFormat
 
-_DESCRIPTION = """Write a run's newest checkpoint as transformers and serving engines read it: safetensors
-with an index, config.json, tokenizer, MTP layers.
+_DESCRIPTION = """Write a run's newest checkpoint in the form that transformers and serving engines read: safetensors
+with an index, config.json and tokenizer, MTP layers included.
 """
 _EXAMPLES = """examples:
   dsv3 export-hf runs/nano exported
@@ -28,12 +28,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str]) -> int:
-    """Exports a run."""
+    """Exports a run; returns the exit code."""
     options = _parser().parse_args(argv)
     if options.ue8m0 and options.dtype != "fp8":
-        raise UserError("--ue8m0 is a form of FP8 scales: it needs --dtype fp8")
+        raise UserError("--ue8m0 is about FP8 scales: it needs --dtype fp8")
     if not 0 < options.max_shard_gb <= 1000:
-        raise UserError(f"--max-shard-gb must lie between 0 and 1000, not {options.max_shard_gb}")
+        raise UserError(f"--max-shard-gb must be between 0 and 1000, not {options.max_shard_gb}")
     if options.target.is_symlink() or options.target.exists():
         raise UserError(f"{options.target}: is there already; choose a new folder")
     from dsv3_jax.interop import save_hf
@@ -42,13 +42,13 @@ def main(argv: list[str]) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(f"dsv3: note: {message}", file=sys.stderr)
         model, _, step = load_checkpoint(options.run)
-    layout = None if options.dtype or step else _original(options.run)
+    stored_format = None if options.dtype or step else _original(options.run)
     save_hf(
         model,
         options.target,
         dtype=options.dtype,
         power_of_two_scales=options.ue8m0,
-        layout=layout,
+        stored_format=stored_format,
         tokenizer=options.run / "tokenizer",
         max_shard_bytes=int(options.max_shard_gb * 1e9),
         progress=sys.stderr.isatty(),
@@ -70,16 +70,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "fp8"],
-        help="how weights are stored; float32 as they are trained, or as they were before import, unless given",
+        help="how weights are stored (default: float32; an imported run that was not trained: as its checkpoint was)",
     )
-    parser.add_argument("--ue8m0", action="store_true", help="FP8 scales as powers of two, as in V3.1")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a shard in GB (default 5)")
+    parser.add_argument("--ue8m0", action="store_true", help="make FP8 scales powers of two, as in V3.1")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest size of a shard in GB (default 5)")
     return parser
 
 
-def _original(run: Path) -> Layout | None:
-    """How an imported checkpoint was stored, where the run is one and was not trained since."""
-    from dsv3_jax.interop.layout import load_record
+def _original(run: Path) -> StoredFormat | None:
+    """Returns how the checkpoint of an imported run was stored; None where the run was not imported."""
+    from dsv3_jax.interop.stored_format import load_format
     from dsv3_jax.runs.folder import RunFolder
 
-    return load_record(run / "published", RunFolder(run).read_config().model)
+    return load_format(run / "published", RunFolder(run).read_config().model)

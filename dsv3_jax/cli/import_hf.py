@@ -1,4 +1,4 @@
-"""`dsv3 import-hf`."""
+"""The command `dsv3 import-hf`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from dsv3_jax.errors import UserError
 if TYPE_CHECKING:
     from dsv3_jax.config import ModelConfig
     from dsv3_jax.data import Tokenizer
+    from dsv3_jax.model import DeepSeekV3
     from dsv3_jax.training.config import RunConfig
 
-_DESCRIPTION = """Make a run folder of a checkpoint in the published layout (V3, R1, V3.1, V2, Moonlight, Kimi-K2).
+_DESCRIPTION = """Make a run folder from a checkpoint in the published layout (V3, R1, V3.1, V2, Moonlight, Kimi-K2).
 
-The folder works wherever a run's does: dsv3 generate, dsv3 eval, dsv3 export-hf, dsv3 train --init-from.
+The folder works like that of a training run: dsv3 generate, dsv3 eval, dsv3 export-hf, dsv3 train --init-from.
 """
 _EXAMPLES = """examples:
   dsv3 import-hf ~/Moonlight-16B-A3B runs/moonlight
-  dsv3 import-hf ~/DeepSeek-R1 --dry-run          the account of every tensor; config.json and the index are enough
+  dsv3 import-hf ~/DeepSeek-R1 --dry-run          check every tensor; config.json and the index are enough
 """
 
 
@@ -31,12 +32,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str]) -> int:
-    """Imports a checkpoint, or with --dry-run says what would become of each tensor."""
+    """Imports a checkpoint, or with --dry-run prints what each tensor is used for; returns the exit code."""
     options = _parser().parse_args(argv)
     if options.dry_run:
         return _dry_run(options.source, mtp=options.mtp)
     if options.target is None:
-        raise UserError("DST is missing: the folder of the run to make (or --dry-run)")
+        raise UserError("DST is missing: the run folder to make (or give --dry-run)")
     _import(options.source, options.target, mtp=options.mtp, tokenizer=options.tokenizer)
     return 0
 
@@ -50,11 +51,15 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and safetensors")
-    parser.add_argument("target", metavar="DST", type=Path, nargs="?", help="folder of the run to make")
-    parser.add_argument("--dry-run", action="store_true", help="account for every tensor, and stop")
-    parser.add_argument("--no-mtp", dest="mtp", action="store_false", help="leave the MTP modules out")
+    parser.add_argument("target", metavar="DST", type=Path, nargs="?", help="the run folder to make")
     parser.add_argument(
-        "--tokenizer", help="a tokenizer.json, or 'byte', where the checkpoint has no tokenizer.json of its own"
+        "--dry-run",
+        action="store_true",
+        help="only check that every tensor has its parameter and every parameter its tensors",
+    )
+    parser.add_argument("--no-mtp", dest="mtp", action="store_false", help="do not load the MTP modules")
+    parser.add_argument(
+        "--tokenizer", help="a tokenizer.json to use instead of the checkpoint's own, or 'byte' for one id per byte"
     )
     return parser
 
@@ -67,7 +72,7 @@ def _dry_run(source: Path, *, mtp: bool) -> int:
     checkpoint = open_checkpoint(source, headers=False)
     account = take_account(checkpoint, read_config(checkpoint.path), mtp=mtp)
     if checkpoint.entries is None:
-        print("the weights are not here: names are held against the architecture, dtypes and shapes are not")
+        print("the weights are not here: names are checked against the architecture, dtypes and shapes are not")
     print(account.describe())
     return 0
 
@@ -78,8 +83,8 @@ def _import(source: Path, target: Path, *, mtp: bool, tokenizer: str | None) -> 
     from dsv3_jax.interop.account import take_account
     from dsv3_jax.interop.checkpoint_folder import open_checkpoint
     from dsv3_jax.interop.hf_config import read_config
-    from dsv3_jax.interop.importer import load_hf, original_layout
-    from dsv3_jax.interop.layout import save_record
+    from dsv3_jax.interop.importer import load_hf, original_format
+    from dsv3_jax.interop.stored_format import save_format
     from dsv3_jax.interop.whole_folder import whole_folder
 
     checkpoint = open_checkpoint(source)
@@ -90,7 +95,7 @@ def _import(source: Path, target: Path, *, mtp: bool, tokenizer: str | None) -> 
         model = load_hf(source, dtype="float32", mtp=mtp, progress=sys.stderr.isatty())
     with whole_folder(target) as writing:
         _write_run(writing, model, found, account.config)
-        save_record(original_layout(checkpoint, account), writing / "published")
+        save_format(original_format(checkpoint, account), writing / "published")
     print(f"{target}: {account.tensor_count:,} tensors, {account.config.num_parameters(mtp=True):,} parameters")
 
 
@@ -106,32 +111,31 @@ def _tokenizer(source: Path, named: str | None, config: ModelConfig) -> Tokenize
     tokenizer = Tokenizer(byte_tokenizer(), "the byte tokenizer")
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{source}: has no {TOKENIZER_NAME}, and one id a byte needs {tokenizer.vocab_size} ids of the model's "
-            f"{config.vocab_size}; give --tokenizer FILE"
+            f"{source}: has no {TOKENIZER_NAME}, and one id per byte needs {tokenizer.vocab_size} ids, more than the "
+            f"model's {config.vocab_size}; give --tokenizer FILE"
         )
     if named is None:
-        print(f"dsv3: note: {source} has no {TOKENIZER_NAME}; the run gets one id a byte", file=sys.stderr)
+        print(f"dsv3: note: {source} has no {TOKENIZER_NAME}; the run gets one id per byte", file=sys.stderr)
     return tokenizer
 
 
-def _write_run(folder: Path, model: object, tokenizer: Tokenizer, config: ModelConfig) -> None:
-    """A run's folder at step 0: configuration, tokenizer and one checkpoint."""
+def _write_run(folder: Path, model: DeepSeekV3, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Writes the folder of a run at step 0: configuration, tokenizer and one checkpoint."""
     from dsv3_jax.runs.checkpoints import Checkpoints, RunPosition
     from dsv3_jax.runs.folder import RunFolder
-    from dsv3_jax.training.state import new_state
+    from dsv3_jax.runs.starting_state import untrained_state
 
     run_config = _run_config(config, tokenizer)
     run = RunFolder(folder)
     run.write_config(run_config)
     tokenizer.save(run.tokenizer)
-    _, state = new_state(model, run_config)  # pyright: ignore[reportArgumentType]
     checkpoints = Checkpoints(run, keep=1)
-    checkpoints.save(state, RunPosition(step=0, tokens=0, data={}), run_config)
+    checkpoints.save(untrained_state(model, run_config), RunPosition(step=0, tokens=0, data={}), run_config)
     checkpoints.close()
 
 
 def _run_config(config: ModelConfig, tokenizer: Tokenizer) -> RunConfig:
-    """A run that could have made the model: nothing of it is averaged, and moments take as little room as they can."""
+    """Returns a configuration for the model's run: no running average, and moments in the smallest dtype."""
     from dsv3_jax.data import DataConfig
     from dsv3_jax.training.config import RunConfig, TrainingConfig
 

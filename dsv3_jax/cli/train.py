@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import sys
 from pathlib import Path
@@ -130,12 +131,12 @@ def _architecture(source: str) -> ModelConfig:
 
 
 def _initial_model(source: str, config: RunConfig) -> Any:
-    """Returns a function that makes the model a new run starts from, or None for random weights."""
+    """Returns a function that loads the model which a new run starts from, or None for random weights."""
     if not source:
         return None
     from dsv3_jax.runs.starting_point import load_starting_point
 
-    return lambda: load_starting_point(Path(source), config)
+    return functools.partial(load_starting_point, Path(source), config)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints in the published layout: in, exactly and within memory, and out again."""
+"""Import and export of checkpoints in the published layout."""
 
 from dsv3_jax.interop.exporter import save_hf
 from dsv3_jax.interop.importer import architecture_of, load_hf

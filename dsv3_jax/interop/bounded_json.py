@@ -1,4 +1,4 @@
-"""JSON from files nobody vouches for: bounded in size and structure, no duplicate keys, no NaN."""
+"""Parses JSON from untrusted files: size and depth are bounded, duplicate keys and NaN are refused."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from typing import Any
 
 from dsv3_jax.errors import UserError
 
-_MAX_SEPARATORS = 3_000_000  # commas and opening brackets; each may become an object of some 100 bytes
+_MAX_SEPARATORS = 3_000_000  # commas and opening brackets; each can become a Python object of about 100 bytes
 _MAX_DEPTH = 100
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 _NOT_BRACKET = re.compile(rb"[^\[\]{}]+")
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
-    """The JSON object in `data`; `what` names the file and part for the message.
+    """Returns the JSON object in `data`.
+
+    Args:
+      what: the file and the part of it, for the message.
 
     Raises:
-      UserError: not UTF-8, not JSON, not an object, a key twice, nested too deep or too many entries.
+      UserError: the data is not UTF-8, not JSON or not an object, has a key twice, is nested too deep or has too many
+        entries.
     """
     if data.count(b",") + data.count(b"[") + data.count(b"{") > _MAX_SEPARATORS:
-        raise UserError(f"{what}: JSON has more than {_MAX_SEPARATORS:,} entries; not a checkpoint's file")
+        raise UserError(f"{what}: JSON has more than {_MAX_SEPARATORS:,} entries; not a file of a checkpoint")
     if data.count(b"[") + data.count(b"{") > _MAX_DEPTH:
         _check_depth(data, what)
     try:
@@ -31,19 +35,19 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what}: not valid JSON ({_first_line(error)})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{what}: a JSON object is wanted, not a {type(value).__name__}")
+        raise UserError(f"{what}: expected a JSON object, not a {type(value).__name__}")
     return value
 
 
 def read_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
-    """The JSON object in the file `path`, which may hold at most `max_bytes` (see `parse_object`)."""
+    """Returns the JSON object in the file `path`; a file of more than `max_bytes` is refused (see `parse_object`)."""
     try:
         with open(path, "rb") as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if len(data) > max_bytes:
-        raise UserError(f"{path}: larger than {max_bytes:,} bytes; not a checkpoint's file")
+        raise UserError(f"{path}: larger than {max_bytes:,} bytes; not a file of a checkpoint")
     return parse_object(data, str(path))
 
 
@@ -75,6 +79,6 @@ def _first_line(error: BaseException) -> str:
 
 
 def shown(text: object) -> str:
-    """A name from a file, fit for one line of a message: quoted, control characters escaped, shortened."""
+    """Returns a name from a file for use in a one-line message: quoted, control characters escaped, shortened."""
     quoted = repr(text)
     return quoted if len(quoted) <= 120 else quoted[:100] + "..." + quoted[-15:]

@@ -1,8 +1,8 @@
-"""A folder in the published layout: which file holds which tensor.
+"""Finds which file of a folder in the published layout holds which tensor.
 
-Sharded checkpoints carry `model.safetensors.index.json`, whose `weight_map` names a file for every tensor. The map
-comes from outside, so file names are held to plain names inside the folder, and symbolic links that lead out of it
-are refused. Files of other formats (pickles) are never opened.
+Sharded checkpoints have `model.safetensors.index.json`, whose `weight_map` names a file for every tensor. The map is
+not trusted: only plain file names inside the folder are accepted, and symbolic links that lead out of the folder are
+refused. Files of other formats (pickles) are never opened.
 """
 
 from __future__ import annotations
@@ -28,29 +28,24 @@ class CheckpointFolder:
 
     Attributes:
       path: the folder.
-      names: every tensor, by the index (or by the one file).
-      entries: the same with dtype, shape and place; None where only the index is there (enough for an account).
+      names: the name of every tensor, from the index (or from the only file).
+      entries: dtype, shape and position of every tensor; None where only the index exists (enough for an account).
     """
 
     path: Path
     names: frozenset[str]
     entries: dict[str, TensorEntry] | None
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.nbytes for entry in (self.entries or {}).values())
-
 
 def open_checkpoint(folder: Path | str, *, headers: bool = True) -> CheckpointFolder:
-    """Reads the index and the header of every shard, but no data.
+    """Returns the tensors of a checkpoint, from its index and the header of every shard; no data is read.
 
     Args:
       folder: the checkpoint.
-      headers: with False, an index whose shards are all absent will do, and `entries` is None then.
+      headers: if False, the shards may all be absent; then `entries` is None.
 
     Raises:
-      UserError: no checkpoint there, a shard missing, or index and shards that disagree.
+      UserError: there is no checkpoint, a shard is missing, or index and shards disagree.
     """
     folder = checked_folder(folder)
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
@@ -61,14 +56,18 @@ def open_checkpoint(folder: Path | str, *, headers: bool = True) -> CheckpointFo
             return CheckpointFolder(folder, frozenset(weight_map), None)
         entries = _read_shards(folder, weight_map, files)
     elif single.exists():
-        entries = read_header(checked_file(folder, SINGLE_NAME)).tensors
+        entries = read_header(checked_file(folder, SINGLE_NAME))
     else:
         raise UserError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}{_pickle_hint(folder)}")
     return CheckpointFolder(folder, frozenset(entries), entries)
 
 
 def checked_folder(folder: Path | str) -> Path:
-    """`folder` with links resolved; a UserError where there is none."""
+    """Returns `folder` with links resolved.
+
+    Raises:
+      UserError: there is no such folder.
+    """
     path = Path(folder)
     if not path.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -76,7 +75,11 @@ def checked_folder(folder: Path | str) -> Path:
 
 
 def checked_file(folder: Path, name: str) -> Path:
-    """The file `name` of a resolved folder, which must be a regular file inside it even after following links."""
+    """Returns the path of the file `name` of a resolved folder, with links resolved.
+
+    Raises:
+      UserError: the file is missing, not a regular file, or outside the folder.
+    """
     path = folder / name
     try:
         real = path.resolve(strict=True)
@@ -100,8 +103,8 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
             raise UserError(
-                f"{path}: tensor {shown(name)} is said to be in {shown(file)}; "
-                "a plain name ending in .safetensors is wanted"
+                f"{path}: tensor {shown(name)} is listed in {shown(file)}; "
+                "expected a plain name that ends in .safetensors"
             )
     return weight_map
 
@@ -110,7 +113,7 @@ def _read_shards(folder: Path, weight_map: dict[str, str], files: list[str]) -> 
     entries: dict[str, TensorEntry] = {}
     for file in files:
         path = checked_file(folder, file)
-        for name, entry in read_header(path).tensors.items():
+        for name, entry in read_header(path).items():
             if name in entries:
                 raise UserError(f"{path}: tensor {shown(name)} is also in {entries[name].path.name}")
             if weight_map.get(name) != file:
@@ -124,7 +127,7 @@ def _read_shards(folder: Path, weight_map: dict[str, str], files: list[str]) -> 
 
 
 def named(names: list[str]) -> str:
-    """`tensor 'a'`, or `3 tensors ('a', 'b', 'c')`, shortened, for a message."""
+    """Returns `tensor 'a'` or `3 tensors ('a', 'b', 'c')`, shortened, for a message."""
     if len(names) == 1:
         return f"tensor {shown(names[0])}"
     more = ", ..." if len(names) > _MAX_NAMED else ""

@@ -1,7 +1,7 @@
-"""`save_hf`: a model into a folder in the published layout.
+"""`save_hf`, which writes a model to a folder in the published layout.
 
-Everything is written to a hidden folder beside the target, which takes the target's name once it is whole; shards come
-first, what makes a folder look like a checkpoint (index and config.json) last.
+All files are written to a hidden folder beside the target, which is renamed to the target once it is complete. Shards
+are written first; index and config.json, without which no program takes the folder for a checkpoint, are written last.
 """
 
 from __future__ import annotations
@@ -23,12 +23,19 @@ from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.interop.checkpoint_folder import INDEX_NAME, SINGLE_NAME
 from dsv3_jax.interop.fp8_weights import quantise, quantise_with
 from dsv3_jax.interop.hf_config import CONFIG_NAME, to_published
-from dsv3_jax.interop.layout import FP8, Format, Layout, are_powers_of_two, layout_of, uniform_layout
 from dsv3_jax.interop.parameter_tree import arrays
 from dsv3_jax.interop.progress import byte_progress
 from dsv3_jax.interop.safetensors_reader import DTYPES
 from dsv3_jax.interop.safetensors_writer import TensorSpec, write_safetensors
-from dsv3_jax.interop.tensor_names import Slot, slots
+from dsv3_jax.interop.stored_format import (
+    FP8,
+    DtypeName,
+    StoredFormat,
+    are_powers_of_two,
+    format_of_parameters,
+    uniform_format,
+)
+from dsv3_jax.interop.tensor_names import PublishedTensor, published_tensors
 from dsv3_jax.interop.tokenizer_files import TokenIds, write_tokenizer
 from dsv3_jax.interop.whole_folder import whole_folder
 from dsv3_jax.model import DeepSeekV3
@@ -41,57 +48,59 @@ def save_hf(
     model: DeepSeekV3,
     folder: str | Path,
     *,
-    dtype: Format | None = None,
+    dtype: DtypeName | None = None,
     power_of_two_scales: bool = False,
-    layout: Layout | None = None,
+    stored_format: StoredFormat | None = None,
     tokenizer: str | Path | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> None:
-    """Writes `model` as transformers and serving engines read it: safetensors, index, config.json, tokenizer, MTP.
+    """Writes a model as transformers and serving engines read it: safetensors, index, config.json and tokenizer.
 
     Args:
-      model: any model of this architecture; sharded arrays are gathered a tensor at a time.
+      model: any model of this architecture. Of sharded arrays, one tensor at a time is gathered.
       folder: a new folder.
-      dtype: "float32", "bfloat16", "fp8" (e4m3 and scales for the linear maps, bfloat16 for the rest), or None for what
-        each parameter has. Router biases are float32 always.
-      power_of_two_scales: FP8 scales are powers of two (`scale_fmt: ue8m0`).
-      layout: how each tensor is stored, in the place of `dtype`; an imported run keeps its checkpoint's.
-      tokenizer: a tokenizer.json, or a folder with one, to go with it.
-      max_shard_bytes: a shard is closed before it grows beyond this.
+      dtype: "float32", "bfloat16" or "fp8" (linear maps in e4m3 with scales, the others in bfloat16). None keeps the
+        dtype of each parameter. Router biases are float32 always.
+      power_of_two_scales: make FP8 scales powers of two (`scale_fmt: ue8m0`).
+      stored_format: how each tensor is stored, instead of `dtype`; an imported run gives that of its checkpoint.
+      tokenizer: a tokenizer.json, or a folder that has one, to be copied along.
+      max_shard_bytes: the largest size of a shard, unless a single tensor is larger.
       progress: show a progress bar on stderr.
 
     Raises:
-      UserError: the folder is there already or cannot be written, or the layout has no word for this model.
+      UserError: the folder exists already or cannot be written, or config.json has no field for a setting of the model.
     """
     parameters = arrays(model)
-    if layout is None:
-        layout = _layout(parameters, model.config, dtype, power_of_two_scales)
-    specs = list(layout.specs(model.config))
+    if stored_format is None:
+        stored_format = _format(parameters, model.config, dtype, power_of_two_scales)
+    specs = list(stored_format.specs(model.config))
     shards = split_into_shards(specs, max_shard_bytes)
     total = sum(spec.nbytes for spec in specs)
-    to_published(model.config, dtype="float32")  # refuses what cannot be expressed before anything is written
+    to_published(
+        model.config, dtype="float32"
+    )  # refuses a model that config.json cannot describe before anything is written
     with whole_folder(Path(folder)) as writing, byte_progress("writing", total, shown=progress) as advance:
-        values = tensor_values(model.config, layout, parameters)
+        values = tensor_values(model.config, stored_format, parameters)
         for name, shard in shards.items():
             write_safetensors(writing / name, shard, itertools.islice(values, len(shard)), advance)
         ids = write_tokenizer(tokenizer, writing, model.config.vocab_size)
         _write_index(writing, shards, total)
-        _write_config(writing, model.config, layout, ids)
+        _write_config(writing, model.config, stored_format, ids)
 
 
-def tensor_values(config: ModelConfig, layout: Layout, parameters: dict[str, Any]) -> Iterator[np.ndarray]:
-    """The values of `layout.specs`, on the host, one at a time."""
-    for slot in slots(config):
-        parameter, stored = parameters[slot.path], layout.dtypes[slot.name]
-        if stored == FP8:
-            yield from _fp8_values(slot, parameter, layout)
+def tensor_values(config: ModelConfig, stored_format: StoredFormat, parameters: dict[str, Any]) -> Iterator[np.ndarray]:
+    """Yields the values of each tensor of `stored_format.specs`, on the host."""
+    for tensor in published_tensors(config):
+        parameter, dtype = parameters[tensor.path], stored_format.dtypes[tensor.name]
+        if dtype == FP8:
+            yield from _fp8_values(tensor, parameter, stored_format)
         else:
-            yield _plain_values(slot, parameter).astype(DTYPES[stored], copy=False)
+            yield _plain_values(tensor, parameter).astype(DTYPES[dtype], copy=False)
 
 
 def split_into_shards(specs: list[TensorSpec], max_bytes: int) -> dict[str, list[TensorSpec]]:
-    """File names and what each holds, in order; one file when everything fits."""
+    """Returns the tensors of each shard by its file name, in order; one file where all tensors fit into it."""
     groups: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:
@@ -106,45 +115,49 @@ def split_into_shards(specs: list[TensorSpec], max_bytes: int) -> dict[str, list
     return {f"model-{i:05d}-of-{count:06d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
-def _layout(parameters: dict[str, Any], config: ModelConfig, dtype: Format | None, power_of_two_scales: bool) -> Layout:
+def _format(
+    parameters: dict[str, Any], config: ModelConfig, dtype: DtypeName | None, power_of_two_scales: bool
+) -> StoredFormat:
     if dtype not in (None, "float32", "bfloat16", "fp8"):
         raise ConfigError(f"dtype must be float32, bfloat16, fp8 or None, not {dtype!r}")
     if dtype is not None:
-        return uniform_layout(config, dtype, power_of_two_scales=power_of_two_scales)
+        return uniform_format(config, dtype, power_of_two_scales=power_of_two_scales)
     kept = [value for value in parameters.values() if isinstance(value, Fp8Weight)]
     powers = are_powers_of_two(np.asarray(value.scales) for value in kept)
-    return layout_of(config, {path: value.dtype for path, value in parameters.items()}, powers)
+    return format_of_parameters(config, {path: value.dtype for path, value in parameters.items()}, powers)
 
 
-def _plain_values(slot: Slot, parameter: Any) -> np.ndarray:
+def _plain_values(tensor: PublishedTensor, parameter: Any) -> np.ndarray:
     if isinstance(parameter, Fp8Weight):
         parameter = Fp8Weight(
-            jnp.asarray(_at(parameter.values, slot.index)),
-            jnp.asarray(_at(parameter.scales, slot.index)),
+            jnp.asarray(_at(parameter.values, tensor.index)),
+            jnp.asarray(_at(parameter.scales, tensor.index)),
             parameter.columns,
         ).astype(jnp.float32)
-        return np.asarray(parameter).reshape(slot.shape)
-    return _at(parameter, slot.index).reshape(slot.shape)
+        return np.asarray(parameter).reshape(tensor.shape)
+    return _at(parameter, tensor.index).reshape(tensor.shape)
 
 
-def _fp8_values(slot: Slot, parameter: Any, layout: Layout) -> Iterator[np.ndarray]:
+def _fp8_values(tensor: PublishedTensor, parameter: Any, stored_format: StoredFormat) -> Iterator[np.ndarray]:
     if isinstance(parameter, Fp8Weight):
-        yield _at(parameter.values, slot.index).reshape(slot.shape)
-        yield _at(parameter.scales, slot.index)
+        yield _at(parameter.values, tensor.index).reshape(tensor.shape)
+        yield _at(parameter.scales, tensor.index)
         return
-    plain = _plain_values(slot, parameter).astype(np.float32, copy=False)
-    scales = layout.scales.get(slot.name)
+    plain = _plain_values(tensor, parameter).astype(np.float32, copy=False)
+    scales = stored_format.scales.get(tensor.name)
     if scales is None:
-        yield from quantise(plain, power_of_two_scales=layout.power_of_two_scales)
+        yield from quantise(plain, power_of_two_scales=stored_format.power_of_two_scales)
     else:
         yield quantise_with(plain, scales)
         yield scales
 
 
 def _at(array: jax.Array, index: tuple[int, ...]) -> np.ndarray:
-    """array[index] on the host. Nothing else of the array is moved."""
+    """Returns array[index] on the host. No other part of the array is copied to the host."""
     if not array.is_fully_addressable:
-        raise UserError("a model spread over several processes cannot be exported; export its checkpoint from one")
+        raise UserError(
+            "a model that is sharded over several processes cannot be exported; export its checkpoint from one"
+        )
     if len(array.devices()) == 1 and next(iter(array.devices())).platform == "cpu":
         return np.asarray(array)[index]
     return np.asarray(_slice(array, np.array(index, np.int32), len(index)))
@@ -165,11 +178,11 @@ def _write_index(folder: Path, shards: dict[str, list[TensorSpec]], total: int) 
     _write_json(folder / INDEX_NAME, index)
 
 
-def _write_config(folder: Path, config: ModelConfig, layout: Layout, ids: TokenIds) -> None:
+def _write_config(folder: Path, config: ModelConfig, stored_format: StoredFormat, ids: TokenIds) -> None:
     values = to_published(
         config,
-        dtype=layout.torch_dtype,
-        quantization=layout.quantization,
+        dtype=stored_format.torch_dtype,
+        quantization=stored_format.quantization,
         bos_token_id=ids.bos,
         eos_token_id=ids.eos,
     )

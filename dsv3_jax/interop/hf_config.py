@@ -1,8 +1,8 @@
-"""Published `config.json` files to and from `ModelConfig`.
+"""Converts published `config.json` files to `ModelConfig` and back.
 
-Keys are allow-listed: each is either translated, checked against the one value this architecture knows, or known to
-say nothing about the numbers. Any other key is refused, since a field that is silently dropped is a model that is
-silently another. Nothing a file names (`auto_map`, remote code) is ever imported.
+Only known keys are accepted. Each is translated, or checked against the one value that this architecture has, or known
+not to change what a model computes. Any other key is refused, because ignoring it could load a different model without
+a warning. Code that a file names (`auto_map`) is never imported.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dsv3_jax.interop.bounded_json import read_object, shown
 CONFIG_NAME = "config.json"
 _MAX_CONFIG_BYTES = 1_000_000
 
-# All are DeepSeek-V3's architecture under other names, but for deepseek_v2.
+# Names of DeepSeek-V3's architecture.
 V3_MODEL_TYPES = ("deepseek_v3", "kimi_k2")
 V2_MODEL_TYPES = ("deepseek_v2",)
 
-# Translated one to one.
+# Fields with the same name and meaning in ModelConfig.
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -42,12 +42,12 @@ _REQUIRED = (
     "max_position_embeddings",
     "routed_scaling_factor",
 )
-# null says something here: no query compression, no shared experts, no groups.
+# Here null has a meaning: no query compression, no shared experts, no groups.
 _NULLABLE: dict[str, Any] = {"q_lora_rank": None, "n_shared_experts": 0, "n_group": 1, "topk_group": 1}
 _OPTIONAL: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
 _FRACTIONAL = {"routed_scaling_factor", *_OPTIONAL}
 
-# Only these values are the architecture; any other asks for a model that this is not.
+# The only values with which config.json describes this architecture.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
@@ -58,7 +58,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
 }
 
-# Says nothing about the numbers a checkpoint computes.
+# Fields that do not change what a model computes.
 _SILENT = {
     "architectures",
     "auto_map",
@@ -85,7 +85,7 @@ _SILENT = {
     "problem_type",
     "router_aux_loss_coef",
 }
-# Derived from others; checked only by being recomputed.
+# Fields that follow from others.
 _DERIVED = {"num_key_value_heads", "head_dim", "qk_head_dim", "num_local_experts", "num_experts"}
 _TRANSLATED = {
     "model_type",
@@ -105,10 +105,10 @@ _ROPE_KEYS = {field.name for field in dataclasses.fields(RopeScaling)}
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """The FP8 form of a checkpoint's linear maps: e4m3 values, one scale a 128 x 128 block.
+    """The FP8 format of a checkpoint's linear maps: e4m3 values with one scale per block of 128 x 128.
 
     Attributes:
-      power_of_two_scales: every scale is a power of two (`scale_fmt: ue8m0`, V3.1).
+      power_of_two_scales: whether every scale is a power of two (`scale_fmt: ue8m0`, V3.1).
     """
 
     power_of_two_scales: bool = False
@@ -116,13 +116,13 @@ class Quantization:
 
 @dataclasses.dataclass(frozen=True)
 class PublishedConfig:
-    """What a `config.json` says.
+    """The contents of a `config.json`.
 
     Attributes:
       model: the architecture.
-      quantization: the FP8 form, or None where weights are stored as they are.
-      rope_interleave: rotary pairs lie side by side (2i, 2i+1), as in every published checkpoint; with False they
-        lie half a head apart (i, i + width/2), and loading moves the rows.
+      quantization: the FP8 format; None where weights are not quantised.
+      rope_interleave: True where rotary pairs are neighbours (2i, 2i+1), as in every published checkpoint. False where
+        they are half a head apart (i, i + width/2); loading reorders the rows.
     """
 
     model: ModelConfig
@@ -131,7 +131,7 @@ class PublishedConfig:
 
 
 def read_config(folder: Path) -> PublishedConfig:
-    """The `config.json` of a checkpoint folder (see `from_published`)."""
+    """Reads the `config.json` of a checkpoint folder (see `from_published`)."""
     path = folder / CONFIG_NAME
     values = read_object(path, max_bytes=_MAX_CONFIG_BYTES)
     try:
@@ -144,7 +144,7 @@ def from_published(values: Mapping[str, Any]) -> PublishedConfig:
     """Translates the keys of a `config.json`.
 
     Raises:
-      ConfigError: a key that is unknown, missing, of the wrong type or out of all proportion.
+      ConfigError: a key is unknown or missing, or its value has the wrong type or is not possible.
     """
     model_type = values.get("model_type")
     if model_type not in (*V3_MODEL_TYPES, *V2_MODEL_TYPES):
@@ -162,7 +162,7 @@ def from_published(values: Mapping[str, Any]) -> PublishedConfig:
         num_nextn_predict_layers=_mtp_layers(values),
         rope_theta=theta,
         rope_scaling=scaling,
-        # The published modelling code leaves the latents' norms at their default whatever rms_norm_eps says.
+        # The published modelling code uses the default of the latents' norms whatever rms_norm_eps is.
         latent_norm_eps=1e-6,
     )
     interleave = values.get("rope_interleave")
@@ -179,16 +179,16 @@ def to_published(
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
 ) -> dict[str, Any]:
-    """The `config.json` of a model, in the form that every loader reads (`rope_theta` and `rope_scaling`).
+    """Returns the `config.json` of a model, in the form that every loader reads (`rope_theta` and `rope_scaling`).
 
     Args:
       config: the architecture.
-      dtype: name of the dtype the unquantised tensors are stored in, such as "bfloat16".
-      quantization: the FP8 form, if the linear maps are stored so.
-      bos_token_id, eos_token_id: the tokenizer's ids of begin and end, if it has them.
+      dtype: name of the dtype of tensors that are not quantised, such as "bfloat16".
+      quantization: the FP8 format of the linear maps; None where they are not quantised.
+      bos_token_id, eos_token_id: ids of the tokens that begin and end a text, if the tokenizer has them.
 
     Raises:
-      ConfigError: the published layout has no word for a setting of this model.
+      ConfigError: config.json has no field for a setting of this model.
     """
     _check_expressible(config)
     v3 = config.topk_method == "noaux_tc"
@@ -238,7 +238,7 @@ def _check_expressible(config: ModelConfig) -> None:
         if getattr(config, name) != value:
             raise ConfigError(
                 f"{name} is {getattr(config, name)!r}; a published {'deepseek_v2' if v2 else 'deepseek_v3'} "
-                f"checkpoint means {value!r} and has no field for another"
+                f"checkpoint always has {value!r} and has no field for another value"
             )
 
 
@@ -247,8 +247,8 @@ def _check_keys(values: Mapping[str, Any]) -> None:
     unknown = sorted(key for key in values if key not in known)
     if unknown:
         raise ConfigError(
-            f"{', '.join(shown(key) for key in unknown[:5])}: not a field of this architecture; if it changes nothing "
-            "about the weights, remove it from config.json"
+            f"{', '.join(shown(key) for key in unknown[:5])}: not a field of this architecture; if it does not change "
+            "what the model computes, remove it from config.json"
         )
     missing = [name for name in (*_REQUIRED, "q_lora_rank", "n_shared_experts") if name not in values]
     if missing:
@@ -258,7 +258,7 @@ def _check_keys(values: Mapping[str, Any]) -> None:
 def _check_fixed(values: Mapping[str, Any]) -> None:
     for name, allowed in _FIXED.items():
         if name in values and values[name] not in allowed:
-            raise ConfigError(f"{name} is {shown(values[name])}; this architecture has {allowed[0]!r} only")
+            raise ConfigError(f"{name} is {shown(values[name])}; this architecture allows {allowed[0]!r} only")
 
 
 def _plain_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,13 +271,13 @@ def _plain_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             fields[name] = _number(name, value) if name in _FRACTIONAL else _whole(name, value)
     if values.get("topk_method") == "greedy":
-        # The published code of this choice never looks at groups.
+        # The published code of this method ignores groups.
         fields["n_group"] = fields["topk_group"] = 1
     return fields
 
 
 def _check_derived(values: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
-    """Fields that other loaders store beside those they follow from."""
+    """Checks the fields that follow from others."""
     expected = {
         "num_key_value_heads": fields["num_attention_heads"],
         "qk_head_dim": fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"],
@@ -290,7 +290,7 @@ def _check_derived(values: Mapping[str, Any], fields: Mapping[str, Any]) -> None
 
 
 def _routing(values: Mapping[str, Any], *, v2: bool) -> dict[str, Any]:
-    """How experts are scored and chosen; what a file leaves out is its family's default."""
+    """Returns how experts are scored and chosen; a missing field has the default of its model type."""
     result = {
         "scoring_func": values.get("scoring_func") or ("softmax" if v2 else "sigmoid"),
         "topk_method": values.get("topk_method") or ("greedy" if v2 else "noaux_tc"),
@@ -315,12 +315,12 @@ def _mtp_layers(values: Mapping[str, Any]) -> int:
     found = {name: values[name] for name in ("num_nextn_predict_layers", "num_mtp_layers") if name in values}
     counts = {_whole(name, value) for name, value in found.items() if value is not None}
     if len(counts) > 1:
-        raise ConfigError("num_nextn_predict_layers and num_mtp_layers say different depths")
+        raise ConfigError("num_nextn_predict_layers and num_mtp_layers differ")
     return counts.pop() if counts else 0
 
 
 def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """theta and YaRN, from `rope_theta` and `rope_scaling` or from the newer `rope_parameters` that holds both."""
+    """Returns theta and YaRN's fields from `rope_theta` and `rope_scaling`, or from the newer `rope_parameters`."""
     for name in ("rope_scaling", "rope_parameters"):
         if not isinstance(values.get(name), dict | None):
             raise ConfigError(f"{name} must be an object or null, not {shown(values[name])}")
@@ -336,10 +336,10 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     theta = _number("rope_theta", theta)
     if kinds <= {"default"}:
         if parameters and not kinds:
-            raise ConfigError("rope_scaling has no type; yarn is the one this architecture knows")
+            raise ConfigError("rope_scaling has no type; this architecture supports yarn only")
         return theta, None
     if kinds != {"yarn"}:
-        raise ConfigError(f"rope_scaling type {shown(sorted(kinds))}; yarn is the one this architecture knows")
+        raise ConfigError(f"rope_scaling type is {shown(sorted(kinds))}; this architecture supports yarn only")
     return theta, _yarn(parameters)
 
 
@@ -360,7 +360,7 @@ def _yarn(parameters: dict[str, Any]) -> RopeScaling:
     fields["original_max_position_embeddings"] = _whole(
         "rope_scaling.original_max_position_embeddings", parameters["original_max_position_embeddings"]
     )
-    # The defaults of the published modelling code: no temperature on the softmax, all of it on cos and sin.
+    # The defaults of the published modelling code: it scales cos and sin and leaves the softmax as it is.
     return RopeScaling(**{"mscale": 1.0, "mscale_all_dim": 0.0, **fields})
 
 
@@ -377,12 +377,12 @@ def _quantization(values: Any) -> Quantization | None:
     }
     for name, value in known.items():
         if values.get(name, value) != value:
-            raise ConfigError(f"quantization_config.{name} is {shown(values[name])}; {value!r} is what is known here")
+            raise ConfigError(f"quantization_config.{name} is {shown(values[name])}; only {value!r} is supported")
     if values.get("quant_method") is None:
-        raise ConfigError("quantization_config.quant_method is missing; 'fp8' is what is known here")
+        raise ConfigError("quantization_config.quant_method is missing; only 'fp8' is supported")
     scale_format = values.get("scale_fmt")
     if scale_format not in (None, "ue8m0", "float"):
-        raise ConfigError(f"quantization_config.scale_fmt is {shown(scale_format)}; ue8m0 is what is known here")
+        raise ConfigError(f"quantization_config.scale_fmt is {shown(scale_format)}; only ue8m0 is supported")
     return Quantization(power_of_two_scales=scale_format == "ue8m0")
 
 
@@ -403,13 +403,3 @@ def _as_float(value: float) -> float:
         return float(value)
     except OverflowError:
         return math.inf
-
-
-__all__ = [
-    "CONFIG_NAME",
-    "PublishedConfig",
-    "Quantization",
-    "from_published",
-    "read_config",
-    "to_published",
-]

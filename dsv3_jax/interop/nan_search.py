@@ -1,4 +1,4 @@
-"""NaN in arrays of any float, by their bits: numpy's own test of bfloat16 and float8 goes element by element."""
+"""Finds NaN in arrays of any float dtype by their bits: numpy's test of bfloat16 and float8 is slow, one by one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 
 from dsv3_jax.interop.fp8_weights import E4M3
 
-_CHUNK = 1 << 16  # elements; stays in a core's cache
-# dtype: the unsigned integer of its width, and the largest bits without sign that are not NaN.
+_CHUNK = 1 << 16  # elements, so that they stay in a core's cache
+# dtype: the unsigned integer of its width, and the largest value of its bits without the sign that is not NaN.
 _LARGEST_NUMBER = {
     "float32": (np.uint32, 0x7F800000),
     "bfloat16": (np.uint16, 0x7F80),
@@ -17,7 +17,7 @@ _LARGEST_NUMBER = {
 
 
 def has_nan(array: np.ndarray) -> bool:
-    """Whether an array of float32, bfloat16, float16 or e4m3 holds NaN."""
+    """Tells whether an array of float32, bfloat16, float16 or e4m3 holds NaN."""
     kind, largest = _LARGEST_NUMBER[array.dtype.name]
     bits = np.ascontiguousarray(array).reshape(-1).view(kind)
     magnitude = kind(np.iinfo(kind).max >> 1)

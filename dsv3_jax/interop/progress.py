@@ -1,4 +1,4 @@
-"""A progress bar in bytes, on stderr."""
+"""Shows a progress bar in bytes on stderr."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from rich.progress import (
 
 @contextmanager
 def byte_progress(what: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is told bytes done; draws nothing unless `shown`. May be called from any thread."""
+    """Yields a function that moves the progress bar by a number of bytes and may be called from any thread.
+
+    Args:
+      what: the text beside the bar.
+      total: bytes in all.
+      shown: if False, no bar is drawn.
+    """
     if not shown:
         yield lambda count: None
         return

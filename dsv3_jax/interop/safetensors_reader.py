@@ -1,8 +1,8 @@
-"""Reads safetensors files lazily and trusts nothing in them.
+"""Reads safetensors files: the header at once, tensors when they are asked for. Nothing in the file is trusted.
 
-The format: 8 bytes little-endian length N, N bytes of JSON mapping tensor names to dtype, shape and byte offsets into
-what follows, then the data. Numpy has no float8 or bfloat16; ml_dtypes lends them. Opening a file costs the header
-alone, and no allocation is ever made for a size that the file does not really hold.
+The format: the length N of the header (8 bytes, little-endian), N bytes of JSON that map tensor names to dtype, shape
+and byte offsets into the data, then the data. ml_dtypes provides float8 and bfloat16, which numpy lacks. No memory is
+allocated for a size that the file does not really have.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DTYPE_NAMES: dict[np.dtype, str] = {dtype: name for name, dtype in DTYPES.items(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: `start` counts bytes from the beginning of the file."""
+    """Where a file has one tensor; `start` counts bytes from the beginning of the file."""
 
     name: str
     dtype: str
@@ -64,16 +64,16 @@ class TensorEntry:
         return self.size * DTYPES[self.dtype].itemsize
 
     def read(self) -> np.ndarray:
-        """The whole tensor."""
+        """Returns the whole tensor."""
         return self.read_rows(0, self.shape[0]) if self.shape else self._read(0, 1).reshape(())
 
     def read_rows(self, first: int, last: int) -> np.ndarray:
-        """Rows first .. last - 1 along the leading axis, [last - first, ...]; nothing else is read."""
+        """Returns rows first .. last - 1 along the first axis, [last - first, ...]; only these are read."""
         row = math.prod(self.shape[1:])
         return self._read(first * row, last * row).reshape(last - first, *self.shape[1:])
 
     def read_rows_into(self, first: int, last: int, target: np.ndarray) -> None:
-        """The same into `target`, a C-contiguous array of this tensor's dtype and as many elements."""
+        """Reads rows first .. last - 1 into `target`, a C-contiguous array of this dtype with as many elements."""
         row = math.prod(self.shape[1:])
         self._fill(target.reshape(-1).view(np.uint8), first * row * target.itemsize)
         assert target.size == (last - first) * row
@@ -85,7 +85,7 @@ class TensorEntry:
         return flat
 
     def _fill(self, target: np.ndarray, offset: int) -> None:
-        """Fills the bytes `target` from `offset` bytes into the tensor."""
+        """Fills the bytes `target` from the tensor's bytes, beginning at `offset`."""
         if not target.size:
             return
         try:
@@ -105,19 +105,11 @@ class TensorEntry:
             os.close(descriptor)
 
 
-@dataclasses.dataclass(frozen=True)
-class SafetensorsHeader:
-    """What a file says of itself."""
-
-    tensors: dict[str, TensorEntry]
-    metadata: dict[str, str]
-
-
-def read_header(path: Path) -> SafetensorsHeader:
-    """Every tensor of a safetensors file, checked: dtypes, shapes, offsets that cover the data exactly.
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Returns the tensors of a safetensors file by name, after checking that their offsets cover the data exactly.
 
     Raises:
-      UserError: anything amiss, naming the file and the tensor.
+      UserError: anything is wrong with the header; the message names file and tensor.
     """
     try:
         size = os.path.getsize(path)
@@ -138,17 +130,16 @@ def read_header(path: Path) -> SafetensorsHeader:
     if not raw.startswith(b"{"):
         raise UserError(f"{path}: the header does not start with '{{'; not a safetensors file")
     header = parse_object(raw, f"{path}: header")
-    metadata = _checked_metadata(header.pop("__metadata__", {}), path)
+    _check_metadata(header.pop("__metadata__", {}), path)
     data_start = 8 + length
     entries = [_checked_entry(name, fields, data_start, size, path) for name, fields in header.items()]
     _check_coverage(entries, data_start, size, path)
-    return SafetensorsHeader({entry.name: entry for entry in entries}, metadata)
+    return {entry.name: entry for entry in entries}
 
 
-def _checked_metadata(metadata: Any, path: Path) -> dict[str, str]:
+def _check_metadata(metadata: Any, path: Path) -> None:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"{path}: __metadata__ must map strings to strings")
-    return metadata
 
 
 def _checked_entry(name: str, fields: Any, data_start: int, file_size: int, path: Path) -> TensorEntry:
@@ -159,13 +150,13 @@ def _checked_entry(name: str, fields: Any, data_start: int, file_size: int, path
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{where} has dtype {shown(dtype)}; known are {', '.join(DTYPES)}")
     if not _are_counts(shape) or len(shape) > MAX_RANK:
-        raise UserError(f"{where} has shape {shown(shape)}; at most {MAX_RANK} whole numbers are wanted")
+        raise UserError(f"{where} has shape {shown(shape)}; expected at most {MAX_RANK} whole numbers")
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise UserError(f"{where} has data_offsets {shown(offsets)}; two whole numbers are wanted")
+        raise UserError(f"{where} has data_offsets {shown(offsets)}; expected two whole numbers")
     begin, end = offsets
     if begin > end or data_start + end > file_size:
         raise UserError(
-            f"{where} lies at bytes {begin}..{end} of {file_size - data_start:,}; the file was cut or damaged"
+            f"{where} is at bytes {begin}..{end} of {file_size - data_start:,}; the file was cut or damaged"
         )
     wanted = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != wanted:
@@ -178,12 +169,12 @@ def _are_counts(values: Any) -> bool:
 
 
 def _check_coverage(entries: list[TensorEntry], data_start: int, file_size: int, path: Path) -> None:
-    """Tensors must follow one another without hole or overlap, to the last byte."""
+    """Checks that the tensors follow one another without a gap or overlap, to the last byte."""
     position = data_start
     for entry in sorted(entries, key=lambda entry: (entry.start, entry.nbytes)):
         if entry.start != position:
-            fault = "overlaps the one before it" if entry.start < position else "leaves a hole before it"
+            fault = "overlaps the one before it" if entry.start < position else "leaves a gap before it"
             raise UserError(f"{path}: tensor {shown(entry.name)} {fault}")
         position += entry.nbytes
     if position != file_size:
-        raise UserError(f"{path}: {file_size - position:,} bytes after the last tensor belong to nothing")
+        raise UserError(f"{path}: {file_size - position:,} bytes after the last tensor belong to no tensor")

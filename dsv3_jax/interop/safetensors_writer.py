@@ -1,4 +1,4 @@
-"""Writes safetensors files tensor by tensor, so that no more than one tensor is in memory."""
+"""Writes safetensors files one tensor at a time, so that at most one tensor is in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsv3_jax.interop.safetensors_reader import DTYPES
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a file's header says of a tensor."""
+    """Name, dtype and shape of a tensor, as they are in the header of a file."""
 
     name: str
     dtype: str
@@ -34,13 +34,13 @@ def write_safetensors(
     values: Iterable[np.ndarray],
     advance: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Writes a file and waits until it is on the disk.
+    """Writes a file, and returns when it is on the disk.
 
     Args:
       path: a new file.
       specs: its tensors.
-      values: their values in the same order, made one at a time.
-      advance: told the bytes written.
+      values: their values in the same order, taken one at a time.
+      advance: is called with the number of bytes that were written.
 
     Raises:
       OSError: the disk is full or cannot be written.

@@ -1,4 +1,4 @@
-"""The tokenizer that goes with a checkpoint."""
+"""Reads and writes the tokenizer files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.interop.checkpoint_folder import checked_file, checked_folder
 
 TOKENIZER_NAME = "tokenizer.json"
-# Settings of other tools, carried along unread.
+# Settings of other programs, which are copied without being read.
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 _MAX_COMPANION_BYTES = 10_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenIds:
-    """Ids of begin and end, where known."""
+    """The ids of the tokens that begin and end a text, where they are known."""
 
     bos: int | None = None
     eos: int | None = None
 
 
 def read_tokenizer(source: str | Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a folder, or a tokenizer.json itself, checked to fit a model.
+    """Returns the tokenizer of a folder, or of a tokenizer.json, after checking that it fits the model.
 
     Raises:
-      UserError: none there, not a tokenizer, or ids beyond the model's vocabulary.
+      UserError: there is no tokenizer, the file is not one, or it has more ids than the model's vocabulary.
     """
     path = Path(source)
     if path.is_dir():
@@ -41,7 +41,10 @@ def read_tokenizer(source: str | Path, vocab_size: int) -> Tokenizer:
 
 
 def write_tokenizer(source: str | Path | None, folder: Path, vocab_size: int) -> TokenIds:
-    """Copies a tokenizer and its companions into `folder`; what a companion lacks is written from the tokenizer."""
+    """Copies a tokenizer and its settings files into `folder`, and returns its special ids.
+
+    Where tokenizer_config.json is missing, it is written with the tokenizer's begin and end tokens.
+    """
     if source is None:
         return TokenIds()
     tokenizer = read_tokenizer(source, vocab_size)

@@ -36,6 +36,9 @@ from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.state import Skeleton, TrainState, new_state
 from dsv3_jax.training.state_layout import StateLayout
 
+Tree = Any
+"""A train state or part of one: arrays, or their shapes, or their shardings."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RunPosition:
@@ -168,15 +171,23 @@ def restore(
       layout: the devices to restore to; one device if not given.
     """
     skeleton, abstract = abstract_state(config, make_model)
-    shardings = _to_arrays((layout or StateLayout()).of_state(abstract))
+    state = _restore_arrays(path, abstract, (layout or StateLayout()).of_state(abstract))
+    return skeleton, state, RunPosition(**json.loads((path / "run.json").read_text()))
+
+
+def _restore_arrays(path: Path, abstract: Tree, shardings: Tree) -> Tree:
+    """Restores the arrays whose shapes are in `abstract`: a state, or part of one, of which nothing else is read."""
+    by_name = _to_arrays(shardings)
     wanted = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_name[name])
         for name, leaf in _to_arrays(abstract).items()
     }
-    with ocp.StandardCheckpointer() as arrays:
-        restored = arrays.restore((path / "arrays").absolute(), wanted)
-    position = RunPosition(**json.loads((path / "run.json").read_text()))
-    return skeleton, _from_arrays(abstract, restored), position
+    args = ocp.args.PyTreeRestore(
+        item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+    )
+    with ocp.PyTreeCheckpointer() as arrays:
+        restored = arrays.restore((path / "arrays").absolute(), args=args)
+    return _from_arrays(abstract, restored)
 
 
 def abstract_state(config: RunConfig, make_model: Callable[[], DeepSeekV3]) -> tuple[Skeleton, TrainState]:
@@ -186,11 +197,12 @@ def abstract_state(config: RunConfig, make_model: Callable[[], DeepSeekV3]) -> t
     return Skeleton(graph, constants), jax.eval_shape(lambda: new_state(make_model(), config)[1])
 
 
-def load_checkpoint(folder: str | Path) -> tuple[DeepSeekV3, Tokenizer, int]:
+def load_checkpoint(folder: str | Path, *, devices: Devices = OneDevice()) -> tuple[DeepSeekV3, Tokenizer, int]:
     """Loads the newest undamaged checkpoint of a run. A warning names each newer checkpoint that is damaged.
 
     Args:
       folder: the run's folder.
+      devices: where the parameters are kept: `OneDevice()`, or `OnMesh(mesh)`. They are read straight to there.
 
     Returns:
       The model, the tokenizer and the step. The weights are the running average, if the run keeps one.
@@ -203,9 +215,12 @@ def load_checkpoint(folder: str | Path) -> tuple[DeepSeekV3, Tokenizer, int]:
     path = last_whole_checkpoint(run, warnings.warn)
     if path is None:
         raise UserError(f"{run.path} holds no checkpoint yet; wait until dsv3 train has saved its first one")
-    skeleton, state, position = restore(path, config, lambda: make_model(config))
-    params = state.params if state.average is None else state.average
-    return skeleton.model(params, state.router_biases), Tokenizer.load(path / "tokenizer"), position.step
+    skeleton, state = abstract_state(config, lambda: make_model(config, devices))
+    weights = "params" if state.average is None else "average"
+    wanted = {weights: getattr(state, weights), "router_biases": state.router_biases}
+    restored = _restore_arrays(path, wanted, devices.shardings(wanted))
+    model = skeleton.model(restored[weights], restored["router_biases"])
+    return model, Tokenizer.load(path / "tokenizer"), int(path.name)
 
 
 def make_model(config: RunConfig, devices: Devices = OneDevice()) -> DeepSeekV3:
@@ -228,13 +243,13 @@ def make_model(config: RunConfig, devices: Devices = OneDevice()) -> DeepSeekV3:
     return build()
 
 
-def _to_arrays(state: TrainState) -> dict[str, Any]:
-    """Returns the state (or its shapes or shardings) as a flat dictionary by path, which is what orbax stores."""
+def _to_arrays(state: Tree) -> dict[str, Any]:
+    """Returns a state (or its shapes or shardings) as a flat dictionary by path, which is what orbax stores."""
     flat, _ = jax.tree_util.tree_flatten_with_path(state)
     return {_name(path): _plain(leaf) for path, leaf in flat}
 
 
-def _from_arrays(like: TrainState, arrays: dict[str, Any]) -> TrainState:
+def _from_arrays(like: Tree, arrays: dict[str, Any]) -> Tree:
     def restored(path: tuple, leaf: Any) -> Any:
         array = arrays[_name(path)]
         return jax.random.wrap_key_data(array) if _is_key(leaf) else array

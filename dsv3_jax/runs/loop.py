@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.modules.devices import Devices
 from dsv3_jax.runs.agreement import any_process, is_first, share
 from dsv3_jax.runs.checkpoints import Checkpoints, RunPosition
 from dsv3_jax.runs.evaluation import Evaluation, evaluate
@@ -50,7 +51,7 @@ def train(
     config: RunConfig,
     out: Path | str | None = None,
     *,
-    initial_model: Callable[[], DeepSeekV3] | None = None,
+    initial_model: Callable[[Devices], DeepSeekV3] | None = None,
     timeout: float = 300.0,
 ) -> Outcome:
     """Trains a model, as the command `dsv3 train` does, and writes everything about the run into the folder `out`.
@@ -66,7 +67,8 @@ def train(
     Args:
       config: the run. `dsv3.default_run(preset)` gives the default of a preset.
       out: folder of the run; `runs/<preset>` in the current folder if not given.
-      initial_model: makes the model that a new run starts from; random weights if not given.
+      initial_model: returns the model that a new run starts from, given the devices that keep its parameters; random
+        weights if not given.
       timeout: with several processes, seconds without a step after which this process takes the others as lost and
         exits.
 

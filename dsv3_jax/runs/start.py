@@ -12,6 +12,7 @@ import jax
 from dsv3_jax.data import Data, TrainIterator, prepare_data
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.modules.devices import Devices
 from dsv3_jax.pipeline.passes import check_passes
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.runs.agreement import first_process_first, is_first, share
@@ -66,7 +67,7 @@ def run_layout(config: RunConfig) -> StateLayout:
 
 
 def start_or_resume(
-    config: RunConfig, folder: RunFolder, layout: StateLayout, initial_model: Callable[[], DeepSeekV3] | None
+    config: RunConfig, folder: RunFolder, layout: StateLayout, initial_model: Callable[[Devices], DeepSeekV3] | None
 ) -> RunStart:
     """Prepares the data, then restores the newest whole checkpoint or makes a new state.
 

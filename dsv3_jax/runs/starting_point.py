@@ -1,21 +1,20 @@
-"""The weights a new run starts from when it does not start from scratch."""
+"""The weights that a new run starts from when they are not drawn at random."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from flax import nnx
-
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.runs.checkpoints import load_checkpoint, make_model
+from dsv3_jax.modules.devices import Devices
+from dsv3_jax.runs.checkpoints import load_checkpoint
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.training.config import RunConfig
 
 
 def architecture_of_source(source: Path) -> ModelConfig:
-    """The architecture of a run's folder or of a checkpoint in the published layout.
+    """Returns the architecture of a run's folder, or of a checkpoint in the published layout.
 
     Raises:
       UserError: the folder is neither.
@@ -27,19 +26,17 @@ def architecture_of_source(source: Path) -> ModelConfig:
     return architecture_of(source)
 
 
-def load_starting_point(source: Path, config: RunConfig) -> DeepSeekV3:
-    """The model of a run's folder, or of a checkpoint in the published layout, for a run of `config`.
+def load_starting_point(source: Path, config: RunConfig, devices: Devices) -> DeepSeekV3:
+    """Returns the model of a run's folder, or of a checkpoint in the published layout, with float32 parameters.
+
+    Args:
+      config: the run that starts from the model.
+      devices: where the parameters are kept; they are read straight to there.
 
     Raises:
       UserError: the folder is neither, or its architecture is not the run's.
     """
-    if RunFolder(source).checkpoints.is_dir():
-        found, _, _ = load_checkpoint(source)
-    else:
-        from dsv3_jax.interop import load_hf
-
-        found = load_hf(source, dtype="float32")  # masters
-    ours, theirs = config.model.to_dict(), found.config.to_dict()
+    ours, theirs = config.model.to_dict(), architecture_of_source(source).to_dict()
     different = sorted(name for name in ours if ours[name] != theirs[name])
     if different:
         name = different[0]
@@ -47,6 +44,8 @@ def load_starting_point(source: Path, config: RunConfig) -> DeepSeekV3:
             f"{source} holds another architecture: {name} is {theirs[name]}, not {ours[name]}; "
             f"give --model.{name.replace('_', '-')} {theirs[name]}"
         )
-    model = make_model(config)
-    nnx.update(model, nnx.state(found))
-    return model
+    if RunFolder(source).checkpoints.is_dir():
+        return load_checkpoint(source, devices=devices)[0]
+    from dsv3_jax.interop import load_hf
+
+    return load_hf(source, dtype="float32", devices=devices)

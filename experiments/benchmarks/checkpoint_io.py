@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from synthetic_checkpoint import write
+from synthetic_checkpoint import architecture, write
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -82,7 +82,7 @@ def benchmark(folder: Path, gigabytes: float, form: Any, rounds: int) -> dict[st
     """Measures a checkpoint of one format and returns the medians over alternating rounds."""
     target = folder / f"synthetic-{form}"
     try:
-        size = write(target, gigabytes, form)
+        size = write(target, architecture(gigabytes, form), form)
         scripts = {"load_hf": _OURS.format(options=""), "save_hf": _EXPORT.format(options="")}
         if form == "fp8":
             scripts["load_hf, FP8 kept"] = _OURS.format(options=", keep_fp8=True")

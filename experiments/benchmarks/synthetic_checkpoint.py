@@ -1,9 +1,9 @@
-"""Writes a random checkpoint of any size in DeepSeek-V3's published format, without building a model in memory.
+"""Writes a random checkpoint of any size in the published layout, one tensor at a time.
 
     python experiments/benchmarks/synthetic_checkpoint.py FOLDER --gigabytes 4 [--dtype bfloat16|fp8|float32]
 
-The architecture is V3's with narrower and fewer layers and fewer experts; tensor names are V3's. Files hold about a
-gigabyte each.
+The architecture is V3's with a quarter of its widths, fewer experts, and as many layers as fill the given size. Shards
+have about a gigabyte.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import numpy as np
 from dsv3_jax import ModelConfig
 from dsv3_jax.interop.exporter import split_into_shards
 from dsv3_jax.interop.hf_config import to_published
-from dsv3_jax.interop.layout import Format, uniform_layout
 from dsv3_jax.interop.safetensors_reader import DTYPES
 from dsv3_jax.interop.safetensors_writer import TensorSpec, write_safetensors
+from dsv3_jax.interop.stored_format import DtypeName, uniform_format
 
 _BYTES = {"bfloat16": 2, "fp8": 1, "float32": 4}
 
 
-def architecture(gigabytes: float, form: Format) -> ModelConfig:
-    """Returns V3's architecture at a quarter of its widths, with as many layers as fill `gigabytes`."""
+def architecture(gigabytes: float, dtype: DtypeName) -> ModelConfig:
+    """Returns a V3 of a quarter of the widths, with as many layers as fill `gigabytes`."""
 
     def config(layers: int) -> ModelConfig:
         return ModelConfig.preset(
@@ -45,29 +45,28 @@ def architecture(gigabytes: float, form: Format) -> ModelConfig:
         )
 
     layers = 2
-    while config(layers).num_parameters(mtp=True) * _BYTES[form] < gigabytes * 1e9:
+    while config(layers).num_parameters(mtp=True) * _BYTES[dtype] < gigabytes * 1e9:
         layers += 1
     return config(layers)
 
 
-def write(folder: Path, gigabytes: float, form: Format, *, shard_bytes: int = 10**9) -> int:
+def write(folder: Path, config: ModelConfig, dtype: DtypeName, *, shard_bytes: int = 10**9) -> int:
     """Writes the checkpoint and returns the bytes of its tensors."""
-    config = architecture(gigabytes, form)
-    layout = uniform_layout(config, form)
+    stored_format = uniform_format(config, dtype)
     folder.mkdir(parents=True)
-    specs = list(layout.specs(config))
+    specs = list(stored_format.specs(config))
     shards = split_into_shards(specs, shard_bytes)
     for number, (name, shard) in enumerate(shards.items()):
         write_safetensors(folder / name, shard, _values(shard, number))
     index = {"weight_map": {spec.name: name for name, shard in shards.items() for spec in shard}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    values = to_published(config, dtype=layout.torch_dtype, quantization=layout.quantization)
+    values = to_published(config, dtype=stored_format.torch_dtype, quantization=stored_format.quantization)
     (folder / "config.json").write_text(json.dumps(values))
     return sum(spec.nbytes for spec in specs)
 
 
 def _values(specs: list[TensorSpec], seed: int) -> Iterator[np.ndarray]:
-    """Yields tensors of random bits with the exponents of small weights; copies of embedding and head are equal."""
+    """Yields random bits with the exponents of small weights; the copies of embedding and head equal the originals."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 2**16, 2**22).astype(np.uint16)
     for spec in specs:
@@ -89,7 +88,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the checkpoint")
     parser.add_argument("--dtype", choices=list(_BYTES), default="bfloat16")
     arguments = parser.parse_args()
-    size = write(arguments.folder, arguments.gigabytes, arguments.dtype)
+    size = write(arguments.folder, architecture(arguments.gigabytes, arguments.dtype), arguments.dtype)
     print(f"{arguments.folder}: {size / 1e9:.2f} GB")
 
 

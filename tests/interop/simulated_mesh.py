@@ -1,20 +1,27 @@
-"""Run with eight simulated devices: a checkpoint loaded over a mesh is the checkpoint loaded on one device."""
+"""Loads a checkpoint over eight simulated devices and on one, and prints whether they are equal, as JSON."""
 
 from __future__ import annotations
 
 import json
 import sys
 
-import jax
 import numpy as np
 
 from dsv3_jax.interop import load_hf
-from dsv3_jax.interop.parameter_tree import arrays
+from dsv3_jax.interop.parameter_tree import arrays, shardings
+from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
+from dsv3_jax.sharding.on_mesh import OnMesh
 
-mesh = jax.make_mesh((2, 4), ("data", "expert"))
-alone, spread = arrays(load_hf(sys.argv[1])), arrays(load_hf(sys.argv[1], mesh=mesh))
-equal = alone.keys() == spread.keys() and all(
-    np.array_equal(np.asarray(alone[path]), np.asarray(spread[path])) for path in alone
-)
-parts = [x.addressable_shards[0].data.nbytes / x.nbytes for x in spread.values() if x.ndim > 1]
-print(json.dumps({"equal": equal, "devices": len(mesh.devices.flat), "largest_part": max(parts)}))
+alone = {path: np.asarray(value) for path, value in arrays(load_hf(sys.argv[1])).items()}
+results = {}
+for text in sys.argv[2:]:
+    model = load_hf(sys.argv[1], devices=OnMesh(make_mesh(MeshConfig.parse(text))))
+    sharded, wanted = arrays(model), shardings(model)
+    parts = {path: value.addressable_shards[0].data.size / value.size for path, value in sharded.items()}
+    results[text] = {
+        "equal": all(np.array_equal(alone[path], np.asarray(value)) for path, value in sharded.items()),
+        "as_the_model_keeps_them": all(value.sharding == wanted[path] for path, value in sharded.items()),
+        "experts": parts["moe_blocks.feed_forward.experts.down"],
+        "head": parts["head.weight"],
+    }
+print(json.dumps(results))

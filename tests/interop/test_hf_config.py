@@ -208,7 +208,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scoring_func": 3}, "scoring_func"),
     ({"topk_method": "greedy"}, "topk_method"),
     ({"norm_topk_prob": "yes"}, "norm_topk_prob"),
-    ({"num_mtp_layers": 2}, "different depths"),
+    ({"num_mtp_layers": 2}, "num_mtp_layers differ"),
     ({"rope_interleave": "no"}, "rope_interleave"),
     ({"quantization_config": {"quant_method": "awq"}}, "quant_method"),
     ({"quantization_config": {**FP8, "weight_block_size": [64, 64]}}, "weight_block_size"),

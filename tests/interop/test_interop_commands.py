@@ -206,9 +206,9 @@ def test_a_checkpoint_can_make_nothing_run(tmp_path: Path) -> None:
     try:
         checkpoint = open_checkpoint(folder)
         account = take_account(checkpoint, read_config(folder))
-        for slot in account.consumed:
+        for tensor in account.consumed:
             assert checkpoint.entries is not None
-            checkpoint.entries[slot.name].read()
+            checkpoint.entries[tensor.name].read()
     finally:
         listening[0] = False
     assert set(seen) == {"config.json", "model.safetensors"}

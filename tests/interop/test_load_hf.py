@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 
@@ -27,13 +28,20 @@ from simulated import run_simulated
 import dsv3_jax as dsv3
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.interop import streaming
+from dsv3_jax.interop.account import take_account
+from dsv3_jax.interop.checkpoint_folder import open_checkpoint
+from dsv3_jax.interop.file_pieces import pieces
 from dsv3_jax.interop.fp8_weights import dequantise
+from dsv3_jax.interop.hf_config import read_config
+from dsv3_jax.interop.importer import stored_tensors
 from dsv3_jax.interop.parameter_tree import arrays
-from dsv3_jax.interop.tensor_names import slots
+from dsv3_jax.interop.safetensors_reader import read_header
+from dsv3_jax.interop.tensor_names import published_tensors
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/config.json"))
 NAME = "v3_negative_bias"
+F32 = np.dtype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +120,7 @@ class TestFp8:
         plain = arrays(dsv3.load_hf(folder, dtype="float32"))
         kept = arrays(dsv3.load_hf(folder, keep_fp8=True))
         fp8 = [path for path, value in kept.items() if isinstance(value, Fp8Weight)]
-        assert set(fp8) == {slot.path for slot in slots(dsv3.load_hf(folder).config) if slot.quantised}
+        assert set(fp8) == {t.path for t in published_tensors(dsv3.load_hf(folder).config) if t.quantised}
         for path in ("dense_blocks.attention.kv_a.weight", "moe_blocks.feed_forward.experts.gate_up"):
             wide = jax.jit(lambda weight: weight.astype(jnp.float32))(kept[path])
             np.testing.assert_array_equal(wide, plain[path], err_msg=path)
@@ -136,14 +144,12 @@ class TestFp8:
         folder = fp8_checkpoint(tmp_path, NAME)
         for shard in folder.glob("*.safetensors"):
             tensors = {}
-            from dsv3_jax.interop.safetensors_reader import read_header
-
-            for key, entry in read_header(shard).tensors.items():
+            for key, entry in read_header(shard).items():
                 tensors[key] = (entry.dtype, entry.shape, entry.read().tobytes())
                 if key.endswith("1.self_attn.o_proj.weight_scale_inv"):
                     tensors[key] = float32(np.ones((2, 1)))
             write_tensors(shard, tensors)
-        with pytest.raises(UserError, match=r"o_proj\.weight_scale_inv' is F32 \[2, 1\]; F32 \[1, 1\] is wanted"):
+        with pytest.raises(UserError, match=r"o_proj\.weight_scale_inv' is F32 \[2, 1\]; expected F32 \[1, 1\]"):
             dsv3.load_hf(folder)
 
 
@@ -152,7 +158,7 @@ class TestPlacing:
 
     @pytest.fixture(autouse=True)
     def _small_pieces(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(streaming, "_PIECE_BYTES", 256)
+        monkeypatch.setattr(streaming, "PIECE_BYTES", 256)
 
     def check(self, model: dsv3.DeepSeekV3, whole: dict[str, np.ndarray]) -> None:
         for path, value in arrays(model).items():
@@ -163,8 +169,8 @@ class TestPlacing:
 
     def test_accelerator_s_way(self, whole: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
         """Pieces put one by one into an array on the device, by donation."""
-        monkeypatch.setattr(streaming, "HostDestination", streaming.DeviceDestination)
-        monkeypatch.setattr(streaming, "_PIECE_BYTES", 4096)
+        monkeypatch.setattr(streaming, "HostShard", streaming.DeviceShard)
+        monkeypatch.setattr(streaming, "PIECE_BYTES", 4096)
         self.check(dsv3.load_hf(GOLDEN / "v2_lite"), {p: np.asarray(v) for p, v in arrays(load_plain()).items()})
 
     def test_adopted_memory_outlives_the_loader(self, whole: dict[str, np.ndarray]) -> None:
@@ -173,29 +179,28 @@ class TestPlacing:
         del churn
         self.check(model, whole)
 
-    def test_regions_of_a_parameter(self, tmp_path: Path) -> None:
-        """Any box of a stacked parameter equals the same box of the whole; FP8 rows that begin inside a block too."""
+    def test_shards_of_a_parameter(self, tmp_path: Path) -> None:
+        """Each parameter cut along every axis at a random index; FP8 rows that begin inside a block too.
+
+        The shards equal the parts of the whole parameter, and every byte of the files is read once.
+        """
         folder = fp8_checkpoint(tmp_path, NAME)
         model = arrays(dsv3.load_hf(folder, dtype="float32"))
-        from dsv3_jax.interop.account import take_account
-        from dsv3_jax.interop.checkpoint_folder import open_checkpoint
-        from dsv3_jax.interop.hf_config import read_config
-        from dsv3_jax.interop.importer import stored_tensors
-
-        checkpoint = open_checkpoint(folder)
-        published = read_config(folder)
-        account = take_account(checkpoint, published)
-        stored = stored_tensors(checkpoint, published, account.consumed)
+        checkpoint, published = open_checkpoint(folder), read_config(folder)
+        stored = stored_tensors(checkpoint, published, take_account(checkpoint, published).consumed)
         rng = np.random.default_rng(0)
         device = jax.devices()[0]
         for path, value in model.items():
-            low = [int(rng.integers(0, size)) for size in value.shape]
-            box = tuple((a, int(rng.integers(a, size)) + 1) for a, size in zip(low, value.shape, strict=True))
-            target = streaming.HostDestination(tuple(b - a for a, b in box), np.dtype(np.float32), [device])
-            for piece in streaming._pieces(stored[path], box, target, lambda count: None, lambda tensor: None):
-                piece()()
-            part = value[tuple(slice(*axis) for axis in box)]
-            np.testing.assert_array_equal(target.finish()[0], part, err_msg=f"{path} {box}")
+            cuts = [(0, int(rng.integers(1, size)), size) if size > 1 else (0, 1) for size in value.shape]
+            boxes = list(itertools.product(*(itertools.pairwise(cut) for cut in cuts)))
+            shards = {box: streaming.HostShard(tuple(b - a for a, b in box), F32, [device]) for box in boxes}
+            parts = list(pieces(stored[path], boxes, 256))
+            for piece in parts:
+                streaming._load(piece, shards)
+            for box in boxes:
+                wanted = value[tuple(slice(*axis) for axis in box)]
+                np.testing.assert_array_equal(shards[box].finish()[0], wanted, err_msg=f"{path} {box}")
+            assert sum(p.size for p in parts) == value.size, path
 
 
 def load_plain() -> dsv3.DeepSeekV3:
@@ -237,6 +242,14 @@ class TestWrongContents:
 
 
 def test_over_eight_simulated_devices() -> None:
-    """Equal to one device's, and no device holds more than its eighth of a matrix."""
-    found = run_simulated(Path(__file__).with_name("simulated_mesh.py"), str(GOLDEN / "v3_yarn_small"))
-    assert found == {"equal": True, "devices": 8, "largest_part": 0.125}
+    """Equal to one device's values, under the shardings of the model: experts over expert x fsdp x tensor ranks."""
+    meshes = {
+        "data=2,expert=4": (1 / 4, 1),
+        "fsdp=4,expert=2": (1 / 8, 1 / 4),
+        "fsdp=2,expert=2,tensor=2": (1 / 8, 1 / 4),
+    }
+    found = run_simulated(Path(__file__).with_name("simulated_mesh.py"), str(GOLDEN / "v3_yarn_small"), *meshes)
+    assert found == {
+        mesh: {"equal": True, "as_the_model_keeps_them": True, "experts": experts, "head": head}
+        for mesh, (experts, head) in meshes.items()
+    }

@@ -27,7 +27,7 @@ SIXTEEN = bytes(16)
 def read_bytes(tmp_path: Path, data: bytes) -> dict[str, np.ndarray]:
     path = tmp_path / "model.safetensors"
     path.write_bytes(data)
-    return {name: entry.read() for name, entry in read_header(path).tensors.items()}
+    return {name: entry.read() for name, entry in read_header(path).items()}
 
 
 @st.composite
@@ -72,7 +72,6 @@ class TestAgainstTheLibrary:
             assert set(file.keys()) == set(arrays)
             for name, array in arrays.items():
                 np.testing.assert_array_equal(file.get_tensor(name).view(np.uint8), array.view(np.uint8))
-        assert read_header(path).metadata == {"format": "pt"}
 
     @pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F8_E8M0"])
     def test_float8(self, tmp_path: Path, dtype: str) -> None:
@@ -86,7 +85,7 @@ class TestAgainstTheLibrary:
         array = np.arange(60, dtype=np.float32).reshape(5, 3, 4)
         path = tmp_path / "rows.safetensors"
         path.write_bytes(save({"first": np.zeros(7, np.float32), "w": array}))
-        entry = read_header(path).tensors["w"]
+        entry = read_header(path)["w"]
         np.testing.assert_array_equal(entry.read_rows(1, 4), array[1:4])
         into = np.empty((2, 12), np.float32)
         entry.read_rows_into(3, 5, into)
@@ -147,12 +146,12 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "offsets_three": (one(data_offsets=[0, 8, 16]), "two whole numbers"),
     "offsets_negative": (one(data_offsets=[-1, 15]), "two whole numbers"),
     "offsets_string": (one(data_offsets="0,16"), "two whole numbers"),
-    "offsets_swapped": (one(data_offsets=[16, 0]), "lies at"),
-    "offsets_beyond_file": (one(data_offsets=[0, 2**40]), "lies at"),
-    "data_cut": (file_bytes({"a": F32_4}, bytes(15)), "lies at"),
-    "data_left_over": (file_bytes({"a": F32_4}, bytes(17)), "belong to nothing"),
-    "hole_at_start": (one(data_offsets=[0, 16]).replace(b"[0, 16]", b"[1, 17]") + b"\0", "hole"),
-    "hole_between": (file_bytes(second(17, 33), bytes(33)), "hole"),
+    "offsets_swapped": (one(data_offsets=[16, 0]), "is at bytes"),
+    "offsets_beyond_file": (one(data_offsets=[0, 2**40]), "is at bytes"),
+    "data_cut": (file_bytes({"a": F32_4}, bytes(15)), "is at bytes"),
+    "data_left_over": (file_bytes({"a": F32_4}, bytes(17)), "belong to no tensor"),
+    "gap_at_start": (one(data_offsets=[0, 16]).replace(b"[0, 16]", b"[1, 17]") + b"\0", "gap"),
+    "gap_between": (file_bytes(second(17, 33), bytes(33)), "gap"),
     "overlap": (file_bytes(second(8, 24), bytes(24)), "overlaps"),
     "same_place": (file_bytes(second(0, 16), SIXTEEN), "overlaps"),
     "metadata_number": (file_bytes({"__metadata__": {"a": 1}, "a": F32_4}, SIXTEEN), "__metadata__"),
@@ -187,7 +186,7 @@ class TestBrokenFiles:
     def test_cut_after_the_header_was_read(self, tmp_path: Path) -> None:
         path = tmp_path / "model.safetensors"
         path.write_bytes(one())
-        entry = read_header(path).tensors["a"]
+        entry = read_header(path)["a"]
         path.write_bytes(one()[:-1])
         with pytest.raises(UserError, match=r"tensor 'a' ends early"):
             entry.read()
@@ -274,7 +273,7 @@ class TestFuzz:
             check_message(str(error))
             return
         total = 0
-        for entry in header.tensors.values():
+        for entry in header.values():
             assert entry.read().nbytes == entry.nbytes
             total += entry.nbytes
         assert total <= len(data)

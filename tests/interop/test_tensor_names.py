@@ -16,8 +16,8 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.interop.account import Account, take_account
 from dsv3_jax.interop.checkpoint_folder import open_checkpoint
 from dsv3_jax.interop.hf_config import PublishedConfig, Quantization, read_config, to_published
-from dsv3_jax.interop.layout import uniform_layout
-from dsv3_jax.interop.tensor_names import slots
+from dsv3_jax.interop.stored_format import uniform_format
+from dsv3_jax.interop.tensor_names import published_tensors
 
 FACTS = json.loads((Path(__file__).parent / "published_facts.json").read_text())
 PRESETS = {"deepseek-r1": "v3-671b", "kimi-k2": "kimi-k2-1t"}
@@ -32,7 +32,7 @@ class TestAgainstThePublishedLists:
     @pytest.mark.parametrize("published", FACTS)
     def test_an_export_writes_exactly_that_list(self, published: str) -> None:
         facts, config = FACTS[published], ModelConfig.preset(PRESETS[published])
-        specs = list(uniform_layout(config, "fp8").specs(config))
+        specs = list(uniform_format(config, "fp8").specs(config))
         count, elements = Counter(), Counter()
         for spec in specs:
             count[spec.dtype] += 1
@@ -51,12 +51,12 @@ class TestAgainstThePublishedLists:
         assert account.tensor_count == FACTS[published]["tensors"] + 1
         assert account.ignored == ("model.layers.0.self_attn.rotary_emb.inv_freq",)
         assert f"{config.num_parameters():,}" in account.describe()
-        filled = sum(math.prod(slot.shape) for slot in account.consumed)
+        filled = sum(math.prod(tensor.shape) for tensor in account.consumed)
         assert filled == config.num_parameters(mtp=True)
 
 
 def account_of_index(folder: Path, config: ModelConfig) -> Account:
-    names = [spec.name for spec in uniform_layout(config, "fp8").specs(config)]
+    names = [spec.name for spec in uniform_format(config, "fp8").specs(config)]
     write_index(folder, dict.fromkeys([*names, "model.layers.0.self_attn.rotary_emb.inv_freq"], "a.safetensors"))
     values = to_published(config, dtype="bfloat16", quantization=Quantization())
     (folder / "config.json").write_text(json.dumps(values))
@@ -70,7 +70,7 @@ def test_two_mtp_modules(tmp_path: Path) -> None:
 
 def test_scales_missing_from_an_index(tmp_path: Path) -> None:
     config = ModelConfig.preset("tiny")
-    write_index(tmp_path, dict.fromkeys([slot.name for slot in slots(config)], "a.safetensors"))
+    write_index(tmp_path, dict.fromkeys([tensor.name for tensor in published_tensors(config)], "a.safetensors"))
     published = PublishedConfig(config, Quantization())
     with pytest.raises(UserError, match=r"_scale_inv'.* missing"):
         take_account(open_checkpoint(tmp_path, headers=False), published)
@@ -86,7 +86,7 @@ class TestAccountOfGolden:
     @pytest.mark.parametrize("name", sorted(path.parent.name for path in GOLDEN.glob("*/config.json")))
     def test_each_tensor_is_consumed_once(self, name: str) -> None:
         account = self.account(GOLDEN / name)
-        names = [slot.name for slot in (*account.consumed, *account.copies)]
+        names = [tensor.name for tensor in (*account.consumed, *account.copies)]
         assert sorted(names) == sorted(golden_tensors(name))
 
     @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ class TestAccountOfGolden:
         name = "model.norm.weight"
         tensors = golden_tensors(self.NAME)
         tensors[name] = ("F8_E4M3", (32,), bytes(32))
-        with pytest.raises(UserError, match="has dtype F8_E4M3; F32, BF16, F16 is wanted"):
+        with pytest.raises(UserError, match="has dtype F8_E4M3; expected F32, BF16, F16"):
             self.account(write_checkpoint(tmp_path, tensors, self.NAME))
 
     def test_without_mtp_it_says_so(self, tmp_path: Path) -> None:

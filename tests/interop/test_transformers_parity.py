@@ -167,7 +167,8 @@ def test_what_we_save_loads_in_transformers_and_matches(made_there: list[Path], 
 
 
 def with_random_mtp(model: dsv3.DeepSeekV3) -> dsv3.DeepSeekV3:
-    from dsv3_jax.interop.parameter_tree import abstract_model, arrays, with_arrays
+    from dsv3_jax.interop.parameter_tree import arrays, with_arrays
+    from dsv3_jax.model import abstract_model
 
     larger = abstract_model(model.config.replace(num_nextn_predict_layers=1))
     rng = np.random.default_rng(0)

@@ -29,7 +29,7 @@ def main(path: str) -> None:
     folder = RunFolder(Path(path))
     folder.tokenizer.mkdir(parents=True)
     layout = StateLayout.of(MeshConfig.parse(SAVED))
-    _, state = starting_state(config, layout, lambda: small_model(config.model, 0))
+    _, state = starting_state(config, layout, lambda devices: small_model(config.model, 0))
     random = np.random.default_rng(0)
 
     def drawn(leaf: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ def step_on(config: RunConfig, layout: StateLayout) -> dict[str, np.ndarray]:
     """Every leaf of the state after one step, and the metrics, by name."""
     rows = config.training.rows_per_pass
     batch = [np.asarray(x) for x in random_batch(0, config.training.batch_size // rows, rows, padded=True)]
-    skeleton, state = starting_state(config, layout, lambda: small_model(config.model, 0))
+    skeleton, state = starting_state(config, layout, lambda devices: small_model(config.model, 0))
     biases = 0.05 * np.arange(state.router_biases.size, dtype=np.float32).reshape(state.router_biases.shape)
     state = dataclasses.replace(state, router_biases=jax.device_put(biases, state.router_biases.sharding))
     state, metrics = make_train_step(skeleton, config, layout)(state, *map(layout.feed.put, batch), SETTINGS)
@@ -72,7 +72,7 @@ def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[st
 
 def divided(layout: StateLayout, config: RunConfig) -> dict[str, float]:
     """Which part of parameters and moments a device holds."""
-    _, state = starting_state(config, layout, lambda: small_model(config.model, 0))
+    _, state = starting_state(config, layout, lambda devices: small_model(config.model, 0))
 
     def part(tree: Any) -> float:
         leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 1]
