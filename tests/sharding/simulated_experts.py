@@ -71,12 +71,15 @@ def ragged_all_to_all(
     groups = axis_index_groups or [list(range(lax.axis_size(axis_name)))]
     place = {rank: group.index(rank) for group in groups for rank in group}
     me = jnp.array([place[rank] for rank in range(len(place))])[lax.axis_index(axis_name)]
-    every = [lax.all_gather(x, axis_name, axis_index_groups=axis_index_groups) for x in (rows, starts, sizes, there)]
-    at = jnp.arange(rows.shape[0])
-    for sender_rows, start, size, target in zip(*every, strict=True):
-        places = jnp.where(at < size[me], target[me] + at, buffer.shape[0])
-        buffer = buffer.at[places].set(sender_rows[jnp.minimum(start[me] + at, len(at) - 1)], mode="drop")
-    return jnp.where(jnp.all(arriving == every[2][:, me]), buffer, jnp.nan)
+    # Of every sender: its rows, and for each receiver the first of them, their number and the place of the first there.
+    rows, starts, sizes, there = [
+        lax.all_gather(x, axis_name, axis_index_groups=axis_index_groups) for x in (rows, starts, sizes, there)
+    ]
+    at = jnp.arange(rows.shape[1])
+    places = jnp.where(at < sizes[:, me, None], there[:, me, None] + at, buffer.shape[0])
+    sent = jnp.take_along_axis(rows, jnp.minimum(starts[:, me, None] + at, len(at) - 1)[:, :, None], axis=1)
+    buffer = buffer.at[places].set(sent, mode="drop")
+    return jnp.where(jnp.all(arriving == sizes[:, me]), buffer, jnp.nan)
 
 
 def distance(a: Any, b: Any) -> float:
