@@ -93,8 +93,8 @@ def test_loads_of_ones_own(experiment, tmp_path: Path, capsys: pytest.CaptureFix
     ("loads", "options", "message"),
     [
         (None, [], "--loads"),
-        (np.ones(8), [], "are wanted"),
-        (np.full((1, 8), "x"), [], "are wanted"),
+        (np.ones(8), [], "must hold numbers"),
+        (np.full((1, 8), "x"), [], "must hold numbers"),
         (-np.ones((1, 8)), [], "finite"),
         (np.ones((1, 8)), ["--ranks", "3"], "must divide"),
         (np.ones((1, 8)), ["--nodes", "3"], "must divide"),
@@ -129,5 +129,5 @@ def test_what_a_model_serves_is_counted_and_its_copies_give_its_logits(experimen
 
 def test_too_little_text_is_said(experiment):
     served = experiment.ServedTexts(None, {None: np.zeros((3, 4), np.int32)})
-    with pytest.raises(UserError, match="fewer than"):
+    with pytest.raises(UserError, match="at least 8 rows"):
         served.record(None)
