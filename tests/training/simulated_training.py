@@ -17,6 +17,7 @@ from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.runs.starting_state import starting_state
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.training.step import make_train_step
 
@@ -36,16 +37,17 @@ def run_of(kind: str) -> RunConfig:
     return dataclasses.replace(run, model=run.model.replace(**changes))
 
 
-def step_on(config: RunConfig, layout: StateLayout) -> dict[str, np.ndarray]:
-    """Every leaf of the state after one step, and the metrics, by name."""
+def step_on(config: RunConfig, layout: StateLayout) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Returns every leaf of the state after one step and of the metrics, by name, and what `divided` says."""
     rows = config.training.rows_per_pass
     batch = [np.asarray(x) for x in random_batch(0, config.training.batch_size // rows, rows, padded=True)]
     skeleton, state = starting_state(config, layout, lambda devices: small_model(config.model, 0))
     biases = 0.05 * np.arange(state.router_biases.size, dtype=np.float32).reshape(state.router_biases.shape)
     state = dataclasses.replace(state, router_biases=jax.device_put(biases, state.router_biases.sharding))
+    parts = divided(state)
     state, metrics = make_train_step(skeleton, config, layout)(state, *map(layout.feed.put, batch), SETTINGS)
     leaves = jax.tree_util.tree_leaves_with_path((dataclasses.replace(state, key=0), metrics))
-    return {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}, parts
 
 
 def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -70,9 +72,8 @@ def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[st
     }
 
 
-def divided(layout: StateLayout, config: RunConfig) -> dict[str, float]:
-    """Which part of parameters and moments a device holds."""
-    _, state = starting_state(config, layout, lambda devices: small_model(config.model, 0))
+def divided(state: TrainState) -> dict[str, float]:
+    """Returns which part of the parameters and of the moments one device holds."""
 
     def part(tree: Any) -> float:
         leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 1]
@@ -83,13 +84,14 @@ def divided(layout: StateLayout, config: RunConfig) -> dict[str, float]:
 
 def main(kind: str, *meshes: str) -> None:
     config = run_of(kind)
-    one = step_on(config, StateLayout())
+    one, _ = step_on(config, StateLayout())
     results = {}
     for text in meshes:
         sizes = MeshConfig.parse(text)
         layers = moe_layers_of_stages(config.model, sizes.stage)
         layout = StateLayout.of(sizes, layers=layers, devices=jax.devices()[: np.prod(list(sizes.sizes.values()))])
-        results[text] = compare(one, step_on(config, layout)) | divided(layout, config)
+        other, parts = step_on(config, layout)
+        results[text] = compare(one, other) | parts
     print(json.dumps(results))
 
 
