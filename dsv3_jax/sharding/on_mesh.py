@@ -1,4 +1,8 @@
-"""`OnMesh`: what a model asks of its devices, on the sharded arrays of a mesh (report section 3.2)."""
+"""`OnMesh`: what a model asks of its devices, on the sharded arrays of a mesh (report section 3.2).
+
+Weights kept in FP8 as published (`Fp8Weight`) are dequantized before they enter a rank's program: shards of a weight do
+not end at the borders of its blocks of 128 x 128. One device multiplies by the stored values themselves.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 import pallas_kernels
 from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
 from dsv3_jax.modules.parameter import ParameterShape
+from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.sharding.embedding_lookup import look_up_on_ranks
 from dsv3_jax.sharding.expert_parallel import ExpertExchange
 from dsv3_jax.sharding.gate_on_ranks import gate_on_ranks
@@ -40,7 +45,7 @@ class OnMesh:
         self,
         product: Callable[[Array, Array], Array],
         x: Float[Array, "..."],
-        weight: Float[Array, "..."],
+        weight: Float[Array, "..."] | Fp8Weight,
         shape: ParameterShape,
         *,
         batch_axes: int,
@@ -48,6 +53,10 @@ class OnMesh:
         gather_dtype: jnp.dtype,
     ) -> Float[Array, "..."]:
         """Returns product(x, weight), computed by every rank for its own tokens."""
+        if isinstance(weight, Fp8Weight):
+            if gather_dtype == weight.dtype:  # an FP8 recipe gathers weights as they are stored
+                gather_dtype = jnp.dtype(jnp.float32)
+            weight = weight.astype(gather_dtype)
         return multiply_on_ranks(
             self.mesh, product, x, weight, shape, batch_axes=batch_axes, in_axes=in_axes, gather_dtype=gather_dtype
         )
@@ -72,12 +81,13 @@ class OnMesh:
         self,
         u: Float[Array, "N d"],
         gates: pallas_kernels.Gates,
-        gate_up: Float[Array, "E 2 I d"],
-        down: Float[Array, "E d I"],
+        gate_up: Float[Array, "E 2 I d"] | Fp8Weight,
+        down: Float[Array, "E d I"] | Fp8Weight,
         product: ExpertProduct,
         shapes: ExpertShapes,
     ) -> Float[Array, "N d"]:
         """Returns sum_i g_i E_i(u): tokens are dispatched to the ranks of their experts, and results combined."""
+        gate_up, down = (w.astype(jnp.float32) if isinstance(w, Fp8Weight) else w for w in (gate_up, down))
         return ExpertExchange(self.mesh, shapes, self.overlap)(u, gates, gate_up, down, product)
 
     def sum_over_batch(self, x: Array) -> Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interop.checkpoints import fp8_checkpoint
+from simulated import run_simulated
 from small_runs import SETTINGS, random_batch, small_run
 
 import dsv3_jax as dsv3
@@ -78,3 +79,11 @@ def test_a_training_step_moves_all_but_the_kept_weights(tmp_path: Path, recipe: 
     everything = sum(leaf.size for leaf in jax.tree.leaves(plain_state.optimizer))
     assert moments == everything - 2 * sum(before[path].size for path in frozen)
     assert jax.tree.structure(state.average) == jax.tree.structure(state.params)
+
+
+def test_logits_on_a_mesh_are_those_of_the_dequantized_model(tmp_path: Path) -> None:
+    """Requantizing these weights gives their scales again, so the FP8 recipe multiplies by the same tiles."""
+    folder = fp8_checkpoint(tmp_path, "v3_yarn_small", scale=2.0**-10)
+    script = Path(__file__).with_name("simulated_kept_fp8.py")
+    errors = run_simulated(script, str(folder), "fsdp=2,expert=4", "float32", "fp8")
+    assert errors == {"float32": 0.0, "fp8": 0.0}
