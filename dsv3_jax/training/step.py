@@ -15,6 +15,7 @@ from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from dsv3_jax.errors import ConfigError
 from dsv3_jax.modules.balance import dead_experts, max_violation, update_biases
 from dsv3_jax.pipeline.passes import check_passes, make_pipelined_pass
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
@@ -135,6 +136,8 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
     def train_step(
         state: TrainState, tokens: Int[Array, "A B T1"], segment_ids: Int[Array, "A B T1"], settings: StepSettings
     ) -> tuple[TrainState, StepMetrics]:
+        if layout.stages > 1 and jax.tree.leaves(split_trained(state.params)[1]):
+            raise ConfigError("a pipeline cannot train a model with weights kept in FP8; load it without keep_fp8")
         weights = LossWeights(balance=settings.balance_weight, mtp=settings.mtp_weight)
         real_tokens = jnp.maximum(jnp.sum(segment_ids[..., 1:] != 0), 1).astype(jnp.float32)
 

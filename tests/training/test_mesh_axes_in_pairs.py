@@ -17,7 +17,6 @@ MESHES = (
     "fsdp=2,expert=4",
     "fsdp=4,tensor=2",
     "expert=4,tensor=2",
-    "data=2,fsdp=2,expert=2",
     "fsdp=2,expert=2,tensor=2",
 )
 
