@@ -1,4 +1,4 @@
-"""Computes on eight simulated devices with weights kept in FP8, and with the same dequantized; prints errors as JSON."""
+"""Computes on eight simulated devices with weights kept in FP8, and with these dequantized; prints errors as JSON."""
 
 from __future__ import annotations
 
