@@ -24,7 +24,7 @@ An option that is not given has the value that `dsv3 train` uses for the preset.
 the mesh, the plan takes the smallest that does. Without --mesh the plan is of the best mesh that --search finds.
 
 Examples:
-  dsv3 plan --preset v3-671b --target h800:2048 --mesh stage=16,expert=64,data=2 --precision fp8 --batch-size 15360
+  dsv3 plan --target h800:2048 --mesh stage=16,expert=64,data=2 --precision fp8 --batch-size 15360 --average none
   dsv3 plan --preset v3-671b --target h200:2048 --mesh fsdp=32,expert=64 --compile --out plans/h200
   dsv3 plan --preset ablation-16b --target h100:64 --search 10
 """
