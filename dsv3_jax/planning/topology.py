@@ -53,6 +53,7 @@ def prepare(target: Target) -> None:
             TPU_WORKER_HOSTNAMES="localhost",
             # libtpu locks the chip. There is none, so two compilations may run at once.
             ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+            TPU_LOG_DIR="disabled",  # else it leaves a folder in the system's temporary directory
         )
     if target.accelerator.platform == "cpu":
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={target.devices}"
