@@ -1,4 +1,4 @@
-"""Shared by all tests: one CPU device, compiled programs kept between runs, errors of the user told from ours."""
+"""Settings of all tests: one CPU device, compiled programs kept between test runs, and the order of the files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import simulated
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiling is most of the suite's time: LLVM's optimisations were two fifths of that, and of the rest the newer way to
-# write down fused operations, a compiler of its own for each, two thirds. Processes that tests start inherit this, so
-# that runs can be compared bit for bit; those that compile for other hardware must not.
+# Compiling takes most of the suite's time. LLVM's optimisations took two fifths of that, and XLA's newer emitters of
+# fused operations two thirds of the rest. Processes that tests start inherit these settings, so that their runs can be
+# compared bit for bit; processes that compile for other hardware must not inherit them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", simulated.QUICK_TO_COMPILE)
 # An interpreted Hopper kernel runs one program per warpgroup of a cluster, all at the same time, and they wait for one
@@ -25,19 +25,19 @@ import pytest
 from dsv3_jax import model
 
 _ROOT = Path(__file__).resolve().parent.parent
-# Interpreted kernels call back into Python, which computes with JAX: behind a queue of programs that is full both would
-# wait for ever.
+# Interpreted kernels call back into Python, which computes with JAX. With asynchronous dispatch both would wait forever
+# once the queue of programs is full.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 jax.config.update("jax_compilation_cache_dir", str(_ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
-# For the same reason. `test_model.py` compares the loop over the layers with layers laid out whole.
+# A loop over the layers compiles faster than unrolled layers. `test_model.py` compares the two.
 model.MOST_UNROLLED_LAYERS = 1
 
-# Tracing makes many small objects that live, and looking through all of them for garbage was a fifth of its time.
+# Tracing makes many small objects that stay alive; searching all of them for garbage took a fifth of its time.
 gc.set_threshold(100_000, 50, 100)
 
-# Files are dealt to the workers whole (their fixtures are made once), in this order, so that no long one comes last.
+# Each file runs on one worker, so that its fixtures are made once; these start first, so that no long file comes last.
 _LONGEST = (
     "test_compile_ahead",
     "test_compiled",

@@ -28,7 +28,7 @@ class Golden:
 
 
 def load_golden(name: str) -> Golden:
-    """The golden data called `name`."""
+    """Returns the golden data called `name`."""
     folder = FOLDER / name
     published = json.loads((folder / "config.json").read_text())
     fields = {field.name: published[field.name] for field in dataclasses.fields(ModelConfig) if field.name in published}
@@ -41,7 +41,7 @@ def load_golden(name: str) -> Golden:
 
 
 def build_model(golden: Golden, config: ModelConfig | None = None, **kwargs: object) -> DeepSeekV3:
-    """A model holding the golden tensors; `config` replaces the golden one (same shapes)."""
+    """Returns a model with the golden tensors; `config` replaces the golden one (same shapes)."""
     config = config or golden.config
     model = nnx.eval_shape(lambda: DeepSeekV3(config, rngs=nnx.Rngs(0), **kwargs))
     values = jax.tree.map(jnp.asarray, parameters(golden, config))
@@ -50,7 +50,7 @@ def build_model(golden: Golden, config: ModelConfig | None = None, **kwargs: obj
 
 
 def parameters(golden: Golden, config: ModelConfig) -> dict:
-    """The golden tensors in the layout of our parameter tree, router biases included."""
+    """Returns the golden tensors in the layout of our parameter tree, router biases included."""
     layers = config.num_hidden_layers
     dense, moe = range(config.num_dense_layers), range(config.num_dense_layers, layers)
     tree = {

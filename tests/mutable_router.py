@@ -1,6 +1,6 @@
 """A plain router with a switch for each mistake that implementations of V3 have made in it.
 
-With no switch set it is the definition (report Eq. 12-16), one step a line, independent of the project's kernels.
+With no switch set it is the definition (report Eq. 12-16), one step per line, independent of the project's kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pallas_kernels
 
 @dataclasses.dataclass(frozen=True)
 class Mistakes:
-    """Each field that is set re-creates one historical mistake."""
+    """Switches of a router; each field that is set re-creates one historical mistake."""
 
     masked_groups_get_zero: bool = False
     gates_from_biased: bool = False
@@ -35,7 +35,7 @@ class Mistakes:
 
 
 def mutable_gate(mistakes: Mistakes):
-    """A stand-in for `pallas_kernels.gate` with the given mistakes."""
+    """Returns a substitute for `pallas_kernels.gate` with the given mistakes."""
 
     def gate(
         logits,

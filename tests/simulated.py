@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 _TESTS = Path(__file__).resolve().parent
-# Of the compiler for CPUs: no MLIR for fused operations, no unrolled loops, one piece of work a program.
+# Options of the compiler for CPUs: no MLIR for fused operations, no unrolled loops, one piece of work per program.
 QUICK_TO_COMPILE = (
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters,xla_cpu_disable_loop_unrolling "
     "--xla_cpu_parallel_codegen_split_count=1"
@@ -19,12 +19,12 @@ FLAGS = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK_TO_COMPI
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's, with the project first on the path and the tests' own modules after it."""
+    """Returns this process's environment, with the project first on Python's path and the tests' modules after it."""
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(_TESTS.parent), str(_TESTS)])} | changes
 
 
 def run_simulated(script: Path, *arguments: str, **changes: str) -> Any:
-    """What `script` prints at its end; `changes` are of its environment."""
+    """Runs `script` with `changes` to its environment and returns the JSON on the last line that it prints."""
     command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(**FLAGS, **changes), check=False)
     assert done.returncode == 0, done.stderr[-3000:]

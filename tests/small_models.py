@@ -1,4 +1,4 @@
-"""Models with random weights drawn by numpy: nothing is compiled to make them."""
+"""Makes models with random weights drawn by numpy, so that nothing is compiled to make them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsv3_jax.model import DeepSeekV3
 
 
 def small_model(config: ModelConfig, seed: int, **options: Any) -> DeepSeekV3:
-    """As `DeepSeekV3(config, rngs=..., **options)`: weights N(0, initializer_range^2), gains 1, router biases 0."""
+    """Returns a `DeepSeekV3` with weights N(0, initializer_range^2), gains 1 and router biases 0."""
     model = nnx.eval_shape(lambda: DeepSeekV3(config, rngs=nnx.Rngs(0), **options))
     random = np.random.default_rng(seed)
 

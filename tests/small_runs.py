@@ -1,4 +1,4 @@
-"""A run of seconds for the tests of training: its configuration, corpus, and one compiled step shared by all."""
+"""A run that takes seconds, for tests of training: its configuration, corpus, and one compiled step shared by all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = StepSettings(
 
 
 def write_corpus(folder: Path, documents: int = 24) -> Path:
-    """Texts that differ from each other, from a fixed seed."""
+    """Writes texts that differ from each other, from a fixed seed."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "return", "import", "lambda", "yield", "é", "数"]
@@ -41,7 +41,7 @@ def write_corpus(folder: Path, documents: int = 24) -> Path:
 
 
 def small_run(corpus: Path | str = "unused", **training: Any) -> RunConfig:
-    """Six steps of two passes of two rows of 32 bytes, saving every second step."""
+    """Returns a run of six steps, each of two passes of two rows of 32 bytes; it saves every second step."""
     values: dict[str, Any] = {
         "steps": 6,
         "batch_size": 4,
@@ -68,7 +68,7 @@ def small_run(corpus: Path | str = "unused", **training: Any) -> RunConfig:
 
 
 def random_batch(seed: int, passes: int, rows: int, *, padded: bool = False) -> tuple[jax.Array, jax.Array]:
-    """Tokens and segment ids [A, B, T+1]; with `padded`, rows end in padding of different lengths."""
+    """Returns tokens and segment ids [A, B, T+1]; with `padded`, rows end in padding of different lengths."""
     random = np.random.default_rng(seed)
     tokens = random.integers(0, VOCABULARY, (passes, rows, LENGTH + 1))
     segments = np.ones_like(tokens)
@@ -88,13 +88,13 @@ class Start:
     step: TrainStep
 
     def fresh(self) -> TrainState:
-        """A copy that may be donated."""
+        """Returns a copy that may be donated."""
         return jax.tree.map(jnp.copy, self.state)
 
 
 @functools.cache
 def small_start() -> Start:
-    """The small run's initial state (with biases and loads worth testing) and its compiled step."""
+    """Returns the small run's initial state, with router biases other than zero, and its compiled step."""
     config = small_run()
     skeleton, state = new_state(small_model(config.model, config.training.seed), config)
     biases = 0.01 * jax.random.normal(jax.random.key(5), state.router_biases.shape)
@@ -103,7 +103,7 @@ def small_start() -> Start:
 
 
 def assert_trees_equal(left: Any, right: Any) -> None:
-    """Bit for bit, random keys included."""
+    """Checks that two trees are equal bit for bit, random keys included."""
     paths_left, paths_right = (jax.tree_util.tree_leaves_with_path(tree) for tree in (left, right))
     assert len(paths_left) == len(paths_right)
     for (path, a), (_, b) in zip(paths_left, paths_right, strict=True):

@@ -1,4 +1,4 @@
-"""`dsv3 train` and `dsv3 eval`: one clear line and exit code 2 for every mistake, and nothing left half-written."""
+"""Checks that `dsv3 train` and `dsv3 eval` answer every mistake with one line and exit code 2, and write nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dsv3_jax.runs.folder import RunFolder
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Collects what would be trained."""
+    """Replaces training by a function that collects the configurations it is called with."""
     calls: list = []
 
     def train(config, out, *, initial_model=None, timeout=0):
@@ -33,7 +33,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one line on stderr of a command that exits with 2."""
+    """Returns the one line on stderr of a command that exits with code 2."""
     assert main(list(words)) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -123,7 +123,7 @@ def test_a_missing_corpus_and_tokenizer_are_named(capsys: pytest.CaptureFixture[
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """The tiny preset's 256 words do not hold the byte tokenizer's 266."""
+    """The tiny preset's vocabulary of 256 is too small for the byte tokenizer's 266 tokens."""
     corpus = write_corpus(tmp_path / "corpus")
     words = ["--preset", "tiny", "--out", str(tmp_path / "run"), "--data.corpus", str(corpus)]
     assert main(["train", *words, "--model.vocab-size", "260", "--data.tokenizer", "byte"]) == 2
@@ -176,7 +176,7 @@ def test_help_shows_an_example(command: list[str], capsys: pytest.CaptureFixture
 
 
 def test_eval_prints_json_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """One step of training, then its evaluation from disk, which must agree with the one in the run's summary."""
+    """Trains one step; its evaluation from disk must agree with the one in the run's summary."""
     from dsv3_jax.runs.loop import train
 
     config = small_run(write_corpus(tmp_path / "corpus"))
@@ -197,7 +197,7 @@ def test_eval_prints_json_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_every_option_of_training_says_what_it_is(capsys: pytest.CaptureFixture[str]):
-    """Each in words of its own: no option without a text, and no text that is shown for two options."""
+    """Every option has a help text, and no two options have the same one."""
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]

@@ -1,4 +1,4 @@
-"""Pre-tokenised corpora: what is written is read, and wrong files are one line."""
+"""Checks tokenised corpora: what is written is read back, and a wrong file gives an error of one line."""
 
 from __future__ import annotations
 

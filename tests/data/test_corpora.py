@@ -1,4 +1,4 @@
-"""Every kind of corpus, and one clear line for every one that cannot be used."""
+"""Checks that every kind of corpus is read, and that one which cannot be used gives an error of one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fill-in-middle: the report's layout, and nothing of the document lost."""
+"""Checks that fill-in-middle has the report's layout and loses nothing of the document."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("retur
 
 
 def parts(tokenizer: Tokenizer, ids: np.ndarray) -> tuple[bytes, bytes, bytes]:
-    """Prefix, suffix and middle, read from the layout by hand."""
+    """Returns prefix, suffix and middle of a rearranged document."""
     listed = ids.tolist()
     hole, end = (listed.index(tokenizer.control_id(name)) for name in (control.FIM_HOLE, control.FIM_END))
     assert listed[0] == tokenizer.control_id(control.FIM_BEGIN)
@@ -41,7 +41,7 @@ def test_three_parts_are_the_document(text: str, shares: list[float]) -> None:
         assert (prefix + middle + suffix).decode() == text
         for part in (prefix, middle, suffix):
             part.decode("utf-8")  # never cut inside a character
-        # The cuts lie where asked for, or at the nearest earlier border between characters.
+        # The cuts are where they were asked for, or at the nearest boundary between characters before that.
         raw = text.encode()
         for share, border in ((shares[0], len(prefix)), (shares[1], len(prefix + middle))):
             place = int(share * (len(raw) + 1))

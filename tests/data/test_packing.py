@@ -1,4 +1,4 @@
-"""Packing against brute force."""
+"""Checks packing against rows that are cut from a plain list of tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparation as a whole: the split, the validation set, bits per byte, the cache, the default corpus."""
+"""Checks the preparation of data: the split, the validation set, bits per byte, the cache, the default corpus."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_split_is_by_document_and_by_name(folder: Path, tmp_path: Path) -> None:
     texts = {file.relative_to(folder).as_posix(): file.read_text() for file in folder.rglob("*.txt")}
     assert {name: document.text for name, document in (train | held_out).items()} == texts
     assert {document.domain for document in train.values()} == {"code", "prose"}
-    # A document stays on its side when it is edited and others come and go.
+    # A document stays on its side of the split when it is edited and when others are added or removed.
     for name in [*list(train)[::2], *list(held_out)[::2]]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(texts[name] + "edited")
@@ -85,7 +85,7 @@ def test_one_long_file_gives_its_end_to_validation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 60])
 def test_validation_is_never_left_empty_by_chance(count: int, tmp_path: Path) -> None:
-    """Whatever the hashes of their names, some of a few documents long enough are held out."""
+    """Some of a few long documents are held out, whatever the hashes of their names."""
     for seed in range(4):
         folder = tmp_path / str(seed)
         folder.mkdir()
@@ -160,7 +160,7 @@ def test_cache_is_used_complete_and_by_content(folder: Path, tmp_path: Path) -> 
 
 
 def test_cache_is_of_one_corpus_and_one_tokenizer(folder: Path, tmp_path: Path) -> None:
-    """Whatever was prepared before in the same folder, the result is that of a fresh one."""
+    """The result is that of an empty folder, whatever was prepared in the folder before."""
     other = tmp_path / "other"
     for file in sorted(folder.rglob("*.txt")):
         (other / file.parent.name).mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def test_store_holds_every_id(vocab_size: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "missing"])
-def test_damaged_cache_is_made_anew(folder: Path, tmp_path: Path, damage: str) -> None:
+def test_damaged_cache_is_built_again(folder: Path, tmp_path: Path, damage: str) -> None:
     rows = prepare(folder, tmp_path).train_iterator().next_rows(20)[0]
     (cached,) = tmp_path.iterdir()
     tokens = cached / "tokens.npy"

@@ -1,4 +1,4 @@
-"""Tokenizers: what goes in comes out, bytes are counted exactly, bad files are one line."""
+"""Checks that tokenizers decode what they encoded, count bytes exactly, and refuse bad files with one line."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_saved_tokenizer_is_the_same(trained: Tokenizer, tmp_path: Path) -> None
     (tmp_path / "packed.json.gz").write_bytes(gzip.compress((tmp_path / "run/tokenizer.json").read_bytes()))
     for path in (tmp_path / "run", tmp_path / "run/tokenizer.json", tmp_path / "packed.json.gz"):
         assert Tokenizer.load(path).fingerprint == trained.fingerprint
-    copied = pickle.loads(pickle.dumps(trained))  # noqa: S301 as worker processes get it
+    copied = pickle.loads(pickle.dumps(trained))  # noqa: S301 worker processes get it pickled
     assert copied.encode("def f(): <think>") == trained.encode("def f(): <think>")
     assert list((tmp_path / "run").iterdir()) == [tmp_path / "run/tokenizer.json"]
 
@@ -276,7 +276,7 @@ def test_bad_file_is_one_line(name: str, content: bytes | None, message: str, tm
 
 
 def test_a_pattern_that_explodes_on_a_text_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
-    """The library panics there, with what is no Exception."""
+    """The library panics on such a text, and its panic is no subclass of Exception."""
     cut = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     both = {"type": "Sequence", "pretokenizers": [cut, byte_level]}

@@ -1,4 +1,4 @@
-"""Every target once an epoch, whatever the shards, workers, batches and restarts."""
+"""Checks that every target comes once per epoch, whatever the shards, workers, batches and restarts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ALL: dict[str, Any] = {"fill_in_middle_rate": 0.3, "punctuation_split_rate": 0.5
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixty texts of 10 to 90 characters."""
+    """Returns a folder with sixty texts of 10 to 90 characters."""
     root = tmp_path_factory.mktemp("corpus")
     random = np.random.default_rng(0)
     for number in range(60):
@@ -55,7 +55,7 @@ def prepare(folder: Path, cache: Path | None = None, *, shard: tuple[int, int] =
 
 
 def epoch_of(iterator: TrainIterator) -> int:
-    """The epoch of the next row."""
+    """Returns the epoch of the next row."""
     return iterator._source.locate(iterator.state()["rows_taken"])[0]
 
 
@@ -68,7 +68,7 @@ def take_epoch(iterator: TrainIterator, number: int) -> tuple[np.ndarray, np.nda
 
 
 def targets_by_input(tokens: np.ndarray, segments: np.ndarray) -> Counter[tuple[int, int]]:
-    """How often each (input, target) pair occurs among the real targets."""
+    """Returns how often each (input, target) pair occurs among the real targets."""
     real = segments[:, 1:] > 0
     return Counter(zip(tokens[:, :-1][real].tolist(), tokens[:, 1:][real].tolist(), strict=True))
 
@@ -89,13 +89,13 @@ def test_two_epochs_hold_every_pair_of_neighbours_once(folder: Path) -> None:
         assert pairs - between == expected
         assert data.num_train_tokens == expected.total() + len(texts)
         follows = tokens[1:, 0] == tokens[:-1, -1]
-        assert follows.mean() < 0.5  # rows are shuffled, so one seldom goes on where the one before ended
+        assert follows.mean() < 0.5  # rows are shuffled, so a row seldom continues the one before it
     assert len(epochs[0][0]) == len(epochs[1][0])
     assert not np.array_equal(epochs[0][0], epochs[1][0])  # another order
 
 
 def test_documents_are_shuffled_before_packing(folder: Path) -> None:
-    """Else neighbours in the corpus would share their rows in every epoch."""
+    """Otherwise neighbours in the corpus would share a row in every epoch."""
     data = prepare(folder, sequence_length=256, validation_fraction=0.4)
     place = {document.text: index for index, document in enumerate(data.documents("train"))}
     tokens, segments = take_epoch(data.train_iterator(), 0)
@@ -124,7 +124,7 @@ def test_rearranged_and_split_documents_come_once_too(folder: Path) -> None:
         seen = Counter(tokenizer.to_bytes(targets[tokenizer.token_bytes[targets] > 0]))
         missing = Counter(text.encode()) - seen
         assert not seen - Counter(text.encode())
-        assert missing.total() <= max(tokenizer.token_bytes)  # again the first token
+        assert missing.total() <= max(tokenizer.token_bytes)  # the stream's first token, as above
         shares.append(inside[tokenizer.control_id(control.FIM_HOLE)] / count)
         lengths.append(len(targets))
     assert 0.15 < np.mean(shares) < 0.45
@@ -133,7 +133,7 @@ def test_rearranged_and_split_documents_come_once_too(folder: Path) -> None:
 
 
 def test_each_third_is_as_long_as_the_others_on_average(folder: Path) -> None:
-    """Both cuts are uniform over the document, in every epoch anew."""
+    """Both cuts are uniform over the document, and drawn again in every epoch."""
     data = prepare(folder, fill_in_middle_rate=1.0)
     names = (control.FIM_BEGIN, control.FIM_HOLE, control.FIM_END)
     begin, hole, end = (data.tokenizer.control_id(name) for name in names)
@@ -149,7 +149,7 @@ def test_each_third_is_as_long_as_the_others_on_average(folder: Path) -> None:
             assert data.tokenizer.decode(prefix + middle + suffix) == text
             thirds.append([len(part) / (len(ids) - 4) for part in (prefix, suffix, middle)])
         seen.add(tuple(thirds[-1]))
-    np.testing.assert_allclose(np.mean(thirds, axis=0), 1 / 3, atol=5 / 18**0.5 / len(thirds) ** 0.5)  # 5 deviations
+    np.testing.assert_allclose(np.mean(thirds, axis=0), 1 / 3, atol=5 / 18**0.5 / len(thirds) ** 0.5)  # 5 sigma
     assert len(seen) == 8
 
 
@@ -169,7 +169,7 @@ def test_shards_together_are_the_one_stream(folder: Path, cache: Path, shard_cou
 
 
 def test_restarts_change_nothing(folder: Path, cache: Path) -> None:
-    """Through JSON, at random places, with other batches and another number of shards after each."""
+    """The state passes through JSON at random points; batches and the number of shards differ after each restart."""
     random = np.random.default_rng(3)
     whole = prepare(folder, cache, **ALL).train_iterator()
     state = whole.state()
@@ -188,7 +188,7 @@ def test_restarts_change_nothing(folder: Path, cache: Path) -> None:
 
 
 def test_workers_give_the_same_rows(folder: Path, cache: Path) -> None:
-    """Also when a signal meant for the run reaches them, and when one of them is killed."""
+    """Rows are the same also when a signal to the run reaches the workers, and when one of them is killed."""
     whole = prepare(folder, cache, **ALL).train_iterator()
     whole.next_rows(7)
     state = whole.state()
@@ -237,7 +237,7 @@ def test_workers_that_keep_dying_are_one_line(folder: Path, monkeypatch: pytest.
 
 
 def test_workers_end_with_a_killed_parent() -> None:
-    """They hold the pipe of the program's output open, so `run` returns only when they have ended too."""
+    """Workers hold the pipe of the program's output open, so `run` returns only when they have ended too."""
     program = """
 import multiprocessing, os, signal, time
 from dsv3_jax.data.worker_processes import live_as_long_as_parent

@@ -1,4 +1,4 @@
-"""Experiments: corpora as described, arms that are read rather than run again, numbers with their spread."""
+"""Checks the experiments: their corpora, finished arms that are read instead of run again, means and their spread."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRAINING = ("fp8_vs_bf16", "mtp_ablation", "balance_ablation", "expert_specialis
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch):
-    """Imports a script of the folder by its name, as running it would."""
+    """Imports a script of `experiments/` with the import path that running it would have."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     yield importlib.import_module
@@ -46,7 +46,7 @@ def test_domains_are_unlike_and_always_the_same(load, tmp_path: Path):
 
 
 def told(text: str) -> dict[int, list[int]]:
-    """Where each key's fact stands, read by the characters' codes: 33 + 8 key + value."""
+    """Returns the position of each key's fact, a character with the code 33 + 8 key + value."""
     found: dict[int, list[int]] = {}
     for place, code in enumerate(text.encode()):
         if 33 <= code < 97:
@@ -55,7 +55,7 @@ def told(text: str) -> dict[int, list[int]]:
 
 
 def check_answers(text: str) -> int:
-    """Every question (105 + key) comes after its fact and is answered (97 + value) by it; how many there are."""
+    """Checks that every question (105 + key) follows its fact and has its answer (97 + value); returns their number."""
     codes, facts = text.encode(), told(text)
     questions = [place for place, code in enumerate(codes[:-1]) if 105 <= code < 113]
     for place in questions:
@@ -68,7 +68,7 @@ def check_answers(text: str) -> int:
 def test_a_text_of_facts_fills_a_row_and_answers_its_questions(load, tmp_path: Path):
     path = load("corpora").write_retrieval(tmp_path / "facts.jsonl", documents=20, length=64)
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    assert {len(text) for text in texts} == {63}  # and the end of the text
+    assert {len(text) for text in texts} == {63}  # with the token for the end of the text
     assert all(check_answers(text) > 0 for text in texts)
     assert set().union(*map(told, texts)) == set(range(8))
 
@@ -137,7 +137,7 @@ def test_an_impossible_schedule_is_one_line(load, tmp_path: Path, capsys: pytest
 
 
 def refused(main: Callable[[list[str]], Any], argv: list[str], capsys: pytest.CaptureFixture[str], *parts: str):
-    """It ends with exit code 2 and one line that names everything in `parts`."""
+    """Checks that a call ends with exit code 2 and one line that contains everything in `parts`."""
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2
@@ -147,7 +147,7 @@ def refused(main: Callable[[list[str]], Any], argv: list[str], capsys: pytest.Ca
     assert all(part in printed.err for part in parts), printed.err
 
 
-def test_memory_on_paper_is_what_arrays_hold(load, tmp_path: Path):
+def test_calculated_memory_is_what_arrays_hold(load, tmp_path: Path):
     memory = load("memory")
     size = dataclasses.replace(memory.SIZES["tiny"], counts_step=False)
     tables = memory.tables_of(size)

@@ -1,4 +1,4 @@
-"""The needle grid counts what a model finds and nothing else; the phases change nothing but positions."""
+"""Checks that the needle grid counts what a model finds, and that the phases change nothing but positions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 @pytest.fixture(scope="module")
 def script():
-    """`long_context`, imported as running it would."""
+    """Imports `long_context` with the import path that running it would have."""
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXPERIMENTS))
@@ -43,7 +43,7 @@ class Characters:
 
 
 class ShortSighted(nnx.Module):
-    """Answers a question by the key's fact where that lies at most `reach` characters before it, and "q" elsewhere."""
+    """A model that finds the key's fact at most `reach` characters before the question, and answers "q" otherwise."""
 
     def __init__(self, reach: int) -> None:
         self.reach = reach
@@ -77,7 +77,7 @@ def test_the_grid_shows_how_far_a_model_sees(script: ModuleType, tmp_path: Path,
 def test_phases_change_positions_alone_and_keep_the_tokens_of_a_step(script: ModuleType, tmp_path: Path):
     plan = plan_of(script, tmp_path)
     assert {length * batch for length, batch in zip(plan.lengths, plan.batches, strict=True)} == {1024}
-    assert [plan.lengths[i + 1] / plan.lengths[i] for i in (0, 1)] == [32 / 4, 128 / 32]  # the report's
+    assert [plan.lengths[i + 1] / plan.lengths[i] for i in (0, 1)] == [32 / 4, 128 / 32]  # the report's phases
     before = plan.model.to_dict()
     for yarn, changed in ((True, {"rope_scaling", "max_position_embeddings"}), (False, {"max_position_embeddings"})):
         after = script.extended(plan.model, plan.lengths[0], yarn).to_dict()

@@ -1,4 +1,4 @@
-"""The report's own run, calculated: against its published figures and against arXiv 2502.07846."""
+"""Checks the calculation of the report's own run against its published figures and against arXiv 2502.07846."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PAPER_STAGE: Counter[LayerKind] = Counter({"moe": 4})
 
 @pytest.fixture(scope="module")
 def run():
-    """`report_run`, imported as running it would."""
+    """Imports `report_run` with the import path that running it would have."""
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXPERIMENTS))
@@ -53,7 +53,7 @@ def paper(run: Any, **changes: Any) -> PlanConfig:
 
 
 def test_the_reports_run_is_what_it_was(run: Any) -> None:
-    """77.8 GiB per device, and the times from which the constant of `dsv3 plan` follows."""
+    """A device needs 77.8 GiB, and the constant of `dsv3 plan` follows from these times."""
     plan = run.report_plan(run.REPORT_RUN)
     assert plan.fits
     assert plan.memory == 83_516_801_984
@@ -80,7 +80,7 @@ def test_the_kept_results_reproduce(run: Any, tmp_path: Path) -> None:
 
 
 def test_a_dualpipe_rank_holds_what_the_report_says(run: Any) -> None:
-    """Two stages of four MoE layers, four routed experts and the shared one of each: 3.27B parameters."""
+    """Two stages of four MoE layers, with four routed experts and the shared one per layer, have 3.27B parameters."""
     plan = run.report_plan(run.REPORT_RUN)
     assert plan.layers == Counter(moe=8)
     assert plan.state.parameters == pytest.approx(3.27e9, rel=2e-3)
@@ -110,7 +110,7 @@ def test_every_parameter_is_on_some_stage(run: Any, preset: str) -> None:
 
 
 def test_parts_of_a_device_are_the_memory_analysis(run: Any) -> None:
-    """One middle stage under TP 2 and EP 8: norms 65,536, MLA 429,654,016, experts and router 5,820,645,376."""
+    """One middle stage under TP 2 and EP 8 has norms of 65,536, MLA 429,654,016, experts and router 5,820,645,376."""
     held = {group.name: 4 * group.on_a_device(paper(run).mesh) for group in run.parameter_groups(V3, "moe")}
     # The paper does not shard experts, the shared one and the rotary query map over the tensor axis; we do.
     held["routed_experts"] *= 2
@@ -125,11 +125,11 @@ def test_parts_of_a_device_are_the_memory_analysis(run: Any) -> None:
 
 @pytest.mark.parametrize(("zero", "optimizer"), [(False, 46.57), (True, 5.52)])
 def test_zero_reproduces_the_memory_analysis(run: Any, zero: bool, optimizer: float) -> None:
-    """Its rows "none" (81.50 GiB) and "os" (40.45 GiB), up to who divides the little that is not experts."""
+    """Its rows are "none" (81.50 GiB) and "os" (40.45 GiB); only what is not experts, little, is sharded otherwise."""
     config = paper(run, mesh=MeshConfig(stage=16, data=8, expert=8), zero=zero)
     state = run.state_memory(config, PAPER_STAGE)
     excess = sum(4 * g.elements for g in run.parameter_groups(V3, "moe") if "attention" in g.name or g.name == "norms")
-    excess -= 429_654_016 + 65_536  # theirs splits heads over two devices, which changes nothing for experts
+    excess -= 429_654_016 + 65_536  # the paper splits heads over two devices, which changes nothing for experts
     assert state.gradients / GIB == pytest.approx(23.28 + 4 * excess / GIB, abs=0.01)
     moved = (state.masters + state.moments) / GIB
     assert moved == pytest.approx(optimizer + (0 if zero else 8 * excess / GIB), rel=0.035 if zero else 1e-3)
@@ -138,7 +138,7 @@ def test_zero_reproduces_the_memory_analysis(run: Any, zero: bool, optimizer: fl
 
 
 def test_full_recomputation_is_the_memory_analysis(run: Any) -> None:
-    """0.219 GiB per micro-batch: two inputs per layer over two devices there, one input per layer whole here."""
+    """Both keep 0.219 GiB per micro-batch: the paper two inputs per layer over two devices, we one whole input."""
     activations = run.activation_memory(paper(run, rematerialisation="full"), PAPER_STAGE)
     each = sum(activations.kept.values()) / activations.micro_batches
     expert_index = 4 * 8 * 4096 * V3.num_experts_per_tok // 4  # which the paper keeps, and we choose again
@@ -147,7 +147,7 @@ def test_full_recomputation_is_the_memory_analysis(run: Any) -> None:
 
 @pytest.mark.parametrize(("schedule", "idle"), [("1f1b", 7 * 3), ("zb1p", 7 * 1), ("dualpipe", 3 * 2)])
 def test_bubbles_are_those_of_table_2(run: Any, schedule: str, idle: int) -> None:
-    """(PP-1)(F+B), (PP-1)(F+B-2W), (PP/2-1)(F&B+B-3W) in units of a chunk with F = W = 1, B = 2, F&B = 3."""
+    """They are (PP-1)(F+B), (PP-1)(F+B-2W) and (PP/2-1)(F&B+B-3W), with F = W = 1, B = 2 and F&B = 3 chunks."""
     mesh = MeshConfig(stage=8, data=4, expert=64)
     config = dataclasses.replace(run.REPORT_RUN, mesh=mesh, schedule=schedule, batch_size=256 * 32)
     assert run.bubble_fraction(config) * 3 * config.passes == pytest.approx(idle)

@@ -1,4 +1,4 @@
-"""One experiment from its command line to its results, and what becomes of an arm that is stopped on the way."""
+"""Checks one experiment from its command line to its results, and that an arm which was stopped is resumed."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from dsv3_jax.runs.metrics import JsonLines, Record, read_metrics
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STEPS = 2
-WHOLE, STOPPED = "loss-based", "loss-free"  # of the same fields here, so that the one shows how the other should end
+# Both arms have the same fields here, so that the first shows how the second should end.
+WHOLE, STOPPED = "loss-based", "loss-free"
 
 
 def small_model() -> ModelConfig:
-    """The least that has experts to watch."""
+    """Returns the smallest model that has routed experts."""
     return ModelConfig.preset(
         "tiny", vocab_size=266, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0
     )
 
 
 def write_corpus(path: Path) -> None:
-    """Texts of three alphabets as three domains, where the experiments look for their corpus."""
+    """Writes texts in three alphabets, one per domain, to where the experiments look for their corpus."""
     draw = random.Random(0)
     alphabets = {"code": "abcdef(): ", "prose": "klmnopqrst ", "mathematics": "0123456789+= "}
     rows = [
@@ -44,7 +45,7 @@ def write_corpus(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def experiment():
-    """The script `expert_specialisation`, imported as running it would: a smaller model, two arms of one program."""
+    """Imports the script `expert_specialisation`, with a smaller model and two arms that share one compiled program."""
     before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXPERIMENTS))
@@ -59,7 +60,7 @@ def experiment():
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """An experiment that was stopped in its second arm and called again.
+    """The results of an experiment that was stopped in its second arm and called again.
 
     Attributes:
       folder: with the results in out and the arms in runs.

@@ -1,4 +1,4 @@
-"""dsv3 generate: what it prints, and what it refuses."""
+"""Checks what `dsv3 generate` prints, and what it refuses."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dsv3_jax.model import DeepSeekV3
 
 
 def bytes_alone() -> Tokenizer:
-    """A tokenizer without merges: an id a byte."""
+    """Returns a tokenizer without merges, which has one id per byte."""
     return Tokenizer(byte_tokenizer(), "the test's tokenizer")
 
 
 @pytest.fixture(scope="module")
 def run() -> tuple[DeepSeekV3, Tokenizer]:
-    """A random model over bytes."""
+    """Returns a run with a random model over bytes."""
     tokenizer = bytes_alone()
     config = ModelConfig.preset("tiny", vocab_size=tokenizer.vocab_size, initializer_range=0.2)
     return small_model(config, 1), tokenizer
@@ -31,7 +31,7 @@ def run() -> tuple[DeepSeekV3, Tokenizer]:
 
 @pytest.fixture
 def loaded(run, monkeypatch: pytest.MonkeyPatch):
-    """The command finds the random model wherever it looks for a run."""
+    """Makes the command load the random model instead of a run."""
     monkeypatch.setattr("dsv3_jax.runs.checkpoints.load_checkpoint", lambda folder: (*run, 7))
     return run
 

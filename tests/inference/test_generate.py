@@ -1,4 +1,4 @@
-"""Generation against the golden text, the full forward pass, and each prompt alone."""
+"""Checks generation against the golden text, the full forward pass, and each prompt by itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAMPLERS = {"argvalues": [GREEDY, DRAWN], "ids": ["greedy", "drawn"]}
 
 @pytest.fixture(scope="module")
 def model() -> DeepSeekV3:
-    # Weights large enough that the likeliest token leads by far more than rounding.
+    # The weights are so large that the likeliest token leads by far more than rounding.
     config = ModelConfig.preset("tiny", vocab_size=256, initializer_range=0.2)
     return small_model(config, 0)
 
@@ -40,7 +40,7 @@ def test_golden_greedy_text(name: str) -> None:
 
 @pytest.mark.parametrize("name", GOLDEN[:1])
 def test_cached_decoding_equals_the_full_forward_pass(name: str) -> None:
-    """Prefill, then tokens several and one at a time: the logits of the expanded form at every position."""
+    """Prefill, then decoding several tokens and one at a time, gives the expanded form's logits at every position."""
     golden = load_golden(name)
     model = build_model(golden)
     ids = jnp.asarray(golden.io["ids"][:2], jnp.int32)
@@ -52,7 +52,7 @@ def test_cached_decoding_equals_the_full_forward_pass(name: str) -> None:
         hidden, cache = decode(model, ids[:, start:stop], cache, positions)
         logits.append(model.head(hidden))
     want = golden.io["logits"][:2]
-    # Two orders of the same float32 sums, a few dozen terms deep.
+    # The two forms add up a few dozen float32 terms in different orders.
     np.testing.assert_allclose(np.concatenate(logits, axis=1), want, rtol=0, atol=1e-4 * want.std())
 
 
@@ -74,7 +74,7 @@ def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass(model: DeepSee
     np.testing.assert_array_equal(written[:, prompt.shape[1] :], likeliest[:, prompt.shape[1] - 1 : -1])
 
 
-def test_rows_are_laid_out_behind_their_own_prompts(model: DeepSeekV3) -> None:
+def test_generated_tokens_follow_each_rows_own_prompt(model: DeepSeekV3) -> None:
     lengths = [len(prompt) for prompt in PROMPTS]
     width = max(lengths)
     padded = np.full((3, width), 99)
@@ -94,8 +94,8 @@ def test_streaming_yields_the_same_tokens(model: DeepSeekV3, sampler: Sampler) -
     assert np.stack(steps, axis=1).tolist() == complete(model, PROMPTS, NEW, sampler, key)
 
 
-def test_a_key_a_row(model: DeepSeekV3) -> None:
-    """One key makes equal prompts draw alike; an array of keys gives each row its own randomness."""
+def test_one_key_per_row(model: DeepSeekV3) -> None:
+    """With one key equal prompts get equal texts; an array of keys gives each row its own randomness."""
     prompts = [PROMPTS[0]] * 3
     same = complete(model, prompts, NEW, DRAWN, jax.random.key(3))
     assert same[0] == same[1] == same[2]

@@ -1,4 +1,4 @@
-"""Samplers against the distribution they promise, computed independently in float64."""
+"""Checks samplers against the distribution they should draw from, computed independently in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DRAWS = 4096
 
 
 def promised(logits: np.ndarray, sampler: Sampler) -> np.ndarray:
-    """The distribution by definition: sort, keep, renormalise, keep, renormalise."""
+    """Returns the distribution by its definition: sort, keep, renormalise, keep, renormalise."""
     scaled = logits.astype(np.float64) / sampler.temperature
     probabilities = np.exp(scaled - scaled.max())
     order = np.argsort(-probabilities, kind="stable")
@@ -49,7 +49,7 @@ def test_draws_follow_the_promised_distribution(sampler: Sampler) -> None:
     want = promised(logits, sampler)
     seen = np.bincount(drawn, minlength=9) / DRAWS
     assert seen[want == 0].sum() == 0
-    # Five standard deviations of a binomial proportion: a false alarm in about a million runs.
+    # Five standard deviations of a binomial proportion fail falsely in about one of a million runs.
     assert (np.abs(seen - want) <= 5 * np.sqrt(want * (1 - want) / DRAWS) + 1e-12).all()
 
 
@@ -79,7 +79,7 @@ def test_greedy_takes_the_first_of_the_largest_and_reads_no_key() -> None:
     np.testing.assert_array_equal(GREEDY(logits, None), [1, 0])
 
 
-def test_rows_draw_alone() -> None:
+def test_rows_draw_independently() -> None:
     """A row's token depends on its own logits and key, not on its neighbours."""
     logits = jax.random.normal(jax.random.key(1), (4, 11))
     keys = jax.random.split(jax.random.key(2), 4)

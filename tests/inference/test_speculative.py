@@ -1,4 +1,4 @@
-"""Self-speculation writes what greedy generation writes, and counts its drafts right."""
+"""Checks that speculative decoding writes what greedy generation writes, and counts its drafts correctly."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.inference import complete, speculate
 from dsv3_jax.model import DeepSeekV3
 
-# One token, an odd and an even number of them.
+# Prompts of one token, of an odd and of an even number of tokens.
 PROMPTS = [[1], [0, 3, 2, 2, 1], [2, 1, 0, 3, 1, 1, 0, 2]]
 NEW = 40
 
 
 @pytest.fixture(scope="module")
 def model() -> DeepSeekV3:
-    """Four words only, so that the untrained MTP module is often right and often wrong."""
+    """Returns a model with a vocabulary of four, so that its untrained MTP module is often right and often wrong."""
     config = ModelConfig.preset("tiny", vocab_size=4, initializer_range=0.2)
     return small_model(config, 3)
 
 
 def count_drafts(model: DeepSeekV3, prompt: list[int], text: list[int]) -> tuple[int, int]:
-    """Drafts checked and accepted, from one forward pass over the whole text."""
+    """Returns the numbers of drafts checked and accepted, from one forward pass over the whole text."""
     ids = np.asarray(prompt + text)
     drafts = np.asarray(
         nnx.jit(lambda model, ids: model(ids).mtp_logits[0])(model, jnp.asarray(ids)[None])[0].argmax(-1)

@@ -1,4 +1,4 @@
-"""On eight simulated devices: attention in tiles with sequences and heads divided over a mesh. Prints JSON."""
+"""Computes attention in tiles, sequences and heads sharded over a mesh, on eight simulated devices. Prints JSON."""
 
 from __future__ import annotations
 

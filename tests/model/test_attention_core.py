@@ -1,4 +1,4 @@
-"""Attention of long sequences in tiles: against a direct softmax in float64, its gradients, and what program it is."""
+"""Checks attention in tiles against a direct softmax in float64, with its gradients and the size of its program."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def see(length: int, segments: np.ndarray | None) -> np.ndarray:
 
 
 def expected(q, k, v, do, segments, scale) -> list[np.ndarray]:
-    """softmax(scale q k^T) v over whole rows in float64, and its gradients by the product rule."""
+    """Returns softmax(scale q k^T) v over whole rows in float64, and its gradients by the product rule."""
     q, k, v, do = (np.asarray(x, np.float64) for x in (q, k, v, do))
     logits = np.where(see(q.shape[1], segments), scale * np.einsum("bqhc,bshc->bhqs", q, k), -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
@@ -52,7 +52,7 @@ def inputs(length: int, dtype: Any, seed: int = 0) -> list[np.ndarray]:
 
 
 def make_segments(kind: str | None, length: int, seed: int = 0) -> np.ndarray | None:
-    """Ids of each row: a few long segments, or many that are shorter than a tile, with padding (id 0) at the end."""
+    """Returns ids of a few long segments per row, or of many shorter than a tile, with padding (id 0) at the end."""
     if kind is None:
         return None
     rng = np.random.default_rng(seed)
@@ -74,7 +74,7 @@ def tiled(scale: float, chunk: int = CHUNK):
 
 
 def check(found, wanted, dtype, steps=8) -> None:
-    """Within so many roundings of the largest element of each array, or of 1, which is what they are made from."""
+    """Checks that errors are within so many roundings of the largest element, or of 1, the size of the inputs."""
     for name, ours, theirs in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
         assert ours.dtype == dtype, name
         bound = steps * float(jnp.finfo(dtype).eps) * max(np.abs(theirs).max(), 1.0)
@@ -122,11 +122,11 @@ def test_tiles_against_float64(length, segments, dtype):
     seed=st.integers(0, 2**16),
 )
 def test_any_length_and_logits_of_any_size(length, chunk, kind, spread, seed):
-    """Logits in the thousands too: weights are then 0 or 1, and which of them float32 decides as float64 does."""
+    """With logits in the thousands weights are 0 or 1, and float32 must choose the same ones as float64."""
     given_arrays = inputs(length, np.float32, seed)
     ids = make_segments(kind, length, seed)
     found = tiled(spread, chunk)(*map(jnp.asarray, given_arrays), ids)
-    # Errors of a logit's size enter the weights.
+    # Rounding errors grow with the logits, and enter the weights.
     check(found, expected(*given_arrays, ids, spread), "float32", steps=8 + 100 * spread)
 
 
@@ -142,8 +142,8 @@ def test_short_and_long_form_agree(monkeypatch, segments):
         np.testing.assert_allclose(long, short, atol=3e-6)
 
 
-def test_queries_behind_the_end_leave_no_trace():
-    """Filling up to whole chunks changes nothing: neither what is real, nor its gradients by as much as a bit."""
+def test_padding_to_whole_chunks_changes_nothing():
+    """Padding to whole chunks changes no bit of the outputs of real positions or of their gradients."""
     arrays = inputs(2 * CHUNK - 3, np.float32)
     filled = [np.pad(x, ((0, 0), (0, 3), (0, 0), (0, 0))) for x in arrays]
     short, whole = tiled(0.3)(*arrays, None), tiled(0.3)(*filled, None)
@@ -152,7 +152,7 @@ def test_queries_behind_the_end_leave_no_trace():
 
 
 def products(jaxpr, times: int = 1) -> list[tuple[int, int]]:
-    """Multiplications of each matrix product in a jaxpr, and how often it is made."""
+    """Returns the multiplications of each matrix product in a jaxpr, and how often it is computed."""
     found = []
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -180,7 +180,7 @@ def traced(length: int):
     ("length", "chunk", "chunks"), [(1025, 384, 3), (2048, 512, 4), (4096, 512, 8), (4097, 512, 9), (131072, 512, 256)]
 )
 def test_only_the_triangle_is_computed(length, chunk, chunks):
-    """Two products a tile in the forward pass and five in the backward pass, for n (n + 1) / 2 tiles."""
+    """There are two products per tile in the forward pass and five in the backward pass, for n (n + 1) / 2 tiles."""
     triangle = chunks * (chunks + 1) // 2
     assert sorted(products(traced(length))) == sorted((chunk * chunk * w, triangle) for w in (QK, V, QK, QK, QK, V, V))
 
@@ -190,8 +190,8 @@ def test_the_program_does_not_grow_with_the_length():
     assert {times for _, times in products(traced(1024))} == {1}
 
 
-@pytest.mark.parametrize("policy", ["report", "products"])  # by names, and by what operation it is
-def test_layers_in_a_loop_that_are_computed_anew(policy):
+@pytest.mark.parametrize("policy", ["report", "products"])  # by their names, and by their operation
+def test_recomputed_layers_in_a_loop(policy):
     """Gradients through stacked layers are those of the layers one after the other, in float64."""
     (q, k, _, _), weights = inputs(2 * CHUNK - 1, np.float64), np.random.default_rng(1).normal(size=(2, QK, QK))
 
@@ -229,7 +229,7 @@ def test_inside_a_manual_mesh():
         np.testing.assert_array_equal(a, b)
 
 
-def test_on_a_mesh_nothing_travels():
-    """Sequences over one axis and heads over another: results of one device, and no collective in the program."""
+def test_a_mesh_needs_no_communication():
+    """With sequences and heads sharded over two axes, results are one device's and the program has no collective."""
     found = run_simulated(Path(__file__).parent / "simulated_tiles.py")
     assert found == {"collectives": [], "largest difference": pytest.approx(0, abs=2e-6)}

@@ -1,4 +1,4 @@
-"""Auxiliary-loss-free balancing: the update rule by exact arithmetic, and the figures that watch it."""
+"""Checks auxiliary-loss-free balancing: its update rule by exact arithmetic, and the metrics of balance."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test_equal_loads_move_nothing():
     np.testing.assert_array_equal(update_biases(biases, jnp.asarray([[7, 7, 7]]), 0.001), biases)
 
 
-def test_layers_are_balanced_apart():
+def test_layers_are_balanced_independently():
     load = jnp.asarray([[4, 0], [1, 3], [2, 2]])
     np.testing.assert_array_equal(jnp.sign(update_biases(jnp.zeros((3, 2)), load, 0.1)), [[-1, 1], [1, -1], [0, 0]])
 
 
 def test_the_sign_of_the_sum_is_not_the_sum_of_signs():
-    """Two micro-batches that disagree: only the whole batch's load decides."""
+    """Where two micro-batches disagree, only the whole batch's load decides."""
     parts = jnp.asarray([[[9, 0, 0]], [[0, 5, 5]]])
     whole = update_biases(jnp.zeros((1, 3)), parts.sum(0), 1.0)
     apart = sum(update_biases(jnp.zeros((1, 3)), part, 1.0) for part in parts)
@@ -53,7 +53,7 @@ def test_max_violation_and_dead_experts(load: list[int]):
 
 
 def test_the_reports_batch_does_not_overflow():
-    """62.9M tokens x 8 of 256 experts, one of which got six times the mean: E c_i is beyond int32."""
+    """With 62.9M tokens x 8 of 256 experts, one of which got six times the mean, E c_i exceeds int32."""
     load = jnp.full((1, 256), 1_960_000, jnp.int32).at[0, 3].set(12_000_000)
     signs = np.sign(np.asarray(update_biases(jnp.zeros((1, 256)), load, 0.001)))[0]
     assert signs[3] == -1

@@ -1,4 +1,4 @@
-"""A wrong configuration is one sentence that names the field."""
+"""Checks that a wrong configuration gives an error of one sentence that names the field."""
 
 from __future__ import annotations
 

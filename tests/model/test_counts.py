@@ -1,4 +1,4 @@
-"""Counts from the configuration against published figures and against what is allocated."""
+"""Checks counts from the configuration against published figures and against what is allocated."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_other_published_counts(name, total, active, digits):
     assert config.num_active_parameters() == pytest.approx(active, rel=2e-3)
 
 
-def test_v3_flops_a_token():
+def test_v3_flops_per_token():
     flops = count_flops(ModelConfig.preset("v3-671b"), 4096)
     core = flops.terms["attention_core"]
     assert (flops.forward - core) / 1e9 == pytest.approx(73.25, abs=0.01)
@@ -54,7 +54,7 @@ def test_v3_flops_a_token():
 
 @pytest.mark.parametrize("name", presets())
 def test_counts_equal_what_is_allocated(name):
-    """The abstract model has every array of the real one, whatever its size."""
+    """The counts are those of the abstract model, which has every array of the real one."""
     config = ModelConfig.preset(name)
     model = nnx.eval_shape(lambda: DeepSeekV3(config, rngs=nnx.Rngs(0)))
     allocated = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
@@ -62,8 +62,8 @@ def test_counts_equal_what_is_allocated(name):
 
 
 def test_forward_products_of_the_traced_model_are_the_counted_ones(monkeypatch):
-    """Sums 2mkn over the products that a model with one expert and no padding of rows really makes."""
-    monkeypatch.setattr(attention_core, "CHUNKS", 1)  # the whole square, as is counted here
+    """Sums 2mkn over the products that a model with one expert and no padding of rows really computes."""
+    monkeypatch.setattr(attention_core, "CHUNKS", 1)  # the whole square of logits, which is counted here
     config = ModelConfig.preset(
         "tiny",
         n_routed_experts=2,

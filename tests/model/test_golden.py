@@ -1,4 +1,4 @@
-"""Parity with an independent implementation (tests/golden): logits, MTP logits, loss, gradients, greedy text."""
+"""Checks logits, MTP logits, loss, gradients and greedy text against an independent implementation (tests/golden)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model(golden):
 
 @pytest.fixture(scope="module")
 def run(golden, model):
-    """Outputs, loss and gradients of one pass."""
+    """Returns outputs, loss and gradients of one pass."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     ids = jnp.asarray(golden.io["ids"], jnp.int32)
 
@@ -63,7 +63,7 @@ def test_loss(golden, run):
 
 
 def published_gradients(config, gradients):
-    """The stored gradients' names and ours in the published layout [out, in]."""
+    """Returns our gradients in the published layout [out, in], by the names of the stored ones."""
     dense = config.num_dense_layers
 
     def layer(index):

@@ -1,4 +1,4 @@
-"""Mistakes that implementations of DeepSeek-V3 have shipped, re-created one by one: the parity check kills each.
+"""Re-introduces mistakes that implementations of DeepSeek-V3 have shipped, one by one: each must fail the parity check.
 
 Every mutant changes one thing (a function, a tensor, a configuration field) and must then fail the check that the
 unchanged model passes in test_golden.py. A mutant that survived would mean that the suite cannot see the mistake.
@@ -24,9 +24,9 @@ PASSES = 1e-4  # the parity bound of test_golden.py, of the logits' standard dev
 
 
 def parity_error(golden, config=None) -> float:
-    """Largest error of logits and MTP logits over one row, relative to the logits' spread; NaN counts as infinite."""
+    """Returns the largest error of one row's logits and MTP logits, relative to their spread; infinite for NaN."""
     model = golden_data.build_model(golden, config)
-    with jax.disable_jit():  # operations are compiled once for all mutants, a whole program for each
+    with jax.disable_jit():  # operations are compiled once for all mutants; a whole program would be compiled for each
         out = model(jnp.asarray(golden.io["ids"][:2], jnp.int32))
     pairs = [(out.logits, golden.io["logits"])]
     pairs += [(logits, golden.io["mtp_logits"]) for logits in out.mtp_logits]
@@ -35,7 +35,7 @@ def parity_error(golden, config=None) -> float:
 
 
 def decoding_error(golden) -> float:
-    """The same for the logits of absorbed decoding, all tokens of one row read behind an empty cache."""
+    """Returns the largest error of absorbed decoding's logits, with one row's tokens read into an empty cache."""
     model = golden_data.build_model(golden)
     ids = jnp.asarray(golden.io["ids"][:1], jnp.int32)
     with jax.disable_jit():
@@ -51,13 +51,13 @@ def goldens():
 
 
 def with_biases(golden, change):
-    """The golden data with every router bias replaced by `change(name, bias)`."""
+    """Returns the golden data with every router bias replaced by `change(name, bias)`."""
     biases = {name: change(name, value) for name, value in golden.tensors.items() if name.endswith("correction_bias")}
     return dataclasses.replace(golden, tensors=golden.tensors | biases)
 
 
 def near_five(name, bias):
-    """Released biases lie around 5; a common offset leaves the choice of experts as it is."""
+    """Returns biases around 5, as released ones are; a common offset does not change the choice of experts."""
     return bias - bias.mean() + 5.0
 
 

@@ -1,4 +1,4 @@
-"""The model's own promises: two forms of attention agree, causality, segments, MTP chains, statistics, policies."""
+"""Checks the model: both forms of attention, causality, segments, MTP chains, statistics, rematerialisation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VARIANTS = {
 }
 BATCH, LENGTH = 2, 24
 
-# Whole programs: operation by operation the same tests take several times as long.
+# Compiled as whole programs: operation by operation the same tests take several times as long.
 prefill, decode = nnx.jit(DeepSeekV3.prefill), nnx.jit(DeepSeekV3.decode)
 draft = nnx.jit(DeepSeekV3.draft, static_argnames="depth")
 forward = nnx.jit(lambda model, tokens, **given: model(tokens, **given))
@@ -62,7 +62,7 @@ def model():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_absorbed_decoding_agrees_with_the_expanded_pass(variant, tokens):
-    """Prefill of a part, then several tokens at once, then one by one, rows at places of their own."""
+    """Prefills a part, then decodes several tokens at once, then one by one, each row at its own positions."""
     model = make(**VARIANTS[variant])
     expected = features(model, tokens).hidden
     cache = model.init_cache(BATCH, LENGTH)
@@ -71,7 +71,7 @@ def test_absorbed_decoding_agrees_with_the_expanded_pass(variant, tokens):
     positions = jnp.broadcast_to(jnp.arange(9, 14), (BATCH, 5))
     hidden, cache = decode(model, tokens[:, 9:14], cache, positions)
     np.testing.assert_allclose(hidden, expected[:, 9:14], atol=2e-5)
-    # The second row goes one token back: its entry is written again and what lies behind it is not seen.
+    # The second row goes one token back: its entry is written again, and entries after it are not seen.
     positions = jnp.array([[14], [13]])
     hidden, cache = decode(model, tokens[jnp.arange(BATCH)[:, None], positions], cache, positions)
     np.testing.assert_allclose(hidden, expected[jnp.arange(BATCH)[:, None], positions], atol=2e-5)
@@ -90,7 +90,7 @@ def test_mtp_drafts_agree_with_the_training_chain(tokens):
         previous = hidden
 
 
-def test_mtp_logits_have_the_promised_shapes_and_see_one_more_token_each(tokens):
+def test_mtp_logits_have_their_shapes_and_see_one_more_token_each(tokens):
     model = make(num_nextn_predict_layers=2)
     out = forward(model, tokens)
     assert [logits.shape[1] for logits in out.mtp_logits] == [LENGTH - 1, LENGTH - 2]
@@ -130,7 +130,7 @@ def test_segments_are_as_if_alone(model, tokens):
 
 
 def test_padding_is_not_counted(model, tokens):
-    """Loads and balance of a row padded at its end are those of the row without the padding."""
+    """The loads and balance of a row padded at its end are those of the row without padding."""
     config = model.config
     segment_ids = (jnp.arange(LENGTH) < 16).astype(jnp.int32) * jnp.ones((BATCH, 1), jnp.int32)
     padded = forward(model, tokens, segment_ids=segment_ids).routing
@@ -145,7 +145,7 @@ def test_padding_is_not_counted(model, tokens):
 
 @pytest.fixture(scope="module")
 def gradient(model, tokens):
-    """The gradient of one model under a policy."""
+    """Returns a function from a rematerialisation policy to the gradient of one model."""
     _, params, rest = nnx.split(model, nnx.Param, ...)
 
     @functools.cache
@@ -164,8 +164,8 @@ def test_rematerialisation_changes_no_gradient(gradient, policy):
         np.testing.assert_allclose(plain, recomputed, atol=1e-7, rtol=1e-4)
 
 
-def test_layers_laid_out_whole_equal_the_loop(model, gradient, tokens, monkeypatch):
-    """`conftest.py` has the tests compile the loop; small models train without it."""
+def test_unrolled_layers_equal_the_loop(model, gradient, tokens, monkeypatch):
+    """Other tests compile the loop (`conftest.py`); outside of tests small models train with unrolled layers."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params):
@@ -217,7 +217,7 @@ def test_router_biases_round_trip(model):
 
 
 def test_the_program_does_not_grow_with_depth():
-    """61 layers trace to as many equations as 5: layers are scanned."""
+    """61 layers trace to as many equations as 5, since layers are scanned."""
 
     def equations(layers):
         config = ModelConfig.preset("tiny", num_hidden_layers=layers)

@@ -1,4 +1,4 @@
-"""The names of `dsv3_jax`, in a new process: what is imported first must not decide what a name stands for."""
+"""Checks in new processes that no order of imports changes what the public names of `dsv3_jax` stand for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def run(program: str) -> str:
-    """What a program prints, in a process of its own."""
+    """Returns what a program prints, which runs in a process of its own."""
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout

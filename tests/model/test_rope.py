@@ -1,4 +1,4 @@
-"""Rotary frequencies and YaRN against published values, complex arithmetic and the definition."""
+"""Checks rotary frequencies and YaRN against published values, complex arithmetic and the definition."""
 
 from __future__ import annotations
 

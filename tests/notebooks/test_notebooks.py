@@ -1,4 +1,4 @@
-"""Every notebook is well formed, carries no outputs or those of one whole run, and runs when shortened."""
+"""Checks that every notebook is well formed, has no outputs or those of one whole run, and runs when shortened."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_form(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a plain script in this process, with SHORT set after the cell of parameters and figures left undrawn."""
+    """Runs as a plain script in this process, with SHORT set after the cell of parameters, and draws no figures."""
     monkeypatch.chdir(tmp_path)
     backend = matplotlib.get_backend()
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Where the independent implementation lives: a Python of its own, so torch and JAX share no process."""
+"""Finds the independent implementation, which has its own Python so that torch and JAX share no process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def oracle_python() -> str:
-    """The interpreter that has torch and transformers; skips the test where there is none."""
+    """Returns the interpreter that has torch and transformers; skips the test where there is none."""
     named = os.environ.get("DSV3_ORACLE_PYTHON")
     if named:
         return named

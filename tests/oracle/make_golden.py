@@ -1,4 +1,4 @@
-"""Makes the golden data anew, or recomputes it for stored weights, with the transformers library.
+"""Makes the golden data from seeds, or recomputes it for stored weights, with the transformers library.
 
 Runs in an environment of its own (extra `oracle`: torch, transformers, safetensors; no JAX):
 
@@ -61,7 +61,7 @@ _YARN = {
     "beta_slow": 1,
     "mscale": 1.0,
     "mscale_all_dim": 0.707,
-    # Shorter than the rows, so that most positions lie beyond it.
+    # Shorter than the rows, so that most positions are beyond it.
     "original_max_position_embeddings": 16,
 }
 _V3 = {
@@ -152,12 +152,12 @@ class Oracle(torch.nn.Module):
         self.eval()
 
     def logits(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B, T, V] and the hidden states [B, T, d] after the final norm."""
+        """Returns logits [B, T, V] and the hidden states [B, T, d] after the final norm."""
         hidden = self.main.model(ids, use_cache=False).last_hidden_state
         return self.main.lm_head(hidden), hidden
 
     def mtp_logits(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """[B, T-1, V]; position i sees hidden state i and the embedding of token i + 1."""
+        """Returns [B, T-1, V]; position i sees hidden state i and the embedding of token i + 1."""
         length = ids.shape[1] - 1
         positions = torch.arange(length)[None]
         causal = torch.full((length, length), -torch.inf).triu(1)[None, None]
@@ -176,7 +176,7 @@ class Oracle(torch.nn.Module):
 
 
 def _published_name(name: str, layers: int) -> str:
-    """The published name of a parameter of `Oracle`, experts still fused."""
+    """Returns the published name of a parameter of `Oracle`, experts still fused."""
     if name.startswith("main."):
         return name.removeprefix("main.")
     inner = name.removeprefix("mtp.").removeprefix("mtp_block.")
@@ -184,7 +184,7 @@ def _published_name(name: str, layers: int) -> str:
 
 
 def published_weights(oracle: Oracle) -> dict[str, torch.Tensor]:
-    """Every weight under its published name: experts one by one, MTP's copies of embedding and head too."""
+    """Returns every weight by its published name: experts one by one, MTP's copies of embedding and head included."""
     layers = oracle.config.num_hidden_layers
     weights = {}
     for name, value in oracle.state_dict().items():
@@ -206,7 +206,7 @@ def published_weights(oracle: Oracle) -> dict[str, torch.Tensor]:
 
 
 def load_weights(oracle: Oracle, weights: dict[str, torch.Tensor]) -> None:
-    """The inverse of `published_weights`; every parameter must be found, at its shape."""
+    """Loads what `published_weights` returns; every parameter must be found and have its shape."""
     layers = oracle.config.num_hidden_layers
     state = {}
     for name in oracle.state_dict():
@@ -240,19 +240,19 @@ def randomise(oracle: Oracle, seed: int, biases: tuple[float, float] | None) -> 
             elif "norm" in name:
                 normal(value, 1.0, 0.2)
             elif name.endswith("gate.weight"):
-                # Affinities that spread: with the other weights' scale the biases alone would choose.
+                # Large enough that affinities differ: at the other weights' scale the biases alone would choose.
                 normal(value, 0.0, 0.5)
             else:
                 normal(value, 0.0, oracle.config.initializer_range)
 
 
 def random_ids(vocab_size: int, seed: int) -> torch.Tensor:
-    """int64 [ROWS, LENGTH], without the ids of begin and end."""
+    """Returns int64 [ROWS, LENGTH], without the ids of begin and end."""
     return torch.randint(2, vocab_size, (ROWS, LENGTH), generator=torch.Generator().manual_seed(seed))
 
 
 def compute_io(oracle: Oracle, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What io.safetensors holds."""
+    """Returns the tensors of io.safetensors."""
     logits, hidden = oracle.logits(ids)
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     oracle.zero_grad()
@@ -295,7 +295,7 @@ def make(folder: Path) -> None:
 
 
 def check(folders: list[Path]) -> dict[str, dict[str, float]]:
-    """The largest absolute difference of every stored tensor from the recomputed one."""
+    """Returns the largest absolute difference of every stored tensor from the recomputed one, by folder and name."""
     report = {}
     for folder in folders:
         oracle = Oracle(json.loads((folder / "config.json").read_text()))

@@ -1,4 +1,4 @@
-"""The stored golden data is what the independent implementation computes today."""
+"""Checks that the stored golden data is what the independent implementation computes today."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def test_stored_values_are_recomputed(oracle_python: str) -> None:
     assert sorted(report) == CHECKPOINTS
     for name, differences in report.items():
         for tensor, difference in differences.items():
-            # Ids exactly; the rest to a few float32 roundings of values that stay below 6.
+            # Ids are equal; the rest agrees to a few float32 roundings of values below 6.
             assert difference <= (0 if tensor in ("ids", "greedy") else 4e-6), (name, tensor)
 
 
-def test_checkpoints_are_made_anew(oracle_python: str, tmp_path: Path) -> None:
+def test_checkpoints_are_made_from_their_seeds(oracle_python: str, tmp_path: Path) -> None:
     run_oracle(oracle_python, "make", str(tmp_path))
     made = sorted(path.name for path in tmp_path.iterdir())
     assert made

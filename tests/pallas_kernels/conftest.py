@@ -1,4 +1,4 @@
-"""Public functions on an accelerator's kernels, run by its interpreter."""
+"""Lets public functions run an accelerator's kernels in their interpreter."""
 
 from __future__ import annotations
 

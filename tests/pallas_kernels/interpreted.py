@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.experimental.pallas.tpu as pltpu
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # what the race detector found has no public name
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks  # the race detector's results have no public name
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from pallas_kernels.hopper_launch import hopper_target
@@ -17,7 +17,7 @@ from pallas_kernels.hopper_launch import hopper_target
 def interpreted_hopper(num_cores: int = 2) -> Iterator[plgpu.InterpretGPUParams]:
     """Yields the parameters that interpret a kernel and check every access to shared memory for races.
 
-    It needs the settings of `tests/conftest.py` for callbacks: threads enough, and no queue of programs.
+    It needs the settings of `tests/conftest.py` for callbacks: enough threads, and no asynchronous dispatch.
 
     Raises:
       RuntimeError: on leaving, when two accesses were not ordered by a barrier.

@@ -1,4 +1,4 @@
-"""The FP8 product against float64, its block-by-block definition, and the gradients made of it."""
+"""Checks the FP8 product against float64 and against its block-by-block definition."""
 
 import jax
 import jax.experimental.pallas.tpu as pltpu
@@ -31,7 +31,7 @@ def float64_product(a, b):
 
 
 def by_blocks(a, b, accumulator):
-    """The definition, as the hardware computes it: every 128 of K is summed alone and then scaled, in float32."""
+    """Returns the product by its definition: each 128 of K is summed separately in float32, then scaled and added."""
     total = jnp.zeros((a.shape[0], b.shape[0]), jnp.float32)
     b_scales = b.scales if b.tile == "1x128" else jnp.repeat(b.scales, 128, axis=0)[: b.shape[0]]
     for block in range(a.scales.shape[1]):
@@ -74,8 +74,8 @@ def test_a_nan_tile_spoils_its_row_alone():
     assert np.isnan(np.asarray(out, "f4")).tolist() == [[False] * 2, [True] * 2, [False] * 2]
 
 
-# More tiles than blocks, so that the ring of stages runs on from tile to tile; edges inside of every tile; a cluster
-# whose second block lies outside altogether.
+# More tiles than blocks, so that the ring of stages continues from tile to tile; edges inside of every tile; a cluster
+# whose second block is wholly outside of the matrix.
 HOPPER_CASES = [
     ((128, 128, 256), "128x128", Tiling(stages=2), False),
     ((300, 200, 300), "128x128", Tiling(tile_n=192, stages=2, cluster=2), False),
@@ -117,7 +117,7 @@ def test_every_problem_gets_a_tiling_that_fits(m, n, k, out_bytes):
 
 
 def test_on_hopper_the_kernel_is_chosen_and_sizes_that_fit_are_not_copied():
-    """2112 and 1536 are no multiples of a tile, but of 32: TMA handles what is left over. 333 is padded."""
+    """2112 and 1536 are multiples of 32 but not of a tile, so TMA handles the edges; 333 is padded."""
 
     def program(m, n, k, b_tile):
         operand = jax.eval_shape(lambda x: pk.quantize(x, tile="1x128"), jax.ShapeDtypeStruct((m, k), jnp.float32))

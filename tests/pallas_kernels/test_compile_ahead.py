@@ -1,4 +1,4 @@
-"""Every kernel and tuning entry compiled for Hopper and for TPUs, on a machine with neither; the compilers' reports."""
+"""Compiles every kernel and tuning entry for Hopper and TPUs on a machine with neither, and checks the reports."""
 
 import json
 import os
@@ -15,7 +15,7 @@ OPERATIONS = ("blockwise_matmul", "grouped_matmul", "quantize", "routing")
 
 
 def compiled(target: str) -> dict[str, list[dict]]:
-    """What `python -m pallas_kernels.compile_ahead` says, from a process that has the compilers' wheels on its path."""
+    """Returns the output of `python -m pallas_kernels.compile_ahead`, run with the compilers' wheels on its path."""
     path = os.pathsep.join([str(WHEELS), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, "-m", "pallas_kernels.compile_ahead", target, *OPERATIONS],
@@ -46,7 +46,7 @@ def test_hopper_kernels_compile_without_spills():
             (instruction,) = kernel["tensor_core"]
             assert instruction.endswith("k32.f32.e4m3.e4m3"), name
             width = int(instruction.split("n")[-1].split("k32")[0])
-            # One fused multiply-add a total: the promotion, and nothing else done twice.
+            # One fused multiply-add per total: the promotion, and nothing that is computed twice.
             assert kernel["fused_multiply_adds"] == 64 * width // 128, name
 
 

@@ -1,4 +1,4 @@
-"""Grouped products against a loop over groups in float64, and their gradients."""
+"""Checks grouped products and their gradients against a loop over groups in float64."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_product_and_gradients(sizes):
 
 @st.composite
 def ragged(draw, groups, rows):
-    """Sizes of `groups` groups that take at most `rows` rows: one shape, so that examples share a compilation."""
+    """Draws sizes of `groups` groups with at most `rows` rows; all have one shape, so that examples share a program."""
     ends = sorted(draw(st.lists(st.integers(0, rows), min_size=groups, max_size=groups)))
     return np.diff([0, *ends]).tolist()
 
@@ -64,8 +64,8 @@ def test_sizes_that_are_no_multiple_of_anything(sizes, seed):
     np.testing.assert_allclose(out, by_loop(lhs, rhs, sizes), atol=1e-5)
 
 
-def test_small_promises_are_aligned_anew():
-    """Many rows with no alignment promised: the product and the weight gradient copy them into blocks and back."""
+def test_rows_of_small_alignment_are_copied():
+    """Where no alignment is promised, the product and the weight gradient copy many rows into blocks and back."""
     sizes = [33, 0, 1, 20]
     rng = np.random.default_rng(6)
     lhs, rhs = rng.normal(size=(64, 4)).astype(np.float32), rng.normal(size=(4, 3, 4)).astype(np.float32)
@@ -95,7 +95,7 @@ def plain(q):
 
 
 def test_fp8_forms_are_the_products_of_the_quantised_operands():
-    """Forward, input gradient and weight gradient, to float32 rounding; rows past the groups hold rubbish."""
+    """Product, input gradient and weight gradient agree to float32 rounding; rows past the groups hold garbage."""
     sizes = [128, 0, 256]
     lhs, rhs, out_bar, group_sizes = fp8_operands(sizes, 512, 140, 130)
     qx, qw = pk.quantize(lhs, tile="1x128"), pk.quantize(rhs, tile="128x128")
@@ -109,7 +109,7 @@ def test_fp8_forms_are_the_products_of_the_quantised_operands():
     rhs_bar = pk.grouped_weight_gradient(columns, x_columns, group_sizes, **promise)
     wanted = [plain(columns)[:, a:b] @ plain(x_columns)[:, a:b].T for a, b in ((0, 128), (128, 128), (128, 384))]
     assert relative_error(rhs_bar, np.stack(wanted)) < 1e-6
-    # And near the plain product: e4m3 rounds by 1/28 in the mean square, two operands by sqrt(2) times that.
+    # They are near the plain product: e4m3 rounds by 1/28 in root mean square, two operands by sqrt(2) times that.
     assert relative_error(out, by_loop(np.asarray(lhs), np.asarray(rhs), sizes)) < 0.05
 
 
@@ -129,7 +129,7 @@ def test_masked_layout():
     wanted = np.einsum("gmk,gnk->gmn", lhs.astype("f8"), rhs)
     for g, count in enumerate(counts):
         wanted[g, count:] = 0
-    lhs[1] = np.nan  # what lies past the counts is never used
+    lhs[1] = np.nan  # rows past the counts are never used
     assert relative_error(pk.masked_grouped_matmul(jnp.asarray(lhs), jnp.asarray(rhs), counts), wanted) < 1e-6
     lhs[1] = 0
     quantized = pk.quantize(jnp.asarray(lhs), tile="1x128"), pk.quantize(jnp.asarray(rhs), tile="128x128")
@@ -144,8 +144,8 @@ def test_aligned_layout_holds_every_row_once(sizes, granule):
     padded = [-(-size // granule) * granule for size in sizes]
     np.testing.assert_array_equal(layout.group_sizes, padded)
     wanted, start = [], 0
-    for size, room in zip(sizes, padded, strict=True):
-        wanted += [*range(start, start + size), *[rows] * (room - size)]
+    for size, aligned in zip(sizes, padded, strict=True):
+        wanted += [*range(start, start + size), *[rows] * (aligned - size)]
         start += size
     wanted += [rows] * (len(layout.source) - len(wanted))
     np.testing.assert_array_equal(layout.source, wanted)

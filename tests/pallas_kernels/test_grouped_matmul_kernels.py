@@ -1,4 +1,4 @@
-"""The grouped kernels in the interpreters, Hopper's with race detection, against the reference."""
+"""Checks the grouped kernels in the interpreters against the reference, Hopper's with race detection."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pallas_kernels as pk
 from pallas_kernels.grouped_matmul import hopper, tpu
 from pallas_kernels.grouped_matmul.tiling import Tiling, candidates, choose_tiling
 
-ROWS, OUT, IN = 512, 144, 208  # ragged in every tile but the rows
+ROWS, OUT, IN = 512, 144, 208  # a multiple of the tile only in the rows
 SIZES = {
     "an empty group, ragged counts, rows to spare": [128, 0, 256],
     "one group with everything": [0, 512, 0],
@@ -26,7 +26,7 @@ TILINGS = (Tiling(128, 3, 2), Tiling(64, 2, 1), Tiling(192, 2, 2))
 
 @functools.cache
 def operands(fp8: bool):
-    """Rows, weights and the gradient of the product; for FP8 quantised, with the transposed forms of the rows."""
+    """Returns rows, weights and the gradient of the product; for FP8 quantised, with the rows' transposed forms."""
     keys = jax.random.split(jax.random.key(0), 3)
     lhs, rhs = jax.random.normal(keys[0], (ROWS, IN)), jax.random.normal(keys[1], (3, OUT, IN))
     out_bar = jax.random.normal(keys[2], (ROWS, OUT))
@@ -38,7 +38,7 @@ def operands(fp8: bool):
 
 
 def by_form(form: str, fp8: bool, sizes: list[int]):
-    """What a module of kernels is asked, as function(kernels, **options), and what the reference answers."""
+    """Returns a call of each form, as function(kernels, **options), and the reference's result."""
     lhs, rhs, columns, out_bar = operands(fp8)
     group_sizes = jnp.asarray(sizes, jnp.int32)
     f32 = jnp.float32
@@ -56,9 +56,9 @@ def by_form(form: str, fp8: bool, sizes: list[int]):
         wanted = pk.grouped_weight_gradient(out_bar, columns, group_sizes, row_alignment=128)
         return (lambda kernels, **options: kernels.rows_by_rows(out_bar, columns, group_sizes, **options)), wanted
     counts = jnp.asarray(np.minimum(sizes, 130) // 2, jnp.int32)
-    room = jax.tree.map(lambda x: x[:390].reshape(3, 130, -1), lhs)
-    wanted = pk.masked_grouped_matmul(room, rhs, counts, out_dtype=f32)
-    return (lambda kernels, **options: kernels.masked(room, rhs, counts, f32, **options)), wanted
+    rows = jax.tree.map(lambda x: x[:390].reshape(3, 130, -1), lhs)
+    wanted = pk.masked_grouped_matmul(rows, rhs, counts, out_dtype=f32)
+    return (lambda kernels, **options: kernels.masked(rows, rhs, counts, f32, **options)), wanted
 
 
 FORMS = [("rows", False), ("transposed", False), ("depth", False), ("masked", False)]
@@ -67,7 +67,7 @@ FORMS += [("rows", True), ("depth", True), ("masked", True)]
 
 def check(got, wanted) -> None:
     assert got.shape == wanted.shape
-    # Sums of up to 512 products of unit size in float32, in another order.
+    # The kernels add up to 512 float32 products of size 1 in another order.
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
@@ -108,7 +108,7 @@ ANY_SIZES = {"ragged, an empty group, rows to spare": [33, 0, 129], "one group w
 @pytest.mark.parametrize("sizes", ANY_SIZES.values(), ids=ANY_SIZES)
 @pytest.mark.parametrize(("device", "kernels"), [("hopper", hopper), ("tpu", tpu)])
 def test_sizes_that_are_no_multiple_of_the_tile(device, kernels, sizes, on_device):
-    """The public functions lay the rows out for the kernels and back: product, both gradients, the FP8 product."""
+    """The public functions pad rows for the kernels and undo it: product, both gradients, the FP8 product."""
     keys = jax.random.split(jax.random.key(1), 3)
     lhs, rhs, out_bar = (
         jax.random.normal(key, shape, jnp.bfloat16)

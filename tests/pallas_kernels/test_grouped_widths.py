@@ -1,4 +1,4 @@
-"""Grouped products of small and odd widths lower for Hopper, whose layouts the interpreter does not know."""
+"""Checks that grouped products of small and odd widths lower for Hopper; the interpreter has none of its layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark's checks find wrong results; its tuning entries survive a round trip; the numerics script sums."""
+"""Checks that the benchmark finds wrong results and keeps tuning entries, and the emulated tensor core's sums."""
 
 import importlib
 import pathlib
@@ -21,7 +21,7 @@ def benchmark(monkeypatch):
 
 
 def test_every_family_is_checked_and_a_wrong_result_is_seen(benchmark):
-    """One problem a family, and each operation of those that have several."""
+    """Takes one problem per family, and each operation of families that have several."""
     seen = set()
     for problem in benchmark.problems(list(benchmark.FAMILIES), sanity=True):
         several = problem.family in ("quantise", "routing")
@@ -74,4 +74,4 @@ def test_the_emulated_tensor_core_sums_as_described(monkeypatch):
     unpromoted = np.abs(total(products, None) - exact) / exact
     promoted = np.abs(total(products, 128) - exact) / exact
     assert unpromoted.max() > 0.01
-    assert promoted.max() < 128 / 32 * 33 * 2**-14  # each of four steps cuts at most one unit a term
+    assert promoted.max() < 128 / 32 * 33 * 2**-14  # each of four steps cuts off at most one unit per term

@@ -1,4 +1,4 @@
-"""Quantisation against a float64 oracle written tile by tile, and its edges."""
+"""Checks quantisation, its edge cases included, against a float64 oracle written tile by tile."""
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -18,7 +18,7 @@ TILES = {"1x128": (1, 128), "128x128": (128, 128), "128x1": (128, 1)}
 
 
 def oracle(x: np.ndarray, tile: str, power_of_two: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Values (as float64) and scales of a finite matrix, one tile after the other, in float64."""
+    """Returns values (as float64) and scales of a finite matrix, computed tile by tile in float64."""
     rows, columns = TILES[tile]
     values = np.zeros(x.shape)
     scales = np.zeros((-(-x.shape[0] // rows), -(-x.shape[1] // columns)))
@@ -32,7 +32,7 @@ def oracle(x: np.ndarray, tile: str, power_of_two: bool) -> tuple[np.ndarray, np
 
 
 def matrix(seed: int, m: int, k: int) -> np.ndarray:
-    """Normal numbers whose rows and columns differ in size by orders of magnitude."""
+    """Returns normal numbers whose rows and columns differ in size by orders of magnitude."""
     rng = np.random.default_rng(seed)
     return (rng.normal(size=(m, k)) * np.exp(rng.normal(size=(m, 1)) * 2) * np.exp(rng.normal(size=k))).astype("f4")
 
@@ -45,7 +45,7 @@ def test_equals_the_oracle(tile, power_of_two):
     values, scales = oracle(x.astype("f8"), tile, power_of_two)
     np.testing.assert_allclose(q.scales, scales, rtol=0 if power_of_two else 2e-7)
     got = np.asarray(q.values, "f8")
-    # A quotient within float32 rounding of a midpoint may go either way: one step of e4m3, rarely.
+    # A quotient within float32 rounding of a midpoint may be rounded either way, which is rare.
     assert np.all(np.abs(got - values) <= np.maximum(np.abs(values) / 8, 2**-9))
     assert np.mean(got != values) < 1e-3
 
@@ -53,7 +53,7 @@ def test_equals_the_oracle(tile, power_of_two):
 @settings(max_examples=6, deadline=None)
 @given(st.integers(1, 260), st.integers(1, 260), st.sampled_from(list(TILES)), st.integers(-30, 30))
 def test_error_is_the_formats(m, k, tile, exponent):
-    """Half a step of 3 mantissa bits, or half the smallest subnormal of the tile."""
+    """The error is at most half a step of 3 mantissa bits, or half the smallest subnormal of the tile."""
     x = (matrix(m * k, m, k) * 2.0**exponent).astype("f4")
     q = pk.quantize(jnp.asarray(x), tile=tile)
     assert q.scales.shape == pk.quantize(jnp.zeros((m, k)), tile=tile).scales.shape
@@ -110,7 +110,7 @@ def test_both_orientations_in_one():
 
 
 def test_requantising_with_powers_of_two_is_nearly_exact():
-    """Why the report asks for them where a tensor is re-tiled: only the tiny fall away."""
+    """Only tiny values are lost, which is why the report asks for powers of two where a tensor is re-tiled."""
     x = jnp.asarray(np.random.default_rng(2).normal(size=(256, 256)).astype("f4"))
     for power_of_two, wanted in ((True, 1e-3), (False, 1e-2)):
         q = pk.quantize(x, tile="1x128", power_of_two_scales=power_of_two)
@@ -133,7 +133,7 @@ def test_experts_are_separate_matrices():
 
 @pytest.mark.parametrize("tile", TILES)
 def test_kernels_see_experts_one_below_the_other(tile):
-    """Kernels take one matrix: ragged experts are filled up so that no tile holds rows of two."""
+    """Kernels take one matrix, so experts of odd sizes are padded and no tile holds rows of two."""
     w = jnp.asarray(matrix(5, 3 * 130, 150)).reshape(3, 130, 150)
     assert_same(
         _over_matrices(lambda x: reference.quantize(x, tile, False), w, tile), reference.quantize(w, tile, False)
@@ -150,7 +150,7 @@ def test_a_quantized_is_a_pytree_with_a_static_tile():
 
 
 def kernel_input(shape, dtype):
-    """A tile of zeros, one with an infinity, and the rest ordinary."""
+    """Returns a matrix with a tile of zeros, one with an infinity, and ordinary ones."""
     x = matrix(7, *shape)
     x[0, :128] = 0
     x[3, 5] = np.inf
@@ -158,13 +158,13 @@ def kernel_input(shape, dtype):
 
 
 def assert_same(got: pk.Quantized, wanted: pk.Quantized):
-    """Bit for bit, but for the values of tiles that are NaN by their scale."""
+    """Checks equality bit for bit, except for values of tiles whose scale is NaN."""
     assert got.tile == wanted.tile
     np.testing.assert_array_equal(got.scales, wanted.scales)
     np.testing.assert_array_equal(pk.dequantize(got), pk.dequantize(wanted))
 
 
-# One shape that the tiles fit, with room for a second round of a block's loop, and one ragged both ways.
+# One shape of whole tiles, large enough for a second iteration of a block's loop, and one of partial tiles both ways.
 KERNEL_CASES = [((256, 384), jnp.bfloat16, False), ((200, 330), jnp.float32, True)]
 
 
@@ -201,7 +201,7 @@ def test_tpu_kernels_equal_the_definition(shape, dtype, power_of_two):
     assert_same(again, reference.requantize_transposed(both[0], power_of_two))
 
 
-def test_the_race_detector_is_awake():
+def test_the_race_detector_finds_a_race():
     """A kernel that reads shared memory before TMA has filled it must not pass."""
     with pytest.raises(RuntimeError, match="races"), interpreted_hopper(num_cores=1) as interpret:
         jax.block_until_ready(racing_kernel(interpret)(jnp.ones((64, 128))))

@@ -1,4 +1,4 @@
-"""Routing against loops over tokens in float64, and its gradients against autodiff of the plain formula."""
+"""Checks routing against loops over tokens in float64, and its gradients against autodiff of the plain formula."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pallas_kernels as pk
 
 
 def route_by_hand(logits, bias, chosen, groups, kept, softmax=False, group_max=False, normalise=True, factor=1.0):
-    """Experts and gates of one token, spelled out in float64 with lowest-index ties."""
+    """Returns experts and gates of one token, computed in float64; ties go to the lowest index."""
     logits = np.asarray(logits, np.float64)
     scores = np.exp(logits) / np.exp(logits).sum() if softmax else 1 / (1 + np.exp(-logits))
     biased = scores + bias
@@ -31,7 +31,7 @@ def route_by_hand(logits, bias, chosen, groups, kept, softmax=False, group_max=F
     return experts, gates * factor
 
 
-# Experts, groups, groups in reach, chosen, softmax, groups by their best. Few, since each is compiled.
+# Experts, groups, groups allowed, experts chosen, softmax, groups by their best. Few, since each is compiled.
 ROUTERS = [
     (8, 1, 1, 3, False, False),
     (32, 4, 2, 6, False, False),
@@ -75,7 +75,7 @@ def test_ties_go_to_the_lowest_index():
 
 
 def test_statistics_against_the_report():
-    """Eq. 18-20 by loops, a padded token left out."""
+    """Compares with Eq. 18-20 written as loops, which leave a padded token out."""
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(2, 7, 8)).astype(np.float32)
     bias = rng.normal(size=8).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The routing kernels in the interpreters, Hopper's with race detection, against the reference."""
+"""Checks the routing kernels in the interpreters against the reference, Hopper's with race detection."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pallas_kernels as pk
 from pallas_kernels.routing import hopper_gate, hopper_rows, reference, tpu_gate, tpu_rows
 from pallas_kernels.routing.reference import GateParameters
 
-# Name: sequences, tokens, experts, has a bias, has a mask, parameters. Tokens fill no tile of 16; the first router has
-# more tiles than one multiprocessor has blocks.
+# Name: sequences, tokens, experts, has a bias, has a mask, parameters. Tokens are no multiple of a tile's 16; the first
+# router has more tiles than one multiprocessor has blocks.
 ROUTERS = {
     "V3's groups, masked": (2, 18, 32, True, True, GateParameters(4, 4, 2, "sigmoid", "top2_sum", True, 2.5)),
     "one group, softmax": (1, 7, 48, False, False, GateParameters(6, 1, 1, "softmax", "max", False, 1.0)),
@@ -28,7 +28,7 @@ def router_inputs(name: str, ties: bool = False):
     sequences, tokens, experts, biased, masked, parameters = ROUTERS[name]
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(sequences, tokens, experts))
-    bias = rng.normal(size=experts) - 1  # negative: experts out of reach must not win with a zero
+    bias = rng.normal(size=experts) - 1  # negative: experts of other groups must not win with a zero
     if ties:
         logits, bias = np.round(logits), np.zeros_like(bias)
     mask = jnp.asarray(rng.random((sequences, tokens)) < 0.7) if masked else None
@@ -45,7 +45,7 @@ def check_gate(got, wanted) -> None:
 
 @pytest.mark.parametrize(("router", "ties"), [*((name, False) for name in ROUTERS), ("V3's groups, masked", True)])
 def test_gate_on_hopper(router, ties):
-    """Ties go to the lowest index, of experts as of groups."""
+    """Ties go to the lowest index, among experts and among groups."""
     inputs = router_inputs(router, ties)
     with interpreted_hopper(num_cores=1) as interpret:
         check_gate(hopper_gate.gate(*inputs, interpret=interpret), reference.gate(*inputs))
@@ -76,7 +76,7 @@ DEVICES = {"hopper": (hopper_gate, hopper_rows), "tpu": (tpu_gate, tpu_rows)}
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradient_through_the_gate_of_a_device(device, on_device):
-    """The public function on the device's kernel against itself on this machine."""
+    """Compares the public function on the device's kernel with the same on this machine's reference."""
     logits, bias, mask, p = router_inputs("groups by their best, a mask")
     weights = jax.random.normal(jax.random.key(1), (*logits.shape[:2], p.num_experts_per_tok))
     options = p._asdict() | {"token_mask": mask}
@@ -93,7 +93,7 @@ def test_gradient_through_the_gate_of_a_device(device, on_device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_gradients_through_permute_and_combine_of_a_device(device, on_device):
-    """The public functions on the device's kernels against the formula without an order of rows."""
+    """Compares the public functions on the device's kernels with the formula, which does not sort rows."""
     rng = np.random.default_rng(3)
     index = jnp.asarray([[0, 2], [2, 1], [2, 0]], jnp.int32)
     x, out_bar = (jnp.asarray(rng.normal(size=(3, 128)), jnp.float32) for _ in range(2))
@@ -112,7 +112,7 @@ def test_gradients_through_permute_and_combine_of_a_device(device, on_device):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-# Tokens, slots a token, experts, width, row alignment: more than one chunk a row; odd widths; rows to spare.
+# Tokens, slots per token, experts, width, row alignment: several chunks per row; odd widths; spare rows.
 MOVES = {
     "V3's slots, padded groups": (3, 8, 16, 2048, 4, jnp.bfloat16),
     "no padding, float32": (9, 3, 4, 384, 1, jnp.float32),
@@ -135,7 +135,7 @@ def check_moves(kernels, interpret, inputs) -> None:
     x, rows, gate, out_bar, row_of_slot, slot_of_row = inputs
     got = kernels.permute(x, row_of_slot, slot_of_row, interpret=interpret)
     np.testing.assert_array_equal(got, reference.permute(x, row_of_slot, slot_of_row))
-    one_step = 2.0**-7 if x.dtype == jnp.bfloat16 else 1e-5  # the sums are rounded once, in whatever order added up
+    one_step = 2.0**-7 if x.dtype == jnp.bfloat16 else 1e-5  # sums are rounded once, in any order of adding
     got = kernels.combine(rows, gate, row_of_slot, interpret=interpret)
     assert got.dtype == rows.dtype
     wanted = reference.combine(rows, gate, row_of_slot)

@@ -38,7 +38,7 @@ from dsv3_jax.training.step import accumulate, make_pipelined_gradients
 
 MODEL = ModelConfig.preset("tiny", num_hidden_layers=6, first_k_dense_replace=1, num_nextn_predict_layers=1)
 CASES = (("stage=2,fsdp=2,tensor=2", "dualpipe"),)
-"""Two MoE layers beside the dense one, and three; others may be named: `simulated_pipelines.py stage=4 zb1p`."""
+"""The mesh and schedule that run by default. Others can be given as in `simulated_pipelines.py stage=4 zb1p`."""
 
 PASSES, ROWS, LENGTH = 7, 4, 12  # DualPipe wants an even number
 EXACT = Precision(name="float64", compute_dtype="float64")
@@ -48,14 +48,14 @@ RUN = RunConfig(
     preset="",
     model=MODEL,
     data=DataConfig(sequence_length=LENGTH, vocab_size=MODEL.vocab_size),
-    # The balance term of a whole pass is not the sum of its sequences': ranks with parts of it must meet.
+    # The balance term of a whole pass is not the sum of its sequences' terms, so ranks must sum their parts first.
     training=TrainingConfig(batch_size=8 * ROWS, micro_batch_size=ROWS, balance="batch"),
     precision="float32",
 )
 LOSS_WEIGHTS = LossWeights(balance=jnp.asarray(0.5), mtp=jnp.asarray(0.3))
 
 
-model_module.MOST_UNROLLED_LAYERS = 1  # compiled sooner
+model_module.MOST_UNROLLED_LAYERS = 1  # compiles faster
 
 
 def chain(name: ScheduleName, ranks: int = 8, passes: int = 17) -> tuple[float, float]:
@@ -109,7 +109,7 @@ def chain(name: ScheduleName, ranks: int = 8, passes: int = 17) -> tuple[float, 
 
 
 def batch() -> tuple[np.ndarray, np.ndarray]:
-    """Two documents a row, and padding that micro-batches do not share equally."""
+    """Returns rows of two documents each, with padding that differs between micro-batches."""
     random = np.random.default_rng(0)
     tokens = random.integers(0, MODEL.vocab_size, (PASSES, ROWS, LENGTH + 1)).astype(np.int32)
     segment_ids = np.ones_like(tokens)
@@ -120,7 +120,7 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_model(devices: Devices) -> DeepSeekV3:
-    """A model whose weights are large enough for experts to differ in their load."""
+    """Returns a model whose weights are large enough for experts to differ in their load."""
     model = small_model(MODEL, 0, precision=EXACT, param_dtype=jnp.float64, devices=devices)
     _, params, _ = nnx.split(model, nnx.Param, ...)
     nnx.update(model, jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, params))

@@ -41,7 +41,7 @@ def advance_together(schedule: PipelineSchedule) -> list[list[Action | None]]:
 
 @pytest.mark.parametrize(("name", "ranks", "passes"), CASES)
 def test_counts_are_those_of_ranks_that_advance_together(name: ScheduleName, ranks: int, passes: int) -> None:
-    """Every stage has other costs."""
+    """Every stage has different costs."""
     schedule = make_schedule(name, ranks, passes)
     costs = np.random.default_rng(0).uniform(0, 3, (ranks, len(PARTS)))
     facts = schedule_facts(name, ranks, passes, tuple(map(tuple, costs.tolist())))

@@ -13,7 +13,7 @@ from dsv3_jax.pipeline.passes import check_passes
 
 
 def test_pipelines_on_eight_devices_equal_one_device() -> None:
-    """Layers that do not divide evenly, a dense layer, MTP, padding, fewer passes than DualPipe wants."""
+    """Covers layers that do not divide evenly, a dense layer, MTP, padding, fewer passes than DualPipe asks for."""
     results = run_simulated(Path(__file__).with_name("simulated_pipelines.py"), JAX_ENABLE_X64="1")
     chains = results.pop("chains")
     assert set(chains) == {"1f1b", "zb1p", "dualpipe"}
@@ -26,8 +26,8 @@ def test_pipelines_on_eight_devices_equal_one_device() -> None:
         assert found["gradients"][worst] < TOLERANCE, (case, worst, found["gradients"][worst])
 
 
-# Sums of float64 in another order; some gradients are small differences of large terms. RoPE's angles and the balance
-# statistics' weights are float32 everywhere and add nothing, since both sides share them.
+# Sums of float64 are in another order, and some gradients are small differences of large terms. RoPE's angles and the
+# weights of the balance statistics are float32, but equal on both sides, so they add no error.
 TOLERANCE = 1e-9
 
 

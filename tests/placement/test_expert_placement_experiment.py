@@ -1,4 +1,4 @@
-"""The experiment on expert placement: its arithmetic against counts by hand, and what it refuses."""
+"""Checks the experiment on expert placement: its arithmetic against counts by hand, and what it refuses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
 @pytest.fixture
 def experiment(monkeypatch: pytest.MonkeyPatch):
-    """The script as a module, as running it would import it."""
+    """Imports the script with the import path that running it would have."""
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(EXPERIMENTS))
     yield importlib.import_module("expert_placement")
@@ -32,7 +32,7 @@ def experiment(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def small(experiment: ModuleType):
-    """Two ranks in two nodes, four experts in two groups, two copies to spare."""
+    """Returns two ranks in two nodes, four experts in two groups, and two redundant copies."""
     return experiment.Ranks(ranks=2, nodes=2, groups=2, redundant=2)
 
 
@@ -74,7 +74,7 @@ def test_more_copies_never_hurt_the_loads_they_are_made_for(experiment, small):
     assert values[0] > values[-1]
 
 
-def test_loads_of_ones_own(experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_loads_from_a_file(experiment, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "mine.npy"
     np.save(path, np.array([[40, 8, 1, 1, 1, 1, 1, 1]]))
     out = tmp_path / "out"
@@ -101,7 +101,7 @@ def test_loads_of_ones_own(experiment, tmp_path: Path, capsys: pytest.CaptureFix
     ],
     ids=["no-file", "one-axis", "text", "negative", "ranks", "nodes"],
 )
-def test_what_cannot_be_placed_is_said_in_a_line(experiment, tmp_path, capsys, loads, options, message):
+def test_what_cannot_be_placed_is_one_line(experiment, tmp_path, capsys, loads, options, message):
     path = tmp_path / "loads.npy"
     if loads is not None:
         np.save(path, loads)
@@ -123,11 +123,11 @@ def test_what_a_model_serves_is_counted_and_its_copies_give_its_logits(experimen
     np.testing.assert_array_equal(recording.sum(axis=2), 2 * 4 * config.num_experts_per_tok)
     placement = experiment.place("global", recording.sum(axis=0), experiment.Ranks(ranks=4, redundant=4))
     assert served.change_of_logits("code", placement) < 1e-6
-    swapped = dataclasses.replace(placement, logical=placement.logical[:, ::-1])  # experts in each other's places
+    swapped = dataclasses.replace(placement, logical=placement.logical[:, ::-1])  # two experts exchanged
     assert served.change_of_logits("code", swapped) > 1e-6
 
 
-def test_too_little_text_is_said(experiment):
+def test_too_little_text_is_one_line(experiment):
     served = experiment.ServedTexts(None, {None: np.zeros((3, 4), np.int32)})
     with pytest.raises(UserError, match="at least 8 rows"):
         served.record(None)

@@ -1,4 +1,4 @@
-"""A model with redundant experts gives the outputs of the model it was made from."""
+"""Checks that a model with redundant experts gives the outputs of the model it was made from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The balancer against its published example, its exact properties, and brute force on small cases."""
+"""Checks the balancer against its published example, its exact properties, and brute force on small cases."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_packing_near_the_best(weights, packs):
     best = min(
         weights[np.array(order)].reshape(packs, -1).sum(axis=1).max() for order in itertools.permutations(range(6))
     )
-    # Any pack exceeds the mean by less than its heaviest item that came last: at most twice the best.
+    # A pack exceeds the mean by less than the item added to it last, so the largest pack is at most twice the best.
     assert max(weights[members].sum() for members in found) <= 2 * best
 
 
@@ -100,11 +100,11 @@ def test_redundant_experts_even_out_skewed_loads():
         ({"physical": 16, "devices": 8, "groups": 5}, "groups"),
     ],
 )
-def test_counts_that_do_not_divide_are_said(options, message):
+def test_counts_that_do_not_divide_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         place_experts(LOADS, **options)
 
 
-def test_loads_that_are_none_are_refused():
+def test_invalid_loads_are_refused():
     with pytest.raises(ConfigError, match="finite"):
         place_experts(-LOADS, physical=16, devices=8)

@@ -1,4 +1,4 @@
-"""FP8 products of small and odd sizes lower for Hopper with both gradients: the interpreter knows no layouts."""
+"""Checks that FP8 products of small and odd sizes and their gradients lower for Hopper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pallas_kernels.hopper_launch import hopper_target
 
 @pytest.mark.parametrize(("m", "k", "n"), [(128, 256, 40), (33, 24, 5)])
 def test_any_sizes_lower_for_hopper(m: int, k: int, n: int) -> None:
-    """40 columns of bfloat16 are 80 bytes: whole swizzles of 16 bytes, which there are none of."""
+    """40 columns of bfloat16 are 80 bytes, a multiple only of 16-byte swizzles, which do not exist."""
 
     def gradients(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
         out, pull = jax.vjp(lambda x, w: linear(x, w, Precision.preset("fp8")), x, w)

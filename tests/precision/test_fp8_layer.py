@@ -1,4 +1,4 @@
-"""The three products of an FP8 linear map, and every field of the recipe, against float64 on operands rounded here."""
+"""Checks an FP8 linear map's three products and every field of the recipe against float64 on rounded operands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SENT, SENT_BACK = Role(dispatched=True), Role(gradient_dispatched=True)
 def rounded(
     x: np.ndarray, tile: tuple[int, int], number_format: str = "e4m3", power_of_two: bool = False
 ) -> np.ndarray:
-    """`x` in FP8 tiles and back, tile by tile."""
+    """Returns `x` rounded to FP8, tile by tile."""
     dtype, largest = FORMATS[number_format]
     out = np.empty_like(x, dtype=np.float64)
     rows, columns = (size or full for size, full in zip(tile, x.shape, strict=True))
@@ -43,7 +43,7 @@ def rounded(
 
 @functools.cache
 def operands() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x, W and the gradient of the output, with rows and columns of very different size."""
+    """Returns x, W and the gradient of the output, with rows and columns of very different size."""
     random = np.random.default_rng(0)
     x, w, g = (random.normal(size=shape) for shape in ((ROWS, WIDTH), (OUT, WIDTH), (ROWS, OUT)))
     x *= np.exp2(random.integers(-6, 7, size=(ROWS, 1)))
@@ -52,19 +52,19 @@ def operands() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def run(x, w, g, sizes, recipe: Fp8Recipe, role: Role) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """y, dx and dW; operation by operation, since most operations are those of the other cases too."""
+    """Returns y, dx and dW, computed operation by operation, since most operations are compiled for other cases too."""
     with jax.disable_jit():
         y, pull = jax.vjp(lambda x, w: fp8_product(x, w, sizes, recipe, role), jnp.asarray(x), jnp.asarray(w))
         return y, *pull(jnp.asarray(g))
 
 
 def products(recipe: Fp8Recipe, role: Role) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """y, dx and dW of one matrix under the recipe."""
+    """Returns y, dx and dW of one matrix under the recipe."""
     return tuple(np.asarray(array, np.float64) for array in run(*operands(), None, recipe, role))
 
 
 def expected(recipe: Fp8Recipe, role: Role) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same in float64, from the definition (report figure 6, sections 3.3.2 and 3.3.3)."""
+    """Returns y, dx and dW in float64, from the definition (report figure 6, sections 3.3.2 and 3.3.3)."""
     x, w, g = operands()
     row, column, square = (
         ((1, recipe.tile), (recipe.tile, 1), (recipe.tile, recipe.tile)) if recipe.tile else [(0, 0)] * 3
@@ -95,7 +95,7 @@ def expected(recipe: Fp8Recipe, role: Role) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """To float32 rounding of the sums; an operand on the border of two FP8 numbers may fall either way."""
+    """Checks equality to float32 rounding of sums; an operand between two FP8 numbers may be rounded either way."""
     assert ours.shape == theirs.shape
     # One such operand moves a sum by 2^-4 of one of its few hundred terms.
     error = np.linalg.norm(ours - theirs, axis=0) / np.linalg.norm(theirs, axis=0)
@@ -135,13 +135,13 @@ def test_products_of_a_linear_map(name):
     ],
     ids=["attention e5m6", "attention e4m3", "attention none", "sent", "sent as it is", "gradient sent"],
 )
-def test_places_with_a_rule_of_their_own(recipe, role):
+def test_layers_with_a_rule_of_their_own(recipe, role):
     for ours, theirs in zip(products(recipe, role), expected(recipe, role), strict=True):
         assert_close(ours, theirs)
 
 
 def test_every_field_changes_something():
-    """None of the cases above is the report's recipe by another name."""
+    """Each of the cases above differs from the report's recipe."""
     plain = expected(FIELDS["the report's"], LINEAR)
     for name, recipe in FIELDS.items():
         if name != "the report's":
@@ -176,7 +176,7 @@ def test_swiglu_is_recomputed_from_what_is_kept(cached):
 
 @pytest.mark.parametrize("promotion", [True, False])
 def test_experts_are_as_alone(promotion):
-    """Each expert's rows give what they give with its matrix alone; an expert without rows has no gradient."""
+    """Each expert's rows give what they give with its matrix alone; an expert without rows has a gradient of zero."""
     recipe, sizes = Fp8Recipe(promotion=promotion), [128, 0, 128]
     random = np.random.default_rng(2)
     x, g = (jnp.asarray(random.normal(size=(384, width)), jnp.float32) for width in (128, 64))
@@ -191,13 +191,13 @@ def test_experts_are_as_alone(promotion):
             continue
         alone = run(x[rows], w[expert], g[rows], None, recipe, SENT)
         for ours, theirs in zip((y[rows], dx[rows], dw[expert]), alone, strict=True):
-            # Another order of the sums: in float32, or in the 14 bits of the short accumulator.
+            # The sums are in another order, in float32 or in the 14 bits of the short accumulator.
             np.testing.assert_allclose(ours, theirs, atol=(1e-6 if promotion else 2.0**-12) * np.max(np.abs(theirs)))
     assert not np.any(y[start:])
 
 
 def test_a_short_accumulator_loses_what_promotion_keeps():
-    """Long sums of numbers of one sign, the worst case of section 3.3.2."""
+    """Takes long sums of numbers of one sign, the worst case of section 3.3.2."""
     random = np.random.default_rng(3)
     x, w = (jnp.asarray(random.uniform(0.5, 1, size=(8, 4096)), jnp.float32) for _ in range(2))
     exact = rounded(np.asarray(x), (1, 128)) @ rounded(np.asarray(w), (128, 128)).T
@@ -206,17 +206,17 @@ def test_a_short_accumulator_loses_what_promotion_keeps():
         y = fp8_product(x, w, None, Fp8Recipe(promotion=promotion), LINEAR)
         return np.max(np.abs(np.asarray(y, np.float64) - exact) / exact)
 
-    assert error(True) < (128 + 32) * 2.0**-24  # as many float32 additions stand behind each other
+    assert error(True) < (128 + 32) * 2.0**-24  # as many float32 additions follow one another
     assert 1e-3 < error(False) < 0.05
 
 
 def test_kept_bytes_fall():
-    """What one map keeps: bfloat16 inputs are 2 bytes a number; FP8 tiles 1 and a scale a tile; e5m6 1.5."""
+    """One map keeps inputs in 2 bytes per number as bfloat16, 1 and a scale per tile as FP8, and 1.5 as e5m6."""
     x = jax.ShapeDtypeStruct((ROWS, 256), jnp.bfloat16)
     w = jax.ShapeDtypeStruct((128, 256), jnp.float32)
 
     def kept(recipe, role):
-        # In x: what is kept of W is not the question.
+        # Differentiated in x only, so that nothing kept of W is counted.
         return saved_bytes(lambda x, w: fp8_product(jnp.tanh(x), w, None, recipe, role), x, w)
 
     tiles = kept(Fp8Recipe(), LINEAR)["float8_e4m3fn"] - 128 * 256
@@ -227,7 +227,7 @@ def test_kept_bytes_fall():
 
 
 def test_e5m6_is_the_nearest_of_its_numbers():
-    """Against all 2^11 finite numbers of the format, ties to the even one."""
+    """Compares with all 2^11 finite numbers of the format; ties go to the even one."""
     exponents, mantissas = np.meshgrid(np.arange(31), np.arange(64), indexing="ij")
     numbers = np.where(exponents == 0, mantissas / 64 * 2.0**-14, (1 + mantissas / 64) * 2.0 ** (exponents - 15.0))
     numbers = np.unique(numbers)

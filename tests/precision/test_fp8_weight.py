@@ -1,4 +1,4 @@
-"""FP8 weights as published against the numbers they stand for, written out here in float64."""
+"""Checks FP8 weights as published against the numbers they represent, computed here in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = 128
 
 
 def stored(stack: tuple[int, ...], out: tuple[int, ...], inputs: tuple[int, ...], seed: int = 0) -> Fp8Weight:
-    """Random values and scales, the scales such as no quantization of the weights would choose."""
+    """Returns random values and scales; no quantization of the weights would choose these scales."""
     random = np.random.default_rng(seed)
     rows, columns = int(np.prod(out)), int(np.prod(inputs))
     values = random.normal(size=(*stack, *out, *inputs)).astype(ml_dtypes.float8_e4m3fn)
@@ -24,7 +24,7 @@ def stored(stack: tuple[int, ...], out: tuple[int, ...], inputs: tuple[int, ...]
 
 
 def numbers(weight: Fp8Weight) -> np.ndarray:
-    """values * scales, matrix by matrix, in the parameter's shape."""
+    """Returns values * scales, matrix by matrix, in the parameter's shape."""
     stack = weight.scales.shape[:-2]
     values = np.asarray(weight.values, np.float64).reshape(-1, weight.size // int(np.prod(stack)))
     scales = np.asarray(weight.scales, np.float64).reshape(len(values), *weight.scales.shape[-2:])
@@ -37,7 +37,7 @@ def numbers(weight: Fp8Weight) -> np.ndarray:
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
-    """x [M, K] in tiles of 1x128 in e4m3, and back."""
+    """Returns x [M, K] rounded to e4m3 in tiles of 1x128."""
     out = np.empty(x.shape)
     for start in range(0, x.shape[1], BLOCK):
         part = x[:, start : start + BLOCK].astype(np.float32)
@@ -48,7 +48,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 def assert_close(ours: jax.Array, theirs: np.ndarray) -> None:
-    """Equal to float32 rounding of the sums; one operand on the border of two FP8 numbers may fall either way."""
+    """Checks equality to float32 rounding of sums; one operand between two FP8 numbers may be rounded either way."""
     assert ours.shape == theirs.shape
     error = np.linalg.norm(np.asarray(ours, np.float64) - theirs, axis=0) / np.linalg.norm(theirs, axis=0)
     assert np.median(error) < 1e-5
@@ -56,7 +56,7 @@ def assert_close(ours: jax.Array, theirs: np.ndarray) -> None:
 
 
 def test_indexing_and_reshape_select_the_same_numbers() -> None:
-    """Layers and experts by index, inside a loop over layers too, of a pair of ragged matrices."""
+    """Indices select layers and experts of a pair of matrices of odd sizes, also inside a loop over layers."""
     weight = stored((2, 3, 2), (150,), (140,))
     plain = numbers(weight).astype(np.float32)
     np.testing.assert_array_equal(weight[...].astype(jnp.float32), plain)
@@ -82,7 +82,7 @@ def test_indexing_and_reshape_select_the_same_numbers() -> None:
 def test_fp8_product_multiplies_by_what_is_stored(
     out: tuple[int, ...], inputs: tuple[int, ...], after_attention: bool
 ) -> None:
-    """The forward product and the input gradient: no weight is rounded again, and none has a gradient."""
+    """In the forward product and the input gradient no weight is rounded again, and none has a gradient."""
     weight = stored((), out, inputs)
     w = numbers(weight).reshape(-1, weight.columns)
     random = np.random.default_rng(1)
@@ -102,11 +102,11 @@ def test_fp8_product_multiplies_by_what_is_stored(
 
 @pytest.mark.parametrize("fields", ["tile=32", "promotion=false", "forward=none", "input_gradient=none", "tile=0"])
 def test_other_recipes_use_the_stored_blocks_too(fields: str) -> None:
-    """Each within the rounding of its own input format; a weight rounded again would be off by 3%."""
+    """Each is within the rounding of its own input format; a weight rounded again would be off by 3%."""
     weight = stored((), (150,), (260,))
     w = numbers(weight)
     random = np.random.default_rng(2)
-    # Inputs that every format holds exactly, so that only the weight could be rounded.
+    # Every format holds these inputs exactly, so that only the weight could be rounded.
     x, bar = (random.choice([-1.0, 0.0, 1.0], size=(130, width)).astype(np.float32) for width in (260, 150))
     precision = Precision.preset(f"fp8,compute_dtype=float32,{fields}")
     y, pull = jax.vjp(lambda x: linear(x, weight, precision), jnp.asarray(x))

@@ -1,4 +1,4 @@
-"""On eight simulated devices: a checkpoint saved on one mesh and restored on others. Prints JSON."""
+"""Saves a checkpoint on one mesh of eight simulated devices and restores it on others. Prints JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint saved on one mesh is, bit for bit, the state on another one, and on a single device."""
+"""Checks that a checkpoint saved on one mesh is restored bit for bit on another mesh and on a single device."""
 
 from __future__ import annotations
 

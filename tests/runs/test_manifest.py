@@ -1,4 +1,4 @@
-"""Digests: whatever happens to a checkpoint's files is noticed and named."""
+"""Checks that digests detect and name every change to a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = {"arrays/d/values": 5000, "arrays/manifest.ocdbt": 300, "run.json": 40, 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sealed folder of random files."""
+    """Returns a folder of random files with its manifest."""
     folder = tmp_path_factory.mktemp("sealed") / "00000001"
     random = np.random.default_rng(0)
     for name, size in FILES.items():
@@ -31,7 +31,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sealed(whole: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
+    """Returns a copy of the folder, to damage."""
     return shutil.copytree(whole, tmp_path / "00000001")
 
 
@@ -89,7 +89,7 @@ def test_no_manifest_is_not_whole(sealed: Path):
 
 
 def test_a_manifest_does_not_vouch_for_itself(sealed: Path):
-    """A digest altered in the manifest is found through the file it belongs to."""
+    """A digest that was changed in the manifest is found, since it differs from the file's."""
     manifest = json.loads((sealed / "manifest.json").read_text())
     manifest["sha256"]["run.json"] = "0" * 64
     (sealed / "manifest.json").write_text(json.dumps(manifest))

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or damaged goes on to exactly where an uninterrupted one ends."""
+"""Checks that a run which was stopped, killed or damaged resumes and ends exactly as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ TIMED = ("tokens_per_second", "mfu")
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """Six steps, a checkpoint every second."""
+    """Returns a run of six steps that saves a checkpoint every second step."""
     return small_run(write_corpus(tmp_path_factory.mktemp("corpus")))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def traced_once() -> Iterator[None]:
-    """Runs of one configuration share their steps, as they would one program in the cache: most of a run is tracing."""
+    """Lets runs of one configuration share their traced steps, since most of a run's time is tracing."""
     steps: dict[tuple[str, str], Callable] = {}
 
     def sharing(name: str, make: Callable) -> Callable:
@@ -66,7 +66,7 @@ def traced_once() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the run as it should end."""
+    """Returns the folder of a run that was never interrupted."""
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert train(config, folder).exit_code == 0
     return folder
@@ -74,7 +74,7 @@ def uninterrupted(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture
 def copy(uninterrupted: Path, tmp_path: Path) -> Path:
-    """A finished run to damage."""
+    """Returns a copy of the finished run, to damage."""
     return shutil.copytree(uninterrupted, tmp_path / "run")
 
 
@@ -85,7 +85,7 @@ def final_state(folder: Path, config: RunConfig, step: int = 6) -> tuple[TrainSt
 
 
 def assert_same_end(folder: Path, uninterrupted: Path, config: RunConfig) -> None:
-    """Parameters, moments, average, biases, key, counters, iterator, and every number in metrics.jsonl."""
+    """Compares parameters, moments, average, biases, key, counters, iterator, and every number in metrics.jsonl."""
     (state, progress), (expected, expected_progress) = (final_state(path, config) for path in (folder, uninterrupted))
     assert_trees_equal(state, expected)
     assert progress == expected_progress
@@ -138,9 +138,9 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(
     assert outcome.exit_code == 128 + number
     assert f"saved at step {step} of 6" in capsys.readouterr().out
     assert list_checkpoints(RunFolder(tmp_path))[-1].name == f"{step:08d}"
-    assert signal.getsignal(number) is handler, "the handlers of before are back"
+    assert signal.getsignal(number) is handler, "the former signal handlers are restored"
     assert train(config, tmp_path).exit_code == 0
-    # The stop's own checkpoint pushes none of the later ones out; all else is the same.
+    # The checkpoint written at the stop displaces none of the later ones; all else is the same.
     assert_same_end(tmp_path, uninterrupted, config)
 
 
@@ -228,7 +228,7 @@ def test_loading_without_a_whole_checkpoint_is_one_line(copy: Path):
 
 
 def test_a_changed_corpus_is_named(copy: Path, config: RunConfig):
-    """The files of the corpus, not only its path."""
+    """Changed files are noticed, not only a changed path."""
     corpus = copy / "corpus"
     shutil.copytree(config.data.corpus, corpus)
     moved = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(corpus)))
@@ -252,7 +252,7 @@ def test_nonfinite_steps_in_a_row_stop_the_run_with_its_checkpoint_intact(
             else settings(values)
         ),
     )
-    # The warm-up steps before the peak and the decay after it are poisoned.
+    # The MTP weight is NaN in the warm-up steps before the peak and in the decay after it.
     limited = dataclasses.replace(config, training=dataclasses.replace(config.training, max_nonfinite_steps=2))
     outcome = train(limited, tmp_path)
     assert outcome.exit_code == 3
@@ -266,7 +266,7 @@ def test_nonfinite_steps_in_a_row_stop_the_run_with_its_checkpoint_intact(
 def test_a_save_that_fails_is_one_line_and_the_checkpoint_before_stays(
     copy: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ):
-    """As when the disk is full."""
+    """Saving fails as it does when the disk is full."""
     folder = RunFolder(copy)
     state, progress = final_state(copy, config)
     monkeypatch.setattr(
@@ -296,7 +296,7 @@ def test_only_the_newest_checkpoints_are_kept(copy: Path, config: RunConfig):
 def test_a_run_killed_while_saving_goes_on_exactly(
     config: RunConfig, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """SIGKILL from a process that started the run, at the moment its second checkpoint is being written."""
+    """The process that started the run sends SIGKILL while the second checkpoint is being written."""
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     program = (
         "import sys, json; from pathlib import Path\n"
@@ -323,7 +323,7 @@ def test_a_run_killed_while_saving_goes_on_exactly(
 
 
 def test_saving_returns_before_the_files_are_written(copy: Path, config: RunConfig, monkeypatch: pytest.MonkeyPatch):
-    """Asynchronous: the state may change as soon as `save` returns."""
+    """Saving is asynchronous: the state may change as soon as `save` returns."""
     state, progress = final_state(copy, config)
     gate = threading.Event()
     from dsv3_jax.runs import checkpoints as module

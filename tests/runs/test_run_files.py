@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, its configuration, its metrics."""
+"""Checks the folder of a run: its lock, its configuration, its metrics."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dsv3_jax.training.defaults import default_run
 
 
 def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
-    """The message, checked to be a single line."""
+    """Returns the error's message, after checking that it is a single line."""
     text = str(error.value)
     assert "\n" not in text
     return text
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path):
-    """In another process: the lock is the operating system's."""
+    """The second run is in another process, since the lock is the operating system's."""
     program = (
         "import sys; from pathlib import Path; from dsv3_jax.runs.folder import RunFolder\n"
         f"with RunFolder(Path({str(tmp_path / 'run')!r})).locked():\n"
@@ -44,10 +44,10 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path):
         assert "in use by another" in one_line(error)
         other.stdin.close()
     with RunFolder(tmp_path / "run").locked():
-        pass  # free again once the other has gone
+        pass  # free again once the other process has ended
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path):
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError) as error, RunFolder(tmp_path / "file" / "run").locked():
         pass
@@ -85,7 +85,7 @@ def test_going_on_with_another_configuration_names_the_field(tmp_path: Path, cha
     assert f" {named} = " in one_line(error)
 
 
-def test_what_is_only_watched_may_change(tmp_path: Path):
+def test_settings_that_change_no_number_may_differ(tmp_path: Path):
     config = small_run("corpus")
     folder = RunFolder(tmp_path)
     folder.write_config(config)
@@ -163,7 +163,7 @@ def test_plots_of_a_run_are_pictures(tmp_path: Path):
 
 
 def test_drawing_leaves_the_backend_of_a_notebook_alone(tmp_path: Path):
-    """In another process, whose backend is named before and asked for afterwards."""
+    """Another process sets the backend, draws, and checks that the backend is still the same."""
     program = (
         "import matplotlib; matplotlib.use('svg'); from pathlib import Path\n"
         "from dsv3_jax.runs.plots import plot_losses\n"

@@ -1,4 +1,4 @@
-"""Two processes train together; one dies or hangs, the other says so and ends, and the run goes on bit for bit."""
+"""Trains in two processes: where one dies or hangs, the other says so and ends, and the run resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OPTIONS = {
 
 
 def start(folder: Path, count: int, timeout: int, **options: object) -> list[subprocess.Popen[str]]:
-    """`count` processes of one run on one device each; they meet at a port that was free a moment ago."""
+    """Starts `count` processes of one run, with one device each; they connect at a port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_peer_that_hangs_is_waited_for_only_so_long(folder: Path) -> None:
-    """Nothing is closed and nothing comes; a process inside a collective can be interrupted by nothing but its end."""
+    """A peer that hangs closes no connection, and a process that waits in a collective can only be ended."""
     processes = start(folder, 2, 20, steps=1000)
     wait_for_step(folder, 4, processes)
     processes[1].send_signal(signal.SIGSTOP)
@@ -91,7 +91,7 @@ def test_a_peer_that_hangs_is_waited_for_only_so_long(folder: Path) -> None:
 
 
 def test_killed_process_ends_the_other_and_the_run_goes_on(folder: Path) -> None:
-    """The steps after the checkpoint are computed twice, and equal."""
+    """The steps after the checkpoint are computed twice, with equal results."""
     reached = max(losses(folder), default=0)
     first = start(folder, 2, 60, steps=1000)
     wait_for_step(folder, reached + 4, first)
@@ -107,6 +107,6 @@ def test_killed_process_ends_the_other_and_the_run_goes_on(folder: Path) -> None
     assert {step: again[step] for step in before} == before
     assert "resuming from step" in (folder / "log0").read_text()
 
-    second[1].send_signal(signal.SIGTERM)  # one is told to stop, and both stop at the same step
+    second[1].send_signal(signal.SIGTERM)  # one gets the signal, and both stop at the same step
     assert [process.wait(90) for process in second] == [143, 143]
     assert "stopped and saved at step" in last_line(folder, 0)

@@ -1,4 +1,4 @@
-"""On eight simulated devices: what travels between the ranks of a layer's experts, and as what. Prints JSON."""
+"""Counts what ranks of a layer's experts send to each other on eight simulated devices, by dtype. Prints JSON."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from dsv3_jax.sharding.expert_hops import Hop
 from dsv3_jax.sharding.expert_parallel import ExpertExchange
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 
-# Rows of one whole tile and a part of one; four experts a group, a token reaches two of four groups.
+# Rows have one whole tile and a part of one; there are four experts per group, and a token reaches two of four groups.
 CONFIG = ModelConfig.preset("tiny", hidden_size=160, n_routed_experts=16, num_experts_per_tok=4)
 GROUPS, IN_A_GROUP = CONFIG.n_group, CONFIG.n_routed_experts // CONFIG.n_group
-# Weight gradients have tiles along the rows, which lie in another order on several devices.
+# Weight gradients have tiles along the rows, whose order differs on several devices.
 PRECISION = Precision.preset("fp8,compute_dtype=float32,weight_gradient=none")
 
 
 def crossings(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> dict[str, int]:
-    """Rows that go from one group of ranks to another, counted as they go; and how many the routing asks for."""
+    """Counts the rows that are sent from one group of ranks to another, and how many the routing asks for."""
     counted: list[int] = []
     plainly = Hop.all_to_all
 
@@ -62,7 +62,7 @@ def crossings(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> dic
 
 @jax.custom_vjp
 def rounded_backward(y: Any) -> Any:
-    """`y`, whose gradient is rounded as it is where it travels."""
+    """Returns `y`, with its gradient rounded as it is where it is sent to another rank."""
     return y
 
 
@@ -74,7 +74,7 @@ rounded_backward.defvjp(lambda y: (y, None), round_gradient)
 
 
 def in_fp8(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> dict[str, Any]:
-    """Gradients beside one device's; what all-to-alls carry."""
+    """Compares gradients with one device's, and counts the dtypes that all-to-alls send."""
     y_bar = jnp.asarray(np.random.default_rng(1).standard_normal(u.shape), jnp.float32)
     weights = 10 * layer.experts.gate_up[...], 10 * layer.experts.down[...]
 
@@ -104,7 +104,7 @@ def in_fp8(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> dict[s
 
 
 def count_all_to_alls(jaxpr: Any, found: Counter[str]) -> None:
-    """How many have rows of the hidden size as operands, by dtype."""
+    """Adds to `found` how many all-to-alls have rows of the hidden size as operands, by dtype."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "all_to_all" and equation.invars[0].aval.shape[-1] == CONFIG.hidden_size:
             found[str(equation.invars[0].aval.dtype)] += 1
@@ -113,7 +113,7 @@ def count_all_to_alls(jaxpr: Any, found: Counter[str]) -> None:
 
 
 def waiting_together(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> list[int]:
-    """All-to-alls, forward and backward, in sets that share no data but what is given: how many are in each."""
+    """Returns the sizes of the sets of all-to-alls, forward and backward, that do not depend on each other."""
     weights = layer.experts.gate_up[...], layer.experts.down[...]
 
     def there_and_back(u: Any, weights: Any, y_bar: Any) -> Any:
@@ -127,7 +127,7 @@ def waiting_together(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any)
 
 
 def exchanges_behind(jaxpr: Any, inputs: list[frozenset[Any]], sets: list[set[Any]]) -> list[frozenset[Any]]:
-    """The all-to-alls that each output needs, given those that each input does; joins what one of them needs."""
+    """Returns the all-to-alls that each output depends on, given those of each input; joins `sets` that depend."""
     known = dict(zip(jaxpr.invars, inputs, strict=True))
     for equation in jaxpr.eqns:
         needed = [known.get(of, frozenset()) if isinstance(of, Var) else frozenset() for of in equation.invars]
@@ -154,7 +154,7 @@ def main() -> None:
     layer = MixtureOfExperts(CONFIG, dtype=jnp.dtype("float32"), precision=PRECISION, rngs=nnx.Rngs(0))
     u = jnp.asarray(np.random.default_rng(0).standard_normal((8, 16, CONFIG.hidden_size)), jnp.float32)
     gates = layer.router(u)
-    # The layer's recipe sends tokens in FP8; the first three figures are of an exchange that does not.
+    # The layer's recipe sends tokens in FP8; the first three results are of an exchange that sends them unrounded.
     in_fp8_format = ExpertExchange(make_mesh(MeshConfig(expert=8)), layer.experts.shapes)
     exchange = dataclasses.replace(in_fp8_format, shapes=dataclasses.replace(layer.experts.shapes, fp8=None))
     flat = u.reshape(-1, CONFIG.hidden_size)

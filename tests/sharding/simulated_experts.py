@@ -1,4 +1,4 @@
-"""On eight simulated devices: a MoE layer with its experts spread out, beside one device. Prints JSON."""
+"""Compares a MoE layer whose experts are on eight simulated devices with one device. Prints JSON."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 from dsv3_jax.sharding.on_mesh import OnMesh
 from dsv3_jax.sharding.rules import BATCH_AXES, shardings
 
-# Rows of one whole tile and a part of one; four experts a group, a token reaches two of four groups.
+# Rows have one whole tile and a part of one; there are four experts per group, and a token reaches two of four groups.
 CONFIG = ModelConfig.preset("tiny", hidden_size=160, n_routed_experts=16, num_experts_per_tok=4)
-# Mesh, and options of the devices.
+# Each mesh, with options of the devices.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "two hops, ragged": ("expert=8", {}),
     "ranks with two groups, in halves": ("fsdp=2,expert=2,tensor=2", {"overlap": True}),
@@ -40,7 +40,7 @@ def new_layer(devices: Devices) -> MixtureOfExperts:
 
 
 def compute(mesh: Any, u: Any, changes: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Output, load, and gradients of weights and input."""
+    """Returns output, load, and gradients of weights and input."""
     layer = new_layer(OneDevice() if mesh is None else OnMesh(mesh, **changes))
     graph, params, rest = nnx.split(layer, nnx.Param, ...)
     params = jax.tree.map(lambda leaf: 10 * leaf, params)
@@ -67,7 +67,7 @@ def ragged_all_to_all(
     axis_name: str,
     axis_index_groups: Any,
 ) -> Any:
-    """What JAX documents of `lax.ragged_all_to_all`, which no CPU has; NaN where the sizes contradict each other."""
+    """Does what JAX documents of `lax.ragged_all_to_all`, which CPUs lack; returns NaN for contradictory sizes."""
     groups = axis_index_groups or [list(range(lax.axis_size(axis_name)))]
     place = {rank: group.index(rank) for group in groups for rank in group}
     me = jnp.array([place[rank] for rank in range(len(place))])[lax.axis_index(axis_name)]

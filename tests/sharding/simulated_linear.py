@@ -1,7 +1,7 @@
-"""On eight simulated devices: linear maps in FP8, their gradients and their work, beside one device. Prints JSON.
+"""Compares FP8 linear maps on eight simulated devices with one device: gradients and operations. Prints JSON.
 
-Every rank has whole tiles of 128 tokens, and every part of a tensor axis whole tiles of the inputs: the FP8 numbers are
-the very ones of one device.
+Every rank has whole tiles of 128 tokens, and every shard along a tensor axis whole tiles of the inputs, so that the FP8
+numbers are those of one device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 from dsv3_jax.sharding.on_mesh import OnMesh
 from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, shardings
 
-ROWS, LENGTH, HIDDEN, WIDTH = 4, 128, 96, 256  # 96 / 4: parts of the weight that are no whole blocks
+ROWS, LENGTH, HIDDEN, WIDTH = 4, 128, 96, 256  # 96 / 4: shards of the weight that are not whole blocks
 
 
 def make(recipe: str, devices: Devices = OneDevice()) -> FeedForward:
@@ -40,7 +40,7 @@ def loss(graph: Any, params: nnx.State, x: jax.Array, slope: jax.Array) -> tuple
 
 
 def compute(module: FeedForward, place: Any = lambda params, x: (params, x)) -> tuple[list[np.ndarray], float]:
-    """Output and every gradient, and the operations of one device."""
+    """Returns the output and every gradient, and the operations of one device."""
     graph, params = nnx.split(module)
     random = np.random.default_rng(0)
     x, slope = (random.standard_normal((ROWS, LENGTH, HIDDEN)).astype(np.float32) for _ in range(2))

@@ -1,6 +1,6 @@
-"""On eight simulated devices: MoE layers inside the stages of a pipeline, beside one device. Prints JSON.
+"""Compares MoE layers inside the stages of a pipeline, on eight simulated devices, with one device. Prints JSON.
 
-Two stages hold a layer each; by `lax.cond` only one of them exchanges tokens, and the other need not wait for it.
+Two stages have one layer each. By `lax.cond` only one of them exchanges tokens, and the other need not wait for it.
 """
 
 from __future__ import annotations

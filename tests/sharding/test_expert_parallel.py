@@ -1,4 +1,4 @@
-"""Experts on several devices equal to one: on a mesh, and inside the stages of a pipeline; and what travels."""
+"""Checks experts on several devices against one device, on a mesh and inside pipeline stages, and what they send."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dsv3_jax.precision import Precision
 from dsv3_jax.precision.dispatch import DispatchFormat, dispatch_formats
 from dsv3_jax.sharding.expert_layout import HopRanks, hops_between
 
-TOLERANCE = 1e-5  # of float32 sums in another order
+TOLERANCE = 1e-5  # relative error of float32 sums in another order
 
 
 def on_eight_devices(script: str) -> dict[str, Any]:
-    """What the script beside this file prints."""
+    """Returns the JSON that a script of this folder prints."""
     return run_simulated(Path(__file__).with_name(script))
 
 
 def test_experts_on_eight_devices_equal_one() -> None:
-    """Output, load and every gradient: up to the order of float32 sums, which the load must not feel at all."""
+    """Output and gradients agree up to the order of float32 sums; the load is equal."""
     results = on_eight_devices("simulated_experts.py")
     assert len(results) == 2
     for mesh, found in results.items():
@@ -32,7 +32,7 @@ def test_experts_on_eight_devices_equal_one() -> None:
 
 
 def test_experts_inside_the_stages_of_a_pipeline() -> None:
-    """Each stage its own branch, of which only one exchanges tokens: nobody waits for another stage."""
+    """Stages take different branches, of which only one exchanges tokens, and no stage waits for another."""
     found = on_eight_devices("simulated_stage_experts.py")
     assert found["load"]
     assert found["output"] < TOLERANCE
@@ -45,23 +45,24 @@ def traffic() -> dict[str, Any]:
 
 
 def test_a_token_crosses_once_to_each_of_its_groups(traffic: dict[str, Any]) -> None:
-    """As many rows leave their group as the routing has other groups for its tokens: two at most, not one an expert."""
+    """A token's row is sent once to each other group that the routing chose, two at most, and not once per expert."""
     found = traffic["crossings"]
     assert found["there and back"] == found["asked for"] <= 2 * 2 * found["tokens"]
     assert found["a row an expert"] > 1.5 * found["asked for"]
 
 
-def test_tokens_and_gradients_travel_in_fp8(traffic: dict[str, Any]) -> None:
-    """Rounded before they move as one device rounds them; results come back, forward and backward, as they are."""
+def test_tokens_and_gradients_are_sent_in_fp8(traffic: dict[str, Any]) -> None:
+    """They are rounded before dispatch as on one device; combined results are sent unrounded, forward and backward."""
     found = traffic["fp8"]
     assert found["apart"] < TOLERANCE
-    assert found["rounding"] > 100 * TOLERANCE  # of the gradients that travel
-    # On each of two hops: there, there anew, and the gradient of the way back; back twice, and gradients of tokens.
+    assert found["rounding"] > 100 * TOLERANCE  # error by rounding the gradients that are sent
+    # On each of two hops, FP8: dispatch, its recomputation, and the gradient of combine. Float32: combine, its
+    # recomputation, and the gradient of dispatch.
     assert found["moved"] == {"float8_e4m3fn": 2 * 3, "float32": 2 * 3}
 
 
 def test_halves_do_not_wait_for_each_other(traffic: dict[str, Any]) -> None:
-    """Forward and backward: of what one half exchanges nothing needs what the other does."""
+    """No exchange of one half, forward or backward, depends on one of the other half."""
     assert traffic["halves"] == sorted(2 * traffic["whole"])
     assert max(traffic["whole"]) > 5
 
@@ -69,12 +70,12 @@ def test_halves_do_not_wait_for_each_other(traffic: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("ranks", "groups", "hops"),
     [
-        (64, 8, [(8, 8, 4), (8, 1, None)]),  # the report's: a group is a node
+        (64, 8, [(8, 8, 4), (8, 1, None)]),  # the report's layout, where a group is a node
         (8, 8, [(8, 1, 4)]),
         (4, 8, [(4, 1, 4)]),
         (64, 1, [(64, 1, None)]),
         (1, 8, []),
-        (6, 4, [(6, 1, None)]),  # a rank has a part of one group and all of another
+        (6, 4, [(6, 1, None)]),  # a rank has a part of one group and all of another one
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
@@ -83,7 +84,7 @@ def test_hops(ranks: int, groups: int, hops: list[tuple[int, int, int | None]]) 
     assert [(hop.peers, hop.stride, hop.reached) for hop in found] == hops
 
 
-def test_peers_have_the_same_place_in_their_groups() -> None:
+def test_peers_have_the_same_index_in_their_groups() -> None:
     assert HopRanks(ranks=8, peers=4, stride=2).groups == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert HopRanks(ranks=8, peers=2).groups == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert HopRanks(ranks=8, peers=8).groups is None
@@ -102,7 +103,7 @@ def test_peers_have_the_same_place_in_their_groups() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_the_recipe_says_of_travelling(
+def test_formats_of_dispatch_follow_the_recipe(
     recipe: str, tokens: DispatchFormat | None, gradients: DispatchFormat | None
 ) -> None:
     assert dispatch_formats(Precision.preset(recipe).fp8) == (tokens, gradients)

@@ -1,4 +1,4 @@
-"""Linear maps on a mesh: the numbers of one device, FP8 tiles included, for a part of its work."""
+"""Checks that linear maps on a mesh give one device's results, FP8 tiles included, and share its work."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def results() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_fp8_equals_one_device(results: dict[str, dict[str, Any]], mesh: str) -> None:
-    """Up to the order of float32 sums: a weight or token rounded otherwise would be a hundredth apart."""
+    """Results agree up to the order of float32 sums; a weight or token rounded otherwise would change them by 1%."""
     assert results[mesh]["apart"] < 1e-5
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_device_does_its_part_of_the_work(results: dict[str, dict[str, Any]], mesh: str) -> None:
-    """A product that XLA does not know how to divide every device would do whole; weights are quantised everywhere."""
+    """Every device would do the whole of a product that XLA cannot partition; quantising weights is not divided."""
     assert results[mesh]["work"] < 1.3 / MESHES[mesh]

@@ -1,4 +1,4 @@
-"""Meshes, and where parameters lie on them."""
+"""Checks meshes, and how parameters are sharded on them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_what_does_not_make_up_the_devices(text: str, devices: int, message: str
         MeshConfig.parse(text).resolve(devices)
 
 
-def elements_a_device(rules: AxisRules, sizes: dict[str, int]) -> int:
+def elements_per_device(rules: AxisRules, sizes: dict[str, int]) -> int:
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
     params = nnx.state(nnx.eval_shape(lambda: DeepSeekV3(V3, rngs=nnx.Rngs(0))), nnx.Param)
     specs = parameter_specs(params, mesh, rules)
@@ -71,7 +71,7 @@ def elements_a_device(rules: AxisRules, sizes: dict[str, int]) -> int:
 
 
 def test_every_large_parameter_is_divided_as_planned() -> None:
-    """The 671B model by the real rules, beside counts of what FSDP, the expert and the tensor axis should divide."""
+    """Compares the 671B model under the rules with counts of what FSDP, expert and tensor axes should divide."""
     sizes: dict[str, int] = dict(zip(AXES, (1, 1, 32, 16, 4), strict=True))
     counts = count_parameters(V3)
     layers, moe = V3.num_hidden_layers + 1, V3.num_moe_layers + 1
@@ -81,6 +81,6 @@ def test_every_large_parameter_is_divided_as_planned() -> None:
     whole = layers * (2 * V3.hidden_size + (V3.q_lora_rank or 0) + V3.kv_lora_rank) + 4 * V3.hidden_size  # norms
     wide = counts.total + counts.mtp_total - moe * V3.n_routed_experts - experts - narrow - whole
     planned = experts / (32 * 16 * 4) + wide / (32 * 4) + narrow / 32 + whole
-    assert elements_a_device(AxisRules(), sizes) == planned
+    assert elements_per_device(AxisRules(), sizes) == planned
     everywhere = V3.num_parameters(mtp=True) / math.prod(sizes.values())
-    assert everywhere <= elements_a_device(ZERO, sizes) < 1.02 * everywhere
+    assert everywhere <= elements_per_device(ZERO, sizes) < 1.02 * everywhere

@@ -18,7 +18,7 @@ class Import:
 
     importer: str
     imported: str
-    names: tuple[str, ...]  # what `from imported import ...` takes from it; () where the module itself is imported
+    names: tuple[str, ...]  # the names in `from imported import ...`; () where the module itself is imported
     line: int
     types_only: bool  # under `if TYPE_CHECKING:`
 

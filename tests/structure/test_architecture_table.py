@@ -1,4 +1,4 @@
-"""Every place in the code that ARCHITECTURE.md names exists."""
+"""Checks that every file and name in the code that ARCHITECTURE.md mentions exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_the_table_has_rows():
 
 
 @pytest.mark.parametrize(("file", "name"), _PLACES)
-def test_place_exists(file, name):
+def test_named_code_exists(file, name):
     path = next((path for path in (ROOT / file, ROOT / "dsv3_jax" / file) if path.is_file()), None)
     assert path is not None, f"ARCHITECTURE.md names {file}, which does not exist"
     body = ast.parse(path.read_text()).body
@@ -31,7 +31,7 @@ def test_place_exists(file, name):
 
 
 def _defined(node: ast.stmt) -> list[str]:
-    """Returns the names that a statement defines where it stands."""
+    """Returns the names that a statement defines in its own scope."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     if isinstance(node, ast.Assign):

@@ -1,4 +1,4 @@
-"""Docstrings of what is public exist, and begin with what the thing is or returns."""
+"""Checks that public docstrings begin with what the thing is or returns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from source_tree import ROOT, modules, syntax_tree
 
-# Beginnings of a sentence that says nothing without its neighbour, or has no verb.
+# First words of sentences that have no verb, or that say nothing without the sentence before them.
 _UNCLEAR = re.compile(r"(Of|As|And|Likewise|Ditto|So|That|The same)\b")
 
 

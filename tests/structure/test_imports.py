@@ -1,4 +1,4 @@
-"""Imports point down the table of packages in ARCHITECTURE.md, never in a circle, and take public names only."""
+"""Checks imports: they point down ARCHITECTURE.md's table of packages, form no cycle, and take public names only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On eight simulated devices: a training step on every mesh of the arguments, beside one device. Prints JSON."""
+"""Compares a training step on each given mesh of eight simulated devices with one device. Prints JSON."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RATE = float(SETTINGS.learning_rate)
 
 
 def run_of(kind: str) -> RunConfig:
-    """One MoE layer (small); two of them in four passes (staged); four, of which the first stage has one (uneven)."""
+    """Returns a run: one MoE layer (small), two in four passes (staged), or four, one in the first stage (uneven)."""
     if kind in ("staged", "uneven"):
         run = small_run(batch_size=16, micro_batch_size=4)
         dense, layers = (2, 6) if kind == "uneven" else (0, run.model.num_hidden_layers)
@@ -38,7 +38,7 @@ def run_of(kind: str) -> RunConfig:
 
 
 def step_on(config: RunConfig, layout: StateLayout) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """Returns every leaf of the state after one step and of the metrics, by name, and what `divided` says."""
+    """Returns every leaf of the state after one step and of the metrics, by name, and the result of `divided`."""
     rows = config.training.rows_per_pass
     batch = [np.asarray(x) for x in random_batch(0, config.training.batch_size // rows, rows, padded=True)]
     skeleton, state = starting_state(config, layout, lambda devices: small_model(config.model, 0))
@@ -51,7 +51,7 @@ def step_on(config: RunConfig, layout: StateLayout) -> tuple[dict[str, np.ndarra
 
 
 def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Largest differences by what they are of; gradients are read from Adam's first moment."""
+    """Returns the largest difference of each quantity; gradients are read from Adam's first moment."""
 
     def relative(word: str) -> float:
         names = [name for name in one if word in name]
@@ -73,7 +73,7 @@ def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[st
 
 
 def divided(state: TrainState) -> dict[str, float]:
-    """Returns which part of the parameters and of the moments one device holds."""
+    """Returns the fractions of parameters and of moments that a device holds."""
 
     def part(tree: Any) -> float:
         leaves = [leaf for leaf in jax.tree.leaves(tree) if leaf.ndim > 1]

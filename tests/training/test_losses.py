@@ -1,4 +1,4 @@
-"""Each term of the objective against float64 loops over the model's own logits."""
+"""Checks each term of the objective against float64 loops over the model's own logits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LAMBDA, ALPHA = 0.3, 0.7
 
 @functools.cache
 def model() -> DeepSeekV3:
-    """Two MTP depths, weights large enough that positions differ."""
+    """Returns a model with two MTP depths and weights so large that positions differ."""
     config = ModelConfig.preset(
         "tiny", vocab_size=VOCABULARY, num_hidden_layers=2, num_nextn_predict_layers=2, initializer_range=0.2
     )
@@ -33,7 +33,7 @@ def model() -> DeepSeekV3:
 
 @functools.cache
 def batch() -> tuple[np.ndarray, np.ndarray]:
-    """Packed rows: one whole, one of two documents, one of a document and padding."""
+    """Returns packed rows: one of a single document, one of two documents, one of a document and padding."""
     tokens = np.random.default_rng(3).integers(0, VOCABULARY, (ROWS, LENGTH + 1)).astype(np.int32)
     segments = np.ones_like(tokens)
     segments[1, 6:] = 2
@@ -57,7 +57,7 @@ def logits_and_routing(isolate: bool):
 
 
 def brute_force(depth: int, isolate: bool) -> float:
-    """Eq. 24 (Eq. for the main head at depth 0) by loops: a sum over T-k positions, divided by all T targets."""
+    """Returns Eq. 24 (at depth 0 the main loss) by loops: a sum over T-k positions, divided by all T targets."""
     tokens, segments = batch()
     logits = logits_and_routing(isolate)[0][depth]
     total = 0.0
@@ -99,8 +99,8 @@ def test_main_and_mtp_losses_equal_loops(isolate: bool):
     np.testing.assert_allclose(found.mtp, [brute_force(1, isolate), brute_force(2, isolate)], rtol=2e-6)
 
 
-def test_an_mtp_loss_one_place_off_would_be_noticed():
-    """The loops tell targets apart: shifted ones give another number by far more than the tolerance above."""
+def test_an_mtp_loss_one_position_off_would_be_noticed():
+    """Shifted targets change the loss by far more than the tolerance of the test above."""
     tokens, _ = batch()
     logits = logits_and_routing(False)[0][1]
     shifted = np.mean(
@@ -109,7 +109,7 @@ def test_an_mtp_loss_one_place_off_would_be_noticed():
     assert abs(shifted) > 1e-2
 
 
-def test_the_total_weighs_its_terms_as_the_report_does():
+def test_the_total_weights_its_terms_as_the_report_does():
     for balance in ("sequence", "batch", "none"):
         found = terms(balance, False)
         routing = logits_and_routing(False)[1]
@@ -123,7 +123,7 @@ def test_the_total_weighs_its_terms_as_the_report_does():
         np.testing.assert_allclose(found.total, brute_force(0, False) + mtp + ALPHA * in_balance, rtol=2e-6)
 
 
-def test_balance_terms_differ_and_are_near_one_a_layer():
+def test_balance_terms_differ_and_are_near_one_per_layer():
     layers = 3
     for balance in ("sequence", "batch"):
         assert 0.9 * layers < terms(balance, False).balance < 2.5 * layers
@@ -168,7 +168,7 @@ def _plain_loss(head_weight, hidden, targets, weight):
     st.booleans(),
 )
 def test_target_weights_by_definition(documents: list[list[int]], ahead: int, isolate: bool):
-    """Rows of documents of given lengths, padded to one length."""
+    """Compares target weights, for rows of documents of given lengths, with their definition."""
     width = max(sum(row) for row in documents) + 2
     segments = np.zeros((len(documents), width), np.int32)
     for row, lengths in zip(segments, documents, strict=True):

@@ -1,4 +1,4 @@
-"""Each axis of the mesh alone: a training step on simulated devices equals the step on one."""
+"""Checks, for each axis of the mesh alone, that a training step on simulated devices equals the step on one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MESHES = ("data=8", "fsdp=8", "expert=4", "tensor=2")
 
 
 def check_equal(found: dict[str, Any]) -> None:
-    """Up to the order of float32 sums, which loads and biases must not feel at all.
+    """Checks equality up to the order of float32 sums; loads and biases must be exactly equal.
 
-    An update is of the size of the learning rate whatever its gradient, also where that is rounding alone: hence the
-    mean instead of the largest.
+    An update is as large as the learning rate whatever its gradient, also where the gradient is only rounding error.
+    That is why updates are compared by their mean instead of their largest difference.
     """
     assert found["load"] == found["biases"] == 0
     assert found["uneven"] > 1.2
@@ -37,7 +37,7 @@ def test_step_equals_one_device(results: dict[str, dict[str, Any]], mesh: str) -
 
 
 def test_state_is_divided(results: dict[str, dict[str, Any]]) -> None:
-    """Replicas keep whole parameters but a part of the moments (ZeRO-1); FSDP divides both."""
+    """Replicas keep whole parameters but shards of the moments (ZeRO-1); FSDP shards both."""
     assert results["data=8"]["parameters"] == 1
     assert results["data=8"]["moments"] < 0.2
     assert results["fsdp=8"]["parameters"] < 0.2

@@ -1,4 +1,4 @@
-"""Axes of the mesh other than stages, every two of them and some three: a step there equals the step on one device."""
+"""Checks that a step on meshes of two or three axes, none of them stages, equals the step on one device."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Pipeline stages alone and beside other axes: a step on simulated devices equals the step on one.
+"""Checks that a step with pipeline stages, alone and with other axes, equals the step on one device.
 
-`tests/pipeline` has stages beside fsdp and tensor together, and says more of the pipeline.
+`tests/pipeline` combines stages with fsdp and tensor at once, and checks the parts of the pipeline.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def test_step_equals_one_device(results: dict[str, dict[str, Any]], mesh: str) -
 
 
 def test_stages_of_unequal_numbers_of_layers() -> None:
-    """One and three of four MoE layers: matrices are cut over the stages by width, so that parts are equal again."""
+    """With one and three of four MoE layers, masters are sharded over the stages by width, so that shards are equal."""
     (found,) = run_simulated(_SCRIPT, "uneven", "stage=2").values()
     check_equal(found)
     assert found["parameters"] < 0.51
 
 
 def test_stages_divide_parameters_and_moments(results: dict[str, dict[str, Any]]) -> None:
-    """Moments are divided over replicas too (ZeRO-1)."""
+    """Moments are sharded over replicas too (ZeRO-1)."""
     for found in results.values():
         assert found["parameters"] < 0.6
     assert results["stage=2,data=4"]["moments"] < 0.2

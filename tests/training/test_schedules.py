@@ -1,4 +1,4 @@
-"""The report's schedule at the report's own points, and at other sizes."""
+"""Checks the schedules at the points that the report names, and for runs of other sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training step as a whole, at one compilation: against AdamW in float64, and in what it must never do."""
+"""Checks the whole training step, compiled once, against AdamW in float64, and what it must never do."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOVABLE = ("params", "optimizer", "average", "router_biases", "key")
 
 @functools.cache
 def two_steps() -> tuple[list[TrainState], list[StepMetrics]]:
-    """States after 0, 1 and 2 steps of two passes, and what the steps reported."""
+    """Returns the states after 0, 1 and 2 steps of two passes, and the steps' metrics."""
     start = small_start()
     states, metrics = [start.state], []
     for seed in (0, 1):
@@ -35,7 +35,7 @@ def two_steps() -> tuple[list[TrainState], list[StepMetrics]]:
 
 @functools.cache
 def gradient_of():
-    """The whole batch at once, differentiated apart from the step: (params, biases, tokens, segments) -> gradients."""
+    """Returns a function (params, biases, tokens, segments) -> gradients of the whole batch, without the step."""
     start = small_start()
 
     @functools.partial(jax.jit, static_argnames="argument")
@@ -84,7 +84,7 @@ def test_two_steps_equal_adamw_in_float64():
             direction = m / (1 - 0.9**count) / (np.sqrt(v / (1 - 0.95**count)) + config.epsilon)
             direction += 0.1 * params[index] * decayed[index]
             params[index] = params[index] - float(SETTINGS.learning_rate) * direction
-    # Gradients near AdamW's epsilon have a direction that float32 does not decide: few and bounded by the step size.
+    # Float32 does not decide the sign of gradients near AdamW's epsilon: they are few, and bounded by the step size.
     off = [np.abs(np.asarray(a) - b) for a, b in zip(jax.tree.leaves(states[2].params), params, strict=True)]
     assert max(part.max() for part in off) < 2e-2
     assert np.mean(np.concatenate([part.ravel() for part in off]) > 1e-4) < 2e-3
@@ -99,7 +99,7 @@ def test_only_norm_gains_escape_weight_decay():
 
 
 def test_every_parameter_receives_a_gradient():
-    """Each leaf, each layer of stacked leaves, each expert that a token reached; embedding rows only of tokens seen."""
+    """Each leaf, stacked layer and chosen expert has a gradient; of the embedding, the rows of tokens in the batch."""
     start = small_start()
     (gradients, _), load = gradient_of()(start.state.params, start.state.router_biases, *whole_batch(0))
     assert np.all(np.asarray(load) > 0), "the batch must reach every expert"
@@ -130,7 +130,8 @@ def test_router_biases_move_by_the_sign_of_the_whole_batchs_load():
     states, metrics = two_steps()
     for before, after, reported in zip(states[:2], states[1:], metrics, strict=True):
         load = np.asarray(reported.load, np.int64)
-        assert load.sum(axis=1).tolist() == [4 * 32 * 2, 4 * 31 * 2]  # K tokens each; MTP has a position less a row
+        # Each token has K experts; MTP has one position less per row.
+        assert load.sum(axis=1).tolist() == [4 * 32 * 2, 4 * 31 * 2]
         sign = np.sign(load.sum(axis=1, keepdims=True) - load.shape[1] * load)
         np.testing.assert_array_equal(
             after.router_biases, before.router_biases + np.float32(1e-3) * sign.astype(np.float32)
@@ -138,7 +139,7 @@ def test_router_biases_move_by_the_sign_of_the_whole_batchs_load():
 
 
 def test_how_a_batch_is_cut_changes_nothing_but_rounding():
-    """The same four rows, some padded, in other company: loads and biases equal, sums up to their order."""
+    """For the same four rows, some padded, loads and biases are equal, and sums agree up to their order."""
     start = small_start()
     rows = [array.reshape(4, -1) for array in random_batch(7, 2, 2, padded=True)]
     results = []
@@ -150,7 +151,7 @@ def test_how_a_batch_is_cut_changes_nothing_but_rounding():
     np.testing.assert_array_equal(state_a.router_biases, state_b.router_biases)
     for name in ("loss", "main_loss", "mtp_loss", "gradient_norm"):
         np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=2e-5, err_msg=name)
-    # Passes are weighed by their targets, the sequences inside a pass by their inputs: padded rows differ by one.
+    # Passes are weighted by their targets, sequences within a pass by their inputs; for padded rows they differ by one.
     np.testing.assert_allclose(a.balance_loss, b.balance_loss, rtol=1e-3)
     real_inputs = int(np.sum(np.asarray(rows[1])[:, :-1] != 0))
     assert int(a.load[0].sum()) == 2 * real_inputs, "padding is not counted"

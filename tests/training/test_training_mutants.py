@@ -1,6 +1,6 @@
-"""Historical mistakes of other training codes, made anew: each must be noticed by the check that guards against it.
+"""Re-introduces historical mistakes of other training codes; the check that guards against each must notice it.
 
-Every entry replaces one function by the mistaken one; the check beside it holds for ours and must fail for the mutant.
+Every entry replaces one function by the mistaken one; its check holds for our function and must fail for the mutant.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dsv3_jax.training.schedules import REPORT_TOKENS, TrainingSchedule
 VOCABULARY = 11
 
 
-# Checks: each takes the function under test and raises AssertionError when it is wrong. ----------------------------
+# Checks. Each takes the function under test and raises AssertionError when it is wrong. ----------------------------
 
 
 def check_bias_update(update: Callable) -> None:
@@ -123,7 +123,7 @@ def check_schedule(schedule: TrainingSchedule) -> None:
 
 
 def bias_never_updated(biases, load, speed):
-    """The bias was only declared (MaxText, for months)."""
+    """Never updates the bias, which was only declared (MaxText, for months)."""
     return biases
 
 
@@ -132,7 +132,7 @@ def bias_towards_the_overloaded(biases, load, speed):
 
 
 def bias_in_proportion(biases, load, speed):
-    """The proportional variant, which the paper tried and left."""
+    """Changes the bias in proportion to the load's error, which the paper tried and rejected."""
     load = load.astype(jnp.float32)
     return biases + speed * (load.mean(-1, keepdims=True) - load)
 
@@ -147,7 +147,7 @@ def bias_from_a_mean_over_layers(biases, load, speed):
 
 
 def bias_signs_of_equal_loads(biases, load, speed):
-    """Equal loads pushed up: the sign of 0 taken for 1."""
+    """Raises biases of equal loads, because the sign of 0 is taken as 1."""
     mean = jnp.mean(load.astype(jnp.float32), -1, keepdims=True)
     return biases + speed * jnp.where(load > mean, -1.0, 1.0)
 
@@ -161,7 +161,7 @@ def mtp_crosses_documents(segment_ids, ahead, *, isolate_segments):
 
 
 def only_the_next_document_is_masked(segment_ids, ahead, *, isolate_segments):
-    """Looks one place on, whatever the depth."""
+    """Compares documents one position ahead, whatever the depth."""
     weights = losses.target_weights(segment_ids, ahead, isolate_segments=False)
     if isolate_segments:
         weights = weights * (segment_ids[:, 1:] == segment_ids[:, :-1])[:, : weights.shape[1]]
@@ -169,7 +169,7 @@ def only_the_next_document_is_masked(segment_ids, ahead, *, isolate_segments):
 
 
 def _changed(**changes: Callable) -> Callable:
-    """The objective with some of its terms computed otherwise, its total made anew from them."""
+    """Returns the objective with some of its terms replaced, and its total computed from them."""
 
     def objective(model, tokens, segment_ids, *, weights, real_tokens, **rest):
         terms = losses.objective(model, tokens, segment_ids, weights=weights, real_tokens=real_tokens, **rest)
@@ -184,7 +184,7 @@ def _changed(**changes: Callable) -> Callable:
 
 
 def _mtp_against(shift: int) -> Callable:
-    """MTP losses against targets `shift` places from where they are."""
+    """Returns MTP losses against targets that are shifted by `shift` positions."""
 
     def mtp(tokens, model, real, **_):
         features = model.features(tokens[:, :-1], segment_ids=tokens, isolate_segments=False)
