@@ -106,7 +106,7 @@ class CachedDecoding(nnx.Module):
         *,
         depth: int = 1,
     ) -> tuple[Float[Array, "B T d"], LatentCache]:
-        """Runs one MTP module behind a cache that was made with `mtp=True`, for self-speculation.
+        """Runs one MTP module on a cache that was made with `mtp=True`, for self-speculation.
 
         Args:
           hidden: hidden states of depth - 1 at `positions` (those of `decode` or `prefill` for depth 1).

@@ -157,7 +157,7 @@ class DeepSeekV3(CachedDecoding):
     def block_inputs(
         self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, *, isolate_segments: bool
     ) -> BlockInputs:
-        """Returns what every block is given beside the hidden state; arguments as in `features`."""
+        """Returns what every block is given besides the hidden state; arguments as in `features`."""
         return BlockInputs(
             rotation=make_rotation(self.config, positions),
             segment_ids=segment_ids if isolate_segments else None,

@@ -7,7 +7,7 @@ this. The tensor core is emulated. One wgmma instruction adds 32 products to its
 to the largest of them and truncates each below the 13th bit after the leading bit of the largest (14 bits in all).
 Promotion adds that accumulator to a float32 total every 128 products and resets it. The reference is computed in
 float64 from the same e4m3 operands, so that only the error of the summation is measured. The error of rounding the
-operands to e4m3 is reported beside it for comparison.
+operands to e4m3 is reported with it for comparison.
 
 Writes fp8_numerics.json and fp8_numerics.png into experiments/results/ (or --out).
 """

@@ -37,7 +37,7 @@ POLICIES = ("none", "report", "full")
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and a batch to count at."""
+    """A model and a batch for which bytes are counted."""
 
     model: ModelConfig
     batch: int
@@ -72,7 +72,7 @@ def tables_of(size: Size) -> dict[str, Any]:
     """Returns the three tables of one size, in bytes."""
     heads = {"MHA": size.model.num_attention_heads, "GQA": min(GROUPS, size.model.num_attention_heads // 2), "MQA": 1}
     tables: dict[str, Any] = {
-        "cache on paper": cache_on_paper(size.model, heads),
+        "cache calculated": cache_calculated(size.model, heads),
         "cache measured": cache_measured(size.model, heads),
         "attention": {
             "MLA": attention_saved(size, None),
@@ -87,7 +87,7 @@ def tables_of(size: Size) -> dict[str, Any]:
     return tables
 
 
-def cache_on_paper(model: ModelConfig, heads: dict[str, int]) -> dict[str, int]:
+def cache_calculated(model: ModelConfig, heads: dict[str, int]) -> dict[str, int]:
     """Returns bfloat16 bytes per token and layer: latent and rotary key, or keys and values of every key-value head."""
     width = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
     mla = 2 * (model.kv_lora_rank + model.qk_rope_head_dim)
@@ -95,7 +95,7 @@ def cache_on_paper(model: ModelConfig, heads: dict[str, int]) -> dict[str, int]:
 
 
 def cache_measured(model: ModelConfig, heads: dict[str, int]) -> dict[str, float]:
-    """Returns the same bytes, measured on the arrays of one sequence of 64 tokens."""
+    """Returns the cache's bytes per token and layer, measured on the arrays of one sequence of 64 tokens."""
     length = 64
 
     def latents() -> Any:
@@ -173,12 +173,12 @@ def step_saved(size: Size, precision: str, policy: str) -> int:
 
 
 def draw(tables: dict[str, Any]):
-    """Draws a panel per size with its cache per token and layer, and one with what a step of one size keeps."""
+    """Draws one panel for each size's cache per token and layer, and one for the bytes that a training step keeps."""
     figure, axes = new_figure(len(tables) + 1, width=4.0)
     for axis, (name, table) in zip(axes, tables.items(), strict=False):
-        cache = table["cache on paper"]
+        cache = table["cache calculated"]
         axis.bar(list(cache), list(cache.values()), color="tab:blue")
-        axis.set(yscale="log", title=f"{name}: cache a token and layer", ylabel="bytes (bfloat16)")
+        axis.set(yscale="log", title=f"{name}: cache per token and layer", ylabel="bytes (bfloat16)")
     steps = next(table["step"] for table in reversed(tables.values()) if "step" in table)
     for shift, (precision, policies) in enumerate(steps.items()):
         at = [index + 0.25 * shift for index in range(len(policies))]
@@ -190,12 +190,12 @@ def draw(tables: dict[str, Any]):
 
 
 def _verdict(name: str, tables: dict[str, Any]) -> str:
-    cache, kept = tables[name]["cache on paper"], tables[name]["attention"]
+    cache, kept = tables[name]["cache calculated"], tables[name]["attention"]
     measured = tables[name]["cache measured"]
     agree = all(math.isclose(cache[kind], measured[kind]) for kind in cache)
     steps = next(table["step"] for table in reversed(tables.values()) if "step" in table)
     return (
-        f"At {name} MLA caches {cache['MLA']} bytes a token and layer, {cache['MHA'] / cache['MLA']:.1f} times less "
+        f"At {name} MLA caches {cache['MLA']} bytes per token and layer, {cache['MHA'] / cache['MLA']:.1f} times less "
         f"than MHA and {cache['GQA'] / cache['MLA']:.1f} times less than GQA with {GROUPS} groups "
         f"(MQA: {cache['MQA']}), {'as measured' if agree else 'which the arrays do not confirm'}; in training "
         f"its attention keeps {kept['MLA'] / kept['MHA']:.2f} times MHA's bytes; FP8 keeps "

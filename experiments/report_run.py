@@ -4,7 +4,7 @@
                                      [--schedule dualpipe|zb1p|1f1b] [--no-zero]
 
 `dsv3 plan` plans this project's training step. The report's step (sections 3.2, 3.3.3, 4.2) keeps other things in
-memory: master weights are divided over all replicas beside a working copy in the products' format, every stage keeps
+memory: master weights are divided over all replicas, besides a working copy in the products' format; every stage keeps
 the activations of all its layers, and experts keep what they were sent. This experiment calculates that run, prints it
 as `dsv3 plan` prints a plan, and compares it with what is published: 2.664M GPU hours for 14.8T tokens, from which a
 step of 15,360 sequences of 4,096 tokens takes 19.9 s. `dsv3_jax.planning.step_time.REPORT_FRACTION` is derived here.
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _compared_with_the_published(plan: ReportPlan) -> str:
-    """Returns the published figures beside the plan's."""
+    """Returns the published figures with the plan's."""
     expected = plan.expected.total
     return (
         f"In the host's memory: {plan.state.masters / 2**30:.2f} GiB of running average per device.\n"
@@ -118,7 +118,7 @@ class ReportPlan(Plan):
 
     @property
     def train_options(self) -> dict[str, str]:
-        """None: `dsv3 train` makes no such run."""
+        """None, since `dsv3 train` cannot make such a run."""
         return {}
 
     @property
@@ -377,7 +377,7 @@ def _replicas(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:
 
 
 def _tensor_sums(config: PlanConfig, layers: Counter[LayerKind]) -> list[Traffic]:
-    """Returns four all-reduces per layer: behind attention and feed-forward, forward and backward."""
+    """Returns four all-reduces per layer: after attention and feed-forward, forward and backward."""
     blocks = (layers["dense"] + layers["moe"] + layers["mtp"]) / _copies(config)
     sent = config.passes * blocks * 4 * 2 * (1 - 1 / config.mesh.tensor) * config.hidden_bytes
     return [flow_over(config, "tensor", TENSOR_SUMS, sent)]

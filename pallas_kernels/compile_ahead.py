@@ -145,7 +145,7 @@ def _find(pattern: str, text: str) -> str:
 
 @contextlib.contextmanager
 def _printed() -> Iterator[list[str]]:
-    """Redirects standard output, also that of code which is not Python, into a list: one text, there at the end."""
+    """Redirects standard output, also that of code which is not Python, and puts it into the list at the end."""
     text: list[str] = []
     sys.stdout.flush()
     before = os.dup(1)

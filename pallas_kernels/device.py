@@ -57,7 +57,7 @@ def kernel_module(operation: str, implementation: Implementation) -> Any:
 
     Args:
       operation: a package of `pallas_kernels`, such as "quantize". Where a package has several operations, theirs are
-        "routing/gate" and "routing/rows": `hopper_gate` and `hopper_rows`, beside one `reference` for both.
+        "routing/gate" and "routing/rows": `hopper_gate` and `hopper_rows`, with one `reference` for both.
     """
     package, _, part = operation.partition("/")
     name = f"{implementation}_{part}" if part and implementation != "reference" else implementation

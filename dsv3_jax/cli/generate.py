@@ -80,7 +80,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-new-tokens",
         type=int,
-        help=f"number of tokens to generate (default: {_DEFAULT_NEW_TOKENS}, or as many as the context has room for)",
+        help=f"number of tokens to generate (default: {_DEFAULT_NEW_TOKENS}, or as many as fit the context)",
     )
     parser.add_argument(
         "--temperature",

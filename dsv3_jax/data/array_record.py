@@ -1,7 +1,7 @@
 """Corpora that are already tokenised: ArrayRecord files with one document per record.
 
 A record holds the document's name and domain in UTF-8, each followed by a zero byte, and then its ids as little-endian
-uint32, without the end-of-text token. The file `FILE.arrayrecord.json` beside it has the tokenizer's fingerprint.
+uint32, without the end-of-text token. The file `FILE.arrayrecord.json` next to it has the tokenizer's fingerprint.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ _ORDER, _FILL_IN_MIDDLE, _SPLITTING, _ROWS = range(4)  # independent streams of 
 
 @dataclasses.dataclass(frozen=True)
 class RowSettings:
-    """How documents become rows; the same for all epochs.
+    """The settings that decide how documents become rows, the same for all epochs.
 
     Attributes:
       store: the tokens of all documents.

@@ -1,4 +1,4 @@
-"""Which documents are held out for validation. Only their names decide, so order and machine do not matter."""
+"""Decides which documents are held out for validation, by their names alone: order and machine do not matter."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Section 2 of the report, one file an idea."""
+"""Section 2 of the report, one file per idea."""

@@ -5,9 +5,9 @@
     s'    = s / sum_j s_{j,t}                                                       (19)
     P_i   = 1 / T sum_t s'_{i,t}                                                    (20)
 
-f_i and P_i of every sequence are computed beside the selection they describe, by `pallas_kernels.gate` (its definition
-is `pallas_kernels/routing/reference.py`). `balance_terms` forms the sum of Eq. 17, and the training objective
-multiplies it by alpha. `update_biases` is the auxiliary-loss-free rule.
+f_i and P_i of every sequence are computed together with the selection they describe, by `pallas_kernels.gate` (its
+definition is `pallas_kernels/routing/reference.py`). `balance_terms` forms the sum of Eq. 17, and the training
+objective multiplies it by alpha. `update_biases` is the auxiliary-loss-free rule.
 """
 
 from __future__ import annotations

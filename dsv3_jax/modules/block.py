@@ -1,4 +1,4 @@
-"""A transformer block: attention and a feed-forward network, each behind a norm and beside a residual (section 2)."""
+"""A transformer block: attention and a feed-forward network, each after a norm and with a residual (section 2)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dsv3_jax.precision import Precision
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BlockInputs:
-    """The inputs that all blocks of a forward pass share, beside the hidden state.
+    """The inputs that all blocks of a forward pass share, besides the hidden state.
 
     Attributes:
       rotation: RoPE angles of the tokens.

@@ -1,4 +1,4 @@
-"""What a model asks of the devices it runs on, and the answer of one device.
+"""The operations of a model that depend on its devices (`Devices`), and their plain form on one device.
 
 A model is given a `Devices` object when it is made. `OneDevice` computes everything where it is called;
 `dsv3_jax.sharding.on_mesh.OnMesh` computes the same on the sharded arrays of a mesh.
@@ -38,7 +38,7 @@ class ExpertProduct(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ExpertShapes:
-    """What the exchange of tokens between devices must know of a layer's experts.
+    """The sizes of a layer's experts that the exchange of tokens between devices needs.
 
     Attributes:
       gate_up, down: shapes and logical axes of the weights.

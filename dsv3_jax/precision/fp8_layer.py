@@ -5,7 +5,7 @@
     weight gradient  dW = dYᵀ X   dY and X 128x1, along the tokens
 
 The map keeps for the backward pass (section 3.3.3): W in FP8; X in the FP8 tiles of the forward product, re-tiled when
-the weight gradient needs it; behind attention X in 12 bits; behind SwiGLU not X but the input of SwiGLU, in FP8. The
+the weight gradient needs it; after attention X in 12 bits; after SwiGLU not X but the input of SwiGLU, in FP8. The
 whole recipe is in this file: every `if` on a recipe is a field of `Fp8Recipe`.
 """
 
@@ -155,7 +155,7 @@ def _input_tiles(x: Float[Array, "M in"], recipe: Fp8Recipe, role: Role) -> Tile
 
 
 def _rounded_scales(recipe: Fp8Recipe, role: Role) -> bool:
-    """Returns whether the input's scales are powers of two, as they are behind attention and after dispatch (3.3.3)."""
+    """Returns whether the input's scales are powers of two, as they are after attention and after dispatch (3.3.3)."""
     behind_attention = role.after_attention and recipe.after_attention == "e5m6"
     return recipe.power_of_two_scales or behind_attention or (role.dispatched and recipe.dispatch)
 

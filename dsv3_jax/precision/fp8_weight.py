@@ -40,7 +40,7 @@ class Fp8Weight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape that an array in its place would have."""
+        """The shape of the array that the weight replaces."""
         return self.values.shape if self.view is None else self.view
 
     @property

@@ -1,6 +1,6 @@
-"""The linear maps of the model under a precision recipe: with one matrix or one per expert, plain or behind SwiGLU.
+"""The linear maps of the model under a precision recipe: with one matrix or one per expert, plain or after SwiGLU.
 
-A map behind SwiGLU takes the input of SwiGLU, so that a recipe can keep that in a small format and recompute the rest.
+A map after SwiGLU takes the input of SwiGLU, so that a recipe can keep that in a small format and recompute the rest.
 Weights are arrays, or `Fp8Weight`s, which get no gradient.
 """
 

@@ -39,7 +39,7 @@ class Precision:
                 f"precision.compute_dtype must be float32, bfloat16 or float64, not {self.compute_dtype!r}"
             )
         if self.fp8 is not None and self.compute_dtype == "float64":
-            raise ConfigError("precision.compute_dtype must be bfloat16 or float32 beside FP8 products, not float64")
+            raise ConfigError("precision.compute_dtype must be bfloat16 or float32 with FP8 products, not float64")
         if self.moment_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"precision.moment_dtype must be float32 or bfloat16, not {self.moment_dtype!r}")
 

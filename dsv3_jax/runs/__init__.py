@@ -1,1 +1,1 @@
-"""A run's life: its folder, loop, checkpoints, interruption, metrics, plots and processes."""
+"""Runs from start to end: folder, training loop, checkpoints, interruption, metrics, plots and processes."""

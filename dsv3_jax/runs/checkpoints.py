@@ -42,7 +42,7 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class RunPosition:
-    """Where a run stands. It is saved as run.json beside the arrays.
+    """How far a run has come. It is saved as run.json next to the arrays.
 
     Attributes:
       step: steps taken, including those whose update was skipped.

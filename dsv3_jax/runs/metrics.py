@@ -1,4 +1,4 @@
-"""Where a run's numbers are written: metrics.jsonl (one line per step), TensorBoard files, and the terminal."""
+"""Writes a run's numbers: metrics.jsonl (one line per step), TensorBoard files, and the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 
 class Writer(Protocol):
-    """A place that records are written to."""
+    """One destination of a run's records."""
 
     def write(self, record: Record) -> None:
         """Writes the numbers of one step, or of an evaluation. `record["step"]` is the step."""

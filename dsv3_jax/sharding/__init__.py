@@ -1,1 +1,1 @@
-"""Meshes, axis rules, expert and pipeline parallelism (report section 3.2)."""
+"""Meshes, axis rules, expert parallelism and the placement of experts (report sections 3.2 and 3.4)."""

@@ -139,7 +139,7 @@ send_back.defvjp(_send_back_forward, _send_back_backward)
 def _send_in_format(
     hop: Hop, slots: int, wire: DispatchFormat | None, rows: Array, route: Route, beside: Array | None = None
 ) -> tuple[Float[Array, "M d"], Any]:
-    """Sends rows in the format `wire`, and float32 numbers beside them, together with the scales if there are any."""
+    """Sends rows in the format `wire`, and float32 numbers with them, together with the scales if there are any."""
     if wire is None:
         return _send_rows(hop, slots, rows, route), None if beside is None else _send_rows(hop, slots, beside, route)
     tiles = wire.quantize(rows)

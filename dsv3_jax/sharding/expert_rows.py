@@ -1,4 +1,4 @@
-"""What a rank does with rows that are on their way to experts, and with their results (report section 3.2.2).
+"""The work of one rank on rows that are dispatched to experts, and on their results (report section 3.2.2).
 
 Before each hop a row is copied once for every rank it must reach; at the last rank it is copied once for each of its
 experts there. A row is sent with the ids of the experts it is for and with their gates. An id counts from 1 among the
@@ -77,15 +77,15 @@ def _at_home(
 ) -> Float[Array, "M d"]:
     """Returns sum_i g_i E_i(row) of rows that are at the rank of their experts."""
     if experts < ids.shape[1]:
-        ids, gates = _one_slot_an_expert(ids, gates, experts)
+        ids, gates = _one_entry_per_expert(ids, gates, experts)
     alignment = pallas_kernels.preferred_row_alignment(even_load, experts)
-    index = jnp.where(ids > 0, ids - 1, experts)  # slots without an expert come last, as one more
+    index = jnp.where(ids > 0, ids - 1, experts)  # entries without an expert come last, as one more expert
     by_expert, order = pallas_kernels.permute(rows, index, experts + 1, row_alignment=alignment)
     out = product(by_expert, group_sizes=order.group_sizes[:-1], row_alignment=alignment)
     return pallas_kernels.combine(out, gates, order)
 
 
-def _one_slot_an_expert(
+def _one_entry_per_expert(
     ids: Int[Array, "M K"], gates: Float[Array, "M K"], experts: int
 ) -> tuple[Int[Array, "M E"], Float[Array, "M E"]]:
     """Rearranges ids and gates into one entry per expert, for ranks with fewer experts than entries per row."""

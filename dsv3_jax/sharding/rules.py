@@ -1,4 +1,4 @@
-"""From the logical axes that parameters carry to the axes of a mesh: one table of rules, and what follows from it.
+"""Maps the logical axes that parameters carry to the axes of a mesh, by one table from which shardings are derived.
 
 Parameters declare their logical axes where they are made (`dsv3_jax.modules.parameter`). Optimizer moments, gradients,
 the running average and everything else that is mapped from the parameters carry the same axes.
@@ -107,7 +107,7 @@ def batch_spec(leading: int = 0) -> PartitionSpec:
 def _spec(
     logical: Sequence[str | None], shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: AxisRules
 ) -> PartitionSpec:
-    if len(logical) != len(shape):  # no axes, or an array beside the weight itself, such as FP8 scales
+    if len(logical) != len(shape):  # no axes, or an array that belongs to the weight, such as FP8 scales
         return PartitionSpec()
     used: set[str] = set()
     parts = []

@@ -1,1 +1,1 @@
-"""Pre-training (report section 4): schedules, step, loop, checkpoints, metrics."""
+"""The numerics of training (report section 4): losses, optimizer, schedules, train state, and the step."""

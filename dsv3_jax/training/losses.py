@@ -77,7 +77,7 @@ def cross_entropies(
 
     def of(hidden: Float[Array, "*N d"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
         logits = model.head(hidden)
-        # A comparison a column instead of a gather: its gradient is a comparison too, not a scatter.
+        # One comparison per column instead of a gather: its gradient is a comparison too, not a scatter.
         at_target = jnp.where(targets[..., None] == jnp.arange(logits.shape[-1]), logits, 0.0)
         return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(at_target, axis=-1)
 

@@ -1,4 +1,4 @@
-"""What each device keeps and what each host reads when a published checkpoint is loaded on a mesh, without its files.
+"""Calculates what devices keep and hosts read when a published checkpoint is loaded on a mesh, without its files.
 
     python experiments/benchmarks/checkpoint_on_mesh.py [--preset v3-671b] [--mesh stage=16,expert=64,data=2]
 

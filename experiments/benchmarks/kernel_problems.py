@@ -52,7 +52,7 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One row of the table.
+    """A problem that is checked and timed: one row of the table.
 
     Attributes:
       family: one of kernels.FAMILIES.

@@ -1,4 +1,4 @@
-"""Checks the kernels of pallas_kernels on this machine's device against float64 and times them beside other libraries.
+"""Checks the kernels of pallas_kernels on this machine's device against float64 and times them against other libraries.
 
     python experiments/benchmarks/kernels.py --out results/h200            all problems, at V3's own shapes
     python experiments/benchmarks/kernels.py --only dense --tune           searches the tilings first, stores the best

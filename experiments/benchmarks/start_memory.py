@@ -1,4 +1,4 @@
-"""How much host memory it takes to start a run on a mesh from a checkpoint, beyond the arrays of the run's state.
+"""Measures the host memory that starting a run on a mesh from a checkpoint takes, beyond the run's state.
 
     python experiments/benchmarks/start_memory.py [--gigabytes 1] [--folder /tmp] [--mesh fsdp=4,expert=2]
 

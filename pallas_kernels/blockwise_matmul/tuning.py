@@ -1,4 +1,4 @@
-"""How the Hopper product is cut into tiles, and which cut a problem gets."""
+"""Tilings of the Hopper product, and the one that a problem gets."""
 
 from __future__ import annotations
 

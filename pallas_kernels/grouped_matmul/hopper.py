@@ -46,7 +46,7 @@ Interpret = plgpu.InterpretGPUParams | None
 
 
 class Form(NamedTuple):
-    """What is static about a product.
+    """The static properties of a product.
 
     Attributes:
       groups: whether groups are along the rows of the left operand or along the contraction (depth).

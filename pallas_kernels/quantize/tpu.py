@@ -176,7 +176,7 @@ def _without_outside(x: Float[Array, "128 128"], t: int, shape: tuple[int, int])
     m, k = shape
     if m % TILE == 0 and k % TILE == 0:
         return x
-    tiles_a_step = math.gcd(pl.cdiv(k, TILE), _MAX_TILES)
+    tiles_per_step = math.gcd(pl.cdiv(k, TILE), _MAX_TILES)
     row = lax.broadcasted_iota(jnp.int32, x.shape, 0) + pl.program_id(0) * TILE
-    column = lax.broadcasted_iota(jnp.int32, x.shape, 1) + (pl.program_id(1) * tiles_a_step + t) * TILE
+    column = lax.broadcasted_iota(jnp.int32, x.shape, 1) + (pl.program_id(1) * tiles_per_step + t) * TILE
     return jnp.where((row < m) & (column < k), x, 0)

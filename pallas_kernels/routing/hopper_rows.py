@@ -1,4 +1,4 @@
-"""Rows to expert order and back on Hopper, in Mosaic GPU. Memory bounds the time, so every row is moved once.
+"""Moves rows to expert order and back on Hopper, in Mosaic GPU. Memory bounds the time, so every row is moved once.
 
 Each kernel goes from token to token: a token's row is read once and written to its K rows, or its K rows are read and
 one sum is written. TMA moves whole pieces of rows to and from indices in registers. A producer warpgroup keeps a ring

@@ -110,9 +110,9 @@ def _kernel(logits_ref, counted_ref, *refs, parameters: GateParameters):
     def _():
         sums_ref[...] = jnp.zeros_like(sums_ref)
 
-    sums_ref[0, 0] += _a_lane(jnp.where(restricted == -jnp.inf, counted, 0.0))
-    sums_ref[0, 1] += _a_lane(jnp.where(unrestricted == -jnp.inf, counted, 0.0))
-    sums_ref[0, 2] += _a_lane(scores * (counted / total))
+    sums_ref[0, 0] += _sums_per_lane(jnp.where(restricted == -jnp.inf, counted, 0.0))
+    sums_ref[0, 1] += _sums_per_lane(jnp.where(unrestricted == -jnp.inf, counted, 0.0))
+    sums_ref[0, 2] += _sums_per_lane(scores * (counted / total))
 
 
 def _affinities(logits: Float[Array, "E T"], scoring_func: str) -> Float[Array, "E T"]:
@@ -146,7 +146,7 @@ def _within_best_groups(
     return jnp.concatenate(allowed, axis=0)
 
 
-def _a_lane(x: Float[Array, "E T"]) -> Float[Array, "E 128"]:
+def _sums_per_lane(x: Float[Array, "E T"]) -> Float[Array, "E 128"]:
     """Returns the sums over the tokens of each lane."""
     parts = [x[:, start : start + LANES] for start in range(0, x.shape[1], LANES)]
     return functools.reduce(jnp.add, parts)

@@ -1,4 +1,4 @@
-"""Rows to expert order and back on TPUs, in Mosaic TPU: single rows are fetched by DMA, one tile ahead.
+"""Moves rows to expert order and back on TPUs, in Mosaic TPU: single rows are fetched by DMA, one tile ahead.
 
 Two rows of bfloat16 share 32-bit words, and a DMA cannot copy one without the other. So XLA first packs the left half
 of each bfloat16 row with its right half, in one pass over the array that is gathered from, and the kernels unpack them

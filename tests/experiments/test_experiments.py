@@ -151,9 +151,9 @@ def test_calculated_memory_is_what_arrays_hold(load, tmp_path: Path):
     memory = load("memory")
     size = dataclasses.replace(memory.SIZES["tiny"], counts_step=False)
     tables = memory.tables_of(size)
-    assert tables["cache on paper"] == tables["cache measured"]
-    assert tables["cache on paper"]["MLA"] == 2 * (size.model.kv_lora_rank + size.model.qk_rope_head_dim)
-    v3 = memory.cache_on_paper(memory.SIZES["v3"].model, {"MHA": 128})
+    assert tables["cache calculated"] == tables["cache measured"]
+    assert tables["cache calculated"]["MLA"] == 2 * (size.model.kv_lora_rank + size.model.qk_rope_head_dim)
+    v3 = memory.cache_calculated(memory.SIZES["v3"].model, {"MHA": 128})
     assert v3 == {"MLA": 2 * 576, "MHA": 2 * 128 * 320}
     bfloat16, fp8 = (memory.step_saved(memory.SIZES["tiny"], name, "report") for name in ("bfloat16", "fp8"))
     assert fp8 < bfloat16

@@ -55,7 +55,7 @@ def crossings(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> dic
     return {
         "there and back": sum(counted),
         "asked for": 2 * sum(map(len, others)),
-        "a row an expert": 2 * int((group != own[:, None]).sum()),
+        "one row per expert": 2 * int((group != own[:, None]).sum()),
         "tokens": len(group),
     }
 
