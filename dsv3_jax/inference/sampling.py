@@ -13,7 +13,7 @@ from dsv3_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """The rule by which the next token is chosen. It is immutable, so that it can be a static argument of compiled code.
+    """The rule by which the next token is chosen. It is immutable, so that it can be a static argument in `jit`.
 
     The logits are divided by the temperature; the `top_k` largest are kept; of these, renormalised, the smallest set of
     most likely tokens whose probability reaches `top_p` is kept. The most likely token is always kept.
