@@ -159,7 +159,7 @@ def test_options_reach_the_run(no_training: list, tmp_path: Path):
     assert (config.model.n_routed_experts, config.data.fill_in_middle_rate) == (16, 0.5)
 
 
-def test_a_run_that_goes_on_keeps_its_own_options(no_training: list, tmp_path: Path):
+def test_a_resumed_run_keeps_its_own_options(no_training: list, tmp_path: Path):
     config = small_run("elsewhere")
     RunFolder(tmp_path).write_config(config)
     assert main(["train", "--preset", "tiny", "--out", str(tmp_path), "--training.log-every", "5"]) == 0

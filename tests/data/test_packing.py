@@ -14,7 +14,7 @@ PADDING = -1
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12), sequence_length=st.integers(1, 9))
 def test_rows_are_those_cut_by_hand(lengths: list[int], sequence_length: int) -> None:
-    documents = [[100 * number + place for place in range(size)] for number, size in enumerate(lengths)]
+    documents = [[100 * number + position for position in range(size)] for number, size in enumerate(lengths)]
     stream = [token for document in documents for token in document]
     owner = [number for number, size in enumerate(lengths) for _ in range(size)]
     borders = np.cumsum([0, *lengths])

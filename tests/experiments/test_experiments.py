@@ -45,7 +45,7 @@ def test_domains_are_unlike_and_always_the_same(load, tmp_path: Path):
     assert share["mathematics"] > 5 * max(share["code"], share["prose"])
 
 
-def told(text: str) -> dict[int, list[int]]:
+def positions_of_facts(text: str) -> dict[int, list[int]]:
     """Returns the position of each key's fact, a character with the code 33 + 8 key + value."""
     found: dict[int, list[int]] = {}
     for place, code in enumerate(text.encode()):
@@ -56,7 +56,7 @@ def told(text: str) -> dict[int, list[int]]:
 
 def check_answers(text: str) -> int:
     """Checks that every question (105 + key) follows its fact and has its answer (97 + value); returns their number."""
-    codes, facts = text.encode(), told(text)
+    codes, facts = text.encode(), positions_of_facts(text)
     questions = [place for place, code in enumerate(codes[:-1]) if 105 <= code < 113]
     for place in questions:
         (at,) = facts[codes[place] - 105]
@@ -70,7 +70,7 @@ def test_a_text_of_facts_fills_a_row_and_answers_its_questions(load, tmp_path: P
     texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
     assert {len(text) for text in texts} == {63}  # with the token for the end of the text
     assert all(check_answers(text) > 0 for text in texts)
-    assert set().union(*map(told, texts)) == set(range(8))
+    assert set().union(*map(positions_of_facts, texts)) == set(range(8))
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
@@ -80,7 +80,7 @@ def test_a_haystack_asks_for_its_needle(load, depth: float):
         text = corpora.haystack(random.Random(seed), 128, depth)
         assert len(text) == 128
         assert check_answers(text) > 1
-        (at,) = told(text)[corpora.NEEDLE]
+        (at,) = positions_of_facts(text)[corpora.NEEDLE]
         assert abs(at - depth * 125) <= 1.5  # rounded, and before a question rather than after it
         assert text.index(chr(105 + corpora.NEEDLE)) == 126
 

@@ -32,10 +32,10 @@ def count_drafts(model: DeepSeekV3, prompt: list[int], text: list[int]) -> tuple
     drafts = np.asarray(
         nnx.jit(lambda model, ids: model(ids).mtp_logits[0])(model, jnp.asarray(ids)[None])[0].argmax(-1)
     )
-    place, drafted, accepted = len(prompt), 0, 0
-    while place + 1 < len(ids):
-        right = drafts[place - 1] == ids[place + 1]
-        drafted, accepted, place = drafted + 1, accepted + right, place + 1 + right
+    position, drafted, accepted = len(prompt), 0, 0
+    while position + 1 < len(ids):
+        right = drafts[position - 1] == ids[position + 1]
+        drafted, accepted, position = drafted + 1, accepted + right, position + 1 + right
     return drafted, accepted
 
 

@@ -67,8 +67,8 @@ def published_gradients(config, gradients):
     dense = config.num_dense_layers
 
     def layer(index):
-        blocks, place = ("dense_blocks", index) if index < dense else ("moe_blocks", index - dense)
-        return jax.tree.map(lambda leaf: np.asarray(leaf[place]), nnx.to_pure_dict(gradients[blocks]))
+        blocks, position = ("dense_blocks", index) if index < dense else ("moe_blocks", index - dense)
+        return jax.tree.map(lambda leaf: np.asarray(leaf[position]), nnx.to_pure_dict(gradients[blocks]))
 
     rank = config.kv_lora_rank
     return {

@@ -54,8 +54,8 @@ def main(path: str) -> None:
 def _layouts_agree(state: Any, layout: StateLayout) -> bool:
     wanted = jax.tree.leaves(layout.of_state(state))
     return all(
-        leaf.sharding.is_equivalent_to(place, leaf.ndim)
-        for leaf, place in zip(jax.tree.leaves(state), wanted, strict=True)
+        leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+        for leaf, sharding in zip(jax.tree.leaves(state), wanted, strict=True)
     )
 
 

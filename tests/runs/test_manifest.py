@@ -70,7 +70,7 @@ def test_a_truncated_or_zeroed_file_is_named(sealed: Path, name: str):
         assert find_damage(sealed) == f"{name} is damaged"
 
 
-def test_a_stranger_among_the_files_is_named(sealed: Path):
+def test_an_unexpected_file_is_named(sealed: Path):
     (sealed / "arrays" / "extra").write_text("?")
     damage = find_damage(sealed)
     assert damage is not None

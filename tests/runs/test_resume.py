@@ -122,7 +122,7 @@ def test_a_finished_run_has_its_results(uninterrupted: Path):
 
 
 @pytest.mark.parametrize(("step", "number"), [(1, signal.SIGTERM), (3, signal.SIGINT)])
-def test_a_signal_saves_and_the_run_goes_on_exactly(
+def test_a_signal_saves_and_the_run_resumes_exactly(
     config: RunConfig,
     uninterrupted: Path,
     tmp_path: Path,
@@ -293,7 +293,7 @@ def test_only_the_newest_checkpoints_are_kept(copy: Path, config: RunConfig):
     assert not list(folder.checkpoints.glob(".*"))
 
 
-def test_a_run_killed_while_saving_goes_on_exactly(
+def test_a_run_killed_while_saving_resumes_exactly(
     config: RunConfig, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """The process that started the run sends SIGKILL while the second checkpoint is being written."""

@@ -74,7 +74,7 @@ def test_a_configuration_survives_json(preset: str):
         ({"model": {"kv_lora_rank": 4}}, "model.kv_lora_rank"),
     ],
 )
-def test_going_on_with_another_configuration_names_the_field(tmp_path: Path, change: dict, named: str):
+def test_resuming_with_another_configuration_names_the_field(tmp_path: Path, change: dict, named: str):
     config = small_run("corpus")
     folder = RunFolder(tmp_path)
     folder.write_config(config)

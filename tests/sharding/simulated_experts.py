@@ -69,16 +69,16 @@ def ragged_all_to_all(
 ) -> Any:
     """Does what JAX documents of `lax.ragged_all_to_all`, which CPUs lack; returns NaN for contradictory sizes."""
     groups = axis_index_groups or [list(range(lax.axis_size(axis_name)))]
-    place = {rank: group.index(rank) for group in groups for rank in group}
-    me = jnp.array([place[rank] for rank in range(len(place))])[lax.axis_index(axis_name)]
-    # Of every sender: its rows, and for each receiver the first of them, their number and the place of the first there.
+    index = {rank: group.index(rank) for group in groups for rank in group}
+    me = jnp.array([index[rank] for rank in range(len(index))])[lax.axis_index(axis_name)]
+    # From every sender: its rows, and for each receiver the index of their first, their number, and its index there.
     rows, starts, sizes, there = [
         lax.all_gather(x, axis_name, axis_index_groups=axis_index_groups) for x in (rows, starts, sizes, there)
     ]
     at = jnp.arange(rows.shape[1])
-    places = jnp.where(at < sizes[:, me, None], there[:, me, None] + at, buffer.shape[0])
+    targets = jnp.where(at < sizes[:, me, None], there[:, me, None] + at, buffer.shape[0])
     sent = jnp.take_along_axis(rows, jnp.minimum(starts[:, me, None] + at, len(at) - 1)[:, :, None], axis=1)
-    buffer = buffer.at[places].set(sent, mode="drop")
+    buffer = buffer.at[targets].set(sent, mode="drop")
     return jnp.where(jnp.all(arriving == sizes[:, me]), buffer, jnp.nan)
 
 

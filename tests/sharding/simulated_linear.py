@@ -39,12 +39,12 @@ def loss(graph: Any, params: nnx.State, x: jax.Array, slope: jax.Array) -> tuple
     return jnp.sum((y * slope).astype(jnp.float32)), y
 
 
-def compute(module: FeedForward, place: Any = lambda params, x: (params, x)) -> tuple[list[np.ndarray], float]:
+def compute(module: FeedForward, shard: Any = lambda params, x: (params, x)) -> tuple[list[np.ndarray], float]:
     """Returns the output and every gradient, and the operations of one device."""
     graph, params = nnx.split(module)
     random = np.random.default_rng(0)
     x, slope = (random.standard_normal((ROWS, LENGTH, HIDDEN)).astype(np.float32) for _ in range(2))
-    params, x = place(params, x)
+    params, x = shard(params, x)
     gradient = jax.jit(jax.value_and_grad(functools.partial(loss, graph), argnums=(0, 1), has_aux=True))
     compiled = gradient.lower(params, x, slope).compile()
     (_, y), gradients = compiled(params, x, slope)
@@ -56,11 +56,11 @@ def on_mesh(recipe: str, text: str) -> tuple[list[np.ndarray], float]:
     mesh = make_mesh(sizes, jax.devices()[: np.prod(list(sizes.sizes.values()))])
     module = make(recipe, OnMesh(mesh))
 
-    def place(params: nnx.State, x: np.ndarray) -> tuple[Any, Any]:
+    def shard(params: nnx.State, x: np.ndarray) -> tuple[Any, Any]:
         batch = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
         return jax.device_put(params, shardings(params, mesh, WITHIN_A_STAGE)), jax.device_put(x, batch)
 
-    return compute(module, place)
+    return compute(module, shard)
 
 
 def main(recipe: str, *meshes: str) -> None:

@@ -34,7 +34,7 @@ def test_docstrings(tree):
         if module.split(".")[0] != tree:
             continue
         for line, name, text in _documented(module):
-            place = f"{path.relative_to(ROOT)}:{line} {name}"
+            where = f"{path.relative_to(ROOT)}:{line} {name}"
             if text and _UNCLEAR.match(text):
-                wrong.append(f"{place}: {text.splitlines()[0]}")
+                wrong.append(f"{where}: {text.splitlines()[0]}")
     assert not wrong, f"{len(wrong)} begin unclearly\n" + "\n".join(wrong)

@@ -80,11 +80,11 @@ def test_no_module_imports_itself_through_others():
             package = ".".join(parents[:size])
             if package in modules() and not f"{each.importer}.".startswith(f"{package}."):
                 edges[each.importer].add(package)
-    circles = _circles(edges)
-    assert not circles, "\n" + "\n".join(" <-> ".join(sorted(circle)) for circle in circles)
+    cycles = _cycles(edges)
+    assert not cycles, "\n" + "\n".join(" <-> ".join(sorted(cycle)) for cycle in cycles)
 
 
-def _circles(edges: dict[str, set[str]]) -> list[set[str]]:
+def _cycles(edges: dict[str, set[str]]) -> list[set[str]]:
     """Returns the sets of modules that reach one another (the strongly connected components of more than one)."""
 
     @functools.cache
@@ -98,14 +98,14 @@ def _circles(edges: dict[str, set[str]]) -> list[set[str]]:
 
     found: list[set[str]] = []
     for module in edges:
-        if module in reached(module) and not any(module in circle for circle in found):
+        if module in reached(module) and not any(module in cycle for cycle in found):
             found.append({other for other in reached(module) if module in reached(other)})
     return found
 
 
-def test_circles_are_found():
+def test_cycles_are_found():
     edges = {"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"d", "a"}}
-    assert _circles(edges) == [{"b", "c"}, {"d"}]
+    assert _cycles(edges) == [{"b", "c"}, {"d"}]
 
 
 @pytest.mark.parametrize("tree", ["dsv3_jax", "pallas_kernels", "experiments"])
