@@ -39,7 +39,7 @@ def test_greedy_text_is_that_of_the_dequantized_model(tmp_path: Path, recipe: st
     np.testing.assert_array_equal(dsv3.generate(kept, prompt, 16), dsv3.generate(plain, prompt, 16))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["float32", "fp8"])
 def test_a_training_step_moves_all_but_the_kept_weights(tmp_path: Path, recipe: str) -> None:
     """The other parameters move as in the dequantized model; the kept ones stay bit for bit and have no moments."""
     folder = fp8_checkpoint(tmp_path, "v3_yarn_small")

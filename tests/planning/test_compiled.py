@@ -171,6 +171,7 @@ def test_a_pipeline_compiles_for_absent_devices(target: str) -> None:
         target=Target.parse(target),
         mesh=MeshConfig(stage=2, expert=2),
         sequence_length=128,
+        precision="float32",  # in which products have no Hopper kernel: these are compiled by the plan above
         schedule="1f1b",
         average="none",
     )
