@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 
 help:
 	@echo "make train      trains the 'nano' preset on Python's own source code and writes the run to $(RUN): 5 minutes on 2 cores"
-	@echo "make test       runs the linter, the type checker and all tests: about 12 minutes on 2 cores"
+	@echo "make test       runs the linter, the type checker and all tests: about 14 minutes on 2 cores"
 	@echo "make lint       runs the linter and the type checker only: 1 minute"
 	@echo "make setup      installs the package and the command dsv3 into $(VENV)"
 	@echo "make setup-dev  installs the tools of the tests and notebooks as well"
