@@ -49,7 +49,7 @@ def of_parameters(weight: Array, x: Array) -> Array:
 )
 @pytest.mark.parametrize("called", [False, True])
 def test_bytes_that_are_read(function: Callable[..., Any], arrays: int, called: bool) -> None:
-    """The same whether written out or in a function under jit."""
+    """A function under jit counts as if it were written out."""
     inner = jax.jit(function) if called else function
     weight = jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)
     x = jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.bfloat16)
