@@ -41,12 +41,11 @@ gc.set_threshold(100_000, 50, 100)
 _LONGEST = (
     "test_compile_ahead",
     "test_compiled",
-    "test_known_traps",
     "test_notebooks",
     "test_resume",
     "test_two_processes",
     "test_model",
-    "test_mesh_axes_in_pairs",
+    "test_mesh_axes_together",
     "test_mesh_axes_with_stages",
     "test_grouped_matmul_kernels",
     "test_expert_parallel",

@@ -36,7 +36,7 @@ def oracle() -> str:
     """The interpreter that has torch and transformers."""
     named = os.environ.get("DSV3_ORACLE_PYTHON") or str(ROOT / ".venv-oracle" / "bin" / "python")
     if not Path(named).exists():
-        pytest.skip("no torch and transformers: set DSV3_ORACLE_PYTHON or make .venv-oracle (extra `oracle`)")
+        pytest.skip("no torch and transformers: run `make test-oracle`, or set DSV3_ORACLE_PYTHON")
     return named
 
 

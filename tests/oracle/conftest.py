@@ -18,5 +18,5 @@ def oracle_python() -> str:
         return named
     default = ROOT / ".venv-oracle" / "bin" / "python"
     if not default.exists():
-        pytest.skip("no torch and transformers: set DSV3_ORACLE_PYTHON or make .venv-oracle (extra `oracle`)")
+        pytest.skip("no torch and transformers: run `make test-oracle`, or set DSV3_ORACLE_PYTHON")
     return str(default)

@@ -1,6 +1,6 @@
 """Makes the golden data from seeds, or recomputes it for stored weights, with the transformers library.
 
-Runs in an environment of its own (extra `oracle`: torch, transformers, safetensors; no JAX):
+Runs in an environment of its own (`make test-oracle` creates it: torch, transformers, safetensors; no JAX):
 
     python tests/oracle/make_golden.py make tests/golden        # the cases below, from configuration and seed
     python tests/oracle/make_golden.py check tests/golden/*/    # recompute io.safetensors, print differences

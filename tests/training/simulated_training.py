@@ -26,14 +26,16 @@ RATE = float(SETTINGS.learning_rate)
 
 
 def run_of(kind: str) -> RunConfig:
-    """Returns a run: one MoE layer (small), two in four passes (staged), or four, one in the first stage (uneven)."""
+    """Returns a run of one MoE layer ("small"), also with an MTP module ("with_mtp"), of two in four passes ("staged"),
+    or of four, one of them in the first stage ("uneven")."""
     if kind in ("staged", "uneven"):
         run = small_run(batch_size=16, micro_batch_size=4)
         dense, layers = (2, 6) if kind == "uneven" else (0, run.model.num_hidden_layers)
         changes = {"num_hidden_layers": layers, "first_k_dense_replace": dense, "num_nextn_predict_layers": 0}
         return dataclasses.replace(run, model=run.model.replace(**changes))
     run = small_run(batch_size=8, micro_batch_size=0, loss_chunk=32)
-    changes = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    mtp = int(kind == "with_mtp")
+    changes = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": mtp}
     return dataclasses.replace(run, model=run.model.replace(**changes))
 
 

@@ -20,6 +20,7 @@ import pallas_kernels
 from dsv3_jax.modules import latent_attention, multi_token, rope
 from dsv3_jax.modules.norm import RMSNorm
 
+pytestmark = pytest.mark.mutant
 PASSES = 1e-4  # the parity bound of test_golden.py, of the logits' standard deviation
 
 
