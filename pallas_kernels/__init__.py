@@ -8,7 +8,6 @@ from pallas_kernels.grouped_matmul import (
     preferred_row_alignment,
 )
 from pallas_kernels.quantize import (
-    MIN_AMAX,
     PROMOTION_INTERVAL,
     TILE,
     Quantized,
@@ -20,7 +19,6 @@ from pallas_kernels.quantize import (
 from pallas_kernels.routing import Gates, Permutation, combine, gate, permute
 
 __all__ = [
-    "MIN_AMAX",
     "PROMOTION_INTERVAL",
     "TILE",
     "Gates",

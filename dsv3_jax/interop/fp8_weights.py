@@ -14,7 +14,7 @@ from dsv3_jax.interop.tensor_names import BLOCK
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 _LARGEST = np.float32(448.0)
-_SMALLEST_AMAX = np.float32(1e-4)
+_SMALLEST_SCALE = np.float32(2.0**-126)  # the smallest normal number: the scale of a block of zeros
 _VALUE_OF_BYTE = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
 
 
@@ -54,12 +54,13 @@ def quantise(
 ) -> tuple[Float[np.ndarray, "out in"], Float32[np.ndarray, "out_blocks in_blocks"]]:
     """Returns e4m3 values and scales.
 
-    A scale is max(largest magnitude of the block, 1e-4) / 448, or with `power_of_two_scales` the next power of two.
+    A scale is the largest magnitude of the block / 448, at least 2^-126, or with `power_of_two_scales` the next power
+    of two.
     """
     rows, columns = weights.shape
     padded = np.pad(weights, ((0, -rows % BLOCK), (0, -columns % BLOCK)))
     blocks = padded.reshape(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
-    scales = np.maximum(np.abs(blocks).max(axis=(1, 3)), _SMALLEST_AMAX) / _LARGEST
+    scales = np.maximum(np.abs(blocks).max(axis=(1, 3)) / _LARGEST, _SMALLEST_SCALE)
     if power_of_two_scales:
         scales = _next_power_of_two(scales)
     return quantise_with(weights, scales), scales

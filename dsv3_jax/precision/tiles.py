@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 import pallas_kernels as pk
 from pallas_kernels.quantize.quantized import TILE_SHAPE
+from pallas_kernels.quantize.reference import magnitude_bits, scales_from_magnitude
 
 _KERNEL_TILES = {shape: name for name, shape in TILE_SHAPE.items()}
 _DTYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
@@ -73,14 +74,9 @@ def magnitude_scales(
     """Returns each tile's scale, its largest magnitude over `largest`; NaN where that magnitude is not finite."""
     *batch, m, k = x.shape
     rows, columns = tile
-    padded = jnp.pad(jnp.abs(x), [(0, 0)] * len(batch) + [(0, -m % rows), (0, -k % columns)])
-    amax = jnp.max(padded.reshape(*batch, -(-m // rows), rows, -(-k // columns), columns), axis=(-3, -1))
-    scales = jnp.maximum(amax, pk.MIN_AMAX) / largest
-    if power_of_two:
-        mantissa, exponent = jnp.frexp(scales)
-        scales = jnp.ldexp(jnp.float32(1), exponent - (mantissa == 0.5))
-    whole = jnp.all(jnp.isfinite(padded).reshape(*batch, -(-m // rows), rows, -(-k // columns), columns), axis=(-3, -1))
-    return jnp.where(whole, scales, jnp.nan)
+    padded = jnp.pad(x, [(0, 0)] * len(batch) + [(0, -m % rows), (0, -k % columns)])
+    tiles = padded.reshape(*batch, -(-m // rows), rows, -(-k // columns), columns)
+    return scales_from_magnitude(jnp.max(magnitude_bits(tiles), axis=(-3, -1)), power_of_two, largest)
 
 
 def _spread(scales: Float[Array, "... m k"], tile: tuple[int, int], shape: tuple[int, ...]) -> Float[Array, "... M K"]:

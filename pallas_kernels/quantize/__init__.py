@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from pallas_kernels.device import Implementation, choose_implementation, kernel_module
 from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.quantized import (
-    MIN_AMAX,
     PROMOTION_INTERVAL,
     TILE,
     Quantized,
@@ -24,7 +23,6 @@ from pallas_kernels.quantize.quantized import (
 )
 
 __all__ = [
-    "MIN_AMAX",
     "PROMOTION_INTERVAL",
     "TILE",
     "Quantized",

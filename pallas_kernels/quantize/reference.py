@@ -2,7 +2,7 @@
 
 A tile with largest magnitude `amax` is stored as
 
-    scale  = max(amax, 1e-4) / 448            (or the next power of two at or above that)
+    scale  = max(amax / 448, 2^-126)          (or the next power of two at or above that)
     values = e4m3(clip(x * (1 / scale), -448, 448)),   to nearest even
 
 A tile that holds an infinity or a NaN gets a NaN scale, so that all of it is NaN when used: an upstream error stays
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.quantize.quantized import E4M3, E4M3_MAX, MIN_AMAX, TILE_SHAPE, Quantized, Tile
+from pallas_kernels.quantize.quantized import E4M3, E4M3_MAX, MIN_SCALE, TILE_SHAPE, Quantized, Tile
 
 _INFINITY_BITS = 0x7F800000
 
@@ -50,10 +50,16 @@ def magnitude_bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
     return jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) & 0x7FFFFFFF
 
 
-def scales_from_magnitude(bits: Int[Array, "..."], power_of_two: bool) -> Float[Array, "..."]:
-    """Returns float32 scales from each tile's largest `magnitude_bits`; NaN where that is not finite."""
+def scales_from_magnitude(
+    bits: Int[Array, "..."], power_of_two: bool, largest: float = E4M3_MAX
+) -> Float[Array, "..."]:
+    """Returns float32 scales from each tile's largest `magnitude_bits`; NaN where that is not finite.
+
+    Args:
+      largest: the largest number of the format that the tile is stored in.
+    """
     amax = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    scales = jnp.maximum(amax, MIN_AMAX) / E4M3_MAX
+    scales = jnp.maximum(amax / largest, MIN_SCALE)
     if power_of_two:
         scales = round_up_to_power_of_two(scales)
     return jnp.where(bits < _INFINITY_BITS, scales, jnp.nan)

@@ -24,7 +24,7 @@ def oracle(x: np.ndarray, tile: str, power_of_two: bool) -> tuple[np.ndarray, np
     scales = np.zeros((-(-x.shape[0] // rows), -(-x.shape[1] // columns)))
     for i, j in np.ndindex(scales.shape):
         where = np.s_[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
-        scale = max(np.abs(x[where]).max(), 1e-4) / 448
+        scale = np.abs(x[where]).max() / 448
         scale = 2.0 ** np.ceil(np.log2(scale)) if power_of_two else scale
         values[where] = np.clip(x[where] / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn)
         scales[i, j] = scale
@@ -51,7 +51,7 @@ def test_equals_the_oracle(tile, power_of_two):
 
 
 @settings(max_examples=6, deadline=None)
-@given(st.integers(1, 260), st.integers(1, 260), st.sampled_from(list(TILES)), st.integers(-30, 30))
+@given(st.integers(1, 260), st.integers(1, 260), st.sampled_from(list(TILES)), st.integers(-90, 30))
 def test_error_is_the_formats(m, k, tile, exponent):
     """The error is at most half a step of 3 mantissa bits, or half the smallest subnormal of the tile."""
     x = (matrix(m * k, m, k) * 2.0**exponent).astype("f4")
@@ -61,8 +61,7 @@ def test_error_is_the_formats(m, k, tile, exponent):
     step = np.repeat(np.repeat(np.asarray(q.scales, "f8"), rows, 0), columns, 1)[:m, :k]
     error = np.abs(np.asarray(pk.dequantize(q), "f8") - x)
     assert np.all(error <= np.maximum(np.abs(x) * 2**-4, step * 2**-10) * (1 + 1e-5))
-    largest = np.max(np.abs(np.asarray(q.values, "f4")))
-    assert largest == 448 or np.abs(x).max() < 1.1e-4
+    assert np.max(np.abs(np.asarray(q.values, "f4"))) == 448
 
 
 def test_powers_of_two_are_exact_and_never_overflow():
@@ -70,6 +69,18 @@ def test_powers_of_two_are_exact_and_never_overflow():
     q = pk.quantize(jnp.asarray(amax)[:, None], tile="1x128", power_of_two_scales=True)
     np.testing.assert_array_equal(q.scales[:, 0], [1, 2, 2, 2, 0.5, 32768])
     assert np.all(np.abs(np.asarray(q.values, "f4")) <= 448)
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("tile", TILES)
+def test_smaller_numbers_have_smaller_scales_and_the_same_values(tile, power_of_two):
+    """Gradients shrink with the tokens of the batch: no size of theirs may round them to other values."""
+    x = jnp.asarray(matrix(6, 140, 200))
+    wanted = pk.quantize(x, tile=tile, power_of_two_scales=power_of_two)
+    for exponent in (-8, -26, -60, -90):
+        q = pk.quantize(x * 2.0**exponent, tile=tile, power_of_two_scales=power_of_two)
+        np.testing.assert_array_equal(np.asarray(q.values, "f4"), np.asarray(wanted.values, "f4"))
+        np.testing.assert_array_equal(q.scales, wanted.scales * 2.0**exponent)
 
 
 def test_zeros_infinities_and_nan():
@@ -80,7 +91,7 @@ def test_zeros_infinities_and_nan():
     q = pk.quantize(jnp.asarray(x), tile="1x128")
     restored = np.asarray(pk.dequantize(q))
     assert np.all(restored[0, :128] == 0)
-    assert np.isfinite(q.scales[0, 0])
+    assert np.isfinite(1 / np.asarray(q.scales)[0, 0])
     bad = np.isnan(restored)
     assert bad[1, :128].all()
     assert bad[2, 128:].all()
@@ -97,7 +108,7 @@ def test_values_beyond_the_format_saturate():
     x = np.exp(rng.uniform(-60, 60, size=(512, 1))).astype("f4")
     q = pk.quantize(jnp.asarray(x), tile="1x128")
     assert np.all(np.asarray(q.values, "f4") <= 448)
-    np.testing.assert_allclose(pk.dequantize(q), np.maximum(x, 0), rtol=2**-4, atol=1e-4 / 448 / 2**10)
+    np.testing.assert_allclose(pk.dequantize(q), x, rtol=2**-4)
 
 
 def test_both_orientations_in_one():
@@ -150,8 +161,9 @@ def test_a_quantized_is_a_pytree_with_a_static_tile():
 
 
 def kernel_input(shape, dtype):
-    """Returns a matrix with a tile of zeros, one with an infinity, and ordinary ones."""
+    """Returns a matrix with tiles of zeros, of an infinity, of numbers near the smallest normal, and ordinary ones."""
     x = matrix(7, *shape)
+    x[:, 128:256] *= 2.0**-100
     x[0, :128] = 0
     x[3, 5] = np.inf
     return jnp.asarray(x).astype(dtype)

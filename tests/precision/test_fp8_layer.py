@@ -33,7 +33,7 @@ def rounded(
     for i in range(0, x.shape[0], rows):
         for j in range(0, x.shape[1], columns):
             part = x[i : i + rows, j : j + columns].astype(np.float32)
-            scale = np.float32(max(np.abs(part).max(), 1e-4)) / np.float32(largest)
+            scale = np.abs(part).max() / np.float32(largest)
             if power_of_two:
                 scale = np.float32(2.0 ** np.ceil(np.log2(np.float64(scale))))
             values = np.clip(part * (np.float32(1) / scale), -largest, largest).astype(dtype)
@@ -58,9 +58,11 @@ def run(x, w, g, sizes, recipe: Fp8Recipe, role: Role) -> tuple[jax.Array, jax.A
         return y, *pull(jnp.asarray(g))
 
 
-def products(recipe: Fp8Recipe, role: Role) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns y, dx and dW of one matrix under the recipe."""
-    return tuple(np.asarray(array, np.float64) for array in run(*operands(), None, recipe, role))
+@functools.cache
+def products(recipe: Fp8Recipe, role: Role, by: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns y, dx and dW of one matrix under the recipe, the gradient of the output being multiplied by `by`."""
+    x, w, g = operands()
+    return tuple(np.asarray(array, np.float64) for array in run(x, w, g * np.float32(by), None, recipe, role))
 
 
 def expected(recipe: Fp8Recipe, role: Role) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,21 +125,36 @@ def test_products_of_a_linear_map(name):
         assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "role"),
-    [
-        (Fp8Recipe(), BEHIND_ATTENTION),
-        (Fp8Recipe(after_attention="e4m3"), BEHIND_ATTENTION),
-        (Fp8Recipe(after_attention="none"), BEHIND_ATTENTION),
-        (Fp8Recipe(), SENT),
-        (Fp8Recipe(dispatch=False), SENT),
-        (Fp8Recipe(), SENT_BACK),
-    ],
-    ids=["attention e5m6", "attention e4m3", "attention none", "sent", "sent as it is", "gradient sent"],
-)
-def test_layers_with_a_rule_of_their_own(recipe, role):
-    for ours, theirs in zip(products(recipe, role), expected(recipe, role), strict=True):
+ROLES = {
+    "attention e5m6": (Fp8Recipe(), BEHIND_ATTENTION),
+    "attention e4m3": (Fp8Recipe(after_attention="e4m3"), BEHIND_ATTENTION),
+    "attention none": (Fp8Recipe(after_attention="none"), BEHIND_ATTENTION),
+    "sent": (Fp8Recipe(), SENT),
+    "sent as it is": (Fp8Recipe(dispatch=False), SENT),
+    "gradient sent": (Fp8Recipe(), SENT_BACK),
+}
+
+
+@pytest.mark.parametrize("name", ROLES)
+def test_layers_with_a_rule_of_their_own(name):
+    for ours, theirs in zip(products(*ROLES[name]), expected(*ROLES[name]), strict=True):
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", [*FIELDS, *ROLES, "no promotion"])
+def test_gradients_times_tokens_do_not_depend_on_the_tokens(name):
+    """The loss is divided by the batch's tokens, 2^8 to 2^26; a token's own gradients are small too, here 2^-20.
+
+    Powers of two change no rounding, so that the gradients are equal bit for bit.
+    """
+    recipe, role = ROLES.get(name) or (FIELDS.get(name, Fp8Recipe(promotion=False)), LINEAR)
+    y, dx, dw = products(recipe, role)
+    for tokens in (2.0**8, 2.0**26):
+        by = 2.0**-20 / tokens
+        same, dx_scaled, dw_scaled = products(recipe, role, by)
+        np.testing.assert_array_equal(same, y)
+        np.testing.assert_array_equal(dx_scaled / by, dx)
+        np.testing.assert_array_equal(dw_scaled / by, dw)
 
 
 def test_every_field_changes_something():

@@ -41,7 +41,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
     out = np.empty(x.shape)
     for start in range(0, x.shape[1], BLOCK):
         part = x[:, start : start + BLOCK].astype(np.float32)
-        scales = np.maximum(np.abs(part).max(1, keepdims=True), np.float32(1e-4)) / np.float32(448)
+        scales = np.abs(part).max(1, keepdims=True) / np.float32(448)
         values = np.clip(part * (1 / scales), -448, 448).astype(ml_dtypes.float8_e4m3fn)
         out[:, start : start + BLOCK] = values.astype(np.float64) * scales
     return out
