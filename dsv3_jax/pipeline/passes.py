@@ -25,7 +25,7 @@ from dsv3_jax.pipeline import weights as stage_weights
 from dsv3_jax.pipeline.executor import AXIS, run_ticks
 from dsv3_jax.pipeline.schedules import ScheduleName, check_micro_batches, make_schedule
 from dsv3_jax.pipeline.slots import TickEntry, TickTable, tick_table
-from dsv3_jax.pipeline.stage import LossSums, LossWeights, StageCarry, StageComputation, StageObjective
+from dsv3_jax.pipeline.stage import BatchTargets, LossSums, LossWeights, StageCarry, StageComputation, StageObjective
 from dsv3_jax.sharding.rules import BATCH_AXES, batch_spec
 
 _BLOCKS = "moe_blocks"
@@ -41,7 +41,7 @@ def make_pipelined_pass(
     schedule_name: ScheduleName,
     layers: tuple[int, ...],
 ) -> PipelinedPass:
-    """Returns (params, biases, tokens [A, B, T+1], segment_ids [A, B, T+1], weights, real_tokens) -> (gradients, sums).
+    """Returns (params, biases, tokens [A, B, T+1], segment_ids [A, B, T+1], weights, targets) -> (gradients, sums).
 
     Both are the sums over the A micro-batches that training without a pipeline gives, up to the order of additions. If
     the schedule needs more micro-batches than A, as it may while the batch size still grows, empty ones are added.
@@ -58,7 +58,7 @@ def make_pipelined_pass(
         tokens: Int[Array, "A B T1"],
         segment_ids: Int[Array, "A B T1"],
         loss_weights: LossWeights,
-        real_tokens: Float[Array, ""],
+        targets: BatchTargets,
     ) -> tuple[nnx.State, LossSums]:
         micro_batches = _enough_micro_batches(schedule_name, mesh.shape[AXIS], tokens.shape[0])
         fill = ((0, micro_batches - tokens.shape[0]), (0, 0), (0, 0))
@@ -102,7 +102,7 @@ def make_pipelined_pass(
             tokens,
             segment_ids,
             loss_weights,
-            real_tokens,
+            targets,
             jnp.asarray(layers, jnp.int32),
         )
         load = jnp.concatenate([stage_weights.unpad_stages(load, layers), sums.load])
@@ -169,7 +169,7 @@ def _run_rank(
     tokens: Int[Array, "A b T1"],
     segment_ids: Int[Array, "A b T1"],
     loss_weights: LossWeights,
-    real_tokens: Float[Array, ""],
+    targets: BatchTargets,
     layer_counts: Int[Array, " stages"],
     *,
     objective: StageObjective,
@@ -209,7 +209,7 @@ def _run_rank(
     experts, depth = model.config.n_routed_experts, model.config.num_nextn_predict_layers
     shape = (tokens.shape[1], tokens.shape[2] - 1, model.config.hidden_size)
     message = jnp.zeros(shape, model.precision.dtype)
-    zero = jnp.zeros((), real_tokens.dtype)
+    zero = jnp.zeros((), targets.real.dtype)
 
     def zeros(params: nnx.State, params_layouts: Any) -> nnx.State:
         return stage_weights.keep_automatic(jax.tree.map(jnp.zeros_like, params), params_layouts, mesh)
@@ -229,7 +229,7 @@ def _run_rank(
         tokens=tokens,
         segment_ids=segment_ids,
         loss_weights=loss_weights,
-        real_tokens=real_tokens,
+        targets=targets,
         layer_counts=layer_counts,
         slots_per_stage=slots,
         splits_backward=table.splits_backward,

@@ -36,6 +36,13 @@ class LossWeights(Protocol):
     def balance(self) -> Float[Array, ""]: ...
 
 
+class BatchTargets(Protocol):
+    """The numbers of targets of the whole batch, a pytree that stages hand to the objective."""
+
+    @property
+    def real(self) -> Float[Array, ""]: ...
+
+
 class PredictionLosses(Protocol):
     """(model, hidden states of the main head and of every MTP depth, ...) -> (main loss, MTP loss of every depth)."""
 
@@ -46,7 +53,7 @@ class PredictionLosses(Protocol):
         tokens: Int[Array, "b T1"],
         segment_ids: Int[Array, "b T1"],
         *,
-        real_tokens: Float[Array, ""],
+        targets: Any,
     ) -> tuple[Float[Array, ""], Float[Array, " D"]]: ...
 
 
@@ -56,17 +63,17 @@ class StageObjective:
 
     Attributes:
       isolate_documents: whether attention and targets stay within a document.
-      prediction_losses: losses of the last stage; sums over a micro-batch, divided by `real_tokens`.
+      prediction_losses: losses of the last stage; sums over a micro-batch, divided by the batch's targets.
       balance_term: (routing of some layers, or None) -> their balance term, unweighted.
-      share_of_batch: (segment ids of a micro-batch, real tokens of the batch) -> the weight of the micro-batch's
-        balance term in the batch.
+      share_of_batch: (segment ids of a micro-batch, targets of the batch) -> the weight of the micro-batch's balance
+        term in the batch.
       total_loss: (main loss, MTP losses, balance term, weights) -> what is differentiated; linear in all terms.
     """
 
     isolate_documents: bool
     prediction_losses: PredictionLosses
     balance_term: Callable[[Routing | None], Float[Array, ""]]
-    share_of_batch: Callable[[Int[Array, "b T1"], Float[Array, ""]], Float[Array, ""]]
+    share_of_batch: Callable[[Int[Array, "b T1"], Any], Float[Array, ""]]
     total_loss: Callable[[Array, Array, Array, Any], Float[Array, ""]]
 
 
@@ -76,7 +83,7 @@ class LossSums:
     """The loss terms of the micro-batches so far, unweighted, and the expert load.
 
     Attributes:
-      main: loss of the main head, in nats, divided by the real tokens of the batch.
+      main: loss of the main head, in nats, divided by the targets of the batch.
       mtp: the same of each MTP depth.
       balance: balance term, summed over layers.
       load: assignments per layer and expert: inside a stage of the MTP blocks alone; at the end of all MoE layers.
@@ -122,7 +129,7 @@ class StageComputation:
       shared: parameters and router biases of the rest of the model.
       tokens, segment_ids: this rank's sequences of every micro-batch.
       loss_weights: weights of the objective's terms.
-      real_tokens: targets in the whole batch.
+      targets: numbers of targets of the whole batch.
       layer_counts: MoE layers of every stage.
       slots_per_stage: MoE layers of the largest stage.
       splits_backward: whether the schedule splits backward passes.
@@ -135,7 +142,7 @@ class StageComputation:
     tokens: Int[Array, "A b T1"]
     segment_ids: Int[Array, "A b T1"]
     loss_weights: LossWeights
-    real_tokens: Float[Array, ""]
+    targets: BatchTargets
     layer_counts: Int[Array, " stages"]
     slots_per_stage: int
     splits_backward: bool
@@ -227,7 +234,7 @@ class StageComputation:
 
     def _share(self, segment_ids: Int[Array, "b T1"]) -> Float[Array, ""]:
         """Returns a rank's part of a micro-batch's weight in the balance term, which is the same on all ranks."""
-        return lax.pmean(self.objective.share_of_batch(segment_ids, self.real_tokens), BATCH_AXES)
+        return lax.pmean(self.objective.share_of_batch(segment_ids, self.targets), BATCH_AXES)
 
     def _shared_model(self, params: nnx.State) -> DeepSeekV3:
         """Returns the model without MoE layers."""
@@ -267,7 +274,7 @@ class StageComputation:
         hidden = model.final_norm(h)
         mtp_hidden, routing = model.multi_token(h, hidden, model.embedding(tokens[:, :-1]), inputs)
         main, mtp = self.objective.prediction_losses(
-            model, (hidden, *mtp_hidden), tokens, segment_ids, real_tokens=self.real_tokens
+            model, (hidden, *mtp_hidden), tokens, segment_ids, targets=self.targets
         )
         joined = Routing.join(routing) if routing else None
         balance = self._share(segment_ids) * self.objective.balance_term(joined)

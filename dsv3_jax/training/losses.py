@@ -37,13 +37,45 @@ class LossWeights:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class BatchTargets:
+    """The numbers of targets of a whole batch, all its passes together.
+
+    Attributes:
+      real: targets that are not padding.
+      divisors: what the sums of the cross-entropies of the main head and of every MTP depth are divided by.
+    """
+
+    real: Float[Array, ""]
+    divisors: Float[Array, " D1"]
+
+    @classmethod
+    def count(cls, segment_ids: Int[Array, "*A B T1"], depths: int, *, isolate_segments: bool) -> BatchTargets:
+        """Counts the targets of a batch; a count of zero is replaced by one.
+
+        The divisor is the number of real targets at every depth, as Eq. 24 divides a sum of T-k terms by T. Where
+        targets stay inside a segment each depth is divided by the number of its own: segments may be so short that few
+        of the real targets count.
+
+        Args:
+          depths: number of MTP depths.
+        """
+        real = jnp.sum(segment_ids[..., 1:] != 0)
+        counts = [real] * (depths + 1)
+        if isolate_segments:
+            counts = [jnp.sum(target_weights(segment_ids, k, isolate_segments=True)) for k in range(1, depths + 2)]
+        real, divisors = (jnp.maximum(count, 1).astype(jnp.float32) for count in (real, jnp.stack(counts)))
+        return cls(real, divisors)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LossTerms:
     """Terms of the objective over one pass, in nats.
 
     Attributes:
       total: the loss that is differentiated.
-      main: cross-entropy of the main head, summed and divided by `real_tokens`.
-      mtp: one number per depth: the sum over its T-k positions divided by `real_tokens` (Eq. 24).
+      main: cross-entropy of the main head, summed and divided by `BatchTargets.divisors`.
+      mtp: the same of each depth (Eq. 24).
       balance: unweighted balance term, summed over layers.
       load: int32, assignments to each expert of each layer.
     """
@@ -56,13 +88,13 @@ class LossTerms:
 
 
 def target_weights(
-    segment_ids: Int[Array, "B T1"], ahead: int, *, isolate_segments: bool
-) -> Float[Array, "B T1-ahead"]:
+    segment_ids: Int[Array, "*B T1"], ahead: int, *, isolate_segments: bool
+) -> Float[Array, "*B T1-ahead"]:
     """Returns 1 where the token `ahead` positions later is a target: no padding and, if asked, of the same segment."""
-    targets = segment_ids[:, ahead:]
+    targets = segment_ids[..., ahead:]
     counted = targets != 0
     if isolate_segments:
-        counted = counted & (targets == segment_ids[:, :-ahead])
+        counted = counted & (targets == segment_ids[..., :-ahead])
     return counted.astype(jnp.float32)
 
 
@@ -100,7 +132,7 @@ def objective(
     segment_ids: Int[Array, "B T1"],
     *,
     weights: LossWeights,
-    real_tokens: Float[Array, ""],
+    targets: BatchTargets,
     balance: Balance,
     isolate_segments: bool,
     chunk: int,
@@ -110,7 +142,7 @@ def objective(
     Args:
       tokens, segment_ids: int32, T+1 tokens per row: inputs are the first T, targets the last T; segment 0 is padding.
       weights: alpha and lambda.
-      real_tokens: the number of targets in the whole batch, all its passes together, by which sums are divided.
+      targets: the numbers of targets of the whole batch, by which sums are divided.
       balance: which balance term is used.
       isolate_segments: whether attention and targets stay inside a segment.
       chunk: about how many tokens' logits are held at a time.
@@ -122,11 +154,11 @@ def objective(
         (features.hidden, *features.mtp_hidden),
         tokens,
         segment_ids,
-        real_tokens=real_tokens,
+        targets=targets,
         isolate_segments=isolate_segments,
         chunk=chunk,
     )
-    balance_term = share_of(segment_ids, real_tokens) * balance_of(features.routing, balance)
+    balance_term = share_of(segment_ids, targets) * balance_of(features.routing, balance)
     load = features.routing.load if features.routing is not None else jnp.zeros((0, 1), jnp.int32)
     total = total_loss(main, mtp, balance_term, weights)
     return LossTerms(total=total, main=main, mtp=mtp, balance=balance_term, load=load)
@@ -138,7 +170,7 @@ def prediction_losses(
     tokens: Int[Array, "B T1"],
     segment_ids: Int[Array, "B T1"],
     *,
-    real_tokens: Float[Array, ""],
+    targets: BatchTargets,
     isolate_segments: bool,
     chunk: int,
 ) -> tuple[Float[Array, ""], Float[Array, " D"]]:
@@ -148,16 +180,16 @@ def prediction_losses(
       hidden: hidden states of the main head, then of each depth; the others as for `objective`.
     """
     losses = []
-    for k, states in enumerate(hidden, start=1):
+    for k, (states, divisor) in enumerate(zip(hidden, targets.divisors, strict=True), start=1):
         each = cross_entropies(model, states, tokens[:, k:], chunk)
         counted = target_weights(segment_ids, k, isolate_segments=isolate_segments)
-        losses.append(jnp.sum(each * counted) / real_tokens)
+        losses.append(jnp.sum(each * counted) / divisor)
     return losses[0], jnp.stack(losses[1:]) if losses[1:] else jnp.zeros((0,))
 
 
-def share_of(segment_ids: Int[Array, "B T1"], real_tokens: Float[Array, ""]) -> Float[Array, ""]:
+def share_of(segment_ids: Int[Array, "B T1"], targets: BatchTargets) -> Float[Array, ""]:
     """Returns a pass's share of the batch, with which balance terms, which are means over a pass, are averaged."""
-    return jnp.sum(segment_ids[:, 1:] != 0) / real_tokens
+    return jnp.sum(segment_ids[:, 1:] != 0) / targets.real
 
 
 def mtp_loss(mtp: Float[Array, " D"], weight: Float[Array, ""]) -> Float[Array, ""]:

@@ -23,6 +23,7 @@ from dsv3_jax.pipeline.stage import StageObjective
 from dsv3_jax.sharding.rules import BATCH_AXES
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.losses import (
+    BatchTargets,
     LossTerms,
     LossWeights,
     balance_of,
@@ -101,14 +102,14 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         tokens: Int[Array, "B T1"],
         segment_ids: Int[Array, "B T1"],
         weights: LossWeights,
-        real_tokens: Float[Array, ""],
+        targets: BatchTargets,
     ) -> tuple[Float[Array, ""], LossTerms]:
         terms = objective(
             skeleton.model(nnx.merge_state(trained, kept), biases),
             tokens,
             segment_ids,
             weights=weights,
-            real_tokens=real_tokens,
+            targets=targets,
             balance=training.balance,
             isolate_segments=isolate,
             chunk=training.loss_chunk * layout.batch_ranks,
@@ -121,11 +122,11 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         tokens: Int[Array, "A B T1"],
         segment_ids: Int[Array, "A B T1"],
         weights: LossWeights,
-        real_tokens: Float[Array, ""],
+        targets: BatchTargets,
     ) -> tuple[nnx.State, LossTerms]:
         def one_pass(tokens: Int[Array, "B T1"], segment_ids: Int[Array, "B T1"]) -> tuple[nnx.State, LossTerms]:
             compute = jax.grad(loss_of, has_aux=True)
-            return compute(*split_trained(params), biases, tokens, segment_ids, weights, real_tokens)
+            return compute(*split_trained(params), biases, tokens, segment_ids, weights, targets)
 
         return accumulate(one_pass, tokens, segment_ids)
 
@@ -139,9 +140,9 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         if layout.stages > 1 and jax.tree.leaves(split_trained(state.params)[1]):
             raise ConfigError("a pipeline cannot train a model with weights kept in FP8; load it without keep_fp8")
         weights = LossWeights(balance=settings.balance_weight, mtp=settings.mtp_weight)
-        real_tokens = jnp.maximum(jnp.sum(segment_ids[..., 1:] != 0), 1).astype(jnp.float32)
+        targets = BatchTargets.count(segment_ids, config.model.num_nextn_predict_layers, isolate_segments=isolate)
 
-        gradients, terms = differentiate(state.params, state.router_biases, tokens, segment_ids, weights, real_tokens)
+        gradients, terms = differentiate(state.params, state.router_biases, tokens, segment_ids, weights, targets)
         gradients = layout.constrain_gradients(gradients)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(terms.total) & jnp.isfinite(norm)
@@ -191,7 +192,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
 def make_pipelined_gradients(
     skeleton: Skeleton, config: RunConfig, mesh: Mesh
 ) -> Callable[..., tuple[nnx.State, LossTerms]]:
-    """Returns (params, biases, tokens, segment_ids, weights, real_tokens) -> (gradients, terms), through a pipeline.
+    """Returns (params, biases, tokens, segment_ids, weights, targets) -> (gradients, terms), through a pipeline.
 
     Raises:
       ConfigError: more stages than MoE layers, or a full batch whose micro-batches the schedule cannot run.
@@ -221,9 +222,9 @@ def make_pipelined_gradients(
         tokens: Int[Array, "A B T1"],
         segment_ids: Int[Array, "A B T1"],
         weights: LossWeights,
-        real_tokens: Float[Array, ""],
+        targets: BatchTargets,
     ) -> tuple[nnx.State, LossTerms]:
-        gradients, sums = run(params, biases, tokens, segment_ids, weights, real_tokens)
+        gradients, sums = run(params, biases, tokens, segment_ids, weights, targets)
         total = total_loss(sums.main, sums.mtp, sums.balance, weights)
         return gradients, LossTerms(total, sums.main, sums.mtp, sums.balance, sums.load)
 

@@ -32,7 +32,7 @@ from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 from dsv3_jax.sharding.on_mesh import OnMesh
 from dsv3_jax.sharding.rules import batch_spec, shardings
 from dsv3_jax.training.config import RunConfig, TrainingConfig
-from dsv3_jax.training.losses import LossWeights, objective
+from dsv3_jax.training.losses import BatchTargets, LossWeights, objective
 from dsv3_jax.training.state import split_model
 from dsv3_jax.training.step import accumulate, make_pipelined_gradients
 
@@ -47,7 +47,7 @@ EXACT = Precision(name="float64", compute_dtype="float64")
 RUN = RunConfig(
     preset="",
     model=MODEL,
-    data=DataConfig(sequence_length=LENGTH, vocab_size=MODEL.vocab_size),
+    data=DataConfig(sequence_length=LENGTH, vocab_size=MODEL.vocab_size, isolate_documents=True),
     # The balance term of a whole pass is not the sum of its sequences' terms, so ranks must sum their parts first.
     training=TrainingConfig(batch_size=8 * ROWS, micro_batch_size=ROWS, balance="batch"),
     precision="float32",
@@ -127,10 +127,16 @@ def make_model(devices: Devices) -> DeepSeekV3:
     return model
 
 
+def batch_targets() -> BatchTargets:
+    depths, isolate = MODEL.num_nextn_predict_layers, RUN.data.isolate_documents
+    counted = BatchTargets.count(jnp.asarray(batch()[1]), depths, isolate_segments=isolate)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), counted)
+
+
 def unpipelined() -> Any:
     skeleton, params, biases = split_model(make_model(OneDevice()))
     tokens, segment_ids = batch()
-    real = jnp.sum(segment_ids[..., 1:] != 0).astype(jnp.float64)
+    targets = batch_targets()
 
     def loss(params: Any, tokens: Any, segment_ids: Any) -> Any:
         terms = objective(
@@ -138,7 +144,7 @@ def unpipelined() -> Any:
             tokens,
             segment_ids,
             weights=LOSS_WEIGHTS,
-            real_tokens=real,
+            targets=targets,
             balance=RUN.training.balance,
             isolate_segments=RUN.data.isolate_documents,
             chunk=RUN.training.loss_chunk,
@@ -157,11 +163,10 @@ def pipelined(text: str, name: Any) -> Any:
     mesh = make_mesh(sizes, jax.devices()[:count])
     skeleton, params, biases = split_model(make_model(OnMesh(mesh) if count > sizes.stage else OneDevice()))
     params = jax.device_put(params, shardings(params, mesh))
-    real = jnp.sum(batch()[1][..., 1:] != 0).astype(jnp.float64)
     tokens, segment_ids = jax.device_put(batch(), NamedSharding(mesh, batch_spec(1)))
     run = dataclasses.replace(RUN, training=dataclasses.replace(RUN.training, pipeline_schedule=name))
     return jax.jit(make_pipelined_gradients(skeleton, run, mesh))(
-        params, biases, tokens, segment_ids, LOSS_WEIGHTS, real
+        params, biases, tokens, segment_ids, LOSS_WEIGHTS, batch_targets()
     )
 
 

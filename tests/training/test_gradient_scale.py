@@ -10,7 +10,7 @@ from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.precision import Precision
-from dsv3_jax.training.losses import LossWeights, objective
+from dsv3_jax.training.losses import BatchTargets, LossWeights, objective
 
 ROWS, LENGTH = 2, 16
 
@@ -33,7 +33,7 @@ def test_gradients_times_tokens_do_not_depend_on_the_tokens() -> None:
             tokens,
             jnp.ones_like(tokens),
             weights=LossWeights(balance=jnp.float32(1e-4), mtp=jnp.float32(0.3)),
-            real_tokens=batch_tokens,
+            targets=BatchTargets(batch_tokens, jnp.full(2, batch_tokens)),
             balance="sequence",
             isolate_segments=False,
             chunk=4096,

@@ -16,7 +16,15 @@ from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.training.losses import LossTerms, LossWeights, cross_entropies, objective, target_weights
+from dsv3_jax.training.losses import (
+    BatchTargets,
+    LossTerms,
+    LossWeights,
+    cross_entropies,
+    objective,
+    prediction_losses,
+    target_weights,
+)
 
 VOCABULARY, ROWS, LENGTH = 40, 3, 12
 LAMBDA, ALPHA = 0.3, 0.7
@@ -56,19 +64,27 @@ def logits_and_routing(isolate: bool):
     return [np.asarray(part, np.float64) for part in logits], jax.device_get(routing)
 
 
-def brute_force(depth: int, isolate: bool) -> float:
-    """Returns Eq. 24 (at depth 0 the main loss) by loops: a sum over T-k positions, divided by all T targets."""
+def brute_force(depth: int, isolate: bool, later: int = 0) -> float:
+    """Returns Eq. 24 (at depth 0 the main loss) by loops.
+
+    Positions of whole rows are divided by all T real targets. Inside documents, each a sequence of its own, the mean is
+    taken over the targets that the document has at this depth.
+
+    Args:
+      later: how many positions after the target the token is that is predicted instead.
+    """
     tokens, segments = batch()
     logits = logits_and_routing(isolate)[0][depth]
-    total = 0.0
+    total, inside = 0.0, 0
     for b in range(ROWS):
-        for i in range(LENGTH - depth):
-            target = i + depth + 1
-            if segments[b, target] == 0 or (isolate and segments[b, target] != segments[b, i]):
-                continue
-            row = logits[b, i]
-            total -= row[tokens[b, target]] - np.log(np.sum(np.exp(row - row.max()))) - row.max()
-    return total / np.sum(segments[:, 1:] != 0)
+        documents = [np.flatnonzero(segments[b] == n) for n in (1, 2)] if isolate else [np.flatnonzero(segments[b])]
+        for document in documents:
+            for i, target in zip(document, document[depth + 1 :], strict=False):
+                row = logits[b, i]
+                wanted = tokens[b, (target + later) % (LENGTH + 1)]
+                total -= row[wanted] - np.log(np.sum(np.exp(row - row.max()))) - row.max()
+                inside += 1
+    return total / (inside if isolate else np.sum(segments[:, 1:] != 0))
 
 
 @functools.cache
@@ -83,7 +99,7 @@ def terms(balance: str, isolate: bool, chunk: int = 4096) -> LossTerms:
             tokens,
             segments,
             weights=LossWeights(balance=jnp.float32(ALPHA), mtp=jnp.float32(LAMBDA)),
-            real_tokens=jnp.sum(segments[:, 1:] != 0).astype(jnp.float32),
+            targets=BatchTargets.count(jnp.asarray(segments), 2, isolate_segments=isolate),
             balance=balance,  # pyright: ignore[reportArgumentType]
             isolate_segments=isolate,
             chunk=chunk,
@@ -99,14 +115,34 @@ def test_main_and_mtp_losses_equal_loops(isolate: bool):
     np.testing.assert_allclose(found.mtp, [brute_force(1, isolate), brute_force(2, isolate)], rtol=2e-6)
 
 
-def test_an_mtp_loss_one_position_off_would_be_noticed():
-    """Shifted targets change the loss by far more than the tolerance of the test above."""
-    tokens, _ = batch()
-    logits = logits_and_routing(False)[0][1]
-    shifted = np.mean(
-        [logits[b, i, tokens[b, i + 1]] - logits[b, i, tokens[b, i + 2]] for b in range(ROWS) for i in range(8)]
+@pytest.mark.parametrize("later", [-1, 1])
+def test_the_loops_tell_a_loss_one_position_off(later: int):
+    """Losses against a neighbour of the target differ from ours by 100 times the tolerance of the test above."""
+    found = terms("sequence", False)
+    for depth, ours in enumerate([found.main, *found.mtp]):
+        assert abs(brute_force(depth, False, later) - ours) > 1e-3
+
+
+def test_a_head_that_knows_nothing_loses_log_v_inside_documents():
+    """Compares the losses of isolated documents of 2 to 9 tokens with the entropy of equal logits, at every depth."""
+    lengths = [2, 3, 4, 5, 9, 8]
+    segments = jnp.asarray([np.repeat(np.arange(len(lengths)), lengths)[1:]])  # the first is cut, and is padding
+    targets = BatchTargets.count(segments, 2, isolate_segments=True)
+    np.testing.assert_array_equal(targets.divisors, [sum(max(n - k, 0) for n in lengths[1:]) for k in (1, 2, 3)])
+    assert targets.real == sum(lengths[1:])
+    hidden = tuple(jnp.zeros((1, segments.shape[1] - k, 4)) for k in (1, 2, 3))
+    tokens = jnp.zeros_like(segments)
+    head = _HeadOnly(jnp.zeros((VOCABULARY, 4)))
+    main, mtp = prediction_losses(
+        head,  # pyright: ignore[reportArgumentType]
+        hidden,
+        tokens,
+        segments,
+        targets=targets,
+        isolate_segments=True,
+        chunk=4096,
     )
-    assert abs(shifted) > 1e-2
+    np.testing.assert_allclose([main, *mtp], np.log(VOCABULARY), rtol=1e-6)
 
 
 def test_the_total_weights_its_terms_as_the_report_does():

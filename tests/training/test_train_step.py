@@ -13,7 +13,7 @@ from small_models import small_model
 from small_runs import SETTINGS, assert_trees_equal, random_batch, small_run, small_start
 
 from dsv3_jax.training import step as step_module
-from dsv3_jax.training.losses import LossWeights, objective
+from dsv3_jax.training.losses import BatchTargets, LossWeights, objective
 from dsv3_jax.training.optimizer import decay_mask
 from dsv3_jax.training.state import TrainState, new_state
 from dsv3_jax.training.step import StepMetrics, make_train_step
@@ -46,7 +46,7 @@ def gradient_of():
                 tokens,
                 segments,
                 weights=LossWeights(balance=SETTINGS.balance_weight, mtp=SETTINGS.mtp_weight),
-                real_tokens=jnp.sum(segments[:, 1:] != 0).astype(jnp.float32),
+                targets=BatchTargets.count(segments, 1, isolate_segments=False),
                 balance="sequence",
                 isolate_segments=False,
                 chunk=4096,

@@ -78,15 +78,15 @@ def check_objective(objective: Callable) -> None:
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCABULARY, (2, LENGTH + 1)), jnp.int32)
     segments = jnp.ones_like(tokens)
 
-    def run(model, balance_weight=0.0, mtp_weight=0.3):
+    def run(model, balance_weight=0.0, mtp_weight=0.3, segments=segments, isolate=False):
         return objective(
             model,
             tokens,
             segments,
             weights=losses.LossWeights(balance=jnp.float32(balance_weight), mtp=jnp.float32(mtp_weight)),
-            real_tokens=jnp.float32(2 * LENGTH),
+            targets=losses.BatchTargets.count(segments, 2, isolate_segments=isolate),
             balance="sequence",
-            isolate_segments=False,
+            isolate_segments=isolate,
             chunk=4096,
         )
 
@@ -99,6 +99,10 @@ def check_objective(objective: Callable) -> None:
     expected = np.log(VOCABULARY) * np.asarray(shares)
     np.testing.assert_allclose([ignorant.main, *ignorant.mtp], expected, rtol=1e-5)
     np.testing.assert_allclose(ignorant.total, expected[0] + 0.3 / 2 * expected[1:].sum(), rtol=1e-5)
+    # The same of documents of 4 tokens that are isolated: log V whatever the depth.
+    documents = jnp.broadcast_to(1 + jnp.arange(LENGTH + 1) // 4, tokens.shape)
+    ignorant = run(_KnowsTheFuture(jnp.full_like(tokens, VOCABULARY)), segments=documents, isolate=True)
+    np.testing.assert_allclose([ignorant.main, *ignorant.mtp], np.log(VOCABULARY), rtol=1e-5)
 
 
 def check_decay_mask(mask: Callable) -> None:
@@ -171,9 +175,9 @@ def only_the_next_document_is_masked(segment_ids, ahead, *, isolate_segments):
 def _changed(**changes: Callable) -> Callable:
     """Returns the objective with some of its terms replaced, and its total computed from them."""
 
-    def objective(model, tokens, segment_ids, *, weights, real_tokens, **rest):
-        terms = losses.objective(model, tokens, segment_ids, weights=weights, real_tokens=real_tokens, **rest)
-        given = {"tokens": tokens, "model": model, "terms": terms, "weights": weights, "real": real_tokens}
+    def objective(model, tokens, segment_ids, *, weights, targets, **rest):
+        terms = losses.objective(model, tokens, segment_ids, weights=weights, targets=targets, **rest)
+        given = {"tokens": tokens, "model": model, "terms": terms, "weights": weights, "targets": targets}
         new = {name: change(**given) for name, change in changes.items()}
         terms = dataclasses.replace(terms, **{k: v for k, v in new.items() if k != "total"})
         depth = max(len(terms.mtp), 1)
@@ -186,15 +190,26 @@ def _changed(**changes: Callable) -> Callable:
 def _mtp_against(shift: int) -> Callable:
     """Returns MTP losses against targets that are shifted by `shift` positions."""
 
-    def mtp(tokens, model, real, **_):
+    def mtp(tokens, model, targets, **_):
         features = model.features(tokens[:, :-1], segment_ids=tokens, isolate_segments=False)
         found = []
         for k, hidden in enumerate(features.mtp_hidden, start=1):
-            targets = jnp.roll(tokens, -shift, axis=1)[:, k + 1 :]
-            found.append(jnp.sum(losses.cross_entropies(model, hidden, targets, 4096)) / real)
+            shifted = jnp.roll(tokens, -shift, axis=1)[:, k + 1 :]
+            found.append(jnp.sum(losses.cross_entropies(model, hidden, shifted, 4096)) / targets.real)
         return jnp.stack(found)
 
     return mtp
+
+
+def _divided_by_all_targets(model, tokens, segment_ids, *, targets, **rest):
+    """Divides by all real targets, also where documents are isolated."""
+    divisors = jnp.full_like(targets.divisors, targets.real)
+    return losses.objective(model, tokens, segment_ids, targets=dataclasses.replace(targets, divisors=divisors), **rest)
+
+
+def _divided_by_the_main_heads_targets(model, tokens, segment_ids, *, targets, **rest):
+    divisors = jnp.full_like(targets.divisors, targets.divisors[0])
+    return losses.objective(model, tokens, segment_ids, targets=dataclasses.replace(targets, divisors=divisors), **rest)
 
 
 MISTAKES: dict[str, tuple[Callable, Any]] = {
@@ -214,6 +229,8 @@ MISTAKES: dict[str, tuple[Callable, Any]] = {
         check_objective,
         _changed(mtp=lambda terms, **_: terms.mtp * LENGTH / (LENGTH - 1 - jnp.arange(2))),
     ),
+    "isolated targets divided by all": (check_objective, _divided_by_all_targets),
+    "isolated targets divided by those of the main head": (check_objective, _divided_by_the_main_heads_targets),
     "lambda not divided among depths": (
         check_objective,
         _changed(total=lambda terms, weights, **_: terms.main + weights.mtp * terms.mtp.sum() + weights.balance * 4.5),
