@@ -28,18 +28,19 @@ def make_optimizer(config: TrainingConfig, moment_dtype: str) -> optax.GradientT
 
 
 def _adam(config: TrainingConfig, moment_dtype: jnp.dtype) -> optax.GradientTransformation:
-    """Returns Adam with both moments rounded to `moment_dtype` after each update; optax rounds only the first."""
+    """Returns Adam computed in float32, with both moments rounded to `moment_dtype` after each update."""
     adam = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
 
-    def stored(state: Any) -> Any:
-        mu, nu = (jax.tree.map(lambda leaf: leaf.astype(moment_dtype), tree) for tree in (state.mu, state.nu))
+    def in_dtype(state: Any, dtype: jnp.dtype) -> Any:
+        mu, nu = (jax.tree.map(lambda leaf: leaf.astype(dtype), tree) for tree in (state.mu, state.nu))
         return state._replace(mu=mu, nu=nu)
 
     def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
-        updates, state = adam.update(updates, state, params)
-        return updates, stored(state)
+        # In products with bfloat16 moments the decays would be rounded to bfloat16 too: 0.9 to 0.8984.
+        updates, state = adam.update(updates, in_dtype(state, jnp.dtype(jnp.float32)), params)
+        return updates, in_dtype(state, moment_dtype)
 
-    return optax.GradientTransformation(lambda params: stored(adam.init(params)), update)
+    return optax.GradientTransformation(lambda params: in_dtype(adam.init(params), moment_dtype), update)
 
 
 def decay_mask(params: Tree) -> Tree:
