@@ -25,9 +25,10 @@ from corpora import DOMAINS, write_domains
 from jaxtyping import Int
 from matplotlib.figure import Figure
 
-from dsv3_jax import DeepSeekV3, ModelConfig, UserError, default_run, load_checkpoint, train
+from dsv3_jax import DeepSeekV3, ModelConfig, UserError, default_run, train
 from dsv3_jax.cli.compilation_cache import keep_compiled_programs
-from dsv3_jax.data import DataConfig, prepare_data
+from dsv3_jax.data import DataConfig
+from dsv3_jax.runs.evaluation import load_run_with_data
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.metrics import read_metrics
 from dsv3_jax.training.config import RunConfig, TrainingConfig
@@ -270,17 +271,14 @@ def run_arm(config: RunConfig, folder: Path, **start: Any) -> ArmResult:
 
 def open_trained(folder: Path) -> tuple[DeepSeekV3, dict[str, Int[np.ndarray, "rows T"]]]:
     """Returns the model that a run has reached, and for each domain its held-out text, cut into rows of tokens."""
-    run = RunFolder(folder)
-    config = run.read_config()
-    data = prepare_data(config.data, run.cache, tokenizer_folder=run.tokenizer)
-    model, tokenizer, _ = load_checkpoint(folder)
+    loaded, data = load_run_with_data(folder)
     rows = {}
-    length = config.data.sequence_length
+    length = data.config.sequence_length
     for domain in DOMAINS:
         texts = [document.text for document in data.documents("validation") if document.domain == domain]
-        ids = np.asarray(tokenizer.encode("\n".join(texts)), np.int32)
+        ids = np.asarray(data.tokenizer.encode("\n".join(texts)), np.int32)
         rows[domain] = ids[: len(ids) // length * length].reshape(-1, length)
-    return model, rows
+    return loaded.model, rows
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

@@ -40,8 +40,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 import dsv3_jax as dsv3
-from dsv3_jax.data import prepare_data
-from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.runs.evaluation import load_run_with_data
 from dsv3_jax.sharding.placed_experts import with_placed_experts
 from dsv3_jax.sharding.placement import Placement, place_experts
 
@@ -295,11 +294,8 @@ def open_run(folder: Path) -> ServedTexts:
     Raises:
       UserError: the folder holds no run or no checkpoint, or the run's data cannot be read any more.
     """
-    run = RunFolder(folder)
-    config = run.read_config()
-    data = prepare_data(config.data, run.cache, tokenizer_folder=run.tokenizer)
-    model, _, _ = dsv3.load_checkpoint(folder)
-    return ServedTexts(model, {None: data.validation_rows()[0][:, :-1]})
+    loaded, data = load_run_with_data(folder)
+    return ServedTexts(loaded.model, {None: data.validation_rows()[0][:, :-1]})
 
 
 def draw(recordings: dict[str, Recording], swept: dict[str, dict[str, dict[int, float]]], ranks: Ranks):

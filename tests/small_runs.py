@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
+from dsv3_jax.runs.checkpoints import make_model, restore
+from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.runs.saved_run import RunPosition
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.schedules import TrainingSchedule
 from dsv3_jax.training.state import Skeleton, TrainState, new_state
@@ -109,3 +113,10 @@ def assert_trees_equal(left: Any, right: Any) -> None:
     for (path, a), (_, b) in zip(paths_left, paths_right, strict=True):
         a, b = (jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in (a, b))
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=jax.tree_util.keystr(path))
+
+
+def final_state(folder: Path, config: RunConfig, step: int = 6) -> tuple[TrainState, RunPosition]:
+    """Returns state and position in the checkpoint of a step."""
+    path = RunFolder(folder).checkpoints / f"{step:08d}"
+    _, state = restore(path, config, lambda: make_model(config))
+    return state, RunPosition(**json.loads((path / "run.json").read_text()))

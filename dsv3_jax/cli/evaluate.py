@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from dsv3_jax.cli.options import parse
+from dsv3_jax.cli.options import notes, parse
 from dsv3_jax.errors import UserError
 
 _DESCRIPTION = """Evaluate the newest checkpoint of the run in folder RUN on its validation set.
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> int:
     from dsv3_jax.runs.evaluation import evaluate_run
 
     keep_compiled_programs()
-    step, result = evaluate_run(Path(positional[0]))
+    with notes():
+        step, result = evaluate_run(Path(positional[0]))
     if options.json:
         import json
 

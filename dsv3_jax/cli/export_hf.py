@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
+import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
+from dsv3_jax.cli.import_hf import PUBLISHED
+from dsv3_jax.cli.options import notes
 from dsv3_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from dsv3_jax.interop.stored_format import StoredFormat
 
 _DESCRIPTION = """Write a run's newest checkpoint in the form that transformers and serving engines read: safetensors
 with an index, config.json and tokenizer, MTP layers included.
@@ -37,22 +36,25 @@ def main(argv: list[str]) -> int:
     if options.target.is_symlink() or options.target.exists():
         raise UserError(f"{options.target}: is there already; choose a new folder")
     from dsv3_jax.interop import save_hf
-    from dsv3_jax.runs.checkpoints import load_checkpoint
+    from dsv3_jax.interop.stored_format import load_format
+    from dsv3_jax.runs.checkpoints import load_run
 
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"dsv3: note: {message}", file=sys.stderr)
-        model, _, step = load_checkpoint(options.run)
-    stored_format = None if options.dtype or step else _original(options.run)
-    save_hf(
-        model,
-        options.target,
-        dtype=options.dtype,
-        power_of_two_scales=options.ue8m0,
-        stored_format=stored_format,
-        tokenizer=options.run / "tokenizer",
-        max_shard_bytes=int(options.max_shard_gb * 1e9),
-        progress=sys.stderr.isatty(),
-    )
+    with notes():
+        loaded = load_run(options.run)
+    model, saved, step = loaded.model, loaded.saved, loaded.saved.position.step
+    imported = not (options.dtype or step)  # an imported run that was not trained has its checkpoint's dtypes
+    with tempfile.TemporaryDirectory() as folder:
+        saved.tokenizer.save(folder)
+        save_hf(
+            model,
+            options.target,
+            dtype=options.dtype,
+            power_of_two_scales=options.ue8m0,
+            stored_format=load_format(saved.path / PUBLISHED, model.config) if imported else None,
+            tokenizer=folder,
+            max_shard_bytes=int(options.max_shard_gb * 1e9),
+            progress=sys.stderr.isatty(),
+        )
     print(f"{options.target}: step {step} of {options.run}, {model.config.num_parameters(mtp=True):,} parameters")
     return 0
 
@@ -75,11 +77,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ue8m0", action="store_true", help="make FP8 scales powers of two, as in V3.1")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest size of a shard in GB (default 5)")
     return parser
-
-
-def _original(run: Path) -> StoredFormat | None:
-    """Returns how the checkpoint of an imported run was stored; None where the run was not imported."""
-    from dsv3_jax.interop.stored_format import load_format
-    from dsv3_jax.runs.folder import RunFolder
-
-    return load_format(run / "published", RunFolder(run).read_config().model)

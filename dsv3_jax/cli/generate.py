@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dsv3_jax.cli.options import notes
 from dsv3_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> int:
     from dsv3_jax.runs.checkpoints import load_checkpoint
 
     keep_compiled_programs()
-    model, tokenizer, _ = load_checkpoint(arguments.run)
+    with notes():
+        model, tokenizer, _ = load_checkpoint(arguments.run)
     # In training an end-of-text token precedes every document, so it is what an empty prompt starts a document with.
     prompts = [tokenizer.encode(text) or [tokenizer.eos_id] for text in arguments.prompt]
     space = model.config.max_position_embeddings - max(map(len, prompts))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from dsv3_jax.cli.options import notes
 from dsv3_jax.errors import UserError
 
 if TYPE_CHECKING:
     from dsv3_jax.config import ModelConfig
     from dsv3_jax.data import Tokenizer
+    from dsv3_jax.interop.stored_format import StoredFormat
     from dsv3_jax.model import DeepSeekV3
     from dsv3_jax.training.config import RunConfig
+
+PUBLISHED = "published"
+"""Folder, in the checkpoint of an imported run, of how the published checkpoint was stored."""
 
 _DESCRIPTION = """Make a run folder from a checkpoint in the published layout (V3, R1, V3.1, V2, Moonlight, Kimi-K2).
 
@@ -84,18 +88,16 @@ def _import(source: Path, target: Path, *, mtp: bool, tokenizer: str | None) -> 
     from dsv3_jax.interop.checkpoint_folder import open_checkpoint
     from dsv3_jax.interop.hf_config import read_config
     from dsv3_jax.interop.importer import load_hf, original_format
-    from dsv3_jax.interop.stored_format import save_format
     from dsv3_jax.interop.whole_folder import whole_folder
 
     checkpoint = open_checkpoint(source)
     account = take_account(checkpoint, read_config(checkpoint.path), mtp=mtp)
     found = _tokenizer(checkpoint.path, tokenizer, account.config)
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(f"dsv3: note: {message}", file=sys.stderr)
+    with notes():
         model = load_hf(source, dtype="float32", mtp=mtp, progress=sys.stderr.isatty())
     with whole_folder(target) as writing:
-        _write_run(writing, model, found, account.config)
-        save_format(original_format(checkpoint, account), writing / "published")
+        stored_format = original_format(checkpoint, account)
+        _write_run(writing, model, found, account.config, stored_format)
     print(f"{target}: {account.tensor_count:,} tensors, {account.config.num_parameters(mtp=True):,} parameters")
 
 
@@ -119,18 +121,23 @@ def _tokenizer(source: Path, named: str | None, config: ModelConfig) -> Tokenize
     return tokenizer
 
 
-def _write_run(folder: Path, model: DeepSeekV3, tokenizer: Tokenizer, config: ModelConfig) -> None:
+def _write_run(
+    folder: Path, model: DeepSeekV3, tokenizer: Tokenizer, config: ModelConfig, stored: StoredFormat
+) -> None:
     """Writes the folder of a run at step 0: configuration, tokenizer and one checkpoint."""
-    from dsv3_jax.runs.checkpoints import Checkpoints, RunPosition
+    from dsv3_jax.interop.stored_format import save_format
+    from dsv3_jax.runs.checkpoints import Checkpoints
     from dsv3_jax.runs.folder import RunFolder
+    from dsv3_jax.runs.saved_run import RunPosition
     from dsv3_jax.runs.starting_state import untrained_state
 
     run_config = _run_config(config, tokenizer)
     run = RunFolder(folder)
     run.write_config(run_config)
     tokenizer.save(run.tokenizer)
-    checkpoints = Checkpoints(run, keep=1)
-    checkpoints.save(untrained_state(model, run_config), RunPosition(step=0, tokens=0, data={}), run_config)
+    checkpoints = Checkpoints(run, tokenizer, keep=1)
+    state, position = untrained_state(model, run_config), RunPosition(step=0, tokens=0, data={})
+    checkpoints.save(state, position, run_config, lambda folder: save_format(stored, folder / PUBLISHED))
     checkpoints.close()
 
 

@@ -7,6 +7,9 @@ import dataclasses
 import difflib
 import io
 import re
+import sys
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import tyro
@@ -45,6 +48,17 @@ def parse[Options](
         if stop.code in (0, None):
             raise
         raise UserError(f"{_one_line(printed.getvalue())}; see {prog} --help") from None
+
+
+@contextlib.contextmanager
+def notes() -> Iterator[None]:
+    """Prints each warning of the block as one line on stderr."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"dsv3: note: {' '.join(str(message).split())}", file=sys.stderr
+        )
+        yield
 
 
 def suggest(name: str, choices: list[str]) -> str:

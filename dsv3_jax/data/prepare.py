@@ -35,7 +35,7 @@ def prepare_data(
     config: DataConfig,
     cache_folder: Path | None,
     *,
-    tokenizer_folder: Path | None = None,
+    tokenizer: Tokenizer | None = None,
     shard_index: int = 0,
     shard_count: int = 1,
     progress: Callable[[str], None] | None = None,
@@ -46,7 +46,7 @@ def prepare_data(
       config: the corpus, the tokenizer and how rows are made.
       cache_folder: folder in which the trained tokenizer and the tokenised corpus are kept, under names made from what
         they depend on; None keeps nothing.
-      tokenizer_folder: folder of a tokenizer to use instead of `config.tokenizer`, as a resumed run does.
+      tokenizer: a tokenizer to use instead of `config.tokenizer`, as a resumed run does.
       shard_index: number of this host's part of the training rows, from 0.
       shard_count: number of parts of the training rows.
       progress: is called with a line of text before something that takes long.
@@ -57,7 +57,7 @@ def prepare_data(
     say = progress or (lambda _: None)
     corpus = open_corpus(config)
     corpus_fingerprint = corpus.fingerprint()
-    tokenizer = _tokenizer(config, corpus, corpus_fingerprint, cache_folder, tokenizer_folder, say)
+    tokenizer = tokenizer or _tokenizer(config, corpus, corpus_fingerprint, cache_folder, say)
     store = _token_store(config, corpus, corpus_fingerprint, tokenizer, cache_folder, say)
     return Data(config, tokenizer, store, corpus_fingerprint, shard_index, shard_count)
 
@@ -201,11 +201,8 @@ def _tokenizer(
     corpus: Corpus,
     corpus_fingerprint: str,
     cache_folder: Path | None,
-    tokenizer_folder: Path | None,
     say: Callable[[str], None],
 ) -> Tokenizer:
-    if tokenizer_folder is not None:
-        return Tokenizer.load(tokenizer_folder)
     if config.tokenizer == "byte":
         return Tokenizer(byte_tokenizer(), "the byte tokenizer")
     if config.tokenizer != "train":

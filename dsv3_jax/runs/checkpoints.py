@@ -30,8 +30,10 @@ from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.precision import Precision
 from dsv3_jax.runs.agreement import is_first, share
-from dsv3_jax.runs.folder import RunFolder
-from dsv3_jax.runs.manifest import find_damage, write_manifest
+from dsv3_jax.runs.folder import RunFolder, first_difference
+from dsv3_jax.runs.manifest import file_stamps, find_damage, write_manifest
+from dsv3_jax.runs.retention import superseded
+from dsv3_jax.runs.saved_run import DamagedCheckpoint, RunPosition, SavedRun, list_checkpoints, use_newest
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.state import Skeleton, TrainState, new_state
 from dsv3_jax.training.state_layout import StateLayout
@@ -40,38 +42,34 @@ Tree = Any
 """A train state or part of one: arrays, or their shapes, or their shardings."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RunPosition:
-    """How far a run has come. It is saved as run.json next to the arrays.
-
-    Attributes:
-      step: steps taken, including those whose update was skipped.
-      tokens: tokens seen.
-      data: state of the data iterator (`TrainIterator.state`).
-    """
-
-    step: int
-    tokens: int
-    data: dict[str, Any]
-
-
 class Checkpoints:
     """Saves the checkpoints of one run.
 
     Args:
       folder: the run.
-      keep: number of newest checkpoints to keep; older ones are deleted.
+      tokenizer: the run's tokenizer, which is saved along.
+      keep: number of undamaged checkpoints to keep (`retention.superseded`).
     """
 
-    def __init__(self, folder: RunFolder, *, keep: int):
-        self._folder = folder
+    def __init__(self, folder: RunFolder, tokenizer: Tokenizer, *, keep: int):
+        self._folder, self._tokenizer = folder, tokenizer
         self._keep = keep
+        self._whole: dict[Path, Any] = {}  # stamps of the files of checkpoints, when their digests were right
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._arrays = ocp.StandardCheckpointer()
 
-    def save(self, state: TrainState, position: RunPosition, config: RunConfig) -> None:
+    def save(
+        self,
+        state: TrainState,
+        position: RunPosition,
+        config: RunConfig,
+        write_more: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
         """Starts to save a checkpoint, and returns when the arrays are copied, so that the state may change.
+
+        Args:
+          write_more: writes further files into the folder of the checkpoint.
 
         Raises:
           UserError: this or the previous save failed, for instance because the disk is full.
@@ -85,13 +83,13 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise _save_error(self._folder, error) from error
         self._writer = threading.Thread(
-            target=self._finish, args=(temporary, final, position, config), name="checkpoint-writer"
+            target=self._finish, args=(temporary, final, position, config, write_more), name="checkpoint-writer"
         )
         self._writer.start()
 
     def _make_folder(self, temporary: Path) -> None:
         self._folder.checkpoints.mkdir(exist_ok=True)
-        for leftover in self._folder.checkpoints.glob(".writing-*"):
+        for leftover in (*self._folder.checkpoints.glob(".writing-*"), *self._folder.checkpoints.glob(".deleted-*")):
             shutil.rmtree(leftover)
         temporary.mkdir()
 
@@ -115,64 +113,64 @@ class Checkpoints:
         finally:
             self._arrays.close()
 
-    def _finish(self, temporary: Path, final: Path, position: RunPosition, config: RunConfig) -> None:
+    def _finish(
+        self,
+        temporary: Path,
+        final: Path,
+        position: RunPosition,
+        config: RunConfig,
+        write_more: Callable[[Path], None],
+    ) -> None:
         try:
             self._arrays.wait_until_finished()
             if not is_first():
                 return
             (temporary / "run.json").write_text(json.dumps(dataclasses.asdict(position)))
             (temporary / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
-            shutil.copytree(self._folder.tokenizer, temporary / "tokenizer")
+            self._tokenizer.save(temporary / "tokenizer")
+            write_more(temporary)
             write_manifest(temporary)
-            if final.exists():
-                shutil.rmtree(final)
+            if os.path.lexists(final):
+                _delete(final)
             os.replace(temporary, final)
-            for old in list_checkpoints(self._folder)[: -self._keep]:
-                shutil.rmtree(old)
+            self._whole[final] = file_stamps(final)
+            present = {int(path.name): path for path in list_checkpoints(self._folder)}
+            for step in superseded(present, position.step, self._keep, lambda step: self._is_whole(present[step])):
+                _delete(present[step])
         except BaseException as error:
             self._error = error
 
+    def _is_whole(self, path: Path) -> bool:
+        """Returns whether a checkpoint is undamaged; reads it only if its files have changed since it last was."""
+        stamps = file_stamps(path)
+        if stamps is None or self._whole.get(path) != stamps:
+            if find_damage(path) is not None:
+                return False
+            self._whole[path] = stamps
+        return True
 
-def list_checkpoints(folder: RunFolder) -> list[Path]:
-    """Returns the complete checkpoints, oldest first."""
-    if not folder.checkpoints.is_dir():
-        return []
-    return sorted(path for path in folder.checkpoints.iterdir() if path.name.isdigit())
 
-
-def last_whole_checkpoint(folder: RunFolder, report: Callable[[str], None]) -> Path | None:
-    """Returns the newest checkpoint whose files are all undamaged, or None where there is no checkpoint.
-
-    Args:
-      report: is called with a line about each damaged checkpoint that is newer.
-
-    Raises:
-      UserError: all checkpoints are damaged.
-    """
-    checkpoints = list_checkpoints(folder)
-    for index, path in reversed(list(enumerate(checkpoints))):
-        damage = find_damage(path)
-        if damage is None:
-            return path
-        before = f"; trying the one before it, {checkpoints[index - 1].name}" if index else ""
-        report(f"checkpoint {path} cannot be used: {damage}{before}")
-    if checkpoints:
-        raise UserError(f"all checkpoints in {folder.checkpoints} are damaged; start a new run with another --out")
-    return None
+def _delete(path: Path) -> None:
+    """Deletes a checkpoint, so that at no time there is a part of one under its name."""
+    hidden = path.with_name(f".deleted-{path.name}")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def restore(
     path: Path, config: RunConfig, make_model: Callable[[], DeepSeekV3], layout: StateLayout | None = None
-) -> tuple[Skeleton, TrainState, RunPosition]:
-    """Restores a checkpoint of a run of the same configuration.
+) -> tuple[Skeleton, TrainState]:
+    """Restores the state in a checkpoint of a run of the same configuration.
 
     Args:
       make_model: makes a model of the run; only its structure is used.
       layout: the devices to restore to; one device if not given.
+
+    Raises:
+      DamagedCheckpoint: the arrays cannot be read.
     """
     skeleton, abstract = abstract_state(config, make_model)
-    state = _restore_arrays(path, abstract, (layout or StateLayout()).of_state(abstract))
-    return skeleton, state, RunPosition(**json.loads((path / "run.json").read_text()))
+    return skeleton, _restore_arrays(path, abstract, (layout or StateLayout()).of_state(abstract))
 
 
 def _restore_arrays(path: Path, abstract: Tree, shardings: Tree) -> Tree:
@@ -185,8 +183,12 @@ def _restore_arrays(path: Path, abstract: Tree, shardings: Tree) -> Tree:
     args = ocp.args.PyTreeRestore(
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
-    with ocp.PyTreeCheckpointer() as arrays:
-        restored = arrays.restore((path / "arrays").absolute(), args=args)
+    try:
+        with ocp.PyTreeCheckpointer() as arrays:
+            restored = arrays.restore((path / "arrays").absolute(), args=args)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # not what devices raise, such as too little memory
+        reason = (str(error).splitlines() or [""])[0][:200]
+        raise DamagedCheckpoint(f"its arrays cannot be read ({reason or type(error).__name__})") from error
     return _from_arrays(abstract, restored)
 
 
@@ -197,30 +199,67 @@ def abstract_state(config: RunConfig, make_model: Callable[[], DeepSeekV3]) -> t
     return Skeleton(graph, constants), jax.eval_shape(lambda: new_state(make_model(), config)[1])
 
 
-def load_checkpoint(folder: str | Path, *, devices: Devices = OneDevice()) -> tuple[DeepSeekV3, Tokenizer, int]:
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """The model of a checkpoint, and what the checkpoint holds beside it.
+
+    Attributes:
+      model: the model; its weights are the running average, if the run keeps one.
+      saved: position, configuration and tokenizer.
+    """
+
+    model: DeepSeekV3
+    saved: SavedRun
+
+
+def load_run(folder: str | Path, *, devices: Devices = OneDevice()) -> LoadedRun:
     """Loads the newest undamaged checkpoint of a run. A warning names each newer checkpoint that is damaged.
+
+    Nothing but the checkpoint is used: its digests cover its own copies of configuration and tokenizer.
 
     Args:
       folder: the run's folder.
       devices: where the parameters are kept: `OneDevice()`, or `OnMesh(mesh)`. They are read straight to there.
 
-    Returns:
-      The model, the tokenizer and the step. The weights are the running average, if the run keeps one.
-
     Raises:
       UserError: the folder holds no run, or no checkpoint that can be used.
     """
     run = RunFolder(Path(folder))
-    config = run.read_config()
-    path = last_whole_checkpoint(run, warnings.warn)
-    if path is None:
+
+    def load(saved: SavedRun) -> LoadedRun:
+        skeleton, state = abstract_state(saved.config, lambda: make_model(saved.config, devices))
+        weights = "params" if state.average is None else "average"
+        wanted = {weights: getattr(state, weights), "router_biases": state.router_biases}
+        restored = _restore_arrays(saved.path, wanted, devices.shardings(wanted))
+        return LoadedRun(skeleton.model(restored[weights], restored["router_biases"]), saved)
+
+    loaded = use_newest(run, warnings.warn, load)
+    if loaded is None:
+        run.read_config()  # raises where the folder holds no run at all
         raise UserError(f"{run.path} holds no checkpoint yet; wait until dsv3 train has saved its first one")
-    skeleton, state = abstract_state(config, lambda: make_model(config, devices))
-    weights = "params" if state.average is None else "average"
-    wanted = {weights: getattr(state, weights), "router_biases": state.router_biases}
-    restored = _restore_arrays(path, wanted, devices.shardings(wanted))
-    model = skeleton.model(restored[weights], restored["router_biases"])
-    return model, Tokenizer.load(path / "tokenizer"), int(path.name)
+    _warn_of_changes(run, loaded.saved.config)
+    return loaded
+
+
+def _warn_of_changes(run: RunFolder, saved: RunConfig) -> None:
+    """Warns where the run's config.json is not what the checkpoint was saved with."""
+    try:
+        difference = first_difference(saved, run.read_config())
+    except UserError as error:
+        warnings.warn(f"{error}; the checkpoint's own configuration is used", stacklevel=3)
+        return
+    if difference:
+        name, then, now = difference
+        warnings.warn(
+            f"{run.config} has {name} = {now!r}, but the checkpoint was saved with {then!r}, which is used",
+            stacklevel=3,
+        )
+
+
+def load_checkpoint(folder: str | Path, *, devices: Devices = OneDevice()) -> tuple[DeepSeekV3, Tokenizer, int]:
+    """Loads the newest undamaged checkpoint of a run as `load_run` does; returns model, tokenizer and step."""
+    loaded = load_run(folder, devices=devices)
+    return loaded.model, loaded.saved.tokenizer, loaded.saved.position.step
 
 
 def make_model(config: RunConfig, devices: Devices = OneDevice()) -> DeepSeekV3:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dsv3_jax.data import Data, prepare_data
-from dsv3_jax.runs.checkpoints import load_checkpoint
+from dsv3_jax.runs.checkpoints import LoadedRun, load_run
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.training.state import split_model
 from dsv3_jax.training.state_layout import StateLayout
@@ -123,12 +123,24 @@ def evaluate_run(path: Path) -> tuple[int, Evaluation]:
     Raises:
       UserError: the folder holds no run or no checkpoint that can be used, or the corpus is missing or has changed.
     """
-    folder = RunFolder(path)
-    config = folder.read_config()
-    model, _, step = load_checkpoint(path)
-    data = prepare_data(config.data, folder.cache, tokenizer_folder=folder.tokenizer)
-    skeleton, params, biases = split_model(model)
+    loaded, data = load_run_with_data(path)
+    config = loaded.saved.config
+    skeleton, params, biases = split_model(loaded.model)
     evaluation_step = make_evaluation_step(skeleton, config)
     result = evaluate(evaluation_step, params, biases, data, config.training.rows_per_pass)
     assert result is not None
-    return step, result
+    return loaded.saved.position.step, result
+
+
+def load_run_with_data(path: Path) -> tuple[LoadedRun, Data]:
+    """Returns the newest undamaged checkpoint of a run, and the run's corpus, tokenised by its tokenizer.
+
+    Raises:
+      UserError: the folder holds no run or no checkpoint that can be used, or the corpus is missing or has changed.
+    """
+    loaded = load_run(path)
+    saved = loaded.saved
+    data = prepare_data(saved.config.data, RunFolder(path).cache, tokenizer=saved.tokenizer)
+    if saved.position.data:  # an imported model that was not trained has seen no data
+        data.train_iterator().set_state(saved.position.data)
+    return loaded, data

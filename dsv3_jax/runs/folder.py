@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.interop.bounded_json import read_object
 from dsv3_jax.sharding.mesh import AXES
 from dsv3_jax.training.config import RunConfig
+
+_LARGEST_CONFIG = 1_000_000  # bytes of config.json
 
 # Fields that may change when a run is resumed: they change what is reported and kept, and on which devices, but not
 # what is computed.
@@ -67,12 +70,9 @@ class RunFolder:
         Raises:
           UserError: the folder holds no run, or its configuration cannot be read.
         """
-        try:
-            return RunConfig.from_dict(json.loads(self.config.read_text()))
-        except FileNotFoundError:
-            raise UserError(f"{self.path} holds no run: it has no config.json; start one with dsv3 train") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.config} cannot be read: {error}") from error
+        if not self.holds_run:
+            raise UserError(f"{self.path} holds no run: it has no config.json; start one with dsv3 train")
+        return read_config_file(self.config)
 
     def write_config(self, config: RunConfig) -> None:
         """Writes the configuration of a new run."""
@@ -84,13 +84,12 @@ class RunFolder:
         Raises:
           UserError: it does not; the message names the first field that differs, with both values.
         """
-        started, wanted = _flat(self.read_config().to_dict()), _flat(config.to_dict())
-        for name, value in wanted.items():
-            if name not in _MAY_CHANGE and started.get(name) != value:
-                raise UserError(
-                    f"{self.path} holds a run with {name} = {started.get(name)!r}, not {value!r}: "
-                    "give that value to resume it, or another --out to start a new run"
-                )
+        if difference := first_difference(self.read_config(), config):
+            name, started, wanted = difference
+            raise UserError(
+                f"{self.path} holds a run with {name} = {started!r}, not {wanted!r}: "
+                "give that value to resume it, or another --out to start a new run"
+            )
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -128,6 +127,28 @@ class RunFolder:
             raise
 
 
+def first_difference(ours: RunConfig, theirs: RunConfig) -> tuple[str, Any, Any] | None:
+    """Returns name and both values of the first field that makes two runs compute different numbers, or None."""
+    left, right = by_dotted_name(ours.to_dict()), by_dotted_name(theirs.to_dict())
+    for name in (*left, *(right.keys() - left.keys())):
+        if name not in _MAY_CHANGE and left.get(name) != right.get(name):
+            return name, left.get(name), right.get(name)
+    return None
+
+
+def read_config_file(path: Path) -> RunConfig:
+    """Reads a configuration that was written as JSON.
+
+    Raises:
+      UserError: the file cannot be read, or is not the configuration of a run.
+    """
+    values = read_object(path, max_bytes=_LARGEST_CONFIG)
+    try:
+        return RunConfig.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file so that a reader sees either the old content or the whole new content."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -138,12 +159,12 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def by_dotted_name(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the values of nested dictionaries by dotted name, such as `training.steps`."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            found |= by_dotted_name(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value
-    return flat
+            found[prefix + name] = value
+    return found

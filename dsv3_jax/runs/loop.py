@@ -14,7 +14,7 @@ import jax
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import Devices
 from dsv3_jax.runs.agreement import any_process, is_first, share
-from dsv3_jax.runs.checkpoints import Checkpoints, RunPosition
+from dsv3_jax.runs.checkpoints import Checkpoints
 from dsv3_jax.runs.evaluation import Evaluation, evaluate
 from dsv3_jax.runs.folder import RunFolder, write_atomically
 from dsv3_jax.runs.interruption import Interruption
@@ -22,6 +22,7 @@ from dsv3_jax.runs.peer_watchdog import PeerWatchdog
 from dsv3_jax.runs.reporter import Reporter
 from dsv3_jax.runs.results import write_results
 from dsv3_jax.runs.sample import sample_text, whole_model
+from dsv3_jax.runs.saved_run import RunPosition
 from dsv3_jax.runs.start import RunStart, run_layout, start_or_resume
 from dsv3_jax.runs.step_inputs import StepInputs, step_settings
 from dsv3_jax.training.config import RunConfig
@@ -113,7 +114,7 @@ class _Run:
         self.skeleton, self.state, self.position = start.skeleton, start.state, start.position
         self.saved_step = start.saved_step
         self.inputs = StepInputs(config, layout, start.rows)
-        self.checkpoints = Checkpoints(folder, keep=config.training.keep_checkpoints)
+        self.checkpoints = Checkpoints(folder, start.data.tokenizer, keep=config.training.keep_checkpoints)
         self.reporter = Reporter(folder, config, start.position.step)
 
     def train(self) -> Outcome:

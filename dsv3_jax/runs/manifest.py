@@ -10,7 +10,11 @@ import json
 import os
 from pathlib import Path
 
+from dsv3_jax.errors import UserError
+from dsv3_jax.interop.bounded_json import read_object
+
 NAME = "manifest.json"
+_LARGEST_MANIFEST = 200_000_000  # bytes, of a checkpoint of about a million files
 
 
 def write_manifest(folder: Path) -> None:
@@ -25,27 +29,49 @@ def write_manifest(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Returns what is wrong with a checkpoint, naming the file, or None where every file is as it was written."""
+    """Returns what is wrong with a checkpoint, naming the file, or None where every file is as it was written.
+
+    A file that cannot be read, for whatever reason, is damage.
+    """
     try:
-        digests = json.loads((folder / NAME).read_text())["sha256"]
-    except FileNotFoundError:
+        return _find_damage(folder)
+    except OSError as error:
+        return f"its files cannot be listed ({error.strerror})"
+
+
+def file_stamps(folder: Path) -> tuple[tuple[str, int, int], ...] | None:
+    """Returns name, size and time of change of every file below `folder`; None where they cannot be read."""
+    try:
+        return tuple((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(folder))
+    except OSError:
+        return None
+
+
+def _find_damage(folder: Path) -> str | None:
+    if not (folder / NAME).is_file():
         return f"{NAME} is missing"
-    except (OSError, ValueError, KeyError, TypeError):
+    try:
+        digests = read_object(folder / NAME, max_bytes=_LARGEST_MANIFEST).get("sha256")
+    except UserError:
         return f"{NAME} is damaged"
     if not isinstance(digests, dict) or not digests:
         return f"{NAME} is damaged"
-    present = {str(path.relative_to(folder)) for path in _files(folder)} - {NAME}
+    present = {str(path.relative_to(folder)) for path in _files(folder)}
     for name, digest in digests.items():
         if name not in present:
             return f"{name} is missing"
-        if _digest(folder / name) != digest:
-            return f"{name} is damaged"
+        try:
+            if _digest(folder / name) != digest:
+                return f"{name} is damaged"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
     extra = sorted(present - digests.keys())
     return f"{extra[0]} is not part of the checkpoint" if extra else None
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """Returns all files below `folder` except the manifest."""
+    return sorted(path for path in folder.rglob("*") if path != folder / NAME and path.is_file())
 
 
 def _digest(path: Path) -> str:

@@ -11,11 +11,11 @@ from jaxtyping import Int
 from dsv3_jax.counts import count_flops
 from dsv3_jax.precision import Precision
 from dsv3_jax.runs.agreement import is_first
-from dsv3_jax.runs.checkpoints import RunPosition
 from dsv3_jax.runs.evaluation import Evaluation
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.hardware import peak_flops
 from dsv3_jax.runs.metrics import JsonLines, Record, TensorBoard, Terminal, Writer
+from dsv3_jax.runs.saved_run import RunPosition
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.schedules import ScheduledValues

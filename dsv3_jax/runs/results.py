@@ -9,11 +9,11 @@ import numpy as np
 from jaxtyping import Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.runs.checkpoints import RunPosition
 from dsv3_jax.runs.evaluation import Evaluation
 from dsv3_jax.runs.folder import RunFolder, write_atomically
 from dsv3_jax.runs.metrics import read_metrics
 from dsv3_jax.runs.plots import plot_expert_load, plot_losses
+from dsv3_jax.runs.saved_run import RunPosition
 from dsv3_jax.training.config import RunConfig
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 
-from dsv3_jax.data import Data, TrainIterator, prepare_data
+from dsv3_jax.data import Data, Tokenizer, TrainIterator, prepare_data
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import Devices
 from dsv3_jax.pipeline.passes import check_passes
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
-from dsv3_jax.runs.agreement import first_process_first, is_first, share
-from dsv3_jax.runs.checkpoints import RunPosition, last_whole_checkpoint, restore
-from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.runs.agreement import any_process, first_process_first, is_first, share
+from dsv3_jax.runs.checkpoints import restore
+from dsv3_jax.runs.folder import RunFolder, first_difference
+from dsv3_jax.runs.saved_run import RunPosition, SavedRun, use_newest
 from dsv3_jax.runs.starting_state import distributed_model, starting_state
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.state import Skeleton, TrainState
@@ -74,30 +74,40 @@ def start_or_resume(
     Raises:
       UserError: the data or all checkpoints cannot be used.
     """
-    checkpoint = share(lambda: str(last_whole_checkpoint(folder, print) or ""))
-    holds_run = share(lambda: folder.holds_run)
-    data = first_process_first(lambda: _prepare_data(config, folder, layout, holds_run))
+
+    def resume(saved: SavedRun) -> tuple[SavedRun, tuple[Skeleton, TrainState]]:
+        if difference := first_difference(saved.config, config):
+            name, then, now = difference
+            raise UserError(
+                f"{saved.path} was saved with {name} = {then!r}, not {now!r}: restore that value (in {folder.config}, "
+                "if it was changed there), or choose another --out"
+            )
+        return saved, restore(saved.path, config, functools.partial(distributed_model, config, layout), layout)
+
+    found = use_newest(folder, print, resume)
+    saved = found[0] if found else None
+    data = first_process_first(lambda: _prepare_data(config, folder, layout, saved and saved.tokenizer))
+    _check_same_data(data)
     rows = data.train_iterator()
-    if checkpoint:
-        make = functools.partial(distributed_model, config, layout)
-        skeleton, state, position = restore(Path(checkpoint), config, make, layout)
+    if found:
+        (skeleton, state), position = found[1], found[0].position
         rows.set_state(position.data)
     else:
         skeleton, state = starting_state(config, layout, initial_model)
         position = RunPosition(step=0, tokens=0, data=rows.state())
-    if is_first() and not holds_run:  # written last, so that a start that fails leaves no run in the folder
+    # Written last, so that a start that fails leaves no run in the folder.
+    if is_first() and not folder.holds_run:
         folder.write_config(config)
-    return RunStart(data, rows, skeleton, state, position, position.step if checkpoint else -1)
+    return RunStart(data, rows, skeleton, state, position, position.step if found else -1)
 
 
-def _prepare_data(config: RunConfig, folder: RunFolder, layout: StateLayout, holds_run: bool) -> Data:
-    # Without config.json an earlier start failed, and the tokenizer it left may belong to other options.
-    tokenizer = folder.tokenizer if holds_run or not is_first() else None
+def _prepare_data(config: RunConfig, folder: RunFolder, layout: StateLayout, tokenizer: Tokenizer | None) -> Data:
+    """Returns the data of this process; `tokenizer` is that of the checkpoint, if there is one."""
     feeding = layout.feed
     data = prepare_data(
         config.data,
         folder.cache,
-        tokenizer_folder=tokenizer,
+        tokenizer=tokenizer,
         shard_index=feeding.index,
         shard_count=feeding.count,
         progress=print if is_first() else None,
@@ -108,6 +118,21 @@ def _prepare_data(config: RunConfig, folder: RunFolder, layout: StateLayout, hol
             f"the tokenizer has {size} ids, more than model.vocab_size ({config.model.vocab_size}): "
             f"give --model.vocab-size {size} or a smaller tokenizer"
         )
-    if tokenizer is None:
+    if is_first() and tokenizer is None:
         data.tokenizer.save(folder.tokenizer)
     return data
+
+
+def _check_same_data(data: Data) -> None:
+    """Checks that this process has the data of the first one.
+
+    Raises:
+      UserError: on this process, where it has not.
+      SystemExit: where another process has not, which prints the reason.
+    """
+    expected = share(lambda: data.fingerprint)
+    different = sorted(name for name, value in data.fingerprint.items() if expected.get(name) != value)
+    if different:
+        problem = f"data.{different[0]} of this process is not that of process 0: all must read the same files"
+    if any_process(bool(different)):
+        raise UserError(problem) if different else SystemExit(2)

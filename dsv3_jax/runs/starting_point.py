@@ -36,7 +36,18 @@ def load_starting_point(source: Path, config: RunConfig, devices: Devices) -> De
     Raises:
       UserError: the folder is neither, or its architecture is not the run's.
     """
-    ours, theirs = config.model.to_dict(), architecture_of_source(source).to_dict()
+    _check_architecture(source, architecture_of_source(source), config)
+    if RunFolder(source).checkpoints.is_dir():
+        model = load_checkpoint(source, devices=devices)[0]
+        _check_architecture(source, model.config, config)
+        return model
+    from dsv3_jax.interop import load_hf
+
+    return load_hf(source, dtype="float32", devices=devices)
+
+
+def _check_architecture(source: Path, found: ModelConfig, config: RunConfig) -> None:
+    ours, theirs = config.model.to_dict(), found.to_dict()
     different = sorted(name for name in ours if ours[name] != theirs[name])
     if different:
         name = different[0]
@@ -44,8 +55,3 @@ def load_starting_point(source: Path, config: RunConfig, devices: Devices) -> De
             f"{source} holds another architecture: {name} is {theirs[name]}, not {ours[name]}; "
             f"give --model.{name.replace('_', '-')} {theirs[name]}"
         )
-    if RunFolder(source).checkpoints.is_dir():
-        return load_checkpoint(source, devices=devices)[0]
-    from dsv3_jax.interop import load_hf
-
-    return load_hf(source, dtype="float32", devices=devices)

@@ -214,13 +214,13 @@ def test_a_runs_own_tokenizer_wins(folder: Path, tmp_path: Path) -> None:
     own = Tokenizer(byte_tokenizer())
     own.save(tmp_path / "tokenizer")
     config = DataConfig(corpus=str(folder), vocab_size=300, sequence_length=32, validation_fraction=0.1)
-    data = prepare_data(config, None, tokenizer_folder=tmp_path / "tokenizer")
+    data = prepare_data(config, None, tokenizer=own)
     assert data.tokenizer.fingerprint == own.fingerprint
     named = prepare(folder, tokenizer=str(tmp_path / "tokenizer/tokenizer.json"))
     assert named.tokenizer.fingerprint == own.fingerprint
     shutil.rmtree(tmp_path / "tokenizer")
     with pytest.raises(UserError, match="cannot read the tokenizer"):
-        prepare_data(config, None, tokenizer_folder=tmp_path / "tokenizer")
+        prepare(folder, tokenizer=str(tmp_path / "tokenizer/tokenizer.json"))
 
 
 def test_default_corpus_end_to_end() -> None:

@@ -11,77 +11,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import pytest
-from small_runs import assert_trees_equal, small_run, write_corpus
+from small_runs import assert_trees_equal, final_state
 
 import dsv3_jax as dsv3
+from dsv3_jax.data import Tokenizer
+from dsv3_jax.data.tokenizer_training import byte_tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.runs import loop
-from dsv3_jax.runs.checkpoints import (
-    Checkpoints,
-    RunPosition,
-    list_checkpoints,
-    load_checkpoint,
-    make_model,
-    restore,
-)
+from dsv3_jax.runs.checkpoints import Checkpoints, load_checkpoint
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.loop import Outcome, train
 from dsv3_jax.runs.metrics import JsonLines, Record, read_metrics
+from dsv3_jax.runs.saved_run import list_checkpoints
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.state import TrainState
 
 TIMED = ("tokens_per_second", "mfu")
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """Returns a run of six steps that saves a checkpoint every second step."""
-    return small_run(write_corpus(tmp_path_factory.mktemp("corpus")))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def traced_once() -> Iterator[None]:
-    """Lets runs of one configuration share their traced steps, since most of a run's time is tracing."""
-    steps: dict[tuple[str, str], Callable] = {}
-
-    def sharing(name: str, make: Callable) -> Callable:
-        def made(skeleton, config: RunConfig, *layout) -> Callable:
-            key = name, repr(config)
-            if key not in steps:
-                steps[key] = make(skeleton, config, *layout)
-            return steps[key]
-
-        return made
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("make_train_step", "make_evaluation_step"):
-            patch.setattr(loop, name, sharing(name, getattr(loop, name)))
-        yield
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the folder of a run that was never interrupted."""
-    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    assert train(config, folder).exit_code == 0
-    return folder
-
-
-@pytest.fixture
-def copy(uninterrupted: Path, tmp_path: Path) -> Path:
-    """Returns a copy of the finished run, to damage."""
-    return shutil.copytree(uninterrupted, tmp_path / "run")
-
-
-def final_state(folder: Path, config: RunConfig, step: int = 6) -> tuple[TrainState, RunPosition]:
-    path = RunFolder(folder).checkpoints / f"{step:08d}"
-    _, state, progress = restore(path, config, lambda: make_model(config))
-    return state, progress
 
 
 def assert_same_end(folder: Path, uninterrupted: Path, config: RunConfig) -> None:
@@ -227,18 +176,6 @@ def test_loading_without_a_whole_checkpoint_is_one_line(copy: Path):
         load_checkpoint(copy / "elsewhere")
 
 
-def test_a_changed_corpus_is_named(copy: Path, config: RunConfig):
-    """Changed files are noticed, not only a changed path."""
-    corpus = copy / "corpus"
-    shutil.copytree(config.data.corpus, corpus)
-    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, corpus=str(corpus)))
-    RunFolder(copy).write_config(moved)
-    (corpus / "new.txt").write_text("one more document\n")
-    with pytest.raises(UserError, match=r"corpus (was|differs)") as error:
-        train(moved, copy)
-    assert "\n" not in str(error.value)
-
-
 def test_nonfinite_steps_in_a_row_stop_the_run_with_its_checkpoint_intact(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -273,7 +210,7 @@ def test_a_save_that_fails_is_one_line_and_the_checkpoint_before_stays(
         "dsv3_jax.runs.checkpoints.write_manifest",
         lambda path: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
-    checkpoints = Checkpoints(folder, keep=3)
+    checkpoints = Checkpoints(folder, Tokenizer(byte_tokenizer()), keep=3)
     checkpoints.save(state, dataclasses.replace(progress, step=8), config)
     with pytest.raises(UserError, match="No space left on device") as error:
         checkpoints.wait()
@@ -285,7 +222,7 @@ def test_a_save_that_fails_is_one_line_and_the_checkpoint_before_stays(
 def test_only_the_newest_checkpoints_are_kept(copy: Path, config: RunConfig):
     folder = RunFolder(copy)
     state, progress = final_state(copy, config)
-    checkpoints = Checkpoints(folder, keep=2)
+    checkpoints = Checkpoints(folder, Tokenizer(byte_tokenizer()), keep=2)
     for step in (8, 10):
         checkpoints.save(state, dataclasses.replace(progress, step=step), config)
     checkpoints.close()
@@ -330,7 +267,7 @@ def test_saving_returns_before_the_files_are_written(copy: Path, config: RunConf
 
     write = module.write_manifest
     monkeypatch.setattr(module, "write_manifest", lambda path: (gate.wait(30), write(path)))
-    checkpoints = Checkpoints(RunFolder(copy), keep=5)
+    checkpoints = Checkpoints(RunFolder(copy), Tokenizer(byte_tokenizer()), keep=5)
     checkpoints.save(state, dataclasses.replace(progress, step=9), config)
     assert not (RunFolder(copy).checkpoints / "00000009").exists()
     jax.tree.map(lambda leaf: leaf.delete(), state.params)

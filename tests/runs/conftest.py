@@ -1,0 +1,54 @@
+"""A run of six steps that was never interrupted, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from small_runs import small_run, write_corpus
+
+from dsv3_jax.runs import loop
+from dsv3_jax.runs.loop import train
+from dsv3_jax.training.config import RunConfig
+
+
+@pytest.fixture(scope="package")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Returns a run of six steps that saves a checkpoint every second step."""
+    return small_run(write_corpus(tmp_path_factory.mktemp("corpus")))
+
+
+@pytest.fixture(scope="package", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Lets runs of one configuration share their traced steps, since most of a run's time is tracing."""
+    steps: dict[tuple[str, str], Callable] = {}
+
+    def sharing(name: str, make: Callable) -> Callable:
+        def made(skeleton, config: RunConfig, *layout) -> Callable:
+            key = name, repr(config)
+            if key not in steps:
+                steps[key] = make(skeleton, config, *layout)
+            return steps[key]
+
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("make_train_step", "make_evaluation_step"):
+            patch.setattr(loop, name, sharing(name, getattr(loop, name)))
+        yield
+
+
+@pytest.fixture(scope="package")
+def uninterrupted(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder of a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert train(config, folder).exit_code == 0
+    return folder
+
+
+@pytest.fixture
+def copy(uninterrupted: Path, tmp_path: Path) -> Path:
+    """Returns a copy of the finished run, to damage."""
+    return shutil.copytree(uninterrupted, tmp_path / "run")
