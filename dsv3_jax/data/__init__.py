@@ -22,7 +22,8 @@ With several hosts, each gives its `shard_index` and the `shard_count` to `prepa
 batch. The rows depend only on `data.fingerprint` (corpus, tokenizer, seed and so on). The number of hosts, worker
 processes and rows per batch may change between saving a state and using it. Files, from text to rows:
 
-    corpus, document_files                 the files of a corpus, and the documents in each
+    corpus, file_kinds, document_files     the files of a corpus, how each is stored, and the documents in each
+    corpus_account                         what was read of a corpus and what was not
     splitting                              which documents are held out for validation
     tokenizer, token_bytes                 any byte-level tokenizer.json, checked; the bytes of each token
     tokenizer_training                     the report's BPE, trained on the corpus

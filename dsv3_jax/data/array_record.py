@@ -18,11 +18,14 @@ from array_record.python.array_record_module import (  # pyright: ignore[reportM
     ArrayRecordWriter,
 )
 
-from dsv3_jax.data.corpus import SIDECAR
+from dsv3_jax.bounded_json import read_object
+from dsv3_jax.data.file_kinds import SIDECAR
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.errors import UserError
+from dsv3_jax.regular_files import check_regular
 
 _RECORDS_PER_READ = 256
+_MAX_SIDECAR_BYTES = 1_000_000
 
 
 def write_array_record(
@@ -94,9 +97,8 @@ def read_array_record(path: str | Path, tokenizer: Tokenizer) -> Iterator[tuple[
 
 
 def _open(file: Path) -> ArrayRecordReader:
+    check_regular(file)
     try:
-        with file.open("rb"):
-            pass
         reader = ArrayRecordReader(str(file))
         good = reader.ok()
     except OSError as error:
@@ -132,12 +134,9 @@ def _check_ids(ids: np.ndarray, tokenizer: Tokenizer, where: str) -> None:
 def _check_sidecar(file: Path, tokenizer: Tokenizer) -> None:
     """Checks the tokenizer's fingerprint. Files made by other programs have none; their ids are checked one by one."""
     sidecar = _sidecar(file)
-    try:
-        made_with = json.loads(sidecar.read_text(encoding="utf-8"))["tokenizer"]
-    except FileNotFoundError:
+    if not sidecar.exists():
         return
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {sidecar}: {error}") from error
+    made_with = read_object(sidecar, max_bytes=_MAX_SIDECAR_BYTES).get("tokenizer")
     if made_with != tokenizer.fingerprint:
         raise UserError(f"{file} was tokenised with another tokenizer; set data.tokenizer to that one")
 

@@ -6,15 +6,16 @@ import dataclasses
 import hashlib
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from dsv3_jax.data.config import DataConfig
+from dsv3_jax.data.corpus_account import CorpusAccount, described
 from dsv3_jax.data.document_files import Document, count_documents, read_documents, sha256_of_file
+from dsv3_jax.data.file_kinds import PRETOKENISED, SIDECAR, FileKind, kind_of, why_left_out
 from dsv3_jax.errors import UserError
 
 STDLIB = "stdlib"
-PRETOKENISED, SIDECAR = ".arrayrecord", ".json"
 
 _FOLDERS_SKIPPED = {"__pycache__", "node_modules"}
 # Left out: installed packages, folders that some installations or versions lack, and generated tables.
@@ -25,13 +26,6 @@ _STDLIB_SKIPPED = _FOLDERS_SKIPPED | {
 }
 # Generated when Python was built or installed. Without them, equal versions of Python have equal corpora.
 _GENERATED = ("_sysconfigdata", "config-", "sitecustomize", "usercustomize")
-# Files that folders of code often hold and that are not text. Every other file must be UTF-8.
-_NOT_TEXT = {
-    *(".a", ".class", ".dll", ".dylib", ".exe", ".jar", ".mo", ".o", ".pyc", ".pyd", ".pyo", ".so", ".whl"),
-    *(".7z", ".bz2", ".gz", ".tar", ".xz", ".zip", ".zst", ".bin", ".npy", ".npz", ".sqlite", ".pdf"),
-    *(".bmp", ".gif", ".ico", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp", ".eot", ".otf", ".ttf", ".woff"),
-    *(".woff2", ".avi", ".mov", ".mp3", ".mp4", ".ogg", ".wav"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,38 +35,50 @@ class Corpus:
     Attributes:
       name: the corpus as the user gave it, for messages.
       root: the folder that document names are relative to, so that a corpus that is moved stays the same.
-      files: sorted by name.
+      files: sorted by name, with the kind of each.
+      left_out: why files and folders below the root are not read, with their names.
     """
 
     name: str
     root: Path
-    files: tuple[Path, ...]
+    files: dict[Path, FileKind]
+    left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def pretokenised(self) -> bool:
         """Whether the files hold token ids instead of text."""
-        return bool(self.files) and self.files[0].suffix == PRETOKENISED
+        return any(kind.form == "tokens" for kind in self.files.values())
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 over the names and contents of all files."""
+        """Returns the SHA-256 over the names and contents of all files, and over how they are read."""
         digest = hashlib.sha256()
-        for file in self.files:
+        for file, kind in self.files.items():
             label = self._label(file).encode("utf-8", "surrogateescape")  # names need not be UTF-8
-            digest.update(label + f"\0{sha256_of_file(file)}\n".encode())
+            read_as = "\0lines" if kind.form == "lines" and kind.name != ".jsonl" else ""
+            digest.update(label + f"\0{sha256_of_file(file)}{read_as}\n".encode())
         return digest.hexdigest()
 
     def document_count(self) -> int:
-        """Returns the number of documents that `documents` yields."""
-        return sum(count_documents(file) for file in self.files)
+        """Returns the number of documents that `documents` yields, those whose text is null included."""
+        return sum(count_documents(file, kind) for file, kind in self.files.items())
 
-    def documents(self) -> Iterator[Document]:
-        """Yields all documents, file by file.
+    def documents(self, account: CorpusAccount | None = None) -> Iterator[Document]:
+        """Yields all documents, file by file. Rows whose text is null are passed over.
+
+        Args:
+          account: counts what is read.
 
         Raises:
           UserError: a file cannot be read, is not UTF-8, or is not what its suffix says; the message names the place.
         """
-        for file in self.files:
-            yield from read_documents(file, self._label(file), self._domain(file))
+        for file, kind in self.files.items():
+            if account is not None:
+                account.add_file(kind)
+            for document in read_documents(file, kind, self._label(file), self._domain(file)):
+                if account is not None:
+                    account.add(kind, document)
+                if isinstance(document, Document):
+                    yield document
 
     def _label(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()
@@ -95,26 +101,31 @@ def open_corpus(config: DataConfig) -> Corpus:
     try:
         if not path.exists():
             raise UserError(f"the corpus {path} does not exist; give 'stdlib' or the path of a file or folder")
+        left_out: dict[str, list[str]] = {}
         if path.is_dir():
-            files = tuple(_walk(path, _may_be_text, _FOLDERS_SKIPPED))
+            files, left_out = _walk(path, _FOLDERS_SKIPPED)
             root = path
         elif path.is_file():
-            files, root = (path,), path.parent
+            kind = kind_of(path)
+            if kind is None:
+                raise UserError(f"the corpus {path} cannot be read: it is {why_left_out(path)}")
+            files, root = {path: kind}, path.parent
         else:
             raise UserError(f"the corpus {path} is neither a file nor a folder")
     except OSError as error:
         raise UserError(f"cannot read the corpus {path}: {error.strerror}") from error
     if not files:
-        raise UserError(f"the corpus {path} is empty: it holds no text file")
-    kinds = {file.suffix == PRETOKENISED for file in files}
-    if len(kinds) > 1:
+        found = "; ".join(described(reason, names) for reason, names in left_out.items())
+        raise UserError(f"the corpus {path} is empty: it holds no text file" + (f" ({found})" if found else ""))
+    if len({kind.form == "tokens" for kind in files.values()}) > 1:
         raise UserError(f"the corpus {path} mixes {PRETOKENISED} files with text files; put them in separate folders")
-    return Corpus(config.corpus, root, files)
+    return Corpus(config.corpus, root, files, left_out)
 
 
 def _stdlib() -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
-    files = tuple(_walk(root, lambda file: _is_same_on_every_machine(file.relative_to(root)), _STDLIB_SKIPPED))
+    found, _ = _walk(root, _STDLIB_SKIPPED)
+    files = {file: kind for file, kind in found.items() if _is_same_on_every_machine(file.relative_to(root))}
     if not files:
         raise UserError(f"this Python has no source code of its standard library in {root}; give another data.corpus")
     return Corpus(STDLIB, root, files)
@@ -124,21 +135,42 @@ def _is_same_on_every_machine(file: Path) -> bool:
     return file.suffix == ".py" and not file.parts[0].startswith(_GENERATED)
 
 
-def _may_be_text(file: Path) -> bool:
-    if file.exists() and not file.is_file():  # a pipe or a socket, whose end is never reached
-        return False
-    return file.suffix.lower() not in _NOT_TEXT and not file.name.endswith(PRETOKENISED + SIDECAR)
-
-
-def _walk(root: Path, wanted: Callable[[Path], bool], skipped: set[str]) -> Iterator[Path]:
-    """Yields the files below `root` that are `wanted`, sorted by name, without hidden ones and `skipped` folders."""
+def _walk(root: Path, skipped: set[str]) -> tuple[dict[Path, FileKind], dict[str, list[str]]]:
+    """Returns the files of texts below `root`, sorted by name, and the names of what is left out, by the reason."""
 
     def fail(error: OSError) -> None:
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     found: list[Path] = []
+    left_out: dict[str, list[str]] = {}
+
+    def leave_out(reason: str, path: Path) -> None:
+        left_out.setdefault(reason, []).append(path.relative_to(root).as_posix())
+
     for folder, folders, names in os.walk(root, onerror=fail):
-        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
+        kept = []
+        for path in (Path(folder, name) for name in folders):
+            if path.name.startswith("."):
+                leave_out("hidden folders", path)
+            elif path.name in skipped:
+                leave_out("folders of programs", path)
+            elif path.is_symlink():
+                leave_out("folders that are links", path)
+            else:
+                kept.append(path.name)
+        folders[:] = kept
+        for path in (Path(folder, name) for name in names):
+            if path.name.startswith("."):
+                leave_out("hidden files", path)
+            elif path.exists() and not path.is_file():  # a pipe or a socket, whose end is never reached
+                leave_out("no regular files", path)
+            else:
+                found.append(path)
+    files: dict[Path, FileKind] = {}
     # Sorted by the path below the root as a string, which gives the same order on every machine.
-    return iter(sorted((file for file in found if wanted(file)), key=lambda file: file.relative_to(root).as_posix()))
+    for file in sorted(found, key=lambda file: file.relative_to(root).as_posix()):
+        if (kind := kind_of(file)) is not None:
+            files[file] = kind
+        elif not file.name.endswith(PRETOKENISED + SIDECAR):
+            leave_out(f"{file.suffix.lower()}: {why_left_out(file)}", file)
+    return files, {reason: sorted(left_out[reason]) for reason in sorted(left_out)}

@@ -1,16 +1,19 @@
-"""The documents in one file, read by its suffix: .jsonl, .parquet, or text."""
+"""The documents in one file: JSON lines, Parquet or text, perhaps compressed."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import lzma
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.data.file_kinds import BYTE_ORDER_MARK, FileKind, open_decompressed
 from dsv3_jax.errors import UserError
+from dsv3_jax.regular_files import check_regular, open_regular
 
 _ROWS_PER_READ = 256
 
@@ -30,31 +33,43 @@ class Document:
     text: str
 
 
-def read_documents(file: Path, name: str, domain: str) -> Iterator[Document]:
-    """Yields the documents of a file. Those of .jsonl and .parquet files are named `name:row`.
+@dataclasses.dataclass(frozen=True)
+class NullText:
+    """A row whose text is null, which is not a document.
+
+    Attributes:
+      where: the file and the line or row, for messages.
+    """
+
+    where: str
+
+
+def read_documents(file: Path, kind: FileKind, name: str, domain: str) -> Iterator[Document | NullText]:
+    """Yields the documents of a file. Those of JSON lines and Parquet files are named `name:row`.
 
     Raises:
       UserError: the file cannot be read, is not UTF-8 (the message gives the offset in bytes), or is malformed (the
         message gives the line or row).
     """
     with reading(file):
-        match file.suffix.lower():
-            case ".jsonl":
-                yield from _read_jsonl(file, name, domain)
-            case ".parquet":
+        match kind.form:
+            case "lines":
+                yield from _read_lines(file, kind, name, domain)
+            case "parquet":
                 yield from _read_parquet(file, name, domain)
             case _:
-                yield Document(name, domain, decode_utf8(file.read_bytes(), file))
+                with open_decompressed(file, kind.compression) as stream:
+                    yield Document(name, domain, decode_utf8(_without_mark(stream.read()), file))
 
 
-def count_documents(file: Path) -> int:
-    """Returns the number of documents that `read_documents` yields, without decoding them."""
+def count_documents(file: Path, kind: FileKind) -> int:
+    """Returns the number of rows that `read_documents` yields, those whose text is null included."""
     with reading(file):
-        match file.suffix.lower():
-            case ".jsonl":
-                with file.open("rb") as lines:
+        match kind.form:
+            case "lines":
+                with open_decompressed(file, kind.compression) as lines:
                     return sum(1 for line in lines if line.strip())
-            case ".parquet":
+            case "parquet":
                 return _open_parquet(file).metadata.num_rows
             case _:
                 return 1
@@ -62,17 +77,17 @@ def count_documents(file: Path) -> int:
 
 def sha256_of_file(file: Path) -> str:
     """Returns the SHA-256 of the content, in hexadecimal."""
-    with reading(file), file.open("rb") as stream:
+    with reading(file), open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turns an OSError in the block into a UserError that names the file."""
+    """Turns an error of reading or decompressing in the block into a UserError that names the file."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror or _one_line(error)}") from error
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or _one_line(error)}") from error
 
 
 def decode_utf8(raw: bytes, file: Path, start: int = 0) -> str:
@@ -90,24 +105,29 @@ def decode_utf8(raw: bytes, file: Path, start: int = 0) -> str:
         ) from None
 
 
-def _read_jsonl(file: Path, name: str, domain: str) -> Iterator[Document]:
+def _without_mark(raw: bytes) -> bytes:
+    """Returns the bytes without the byte order mark that some programs put before UTF-8."""
+    return raw.removeprefix(BYTE_ORDER_MARK)
+
+
+def _read_lines(file: Path, kind: FileKind, name: str, domain: str) -> Iterator[Document | NullText]:
     offset = 0
-    with file.open("rb") as lines:
+    with open_decompressed(file, kind.compression) as lines:
         for number, raw in enumerate(lines, start=1):
-            line = decode_utf8(raw, file, offset)
+            line = decode_utf8(raw if number > 1 else _without_mark(raw), file, offset)
             offset += len(raw)
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}, line {number}: not JSON: {error}") from None
+                raise UserError(f"{file}, line {number}: not JSON: {_one_line(error)}") from None
             if not isinstance(row, dict):
                 raise UserError(f"{file}, line {number}: expected an object with a field 'text'")
             yield _document(row, f"{name}:{number}", domain, f"{file}, line {number}")
 
 
-def _read_parquet(file: Path, name: str, domain: str) -> Iterator[Document]:
+def _read_parquet(file: Path, name: str, domain: str) -> Iterator[Document | NullText]:
     from pyarrow import ArrowException
 
     table = _open_parquet(file)
@@ -128,17 +148,24 @@ def _open_parquet(file: Path) -> Any:
     import pyarrow.parquet as parquet
     from pyarrow import ArrowException
 
+    check_regular(file)
     try:
         opened = parquet.ParquetFile(file)
     except ArrowException as error:
         raise UserError(f"{file} is not a Parquet file: {_one_line(error)}") from error
     if "text" not in opened.schema_arrow.names:
-        raise UserError(f"{file} has no column 'text'; its columns are {', '.join(opened.schema_arrow.names)}")
+        columns = ", ".join(opened.schema.column(index).path for index in range(len(opened.schema)))
+        raise UserError(f"{file} has no column 'text'; its columns are {columns}")
     return opened
 
 
-def _document(row: dict[str, Any], name: str, domain: str, where: str) -> Document:
-    text = row.get("text")
+def _document(row: dict[str, Any], name: str, domain: str, where: str) -> Document | NullText:
+    if "text" not in row:
+        fields = ", ".join(map(repr, list(row)[:8]))
+        raise UserError(f"{where}: expected a field 'text' that holds a string; the fields are {fields or 'none'}")
+    text = row["text"]
+    if text is None:
+        return NullText(where)
     if not isinstance(text, str):
         raise UserError(f"{where}: expected a field 'text' that holds a string, not {type(text).__name__}")
     try:

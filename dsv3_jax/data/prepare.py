@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from jaxtyping import Bool, Int32, Int64
 
 from dsv3_jax.data.config import DataConfig
 from dsv3_jax.data.corpus import Corpus, open_corpus
+from dsv3_jax.data.corpus_account import CorpusAccount
 from dsv3_jax.data.document_files import Document
 from dsv3_jax.data.epoch import RowSettings
 from dsv3_jax.data.fill_in_middle import FillInMiddle
@@ -22,12 +24,13 @@ from dsv3_jax.data.punctuation_splitting import PunctuationSplitting
 from dsv3_jax.data.splitting import enough_held_out, name_hash, split_documents
 from dsv3_jax.data.text_statistics import byte_entropy, gzip_bits_per_byte
 from dsv3_jax.data.token_store import TokenStore
-from dsv3_jax.data.tokenising import tokenise
+from dsv3_jax.data.tokenising import TokenisedDocument, tokenise
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer_training import byte_tokenizer, sample_text, train_bpe
 from dsv3_jax.data.train_iterator import TrainIterator
 from dsv3_jax.errors import UserError
 
+_SECONDS_BETWEEN_LINES = 5.0
 PACK_VERSION = "1"  # of everything between text and rows; changing it invalidates old caches and iterator states
 
 
@@ -237,10 +240,25 @@ def _token_store(
     if folder is not None and (cached := TokenStore.load(folder)) is not None:
         return cached
     say(f"tokenising the corpus {corpus.name}")
-    store = TokenStore.build(tokenise(corpus, config.validation_fraction, tokenizer), tokenizer.vocab_size)
+    account = CorpusAccount()
+    documents = tokenise(corpus, config.validation_fraction, tokenizer, account)
+    store = TokenStore.build(_announced(documents, say), tokenizer.vocab_size)
     if not len(store):
         raise UserError(f"the corpus {corpus.name} is empty; its files hold no text")
+    for line in account.describe(corpus.left_out):
+        say(line)
     return store.save(folder) if folder else store
+
+
+def _announced(documents: Iterator[TokenisedDocument], say: Callable[[str], None]) -> Iterator[TokenisedDocument]:
+    """Yields the same documents, and says from time to time how many there were."""
+    said, tokens = time.monotonic(), 0
+    for count, document in enumerate(documents, start=1):
+        tokens += len(document[-1])
+        if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            say(f"tokenised {count:,} documents, {tokens:,} tokens so far")
+        yield document
 
 
 def _key(*parts: str) -> str:

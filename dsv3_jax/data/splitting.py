@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from dsv3_jax.data.corpus import Corpus
+from dsv3_jax.data.corpus_account import CorpusAccount
 from dsv3_jax.data.document_files import Document
 
 TAIL = "#end"  # added to the name of a document whose end is held out
@@ -24,17 +25,23 @@ def holds_out_ends(document_count: int, fraction: float) -> bool:
     return document_count * fraction < 1
 
 
-def split_documents(corpus: Corpus, fraction: float) -> Iterator[tuple[Document, bool]]:
+def split_documents(
+    corpus: Corpus, fraction: float, account: CorpusAccount | None = None
+) -> Iterator[tuple[Document, bool]]:
     """Yields every document, and whether it is held out.
 
     If there are fewer than 1 / fraction documents (for instance one long file), the end of each is held out, from the
     start of a line if possible.
+
+    Args:
+      fraction: fraction of the documents to hold out.
+      account: counts what is read.
     """
     if not holds_out_ends(corpus.document_count(), fraction):
-        for document in corpus.documents():
+        for document in corpus.documents(account):
             yield document, name_hash(document.name) < fraction
         return
-    for document in corpus.documents():
+    for document in corpus.documents(account):
         cut = _end_of_training(document.text, fraction)
         yield Document(document.name, document.domain, document.text[:cut]), False
         yield Document(document.name + TAIL, document.domain, document.text[cut:]), True

@@ -10,6 +10,7 @@ import numpy as np
 
 from dsv3_jax.data.array_record import read_array_record
 from dsv3_jax.data.corpus import Corpus
+from dsv3_jax.data.corpus_account import CorpusAccount
 from dsv3_jax.data.splitting import name_hash, split_documents
 from dsv3_jax.data.tokenizer import Tokenizer
 
@@ -22,8 +23,13 @@ _PIECE = 2**20  # characters; the tokenizers library needs some hundred bytes pe
 _SAFE_CUT = re.compile(r"\n(?=[A-Za-z])")
 
 
-def tokenise(corpus: Corpus, validation_fraction: float, tokenizer: Tokenizer) -> Iterator[TokenisedDocument]:
+def tokenise(
+    corpus: Corpus, validation_fraction: float, tokenizer: Tokenizer, account: CorpusAccount | None = None
+) -> Iterator[TokenisedDocument]:
     """Yields name, domain, whether it is held out, and ids of every document. Tokenised corpora are only read.
+
+    Args:
+      account: counts what is read of a corpus of texts.
 
     Raises:
       UserError: a file cannot be used; the message names the file and the place in it.
@@ -33,7 +39,7 @@ def tokenise(corpus: Corpus, validation_fraction: float, tokenizer: Tokenizer) -
             for name, domain, ids in read_array_record(file, tokenizer):
                 yield name, domain, name_hash(name) < validation_fraction, ids
         return
-    for batch in batched(split_documents(corpus, validation_fraction), _DOCUMENTS_PER_BATCH):
+    for batch in batched(split_documents(corpus, validation_fraction, account), _DOCUMENTS_PER_BATCH):
         pieces = [cut_text(document.text) for document, _ in batch]
         encoded = _encode([piece for cut in pieces for piece in cut], tokenizer)
         for (document, held_out), cut in zip(batch, pieces, strict=True):

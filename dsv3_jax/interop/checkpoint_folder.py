@@ -11,8 +11,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+from dsv3_jax.bounded_json import read_object, shown
 from dsv3_jax.errors import UserError
-from dsv3_jax.interop.bounded_json import read_object, shown
 from dsv3_jax.interop.safetensors_reader import TensorEntry, read_header
 
 INDEX_NAME = "model.safetensors.index.json"

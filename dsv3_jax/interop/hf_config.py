@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.bounded_json import read_object, shown
 from dsv3_jax.config import ModelConfig, RopeScaling
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.interop.bounded_json import read_object, shown
 
 CONFIG_NAME = "config.json"
 _MAX_CONFIG_BYTES = 1_000_000

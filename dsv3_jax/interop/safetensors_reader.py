@@ -16,8 +16,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dsv3_jax.bounded_json import parse_object, shown
 from dsv3_jax.errors import UserError
-from dsv3_jax.interop.bounded_json import parse_object, shown
+from dsv3_jax.regular_files import open_regular
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_RANK = 8
@@ -88,21 +89,16 @@ class TensorEntry:
         """Fills the bytes `target` from the tensor's bytes, beginning at `offset`."""
         if not target.size:
             return
-        try:
-            descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
-        try:
+        with open_regular(self.path) as file:
             view, position = memoryview(target), self.start + offset
-            while len(view):
-                count = os.preadv(descriptor, [view[: 1 << 30]], position)
-                if count == 0:
-                    raise UserError(f"{self.path}: tensor {shown(self.name)} ends early; the file was cut")
-                view, position = view[count:], position + count
-        except OSError as error:
-            raise UserError(f"{self.path}: tensor {shown(self.name)} cannot be read ({error.strerror})") from None
-        finally:
-            os.close(descriptor)
+            try:
+                while len(view):
+                    count = os.preadv(file.fileno(), [view[: 1 << 30]], position)
+                    if count == 0:
+                        raise UserError(f"{self.path}: tensor {shown(self.name)} ends early; the file was cut")
+                    view, position = view[count:], position + count
+            except OSError as error:
+                raise UserError(f"{self.path}: tensor {shown(self.name)} cannot be read ({error.strerror})") from None
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -111,9 +107,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
       UserError: anything is wrong with the header; the message names file and tensor.
     """
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
+    with open_regular(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
             length_bytes = file.read(8)
             if len(length_bytes) < 8:
                 raise UserError(f"{path}: {size} bytes are too few for a safetensors file")
@@ -123,8 +119,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             if length > size - 8:
                 raise UserError(f"{path}: header of {length:,} bytes in a file of {size:,}; the file was cut")
             raw = file.read(length)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
     if len(raw) < length:
         raise UserError(f"{path}: the header ends early; the file was cut")
     if not raw.startswith(b"{"):

@@ -10,9 +10,9 @@ from typing import Literal
 
 import numpy as np
 
+from dsv3_jax.bounded_json import read_object
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
-from dsv3_jax.interop.bounded_json import read_object
 from dsv3_jax.interop.hf_config import Quantization
 from dsv3_jax.interop.safetensors_reader import DTYPE_NAMES, DTYPES, read_header
 from dsv3_jax.interop.safetensors_writer import TensorSpec, write_safetensors

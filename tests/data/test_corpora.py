@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import dataclasses
+import gzip
 import json
+import lzma
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +130,8 @@ def test_not_utf8_in_jsonl_counts_bytes_of_the_file(tmp_path: Path) -> None:
         ("{", "a.jsonl, line 2: not JSON"),
         ("[" * 100_000, "a.jsonl, line 2: not JSON"),
         ("3", "a.jsonl, line 2: expected an object with a field 'text'"),
-        ('{"txt": "a"}', "a.jsonl, line 2: expected a field 'text' that holds a string, not NoneType"),
+        ('{"txt": "a"}', "a.jsonl, line 2: expected a field 'text' that holds a string; the fields are 'txt'"),
+        ("{}", "a.jsonl, line 2: expected a field 'text' that holds a string; the fields are none"),
         ('{"text": 3}', "a.jsonl, line 2: expected a field 'text' that holds a string, not int"),
         ('{"text": "a\\ud800"}', "a.jsonl, line 2: character 1 is a lone surrogate"),
     ],
@@ -145,8 +152,11 @@ def test_bad_parquet_is_one_line(tmp_path: Path) -> None:
     write_parquet(file, words=["a"])
     with pytest.raises(UserError, match=r"a\.parquet has no column 'text'; its columns are words"):
         documents(file)
-    write_parquet(file, text=["a", None])
-    with pytest.raises(UserError, match=r"a\.parquet, row 2: expected a field 'text' that holds a string"):
+    write_parquet(file, data=[{"text": "a"}])
+    with pytest.raises(UserError, match=r"a\.parquet has no column 'text'; its columns are data\.text"):
+        documents(file)
+    write_parquet(file, text=[["a"]])
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: expected a field 'text' that holds a string, not list"):
         documents(file)
     write_parquet(file, text=[str(row) * 50 for row in range(100)])
     raw = bytearray(file.read_bytes())
@@ -221,3 +231,115 @@ def test_jsonl_text_is_json_safe(tmp_path: Path) -> None:
     texts = ["\u2028 \x0b \x85", "a\r\nb", "\0"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     assert [document.text for document in documents(tmp_path)] == texts
+
+
+COMPRESS = {
+    "": lambda raw: raw,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda raw: zstd(raw),
+}
+
+
+def zstd(raw: bytes) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(raw)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("name", ["a.jsonl", "b.ndjson", "C4.00000.JSON", "d.JSONL", "e.txt", "f.md"])
+def test_names_and_compressions_of_texts(name: str, compression: str, tmp_path: Path) -> None:
+    """Files compressed in two parts are common: shards are joined by `cat`."""
+    texts = ["né\n", "zwei \u2028", "x" * 100_000]
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    raw = ["".join(lines[:2]), lines[2]] if "." + name.split(".")[-1].lower() not in (".txt", ".md") else texts[:2]
+    file = tmp_path / (name + compression)
+    file.write_bytes(b"".join(COMPRESS[compression](part.encode()) for part in raw))
+    expected = texts if "json" in name.lower() else ["".join(raw)]
+    assert [document.text for document in documents(tmp_path)] == expected
+    assert open_corpus(DataConfig(corpus=str(file))).document_count() == len(expected)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(codecs.BOM_UTF8 + (b'{"text": "pears"}\n' if "jsonl" in name else b"pears"))
+    assert [document.text for document in documents(tmp_path)] == ["pears"]
+
+
+@pytest.mark.parametrize(
+    "content", ['{"name": "left-pad"}', '[{"text": "a"}]', '{\n"text": "a"}', "", "[" * 100_000, "{"]
+)
+def test_json_that_is_not_lines_is_one_text(content: str, tmp_path: Path) -> None:
+    (tmp_path / "package.json").write_text(content)
+    assert [document.text for document in documents(tmp_path)] == [content]
+
+
+def test_lines_read_as_lines_have_another_fingerprint(tmp_path: Path) -> None:
+    """Runs of before, which read the same file as one text, are not resumed on other rows."""
+    (tmp_path / "a.json").write_text('{"text": "a"}')
+    corpus = open_corpus(DataConfig(corpus=str(tmp_path)))
+    (kind,) = corpus.files.values()
+    as_text = {file: dataclasses.replace(kind, form="text") for file in corpus.files}
+    assert corpus.fingerprint() != dataclasses.replace(corpus, files=as_text).fingerprint()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.txt.gz", "a.txt.zst", "a.txt.xz", "a.txt.bz2"])
+@pytest.mark.parametrize("damage", ["cut", "not compressed"])
+def test_damaged_compression_is_one_line(name: str, damage: str, tmp_path: Path) -> None:
+    whole = COMPRESS["." + name.rsplit(".", 1)[1]](b'{"text": "a"}\n' * 1000)
+    (tmp_path / name).write_bytes(whole[:-9] if damage == "cut" else b"plain text")
+    with pytest.raises(UserError, match=rf"cannot read .*{re.escape(name)}: \w") as caught:
+        documents(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_was_read_and_what_was_not_is_said(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    for folder in (".git", "node_modules", "real"):
+        (corpus / folder).mkdir(parents=True)
+    (corpus / "link").symlink_to(tmp_path)
+    (corpus / "a.md").write_text("how this was made " * 30)
+    with gzip.open(corpus / "real/shard.jsonl.gz", "wt") as file:
+        file.write(
+            "".join(json.dumps({"text": f"document {row}"}) + "\n" for row in range(50)) + '{"text": null}\n' * 2
+        )
+    for name in (".hidden", "a.png", "b.png", "c.tar.gz", "d.gz", "e.zip"):
+        (corpus / name).write_bytes(b"\xff")
+    os.mkfifo(corpus / "pipe")
+    said: list[str] = []
+    config = DataConfig(corpus=str(corpus), tokenizer="byte", sequence_length=16, fill_in_middle_rate=0.0)
+    prepare_data(config, None, progress=said.append)
+    assert said == [
+        f"tokenising the corpus {corpus}",
+        "read 1 .jsonl.gz file (a document per line): 50 documents, 540 characters",
+        "read 1 .md file (a document per file): 1 document, 540 characters",
+        "not read: .gz: an archive: unpack it: c.tar.gz",
+        "not read: .gz: compressed, and its name does not say that it is text (.txt, .md) or JSON lines (.jsonl): d.gz",
+        "not read: .png: not text: a.png and 1 more",
+        "not read: .zip: an archive: unpack it: e.zip",
+        "not read: folders of programs: node_modules",
+        "not read: folders that are links: link",
+        "not read: hidden files: .hidden",
+        "not read: hidden folders: .git",
+        "not read: no regular files: pipe",
+        f"not read: 2 rows whose text is null, the first in {corpus / 'real/shard.jsonl.gz'}, line 51",
+    ]
+
+
+def test_null_texts_are_passed_over_in_parquet_too(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", text=["a", None, "b"])
+    assert documents(tmp_path) == [Document("a.parquet:1", "parquet", "a"), Document("a.parquet:3", "parquet", "b")]
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(b"a"))
+    with pytest.raises(UserError, match=r"a\.tar\.gz cannot be read: it is an archive: unpack it"):
+        documents(tmp_path / "a.tar.gz")
+    with pytest.raises(UserError, match=r"is empty: it holds no text file \(\.gz: an archive: unpack it: a\.tar\.gz\)"):
+        documents(tmp_path)

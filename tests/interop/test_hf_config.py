@@ -261,7 +261,7 @@ class TestRefusing:
         assert len(str(caught.value)) < 600
 
     def test_no_file(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"config\.json: cannot be read"):
+        with pytest.raises(UserError, match=r"cannot read .*config\.json"):
             read_config(tmp_path)
 
     @settings(max_examples=300, deadline=None)

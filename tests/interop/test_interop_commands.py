@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -119,7 +120,7 @@ KINDS = {
     "cut": "model.safetensors: tensor",
     "long header": "header of",
     "json bomb": "nested deeper",
-    "no config": "config.json: cannot be read",
+    "no config": "cannot read .*config.json",
     "traversal": "a plain name",
     "link": "leads out",
     "tokenizer": "tokenizer.json",
@@ -137,7 +138,7 @@ def test_broken_source_is_one_line_and_nothing_is_written(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
-    assert KINDS[kind] in captured.err
+    assert re.search(KINDS[kind], captured.err)
     assert not (tmp_path / "runs").exists()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.regular_files import read_regular
 
 _MAX_SEPARATORS = 3_000_000  # commas and opening brackets; each can become a Python object of about 100 bytes
 _MAX_DEPTH = 100
@@ -27,7 +28,7 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
         entries.
     """
     if data.count(b",") + data.count(b"[") + data.count(b"{") > _MAX_SEPARATORS:
-        raise UserError(f"{what}: JSON has more than {_MAX_SEPARATORS:,} entries; not a file of a checkpoint")
+        raise UserError(f"{what}: JSON has more than {_MAX_SEPARATORS:,} entries; too many for a file of a model")
     if data.count(b"[") + data.count(b"{") > _MAX_DEPTH:
         _check_depth(data, what)
     try:
@@ -41,14 +42,7 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
 
 def read_object(path: Path, *, max_bytes: int) -> dict[str, Any]:
     """Returns the JSON object in the file `path`; a file of more than `max_bytes` is refused (see `parse_object`)."""
-    try:
-        with open(path, "rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    if len(data) > max_bytes:
-        raise UserError(f"{path}: larger than {max_bytes:,} bytes; not a file of a checkpoint")
-    return parse_object(data, str(path))
+    return parse_object(read_regular(path, max_bytes=max_bytes), str(path))
 
 
 def _check_depth(data: bytes, what: str) -> None:
