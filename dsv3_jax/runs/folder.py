@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.bounded_json import read_object
 from dsv3_jax.errors import UserError
-from dsv3_jax.interop.bounded_json import read_object
 from dsv3_jax.sharding.mesh import AXES
 from dsv3_jax.training.config import RunConfig
 

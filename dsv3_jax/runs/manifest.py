@@ -10,8 +10,8 @@ import json
 import os
 from pathlib import Path
 
+from dsv3_jax.bounded_json import read_object
 from dsv3_jax.errors import UserError
-from dsv3_jax.interop.bounded_json import read_object
 
 NAME = "manifest.json"
 _LARGEST_MANIFEST = 200_000_000  # bytes, of a checkpoint of about a million files

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.bounded_json import read_object
 from dsv3_jax.data import Tokenizer
 from dsv3_jax.errors import UserError
-from dsv3_jax.interop.bounded_json import read_object
 from dsv3_jax.runs.agreement import any_process, is_first, share
 from dsv3_jax.runs.folder import RunFolder, read_config_file
 from dsv3_jax.runs.manifest import find_damage
