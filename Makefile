@@ -10,11 +10,12 @@ MAKEFLAGS += --jobs=2
 # Python compiles modules to bytecode when they are first imported; compiling all of them at once takes half a minute.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help setup setup-dev setup-aot train test test-oracle mutants lint clean
+.PHONY: help setup setup-dev setup-aot train test test-aot test-oracle mutants lint clean
 
 help:
 	@echo "make train      trains the 'nano' preset on Python's own source code and writes the run to $(RUN): 5 minutes on 2 cores"
 	@echo "make test       runs the linter, the type checker and all tests: about 10 minutes on 2 cores"
+	@echo "make test-aot   compiles every kernel in every tiling and size and writes their resources: 4 minutes"
 	@echo "make test-oracle compares with torch and transformers, which it installs into .venv-oracle (the rest never imports them)"
 	@echo "make mutants    makes known mistakes one at a time and checks that the tests notice each: about an hour"
 	@echo "make lint       runs the linter and the type checker only: 1 minute"
@@ -42,7 +43,7 @@ $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 # tests that compile ahead skip and say so.
 $(VENV)/aot/.installed: pyproject.toml | $(BIN)/python
 	$(PIP) --no-deps --upgrade --target $(VENV)/aot \
-	  'jax-cuda13-plugin>=0.11.2,<0.12' 'jax-cuda13-pjrt>=0.11.2,<0.12' 'libtpu==0.0.48.*'
+	  'jax-cuda13-plugin>=0.11.2,<0.12' 'jax-cuda13-pjrt>=0.11.2,<0.12' 'libtpu==0.0.48.*' 'nvidia-cuda-nvdisasm==13.*'
 	@touch $@
 
 # Huge pages: a step allocates and frees hundreds of megabytes, and a seventh of it was the kernel clearing small pages.
@@ -56,6 +57,9 @@ lint: setup-dev
 
 test: setup-dev setup-aot lint
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q --durations=20
+
+test-aot: setup-dev setup-aot
+	$(BIN)/python experiments/kernel_resources.py
 
 # torch lives in an environment of its own, as a second process: the golden data and the parity checks come from it.
 .venv-oracle/.installed: pyproject.toml

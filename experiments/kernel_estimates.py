@@ -56,7 +56,7 @@ GATE_SLOTS = ALL_EXPERTS * (2 * CHOSEN * 10 + 34)
 
 def product(m: int, n: int, k: int) -> str:
     """Returns the table row of one FP8 product [m, k] x [n, k]."""
-    tiling = choose_tiling(m, n, k, 2, MULTIPROCESSORS)
+    tiling = choose_tiling(m, n, k, 2, False, MULTIPROCESSORS)
     cycles = estimated_cycles(tiling, m, n, k, MULTIPROCESSORS)
     bound = max(cycles, key=cycles.__getitem__)
     flops = 2.0 * m * n * k
@@ -114,7 +114,7 @@ def grouped(groups: int, n: int, k: int, depth: bool) -> str:
 
 def _dense_tflops(m: int, n: int, k: int) -> float:
     """Returns the estimated rate of one dense FP8 product."""
-    tiling = choose_tiling(m, n, k, 2, MULTIPROCESSORS)
+    tiling = choose_tiling(m, n, k, 2, False, MULTIPROCESSORS)
     cycles = sum(estimated_cycles(tiling, m, n, k, MULTIPROCESSORS).values())
     return min(2.0 * m * n * k / cycles * CLOCK_GHZ * 1e-3, SUSTAINED * PEAK_TFLOPS)
 

@@ -34,7 +34,7 @@ def operations() -> list[str]:
 def compiled(target: str) -> dict[str, list[dict[str, Any]]]:
     """Compiles every operation for a target in a new process and returns the resources of each case."""
     path = os.pathsep.join([str(WHEELS), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pallas_kernels.compile_ahead", target, *operations()]
+    command = [sys.executable, "-m", "pallas_kernels.compile_ahead", target, "--all", *operations()]
     run = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": path}, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False
     )

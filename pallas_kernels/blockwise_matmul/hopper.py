@@ -57,10 +57,10 @@ def matmul(
     if accumulator is not None and out_dtype != jnp.float32:
         return matmul(a, b, accumulator, jnp.float32, tiling=tiling, interpret=interpret).astype(out_dtype)
     out_dtype = jnp.dtype(out_dtype)
-    tiling = tiling or choose_tiling(m, n, k, out_dtype.itemsize, multiprocessors())
+    by_column = b.tile == "1x128"
+    tiling = tiling or choose_tiling(m, n, k, out_dtype.itemsize, by_column, multiprocessors())
     if not tiling.fits(out_dtype.itemsize):
         raise ValueError(f"{tiling} does not fit into shared memory with {out_dtype} out")
-    by_column = b.tile == "1x128"
     operands = [
         pad_to(a.values, 8, 32),
         pad_to(a.scales.T, tiling.tile_m * tiling.cluster),
@@ -159,6 +159,8 @@ def _produce(
             @pl.when(step >= tiling.stages)
             def _():
                 plgpu.barrier_wait(freed.at[stage])
+                if b_scales is not None:
+                    plgpu.commit_smem()  # orders the consumers' reads of the scales before TMA's next write
 
             depth = pl.ds(k * PROMOTION_INTERVAL, PROMOTION_INTERVAL)
             arrived = filled.at[stage]
@@ -199,17 +201,11 @@ def _consume(
         blocks = (jnp.minimum(lax.div(column + part * width, TILE), last) for part in parts)
         return rows, tuple(b_scales[block, k] for block in blocks)
 
-    def multiply(stage, acc):
-        plgpu.wgmma(acc, a_smem.at[stage, wg_rows], b_smem.at[stage].transpose((1, 0)))
-        return acc[...]
-
     def columns_from_shared(stage):
-        """Returns the scales of B's rows from the ring. The fence orders these reads before TMA's next write."""
-        columns = tuple(
-            plgpu.load(b_scales_smem.at[stage, pl.ds(part * width, width)], layout=_COLUMNS) for part in parts
-        )
-        plgpu.commit_smem()
-        return columns
+        """Returns the scales of B's rows from the ring, none where B has a scale per block."""
+        if b_scales_smem is None:
+            return ()
+        return tuple(plgpu.load(b_scales_smem.at[stage, pl.ds(part * width, width)], layout=_COLUMNS) for part in parts)
 
     def compute_tile(row, column, steps_before):
         row += warpgroup * WARPGROUP_ROWS
@@ -218,14 +214,17 @@ def _consume(
             totals, (row_scales, block_scales) = carry
             stage = lax.rem(steps_before + k, tiling.stages)
             plgpu.barrier_wait(filled.at[stage])
-            partial = pl.run_scoped(
-                functools.partial(multiply, stage),
-                plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiling.tile_n), jnp.float32),
+
+            def multiply(acc):
+                plgpu.wgmma(acc, a_smem.at[stage, wg_rows], b_smem.at[stage].transpose((1, 0)))
+                # While the tensor cores work: the columns' scales of this step, the others of the next.
+                columns, upcoming = columns_from_shared(stage), scales_from_global(row, column, k + 1)
+                return acc[...], columns, upcoming
+
+            partial, column_scales, upcoming = pl.run_scoped(
+                multiply, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiling.tile_n), jnp.float32)
             )
-            column_scales = () if b_scales is not None else columns_from_shared(stage)
             plgpu.barrier_arrive(freed.at[stage])
-            # The next step's scales: loading them overlaps with this step's promotion and the next product.
-            upcoming = scales_from_global(row, column, k + 1)
             promoted = []
             for part in parts:
                 dots = partial[:, part * width : (part + 1) * width]

@@ -58,13 +58,12 @@ class Tiling:
 TUNED: dict[tuple[int, int, int], Tiling] = {}
 
 
-def choose_tiling(m: int, n: int, k: int, out_bytes: int, multiprocessors: int) -> Tiling:
-    """Returns the tuned entry, or the tiling with the fewest estimated cycles."""
-    if (tuned := TUNED.get((m, n, k))) and tuned.fits(out_bytes):
+def choose_tiling(m: int, n: int, k: int, out_bytes: int, by_column: bool, multiprocessors: int) -> Tiling:
+    """Returns the tuned entry, or the tiling with the fewest estimated cycles. `by_column`: as for `candidates`."""
+    space = candidates(out_bytes, by_column)
+    if (tuned := TUNED.get((m, n, k))) and tuned.fits(out_bytes) and tuned.tile_n <= max(c.tile_n for c in space):
         return tuned
-    return min(
-        candidates(out_bytes), key=lambda tiling: sum(estimated_cycles(tiling, m, n, k, multiprocessors).values())
-    )
+    return min(space, key=lambda tiling: sum(estimated_cycles(tiling, m, n, k, multiprocessors).values()))
 
 
 # Bytes per cycle that one multiprocessor gets from L2 when all read: what published kernels' rates imply.
@@ -93,11 +92,17 @@ def estimated_cycles(tiling: Tiling, m: int, n: int, k: int, multiprocessors: in
     return {bound: rounds * -(-k // PROMOTION_INTERVAL) * step[bound], "epilogues": rounds * EPILOGUE_CYCLES}
 
 
-def candidates(out_bytes: int) -> tuple[Tiling, ...]:
-    """Returns the tuning space: what `--tune` times and what is compiled ahead."""
+def candidates(out_bytes: int, by_column: bool) -> tuple[Tiling, ...]:
+    """Returns the tuning space: what `--tune` times and what is compiled ahead.
+
+    Args:
+      by_column: B has a scale per column (a weight gradient). A warpgroup has them in registers beside both sums, which
+        leaves no room for 192 columns.
+    """
     all_of = (
         Tiling(tile_n=tile_n, stages=stages, cluster=cluster)
         for tile_n, cluster in ((192, 2), (192, 1), (128, 2), (128, 1), (64, 1))
+        if not (by_column and tile_n > 128)
         for stages in (6, 5, 4, 3)
     )
     best: dict[tuple[int, int], Tiling] = {}

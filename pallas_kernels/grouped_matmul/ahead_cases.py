@@ -28,7 +28,8 @@ def hopper() -> list[Case]:
                 # tiling in a cluster is compiled, which needs most registers and shared memory.
                 for tiling in tilings if form in ("rows", "depth") else tilings[:1]:
                     name = f"{form}, {'FP8' if fp8 else 'bfloat16'}, {_words(tiling)}"
-                    yield Case(name, functools.partial(function, tiling=tiling), arguments)
+                    variant = tiling != tilings[0] or form == "rows, transposed weights"
+                    yield Case(name, functools.partial(function, tiling=tiling), arguments, variant)
 
     return list(cases())
 
@@ -65,7 +66,7 @@ def tpu() -> list[Case]:
     from pallas_kernels.grouped_matmul import tpu as kernels
 
     return [
-        Case(f"{form}, {'FP8' if fp8 else 'bfloat16'}", function, arguments)
+        Case(f"{form}, {'FP8' if fp8 else 'bfloat16'}", function, arguments, variant=not fp8 and "rows" in form)
         for fp8 in (False, True)
         for form, function, arguments, _ in _forms(fp8, kernels)
     ]

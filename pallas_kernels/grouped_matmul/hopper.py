@@ -274,6 +274,8 @@ def _produce(
             @pl.when(step >= tiling.stages)
             def _():
                 plgpu.barrier_wait(freed.at[stage])
+                if b_scales_smem is not None:
+                    plgpu.commit_smem()  # orders the consumers' reads of the scales before TMA's next write
 
             depth = pl.ds((tile.first_step + k) * form.depth, form.depth)
             for consumer in range(WARPGROUPS):
@@ -345,6 +347,14 @@ def _consume(
             blocks = (jnp.minimum(lax.div(tile.column + part * PART, TILE), last) for part in parts)
             return rows, tuple(scales[1][tile.group, block, k] for block in blocks)
 
+        def columns_from_shared(stage):
+            """Returns the scales of the right operand's rows from the ring, none where it has a scale per block."""
+            if b_scales_smem is None:
+                return ()
+            return tuple(
+                plgpu.load(b_scales_smem.at[stage, pl.ds(part * PART, PART)], layout=_COLUMNS) for part in parts
+            )
+
         def accumulate(k, carry):
             totals, (row_scales, block_scales) = carry
             stage = lax.rem(steps_before + k, tiling.stages)
@@ -352,18 +362,14 @@ def _consume(
 
             def one_step(acc):
                 multiply(acc, stage)
-                return acc[...]
+                # While the tensor cores work: the columns' scales of this step, the others of the next.
+                columns, upcoming = columns_from_shared(stage), scales_from_global(k + 1)
+                return acc[...], columns, upcoming
 
-            partial = pl.run_scoped(one_step, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiling.tile_n), jnp.float32))
-            column_scales = ()
-            if b_scales_smem is not None:
-                column_scales = tuple(
-                    plgpu.load(b_scales_smem.at[stage, pl.ds(part * PART, PART)], layout=_COLUMNS) for part in parts
-                )
-                plgpu.commit_smem()  # orders these reads before TMA's next write
+            partial, column_scales, upcoming = pl.run_scoped(
+                one_step, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiling.tile_n), jnp.float32)
+            )
             plgpu.barrier_arrive(freed.at[stage])
-            # The next step's scales: loading them overlaps with this promotion and the next product.
-            upcoming = scales_from_global(k + 1)
             promoted = []
             for part in parts:
                 dots = partial[:, part * PART : (part + 1) * PART]

@@ -43,6 +43,8 @@ _MOVES = (
     ("10 tokens of 768", 10, 2, 768, 24, jnp.bfloat16),
 )
 
+_VARIANTS = ("gate of Kimi-K2", "gate, 2 groups of 16", "V3, not padded", "V2-Lite, float32", "10 tokens of 768")
+
 
 def _moves(kernels) -> list[Case]:
     cases = []
@@ -51,16 +53,21 @@ def _moves(kernels) -> list[Case]:
         gate = jax.ShapeDtypeStruct((tokens, chosen), jnp.float32)
         row_of_slot, slot_of_row = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (tokens * chosen, count))
         cases += [
-            Case(f"permute, {name}", kernels.permute, (x, row_of_slot, slot_of_row)),
-            Case(f"combine, {name}", kernels.combine, (rows, gate, row_of_slot)),
-            Case(f"gradient of combine, {name}", kernels.combine_gradient, (rows, gate, x, row_of_slot, slot_of_row)),
+            Case(f"permute, {name}", kernels.permute, (x, row_of_slot, slot_of_row), name in _VARIANTS),
+            Case(f"combine, {name}", kernels.combine, (rows, gate, row_of_slot), name in _VARIANTS),
+            Case(
+                f"gradient of combine, {name}",
+                kernels.combine_gradient,
+                (rows, gate, x, row_of_slot, slot_of_row),
+                name in _VARIANTS,
+            ),
         ]
     return cases
 
 
 def _gates(kernels) -> list[Case]:
     return [
-        Case(name, functools.partial(kernels.gate, parameters=parameters), _router(experts, biased))
+        Case(name, functools.partial(kernels.gate, parameters=parameters), _router(experts, biased), name in _VARIANTS)
         for name, experts, biased, parameters in _ROUTERS
     ]
 

@@ -108,12 +108,12 @@ def test_tpu_kernel_equals_the_definition(sizes, b_tile, accumulate):
     assert relative_error(got, np.asarray(by_blocks(a, b, accumulator), "f8")) < 1e-6
 
 
-@given(st.integers(1, 9000), st.integers(1, 33000), st.integers(1, 20000), st.sampled_from([2, 4]))
+@given(st.integers(1, 9000), st.integers(1, 33000), st.integers(1, 20000), st.sampled_from([2, 4]), st.booleans())
 @settings(max_examples=50, deadline=None)
-def test_every_problem_gets_a_tiling_that_fits(m, n, k, out_bytes):
-    tiling = choose_tiling(m, n, k, out_bytes, 132)
+def test_every_problem_gets_a_tiling_that_fits(m, n, k, out_bytes, by_column):
+    tiling = choose_tiling(m, n, k, out_bytes, by_column, 132)
     assert tiling.fits(out_bytes)
-    assert tiling in candidates(out_bytes)
+    assert tiling in candidates(out_bytes, by_column)
 
 
 def test_on_hopper_the_kernel_is_chosen_and_sizes_that_fit_are_not_copied():

@@ -1,4 +1,7 @@
-"""Compiles every kernel and tuning entry for Hopper and TPUs on a machine with neither, and checks the reports."""
+"""Compiles every kernel for Hopper and TPUs on a machine with neither, and checks the compilers' reports.
+
+`make test-aot` compiles the variants too: every tiling and every size.
+"""
 
 import json
 import os
@@ -31,12 +34,17 @@ def compiled(target: str) -> dict[str, list[dict]]:
     return json.loads(run.stdout)
 
 
-@pytest.mark.aot
-def test_hopper_kernels_compile_without_spills():
+@pytest.fixture(scope="module")
+def hopper_kernels() -> list[tuple[str, dict]]:
+    """The name of the case and the report of every kernel compiled for Hopper."""
     cases = [case for operation in compiled("hopper").values() for case in operation]
-    kernels = [(case["case"], kernel) for case in cases for kernel in case["kernels"]]
-    assert len({kernel["kernel"] for _, kernel in kernels}) == 14
-    for name, kernel in kernels:
+    return [(case["case"], kernel) for case in cases for kernel in case["kernels"]]
+
+
+@pytest.mark.aot
+def test_hopper_kernels_compile_without_spills(hopper_kernels):
+    assert len({kernel["kernel"] for _, kernel in hopper_kernels}) == 14
+    for name, kernel in hopper_kernels:
         assert kernel["spill_store_bytes"] == kernel["spill_load_bytes"] == kernel["stack_bytes"] == 0, (name, kernel)
         assert not kernel["set_max_registers_ignored"], name
         assert kernel["shared_memory_bytes"] <= 232_448, name
@@ -48,6 +56,25 @@ def test_hopper_kernels_compile_without_spills():
             width = int(instruction.split("n")[-1].split("k32")[0])
             # One fused multiply-add per total: the promotion, and nothing that is computed twice.
             assert kernel["fused_multiply_adds"] == 64 * width // 128, name
+
+
+@pytest.mark.aot
+def test_loads_of_scales_never_delay_a_product(hopper_kernels):
+    """In each step of an FP8 main loop scales are loaded while the products run, and nothing delays the release."""
+    loops = {name: kernel["main_loop"] for name, kernel in hopper_kernels if "e4m3" in str(kernel["tensor_core"])}
+    if None in loops.values():
+        pytest.skip("nvdisasm is missing: make setup-aot installs it")
+    for name, loop in loops.items():
+        products = [index for index, what in enumerate(loop) if what == "WGMMA"]
+        waits = [index for index, what in enumerate(loop) if what == "WAIT"]
+        loads = [index for index, what in enumerate(loop) if what.startswith("LOAD")]
+        multiplications = [index for index, what in enumerate(loop) if what == "FMUL"]
+        assert len(products) == 4, name  # of 32 of K each
+        assert loads, name
+        assert all(products[0] < index < waits[0] for index in loads + multiplications), (name, loop)
+        after = loop[waits[0] + 1 :]
+        assert set(after) == {"RELEASE", "FFMA"}, (name, after)
+        assert "SPILL" not in loop, name
 
 
 @pytest.mark.aot
