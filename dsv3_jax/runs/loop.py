@@ -160,7 +160,7 @@ class _Run:
 
     def _step(self, take_step: Callable) -> StepMetrics:
         began = time.perf_counter()
-        values = self.inputs.scheduled_values(self.position.tokens)
+        values = self.inputs.scheduled_values(self.position.tokens, self.position.step)
         batch = self.inputs.next_batch(values.batch_size)
         self.state, metrics = take_step(self.state, *batch, step_settings(values))
         metrics = jax.device_get(metrics)

@@ -29,10 +29,11 @@ class StepInputs:
         self._feeding = layout.feed
         self._rows = rows
 
-    def scheduled_values(self, tokens: int) -> ScheduledValues:
-        """Returns the values of the schedules after `tokens` tokens."""
-        progress = tokens / self.total_tokens
-        return self._training.schedule.at(progress, self._training.batch_size, self._multiple)
+    def scheduled_values(self, tokens: int, steps: int) -> ScheduledValues:
+        """Returns the values of the schedules after `tokens` tokens in `steps` steps."""
+        training = self._training
+        progress, of_steps = tokens / self.total_tokens, steps / training.steps
+        return training.schedule.at(progress, of_steps, training.batch_size, self._multiple)
 
     def next_batch(self, size: int) -> tuple[Int[Array, "A B T1"], Int[Array, "A B T1"]]:
         """Reads this process's part of the next `size` sequences.

@@ -9,7 +9,7 @@ from dsv3_jax.data import DataConfig
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.schedules import TrainingSchedule
 
-# Differences from the report's schedule for a run of a few hundred steps: a longer warm-up than its 0.2% of the tokens,
+# Differences from the report's schedule for a run of a few hundred steps: a longer warm-up than its 0.8% of the steps,
 # and no growing batch. Some presets also change router biases faster: in 400 steps of 0.001 a bias can change by 0.4.
 _SHORT = {
     "warmup_until": 0.05,

@@ -1,7 +1,8 @@
 """The schedules of section 4.2 of the report: learning rate, batch size, and the weights of bias update and losses.
 
-Every schedule is piecewise in the tokens seen. Its phases end at fractions of the run's tokens, so that the same
-schedule can be used for a run of any length. The defaults are those of the report's run of 14.8T tokens.
+Every schedule is piecewise in the tokens seen, except that the warm-up of the learning rate is counted in steps. Phases
+end at fractions of the run's tokens or steps, so that the same schedule can be used for a run of any length. The
+defaults are those of the report's run of 14.8T tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dsv3_jax.errors import ConfigError
 
 REPORT_TOKENS = 14.8e12
 """Number of tokens of the report's run."""
+REPORT_STEPS = 242_783
+"""Number of steps of the report's run, if its batch size grows linearly in the tokens and in single sequences."""
 
 
 def _fraction(tokens: float) -> float:
@@ -41,12 +44,12 @@ class ScheduledValues:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingSchedule:
-    """The phases of a run. Every `*_until` is a fraction of the run's tokens, from 0 to 1.
+    """The phases of a run. Every `*_until` is a fraction, from 0 to 1: of the run's steps for the warm-up, else tokens.
 
     Attributes:
       learning_rate: peak learning rate.
-      warmup_until: fraction (0 to 1) of the run's tokens at which the linear warm-up of the learning rate from 0
-        ends (the report: 2,000 steps of the smallest batch).
+      warmup_until: fraction (0 to 1) of the run's steps at which the linear warm-up of the learning rate from 0 ends
+        (the report: 2,000 steps).
       constant_until: fraction (0 to 1) of the run's tokens at which the peak learning rate ends and the cosine decay
         starts.
       cosine_until: fraction (0 to 1) of the run's tokens at which the cosine decay ends.
@@ -64,7 +67,7 @@ class TrainingSchedule:
     """
 
     learning_rate: float = 2.2e-4
-    warmup_until: float = _fraction(2000 * 3072 * 4096)
+    warmup_until: float = 2000 / REPORT_STEPS
     constant_until: float = _fraction(10e12)
     cosine_until: float = _fraction(14.3e12)
     cosine_to: float = 2.2e-5 / 2.2e-4
@@ -96,10 +99,10 @@ class TrainingSchedule:
                     f"training.schedule.{name} must not be negative or infinite, not {getattr(self, name)}"
                 )
 
-    def rate_at(self, progress: float) -> float:
-        """Returns the learning rate at `progress`, the fraction of the run's tokens already seen."""
-        if progress < self.warmup_until:
-            return self.learning_rate * progress / self.warmup_until
+    def rate_at(self, progress: float, of_steps: float) -> float:
+        """Returns the learning rate after the fractions `progress` of the run's tokens and `of_steps` of its steps."""
+        if of_steps < self.warmup_until:
+            return self.learning_rate * of_steps / self.warmup_until
         if progress < self.constant_until:
             return self.learning_rate
         if progress < self.cosine_until:
@@ -118,15 +121,17 @@ class TrainingSchedule:
         share = self.ramp_from + (1.0 - self.ramp_from) * progress / self.ramp_until
         return min(full_batch, max(multiple, round(share * full_batch / multiple) * multiple))
 
-    def at(self, progress: float, full_batch: int, multiple: int = 1) -> ScheduledValues:
-        """Returns all values at `progress`, the fraction of the run's tokens already seen.
+    def at(self, progress: float, of_steps: float, full_batch: int, multiple: int = 1) -> ScheduledValues:
+        """Returns all values for the step that follows.
 
         Args:
+          progress: fraction of the run's tokens already seen.
+          of_steps: fraction of the run's steps already taken.
           full_batch: sequences of a step at the end of the ramp.
           multiple: a smaller batch is rounded to a multiple of this.
         """
         return ScheduledValues(
-            learning_rate=self.rate_at(progress),
+            learning_rate=self.rate_at(progress, of_steps),
             batch_size=self.batch_at(progress, full_batch, multiple),
             bias_update_speed=self.bias_update_speed if progress < self.bias_update_until else 0.0,
             balance_weight=self.balance_weight,

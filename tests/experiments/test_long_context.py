@@ -92,8 +92,8 @@ def test_phases_keep_the_last_learning_rate(script: ModuleType, tmp_path: Path):
     for length in plan.lengths:
         (tmp_path / f"facts-{length}.jsonl").touch()
     first, second, third = (script.run_of_phase(options, plan, 0, phase, phase > 0) for phase in range(3))
-    last = first.training.schedule.rate_at(1.0)
+    last = first.training.schedule.rate_at(1.0, 1.0)
     for run in (second, third):
-        rates = {run.training.schedule.rate_at(progress) for progress in (0.0, 0.3, 0.9, 0.999)}
+        rates = {run.training.schedule.rate_at(progress, progress) for progress in (0.0, 0.3, 0.9, 0.999)}
         assert all(np.isclose(rate, last, rtol=1e-12) for rate in rates)
         assert run.model == second.model

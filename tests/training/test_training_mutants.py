@@ -17,7 +17,7 @@ from small_runs import LENGTH
 
 from dsv3_jax.modules import balance
 from dsv3_jax.training import losses, optimizer
-from dsv3_jax.training.schedules import REPORT_TOKENS, TrainingSchedule
+from dsv3_jax.training.schedules import REPORT_STEPS, REPORT_TOKENS, TrainingSchedule
 
 VOCABULARY = 11
 
@@ -115,9 +115,10 @@ def check_decay_mask(mask: Callable) -> None:
 
 
 def check_schedule(schedule: TrainingSchedule) -> None:
-    rates = [schedule.rate_at(tokens / REPORT_TOKENS) for tokens in (1.2582912e10, 5e12, 12.15e12, 14.5e12, 14.7e12)]
-    np.testing.assert_allclose(rates, [1.1e-4, 2.2e-4, 1.21e-4, 2.2e-5, 7.3e-6], rtol=1e-9)
-    moments = [schedule.at(tokens / REPORT_TOKENS, 15360) for tokens in (1e12, 12e12, 14.5e12)]
+    assert schedule.rate_at(0.5, 1000 / REPORT_STEPS) == pytest.approx(1.1e-4)
+    rates = [schedule.rate_at(tokens / REPORT_TOKENS, 0.5) for tokens in (1e10, 5e12, 12.15e12, 14.5e12, 14.7e12)]
+    np.testing.assert_allclose(rates, [2.2e-4, 2.2e-4, 1.21e-4, 2.2e-5, 7.3e-6], rtol=1e-9)
+    moments = [schedule.at(tokens / REPORT_TOKENS, 0.5, 15360) for tokens in (1e12, 12e12, 14.5e12)]
     assert [moment.mtp_weight for moment in moments] == [0.3, 0.1, 0.1]
     assert [moment.bias_update_speed for moment in moments] == [0.001, 0.001, 0.0]
     assert {moment.balance_weight for moment in moments} == {1e-4}
