@@ -149,14 +149,28 @@ def read_config_file(path: Path) -> RunConfig:
         raise UserError(f"{path}: {error}") from error
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an error of the operating system while `path` is written, such as a full disk, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees either the old content or the whole new content."""
+    """Writes a file so that a reader sees either the old content or the whole new content.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
 
 
 def by_dotted_name(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,11 +18,11 @@ from dsv3_jax.runs.checkpoints import Checkpoints
 from dsv3_jax.runs.evaluation import Evaluation, evaluate
 from dsv3_jax.runs.folder import RunFolder, write_atomically
 from dsv3_jax.runs.interruption import Interruption
+from dsv3_jax.runs.metrics import json_value
 from dsv3_jax.runs.peer_watchdog import PeerWatchdog
 from dsv3_jax.runs.reporter import Reporter
 from dsv3_jax.runs.results import write_results
 from dsv3_jax.runs.sample import sample_text, whole_model
-from dsv3_jax.runs.saved_run import RunPosition
 from dsv3_jax.runs.start import RunStart, run_layout, start_or_resume
 from dsv3_jax.runs.step_inputs import StepInputs, step_settings
 from dsv3_jax.training.config import RunConfig
@@ -123,7 +123,7 @@ class _Run:
         self.reporter.introduce(self.inputs.total_tokens, self.layout)
         take_step = make_train_step(self.skeleton, self.config, self.layout)
         self.evaluation_step = make_evaluation_step(self.skeleton, self.config, self.layout)
-        start = self._evaluate(first=True)
+        start, first_step = self._evaluate(first=True), self.position.step
         while self.position.step < training.steps:
             if self._stop_requested():
                 return self._interrupted()
@@ -133,17 +133,17 @@ class _Run:
             step = self.position.step
             if training.checkpoint_every and step % training.checkpoint_every == 0:
                 self._save()
-            if training.evaluate_every and step % training.evaluate_every == 0 and step < training.steps:
+            if training.evaluates_after(step) and step < training.steps:
                 self._evaluate()
         if self._stop_requested():
             return self._interrupted()
-        end = self._evaluate()
+        end = self._evaluate() if self.position.step > first_step or start is None else start
         if end is None:
             return self._interrupted()
         self._save()
         self.checkpoints.wait()
         self.watchdog.end()
-        self._write_results(start, end)
+        self._write_results(end)
         return Outcome(0, start, end)
 
     def close(self) -> None:
@@ -166,7 +166,9 @@ class _Run:
         metrics = jax.device_get(metrics)
         self.watchdog.progressed()
         tokens = values.batch_size * self.config.data.sequence_length
-        self.position = RunPosition(self.position.step + 1, self.position.tokens + tokens, self.rows.state())
+        self.position = dataclasses.replace(
+            self.position, step=self.position.step + 1, tokens=self.position.tokens + tokens, data=self.rows.state()
+        )
         self.reporter.report_step(self.position, metrics, values, tokens / (time.perf_counter() - began))
         return metrics
 
@@ -184,19 +186,23 @@ class _Run:
         )
         self.watchdog.progressed(by_a_step=False)
         if result is not None:
+            if self.position.step == 0:
+                result_at_start = json_value(dataclasses.asdict(result))
+                self.position = dataclasses.replace(self.position, validation_at_start=result_at_start)
             self.reporter.report_evaluation(self.position.step, result, first=first)
         return result
 
     def _save(self) -> None:
         if self.saved_step != self.position.step:
+            self.reporter.flush()
             self.checkpoints.save(self.state, self.position, self.config)
             self.saved_step = self.position.step
 
-    def _write_results(self, start: Evaluation | None, end: Evaluation) -> None:
+    def _write_results(self, end: Evaluation) -> None:
         model = whole_model(self.skeleton, self.state, self.config, self.layout)  # by all processes together
         if not is_first():
             return
-        write_results(self.folder, self.config, self.position, self.reporter.recent_load, start, end)
+        write_results(self.folder, self.config, self.position, self.reporter.recent_load, end)
         if model is not None and self.config.training.sample_tokens:
             text = sample_text(model, self.data, self.config)
             write_atomically(self.folder.sample, text)

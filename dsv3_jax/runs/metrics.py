@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import socket
+import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dsv3_jax.runs.folder import write_atomically
+from dsv3_jax.runs.appended_file import AppendedFile
+from dsv3_jax.runs.folder import write_atomically, writing
 
 Record = dict[str, Any]
-
-
-class Writer(Protocol):
-    """One destination of a run's records."""
-
-    def write(self, record: Record) -> None:
-        """Writes the numbers of one step, or of an evaluation. `record["step"]` is the step."""
-        ...
-
-    def close(self) -> None:
-        """Closes the files."""
-        ...
 
 
 class JsonLines:
@@ -36,18 +27,34 @@ class JsonLines:
     Args:
       path: the file.
       last_step: the step that a run is resumed from. Lines of later steps are dropped; they will be written again.
+      report: is called with a line of text where lines are damaged, which are left out.
     """
 
-    def __init__(self, path: Path, last_step: int):
-        self.path = path
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= last_step]
-        write_atomically(path, "".join(kept))
-        self._file = path.open("a", buffering=1)
+    def __init__(self, path: Path, last_step: int, report: Callable[[str], None]):
+        lines, damage = _read_lines(path)
+        if damage:
+            report(damage)
+        kept = {_kind(record): line for line, record in lines if record["step"] <= last_step}
+        self._written = set(kept)
+        write_atomically(path, "".join(kept.values()))
+        self._file = AppendedFile(path)
+
+    def holds(self, record: Record) -> bool:
+        """Returns whether the record of this step, or of the evaluation after it, is there already."""
+        return _kind(record) in self._written
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps({name: _json_number(value) for name, value in record.items()}) + "\n")
+        """Writes the numbers of a step or of an evaluation; `record["step"]` is the step."""
+        self._written.add(_kind(record))
+        line = json.dumps(json_value(record)) + "\n"
+        self._file.write(line.encode())
+
+    def flush(self) -> None:
+        """Waits until everything is on the disk."""
+        self._file.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         self._file.close()
 
 
@@ -60,17 +67,42 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, last_step: int):
-        from tensorboardX import SummaryWriter
+        # Without the library's own writer, whose thread prints pages of tracebacks when the disk is full.
+        from tensorboardX.crc32c import crc32c
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
 
-        self._writer = SummaryWriter(str(folder), purge_step=last_step + 1, flush_secs=10)
+        self._event, self._summary, self._crc = Event, Summary, crc32c
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._file = AppendedFile(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}")
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=last_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, record: Record) -> None:
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(name, value, record["step"])
+        """Writes the numbers of a step or of an evaluation; `record["step"]` is the step."""
+        numbers = {n: v for n, v in record.items() if n != "step" and isinstance(v, int | float)}
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._add(self._event(step=record["step"], summary=self._summary(value=values)))
+
+    def flush(self) -> None:
+        """Waits until everything is on the disk."""
+        self._file.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        """Closes the file."""
+        self._file.close()
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        content = event.SerializeToString()
+        size = struct.pack("<Q", len(content))
+        self._file.write(size + self._masked_crc(size) + content + self._masked_crc(content))
+
+    def _masked_crc(self, content: bytes) -> bytes:
+        """Returns the checksum that the TFRecord format puts after each part of a record."""
+        crc = self._crc(content)
+        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 class Terminal:
@@ -99,6 +131,7 @@ class Terminal:
             self._bar.start()
 
     def write(self, record: Record) -> None:
+        """Shows the numbers of a step."""
         text = describe(record)
         step = record["step"]
         if self._bar is not None:
@@ -111,6 +144,7 @@ class Terminal:
         self.console.print(text, markup=False)
 
     def close(self) -> None:
+        """Removes the progress bar."""
         if self._bar is not None:
             self._bar.stop()
 
@@ -137,22 +171,59 @@ def describe(record: Record) -> str:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Returns the records of a metrics.jsonl."""
-    return [json.loads(line) for line in _lines(path)]
+    """Returns the records of a metrics.jsonl; lines that are damaged are left out."""
+    return [record for _, record in _read_lines(path)[0]]
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Yields the complete lines: a process that is killed while writing may leave an incomplete one."""
-    if not path.exists():
-        return
-    with path.open() as file:
-        for line in file:
-            if line.endswith("\n") and line.startswith("{"):
-                yield line
+def _read_lines(path: Path) -> tuple[list[tuple[str, Record]], str]:
+    """Returns the lines that hold a record, each with its record, and a sentence about the others.
+
+    An incomplete line at the end, which a process that is killed while writing may leave, is not worth a sentence.
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    except OSError as error:
+        return [], f"{path} cannot be read ({error.strerror}): what it recorded is left out"
+    found, damaged = [], []
+    for number, line in enumerate(lines, start=1):
+        record = _record(line)
+        if record is not None:
+            found.append((line.decode(), record))
+        elif number < len(lines) or line.endswith(b"\n"):
+            damaged.append(number)
+    if not damaged:
+        return found, ""
+    what = f"line {damaged[0]} is" if len(damaged) == 1 else f"{len(damaged)} lines from line {damaged[0]} on are"
+    return found, f"{path}: {what} damaged and left out"
 
 
-def _json_number(value: Any) -> Any:
-    """Returns NaN and infinity as strings, because JSON has no such numbers."""
+def _record(line: bytes) -> Record | None:
+    """Returns the record in a line; None where the line does not hold a whole one."""
+    try:
+        record = json.loads(line.decode()) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    values = record.values()
+    right = all(type(value) in (int, float) or value in ("nan", "inf", "-inf") for value in values)
+    return record if right and len(record) > 1 else None
+
+
+def _kind(record: Record) -> tuple[int, bool]:
+    """Returns what a run records once: a step, or the evaluation after a step."""
+    return record["step"], "validation_loss" in record
+
+
+def json_value(value: Any) -> Any:
+    """Returns a value, or a tree of dictionaries and sequences, with NaN and infinity as strings.
+
+    JSON has no such numbers.
+    """
+    if isinstance(value, dict):
+        return {name: json_value(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(part) for part in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -14,7 +14,7 @@ from dsv3_jax.runs.agreement import is_first
 from dsv3_jax.runs.evaluation import Evaluation
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.hardware import peak_flops
-from dsv3_jax.runs.metrics import JsonLines, Record, TensorBoard, Terminal, Writer
+from dsv3_jax.runs.metrics import JsonLines, Record, TensorBoard, Terminal
 from dsv3_jax.runs.saved_run import RunPosition
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.training.config import RunConfig
@@ -35,11 +35,13 @@ class Reporter:
     def __init__(self, folder: RunFolder, config: RunConfig, step: int):
         self._config, self._step = config, step
         self._terminal: Terminal | None = None
-        self._files: list[Writer] = []
+        self._lines: JsonLines | None = None
+        self._board: TensorBoard | None = None
         if is_first():
             self._terminal = Terminal(config.training.steps, step, config.training.log_every)
             last_kept = step or -1  # a run that starts over writes the evaluation of step 0 again
-            self._files = [JsonLines(folder.metrics, last_kept), TensorBoard(folder.tensorboard, last_kept)]
+            self._lines = JsonLines(folder.metrics, last_kept, self.say)
+            self._board = TensorBoard(folder.tensorboard, last_kept)
         self._recent_loads: deque[np.ndarray] = deque(maxlen=_RECENT_STEPS)
         self._flops = count_flops(config.model, config.data.sequence_length).training_with_mtp
         self._peak = peak_flops(jax.devices()[0])
@@ -95,15 +97,15 @@ class Reporter:
             )
 
     def report_evaluation(self, step: int, result: Evaluation, *, first: bool) -> None:
-        """Says and records a result on the validation set.
+        """Says a result on the validation set, and records it where the run evaluates after this step.
 
         Args:
-          first: it is the first one of this start, which an earlier start has recorded where the run is resumed.
+          first: it is the first one of this start. A resumed run evaluates once more, wherever it goes on from.
         """
         if first:
             self.say(result.describe_baselines())
         self.say(f"step {step}: {result.describe()}")
-        if first and step:
+        if not self._config.training.evaluates_after(step):
             return
         record: Record = {
             "step": step,
@@ -120,16 +122,23 @@ class Reporter:
         if self._terminal is not None:
             self._terminal.say(text)
 
+    def flush(self) -> None:
+        """Waits until all records are on the disk."""
+        for file in (self._lines, self._board):
+            if file is not None:
+                file.flush()
+
     def close(self) -> None:
         """Closes the files and the progress bar."""
-        for file in self._files:
-            file.close()
-        if self._terminal is not None:
-            self._terminal.close()
+        for writer in (self._lines, self._board, self._terminal):
+            if writer is not None:
+                writer.close()
 
     def _write(self, record: Record) -> None:
-        for file in self._files:
-            file.write(record)
+        if self._lines is None or self._board is None or self._lines.holds(record):
+            return
+        self._lines.write(record)
+        self._board.write(record)
 
 
 def _devices(layout: StateLayout) -> str:

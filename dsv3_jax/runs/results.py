@@ -22,14 +22,13 @@ def write_results(
     config: RunConfig,
     position: RunPosition,
     load: Int[np.ndarray, "layers E"] | None,
-    start: Evaluation | None,
     end: Evaluation,
 ) -> None:
     """Writes loss.png, expert_load.png and summary.json.
 
     Args:
       load: tokens sent to each expert over the last steps; None where there is nothing to show.
-      start: the result on the validation set at the start of this call of `train`.
+      end: the result on the validation set at the end of the run.
     """
     records = read_metrics(folder.metrics)
     title = f"{config.preset}, {position.tokens:,} tokens"
@@ -40,7 +39,7 @@ def write_results(
         "steps": position.step,
         "tokens": position.tokens,
         "validation": dataclasses.asdict(end),
-        "validation_at_start": None if start is None else dataclasses.asdict(start),
+        "validation_at_start": position.validation_at_start,
     }
     write_atomically(folder.summary, json.dumps(summary, indent=1) + "\n")
 

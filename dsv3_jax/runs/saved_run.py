@@ -33,11 +33,13 @@ class RunPosition:
       step: steps taken, including those whose update was skipped.
       tokens: tokens seen.
       data: state of the data iterator (`TrainIterator.state`).
+      validation_at_start: result on the validation set before the first step of the run; None before it is known.
     """
 
     step: int
     tokens: int
     data: dict[str, Any]
+    validation_at_start: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.step, int) and isinstance(self.tokens, int) and isinstance(self.data, dict)):

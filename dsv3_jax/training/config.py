@@ -112,6 +112,11 @@ class TrainingConfig:
         if not self.weight_decay >= 0.0:
             raise ConfigError(f"training.weight_decay must not be negative, not {self.weight_decay}")
 
+    def evaluates_after(self, step: int) -> bool:
+        """Returns whether a run evaluates on the validation set after `step` steps."""
+        due = bool(self.evaluate_every) and step % self.evaluate_every == 0
+        return due or step in (0, self.steps)
+
     @property
     def rows_per_pass(self) -> int:
         """Number of sequences of one forward pass over all devices."""

@@ -16,8 +16,8 @@ from dsv3_jax.training.config import RunConfig
 
 @pytest.fixture(scope="package")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """Returns a run of six steps that saves a checkpoint every second step."""
-    return small_run(write_corpus(tmp_path_factory.mktemp("corpus")))
+    """Returns a run of six steps that evaluates and saves a checkpoint every second step."""
+    return small_run(write_corpus(tmp_path_factory.mktemp("corpus")), evaluate_every=2)
 
 
 @pytest.fixture(scope="package", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -38,6 +39,9 @@ def assert_same_end(folder: Path, uninterrupted: Path, config: RunConfig) -> Non
     (state, progress), (expected, expected_progress) = (final_state(path, config) for path in (folder, uninterrupted))
     assert_trees_equal(state, expected)
     assert progress == expected_progress
+    for name in ("validation", "validation_at_start"):
+        results = [json.loads(RunFolder(path).summary.read_text())[name] for path in (folder, uninterrupted)]
+        assert results[0] == results[1] is not None
 
     def numbers(path: Path) -> list[dict]:
         records = read_metrics(RunFolder(path).metrics)
@@ -103,6 +107,34 @@ def test_a_signal_while_evaluating_saves(config: RunConfig, tmp_path: Path, monk
     monkeypatch.setattr(loop, "evaluate", interrupted)
     assert train(config, tmp_path).exit_code == 143
     assert [path.name for path in list_checkpoints(RunFolder(tmp_path))] == ["00000000"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, None])
+def test_an_evaluation_that_was_interrupted_is_recorded_once(
+    config: RunConfig,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals | None,
+):
+    """The process is told to stop, or dies, after the checkpoint of step 2 and before its evaluation has ended."""
+    evaluate, calls = loop.evaluate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            if number is None:
+                raise SystemExit(9)
+            os.kill(os.getpid(), number)
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", interrupted)
+        with contextlib.nullcontext() if number else pytest.raises(SystemExit):
+            assert train(config, tmp_path).exit_code == 143
+    assert [path.name for path in list_checkpoints(RunFolder(tmp_path))] == ["00000002"]
+    assert train(config, tmp_path).exit_code == 0
+    assert_same_end(tmp_path, uninterrupted, config)
 
 
 def test_a_run_stopped_before_its_first_step_records_its_start_once(
@@ -276,13 +308,15 @@ def test_saving_returns_before_the_files_are_written(copy: Path, config: RunConf
     assert_trees_equal(final_state(copy, config, 9)[0].params, final_state(copy, config)[0].params)
 
 
-def test_an_outcome_reports_validation(copy: Path, config: RunConfig):
-    """A finished run that is started again only evaluates."""
+def test_an_outcome_reports_validation(copy: Path, uninterrupted: Path, config: RunConfig):
+    """A finished run that is started again only evaluates, and records nothing again."""
     outcome = train(config, copy)
     assert isinstance(outcome, Outcome)
     assert outcome.start is not None
     assert outcome.end is not None
     assert outcome.start == outcome.end
+    for name in ("metrics.jsonl", "summary.json"):
+        assert (copy / name).read_text() == (uninterrupted / name).read_text(), name
 
 
 def test_the_public_function_trains_into_a_folder_named_after_the_preset(

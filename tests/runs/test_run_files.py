@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from small_runs import small_run
+from tensorboardX.crc32c import crc32c
+from tensorboardX.proto.event_pb2 import Event
 
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.runs.folder import RunFolder
-from dsv3_jax.runs.metrics import JsonLines, read_metrics
+from dsv3_jax.runs.metrics import JsonLines, TensorBoard, read_metrics
 from dsv3_jax.runs.plots import plot_expert_load, plot_losses
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.defaults import default_run
@@ -136,7 +140,7 @@ def test_a_wrong_field_is_named(section: str, field: str, value: object):
 def test_metrics_keep_every_bit_and_drop_lost_work(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     values = [float(np.float32(1) / np.float32(step + 3)) for step in range(6)]
-    writer = JsonLines(path, 0)
+    writer = JsonLines(path, 0, print)
     for step, value in enumerate(values, start=1):
         writer.write({"step": step, "loss": value})
     writer.write({"step": 7, "loss": float("nan"), "gradient_norm": float("inf")})
@@ -144,13 +148,77 @@ def test_metrics_keep_every_bit_and_drop_lost_work(tmp_path: Path):
     assert [record["loss"] for record in read_metrics(path)[:6]] == values
     with path.open("a") as file:
         file.write('{"step": 8, "lo')  # a process killed in the middle of a line
-    writer = JsonLines(path, 4)
+    writer = JsonLines(path, 4, print)
     writer.write({"step": 5, "loss": 0.5})
     writer.close()
     assert [(record["step"], record["loss"]) for record in read_metrics(path)] == [
         *enumerate(values[:4], start=1),
         (5, 0.5),
     ]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda line: line.replace(b":", b";", 1),
+        lambda line: line.replace(b"loss", b"\xff\xfeoss"),
+        lambda line: bytes(len(line) - 1) + b"\n",
+        lambda line: line.replace(b'"step": 3', b'"step": "three"'),
+        lambda line: line.replace(b'"step": 3', b'"step": true'),
+        lambda line: line.replace(b"0.25", b'"a quarter"'),
+        lambda line: line.replace(b"0.25", b"[" * 100_000 + b"]" * 100_000),
+        lambda line: line.replace(b"0.25", b"1" * 5000),
+        lambda line: b"[3]\n",
+    ],
+)
+def test_a_damaged_line_is_named_and_left_out(tmp_path: Path, harm: Callable[[bytes], bytes]):
+    path, said = tmp_path / "metrics.jsonl", []
+    writer = JsonLines(path, -1, said.append)
+    for step in range(6):
+        writer.write({"step": step, "loss": 0.25})
+    writer.close()
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:3], harm(lines[3]), *lines[4:]]))
+    assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 4, 5]
+    JsonLines(path, 4, said.append).close()
+    assert [record["step"] for record in read_metrics(path)] == [0, 1, 2, 4]
+    assert said == [f"{path}: line 4 is damaged and left out"]
+
+
+def test_metrics_that_cannot_be_read_are_begun_anew(tmp_path: Path):
+    path, said = tmp_path / "metrics.jsonl", []
+    path.symlink_to("/proc/self/mem")  # its reading fails with EIO
+    JsonLines(path, 4, said.append).close()
+    assert len(said) == 1
+    assert "cannot be read (Input/output error)" in said[0]
+    assert path.read_bytes() == b""
+
+
+def test_a_folder_in_place_of_the_metrics_is_one_line(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError) as error:
+        JsonLines(tmp_path / "metrics.jsonl", 4, print)
+    assert "metrics.jsonl cannot be written: Is a directory" in one_line(error)
+
+
+def test_tensorboard_files_can_be_read_by_its_own_format(tmp_path: Path):
+    """Each record of a TFRecord file has its length and two checksums."""
+    writer = TensorBoard(tmp_path, 3)
+    writer.write({"step": 4, "loss": 0.5, "gradient_norm": "nan"})
+    writer.close()
+    (file,) = tmp_path.iterdir()
+    content, events = file.read_bytes(), []
+    while content:
+        (size,) = struct.unpack("<Q", content[:8])
+        body = content[12 : 12 + size]
+        for part, crc in ((content[:8], content[8:12]), (body, content[12 + size : 16 + size])):
+            rotated = (struct.unpack("<I", crc)[0] - 0xA282EAD8) % 2**32
+            assert (rotated << 15 | rotated >> 17) % 2**32 == crc32c(part)
+        events.append(Event.FromString(body))
+        content = content[16 + size :]
+    assert [event.WhichOneof("what") for event in events] == ["file_version", "session_log", "summary"]
+    assert (events[1].step, events[2].step) == (4, 4)
+    assert [(value.tag, value.simple_value) for value in events[2].summary.value] == [("loss", 0.5)]
 
 
 def test_plots_of_a_run_are_pictures(tmp_path: Path):
