@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
 
 from dsv3_jax.errors import UserError
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> io.BufferedReader:
     """Opens a file for reading bytes.
 
     Raises:
@@ -25,7 +25,7 @@ def open_regular(path: Path | str) -> BinaryIO:
     if not stat.S_ISREG(kind):
         os.close(descriptor)
         raise UserError(f"cannot read {path}: it is {_KINDS.get(stat.S_IFMT(kind), 'not a regular file')}")
-    return os.fdopen(descriptor, "rb")
+    return open(descriptor, "rb")
 
 
 def read_regular(path: Path | str, *, max_bytes: int) -> bytes:

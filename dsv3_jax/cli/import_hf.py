@@ -70,11 +70,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _dry_run(source: Path, *, mtp: bool) -> int:
     from dsv3_jax.interop.account import take_account
-    from dsv3_jax.interop.checkpoint_folder import open_checkpoint
-    from dsv3_jax.interop.hf_config import read_config
+    from dsv3_jax.interop.published_checkpoint import open_published
 
-    checkpoint = open_checkpoint(source, headers=False)
-    account = take_account(checkpoint, read_config(checkpoint.path), mtp=mtp)
+    checkpoint, published = open_published(source, headers=False)
+    account = take_account(checkpoint, published, mtp=mtp)
     if checkpoint.entries is None:
         print("the weights are not here: names are checked against the architecture, dtypes and shapes are not")
     print(account.describe())
@@ -85,13 +84,11 @@ def _import(source: Path, target: Path, *, mtp: bool, tokenizer: str | None) -> 
     if target.is_symlink() or target.exists():
         raise UserError(f"{target}: is there already; choose a new folder")
     from dsv3_jax.interop.account import take_account
-    from dsv3_jax.interop.checkpoint_folder import open_checkpoint
-    from dsv3_jax.interop.hf_config import read_config
     from dsv3_jax.interop.importer import load_hf, original_format
-    from dsv3_jax.interop.whole_folder import whole_folder
+    from dsv3_jax.interop.published_checkpoint import open_published
 
-    checkpoint = open_checkpoint(source)
-    account = take_account(checkpoint, read_config(checkpoint.path), mtp=mtp)
+    checkpoint, published = open_published(source)
+    account = take_account(checkpoint, published, mtp=mtp)
     found = _tokenizer(checkpoint.path, tokenizer, account.config)
     with notes():
         model = load_hf(source, dtype="float32", mtp=mtp, progress=sys.stderr.isatty())

@@ -7,6 +7,7 @@ against the architecture too. No weights are allocated, so that a laptop can che
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
 
@@ -82,7 +83,8 @@ def take_account(checkpoint: CheckpointFolder, published: PublishedConfig, *, mt
     Raises:
       UserError: tensors are missing, unknown, or of the wrong dtype or shape; the message names file and tensor.
     """
-    config, ignored, notices = _without_absent_mtp(checkpoint, published.model, mtp)
+    config, ignored, more = _mtp_modules(checkpoint, published, mtp)
+    notices = [*checkpoint.notices, *published.notices, *more]
     wanted = list(published_tensors(config))
     present = [tensor for tensor in wanted if tensor.name in checkpoint.names]
     missing = [tensor.name for tensor in wanted if tensor.name not in checkpoint.names and not tensor.copy]
@@ -135,23 +137,40 @@ def check_filled(account: Account) -> None:
         assert sum(math.prod(tensor.tail) for tensor in filling) == math.prod(array.shape), f"{path} has gaps"
 
 
-def _without_absent_mtp(
-    checkpoint: CheckpointFolder, config: ModelConfig, mtp: bool
+def _mtp_modules(
+    checkpoint: CheckpointFolder, published: PublishedConfig, mtp: bool
 ) -> tuple[ModelConfig, set[str], list[str]]:
-    """Returns the configuration (without MTP where there is none), MTP tensors to ignore, and lines for the user."""
-    if not config.num_nextn_predict_layers:
-        return config, set(), []
-    without = config.replace(num_nextn_predict_layers=0)
+    """Returns the configuration with the MTP modules to load, MTP tensors to ignore, and lines for the user."""
+    announced = published.model.num_nextn_predict_layers
+    without = published.model.replace(num_nextn_predict_layers=0)
+    present = _mtp_modules_present(checkpoint, without)
     found = {name for name in checkpoint.names if is_mtp(without, name) and not holds_no_weights(name)}
+    if not announced and not present:
+        return without, set(), []
     if not mtp:
         return without, found, []
+    if not announced and published.says_mtp:
+        raise UserError(
+            f"{checkpoint.path}: config.json says num_nextn_predict_layers 0, but {present} MTP modules are there "
+            f"({named(sorted(found))}); set it to {present}, or load without MTP (mtp=False, --no-mtp)"
+        )
+    if not announced:
+        line = f"{checkpoint.path}: config.json has no num_nextn_predict_layers; {present} MTP modules are there"
+        return without.replace(num_nextn_predict_layers=present), set(), [line]
     if not found:
         line = (
-            f"{checkpoint.path}: config.json announces {config.num_nextn_predict_layers} MTP modules, "
+            f"{checkpoint.path}: config.json announces {announced} MTP modules, "
             "but the checkpoint has no tensors of them; the model is loaded without MTP"
         )
         return without, set(), [line]
-    return config, set(), []
+    return published.model, set(), []
+
+
+def _mtp_modules_present(checkpoint: CheckpointFolder, without: ModelConfig) -> int:
+    """Returns the number of MTP modules by their tensors, of which no other layer has an `enorm`."""
+    first = without.num_hidden_layers
+    norms = (f"model.layers.{first + depth}.enorm.weight" for depth in itertools.count())
+    return sum(1 for _ in itertools.takewhile(checkpoint.names.__contains__, norms))
 
 
 def _scales(checkpoint: CheckpointFolder, present: list[PublishedTensor]) -> set[str]:

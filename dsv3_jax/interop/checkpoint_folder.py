@@ -2,7 +2,7 @@
 
 Sharded checkpoints have `model.safetensors.index.json`, whose `weight_map` names a file for every tensor. The map is
 not trusted: only plain file names inside the folder are accepted, and symbolic links that lead out of the folder are
-refused. Files of other formats (pickles) are never opened.
+refused, except those of a download cache to its own files. Files of other formats (pickles) are never opened.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ class CheckpointFolder:
       path: the folder.
       names: the name of every tensor, from the index (or from the only file).
       entries: dtype, shape and position of every tensor; None where only the index exists (enough for an account).
+      notices: lines that the user should read.
     """
 
     path: Path
     names: frozenset[str]
     entries: dict[str, TensorEntry] | None
+    notices: tuple[str, ...] = ()
 
 
 def open_checkpoint(folder: Path | str, *, headers: bool = True) -> CheckpointFolder:
@@ -49,9 +51,15 @@ def open_checkpoint(folder: Path | str, *, headers: bool = True) -> CheckpointFo
     """
     folder = checked_folder(folder)
     index, single = folder / INDEX_NAME, folder / SINGLE_NAME
+    files = [SINGLE_NAME]
     if index.exists():
         weight_map = _read_index(checked_file(folder, INDEX_NAME))
         files = sorted(set(weight_map.values()))
+        if single.exists() and SINGLE_NAME not in files:
+            raise UserError(
+                f"{folder}: holds two sets of weights, {SINGLE_NAME} and the shards of {INDEX_NAME}, of which "
+                "other programs use the first: delete the one that is not wanted"
+            )
         if not headers and not any((folder / name).exists() for name in files):
             return CheckpointFolder(folder, frozenset(weight_map), None)
         entries = _read_shards(folder, weight_map, files)
@@ -59,7 +67,7 @@ def open_checkpoint(folder: Path | str, *, headers: bool = True) -> CheckpointFo
         entries = read_header(checked_file(folder, SINGLE_NAME))
     else:
         raise UserError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}{_pickle_hint(folder)}")
-    return CheckpointFolder(folder, frozenset(entries), entries)
+    return CheckpointFolder(folder, frozenset(entries), entries, _unused(folder, files))
 
 
 def checked_folder(folder: Path | str) -> Path:
@@ -85,14 +93,28 @@ def checked_file(folder: Path, name: str) -> Path:
         real = path.resolve(strict=True)
     except (OSError, RuntimeError):
         raise UserError(f"{path}: is missing") from None
-    if real.parent != folder and folder not in real.parents:
-        raise UserError(
-            f"{path}: is a link that leads out of the folder; copy the file there (a download cache keeps links: "
-            "download to a plain folder)"
-        )
+    if folder not in real.parents and not _is_of_download_cache(folder, real):
+        raise UserError(f"{path}: is a link that leads out of the folder; copy the file there")
     if not real.is_file():
         raise UserError(f"{path}: is not a regular file")
     return real
+
+
+def _is_of_download_cache(folder: Path, real: Path) -> bool:
+    """Tells whether `real` is where the cache of huggingface_hub keeps the contents of the files in `folder`.
+
+    There snapshots/REVISION/NAME is a link to blobs/DIGEST.
+    """
+    return folder.parent.name == "snapshots" and real.parent == folder.parent.parent / "blobs"
+
+
+def _unused(folder: Path, files: list[str]) -> tuple[str, ...]:
+    """Returns a notice of shards that do not belong to the weights that are read, as those of an earlier save."""
+    others = sorted(path.name for path in folder.glob("*-of-*.safetensors") if path.name not in files)
+    if not others:
+        return ()
+    more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    return (f"{folder}: {others[0]}{more} is of another set of weights and is not read",)
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -1,14 +1,16 @@
 """Converts published `config.json` files to `ModelConfig` and back.
 
-Only known keys are accepted. Each is translated, or checked against the one value that this architecture has, or known
-not to change what a model computes. Any other key is refused, because ignoring it could load a different model without
-a warning. Code that a file names (`auto_map`) is never imported.
+A known key is translated, or checked against the one value that this architecture has, or known not to change what a
+model computes. An absent key has the default of its model type in every loader of the family. An unknown key is refused
+if its name says that it changes what a model computes, because ignoring it could load a different model; otherwise it
+is named in a notice. Code that a file names (`auto_map`) is never imported.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 from dsv3_jax.bounded_json import read_object, shown
 from dsv3_jax.config import ModelConfig, RopeScaling
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.interop.checkpoint_folder import checked_file, checked_folder
 
 CONFIG_NAME = "config.json"
 _MAX_CONFIG_BYTES = 1_000_000
@@ -44,6 +47,8 @@ _REQUIRED = (
 )
 # Here null has a meaning: no query compression, no shared experts, no groups.
 _NULLABLE: dict[str, Any] = {"q_lora_rank": None, "n_shared_experts": 0, "n_group": 1, "topk_group": 1}
+# What loaders take where the key is absent, which is not what null means. deepseek_v2's default is null.
+_V3_ABSENT = {"n_group": 8, "topk_group": 4}
 _OPTIONAL: dict[str, Any] = {"rms_norm_eps": 1e-6, "initializer_range": 0.02}
 _FRACTIONAL = {"routed_scaling_factor", *_OPTIONAL}
 
@@ -54,13 +59,19 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "tie_word_embeddings": (False,),
     "moe_layer_freq": (1,),
-    "attention_dropout": (0, None),
     "pretraining_tp": (1, None),
 }
+# Parts of names of fields with which other architectures change what a model computes.
+_COMPUTES = re.compile(
+    "softcap|window|index_|multiplier|logit_scale|logits_scal|(qk|query|key)_(layer)?norm|partial_rotary|layer_types|"
+    "per_layer|_config$|adapter|lora|zero_expert|swiglu|clamp|compress|attn_scale|attention_scale|residual|sink|hash|"
+    "pattern|conv|embedding_scale|alibi|experts_per|norm_type|temperature|_bias$|position_embedding"
+)
 
 # Fields that do not change what a model computes.
 _SILENT = {
     "architectures",
+    "attention_dropout",
     "auto_map",
     "aux_loss_alpha",
     "bos_token_id",
@@ -123,21 +134,27 @@ class PublishedConfig:
       quantization: the FP8 format; None where weights are not quantised.
       rope_interleave: True where rotary pairs are neighbours (2i, 2i+1), as in every published checkpoint. False where
         they are half a head apart (i, i + width/2); loading reorders the rows.
+      says_mtp: whether the number of MTP modules is given; where it is not, the tensors tell.
+      notices: lines that the user should read.
     """
 
     model: ModelConfig
     quantization: Quantization | None = None
     rope_interleave: bool = True
+    says_mtp: bool = True
+    notices: tuple[str, ...] = ()
 
 
 def read_config(folder: Path) -> PublishedConfig:
     """Reads the `config.json` of a checkpoint folder (see `from_published`)."""
-    path = folder / CONFIG_NAME
+    path = checked_file(checked_folder(folder), CONFIG_NAME)
     values = read_object(path, max_bytes=_MAX_CONFIG_BYTES)
     try:
-        return from_published(values)
+        published = from_published(values)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{folder / CONFIG_NAME}: {error}") from None
+    notices = tuple(f"{folder / CONFIG_NAME}: {notice}" for notice in published.notices)
+    return dataclasses.replace(published, notices=notices)
 
 
 def from_published(values: Mapping[str, Any]) -> PublishedConfig:
@@ -151,14 +168,17 @@ def from_published(values: Mapping[str, Any]) -> PublishedConfig:
         raise ConfigError(
             f"model_type {shown(model_type)} is not one of {', '.join((*V3_MODEL_TYPES, *V2_MODEL_TYPES))}"
         )
-    _check_keys(values)
+    notices = _check_keys(values)
     _check_fixed(values)
-    fields = _plain_fields(values)
+    v2 = model_type in V2_MODEL_TYPES
+    fields = _plain_fields(values if v2 else _V3_ABSENT | dict(values))
+    if v2 and values.get("topk_method") == "group_limited_greedy" and values.get("n_group") is None:
+        raise ConfigError("n_group is missing, which topk_method 'group_limited_greedy' needs")
     _check_derived(values, fields)
     theta, scaling = _rope(values)
     model = ModelConfig(
         **fields,
-        **_routing(values, v2=model_type in V2_MODEL_TYPES),
+        **_routing(values, v2=v2),
         num_nextn_predict_layers=_mtp_layers(values),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -168,7 +188,9 @@ def from_published(values: Mapping[str, Any]) -> PublishedConfig:
     interleave = values.get("rope_interleave")
     if interleave not in (True, False, None):
         raise ConfigError(f"rope_interleave must be true or false, not {shown(interleave)}")
-    return PublishedConfig(model, _quantization(values.get("quantization_config")), interleave is not False)
+    says_mtp = any(values.get(name) is not None for name in ("num_nextn_predict_layers", "num_mtp_layers"))
+    quantization = _quantization(values.get("quantization_config"))
+    return PublishedConfig(model, quantization, interleave is not False, says_mtp or v2, notices)
 
 
 def to_published(
@@ -242,17 +264,24 @@ def _check_expressible(config: ModelConfig) -> None:
             )
 
 
-def _check_keys(values: Mapping[str, Any]) -> None:
+def _check_keys(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns a notice that names the unknown fields, if there are any; refuses those that change what is computed."""
     known = {*_REQUIRED, *_NULLABLE, *_OPTIONAL, *_FIXED, *_SILENT, *_DERIVED, *_TRANSLATED}
     unknown = sorted(key for key in values if key not in known)
-    if unknown:
+    changing = [key for key in unknown if values[key] and _COMPUTES.search(key.lower())]
+    if changing:
         raise ConfigError(
-            f"{', '.join(shown(key) for key in unknown[:5])}: not a field of this architecture; if it does not change "
+            f"{', '.join(shown(key) for key in changing[:5])}: not a field of this architecture; if it does not change "
             "what the model computes, remove it from config.json"
         )
     missing = [name for name in (*_REQUIRED, "q_lora_rank", "n_shared_experts") if name not in values]
     if missing:
         raise ConfigError(f"{', '.join(missing)} missing")
+    if not unknown:
+        return ()
+    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+    fields = ", ".join(f"{shown(key)} ({shown(values[key])})" for key in unknown[:5])
+    return (f"unknown fields are ignored: {fields}{more}",)
 
 
 def _check_fixed(values: Mapping[str, Any]) -> None:
@@ -291,6 +320,9 @@ def _check_derived(values: Mapping[str, Any], fields: Mapping[str, Any]) -> None
 
 def _routing(values: Mapping[str, Any], *, v2: bool) -> dict[str, Any]:
     """Returns how experts are scored and chosen; a missing field has the default of its model type."""
+    if "norm_topk_prob" in values and values["norm_topk_prob"] is None:
+        # Some loaders take null as true, others as false.
+        raise ConfigError("norm_topk_prob is null: say true or false")
     result = {
         "scoring_func": values.get("scoring_func") or ("softmax" if v2 else "sigmoid"),
         "topk_method": values.get("topk_method") or ("greedy" if v2 else "noaux_tc"),

@@ -17,11 +17,12 @@ import numpy as np
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.interop.account import FP8_DTYPE, Account, take_account
-from dsv3_jax.interop.checkpoint_folder import CheckpointFolder, open_checkpoint
+from dsv3_jax.interop.checkpoint_folder import CheckpointFolder
 from dsv3_jax.interop.fp8_weights import E4M3
-from dsv3_jax.interop.hf_config import PublishedConfig, read_config
+from dsv3_jax.interop.hf_config import PublishedConfig
 from dsv3_jax.interop.parameter_tree import arrays, shardings, with_arrays
 from dsv3_jax.interop.progress import byte_progress
+from dsv3_jax.interop.published_checkpoint import open_published
 from dsv3_jax.interop.safetensors_reader import DTYPES, TensorEntry
 from dsv3_jax.interop.stored_format import StoredFormat, are_powers_of_two
 from dsv3_jax.interop.stored_tensor import StoredTensor
@@ -68,11 +69,11 @@ def load_hf(
       UserError: anything is wrong with the files; the message is one line that names file and tensor.
 
     Warns:
-      UserWarning: a tensor holds NaN, or config.json announces MTP modules that are absent.
+      UserWarning: a tensor holds NaN, config.json has unknown fields or announces MTP modules that are absent, or the
+        folder holds weights that belong to no index.
     """
     dtype = _checked_dtype(dtype)
-    checkpoint = open_checkpoint(folder)
-    published = read_config(checkpoint.path)
+    checkpoint, published = open_published(folder)
     account = take_account(checkpoint, published, mtp=mtp)
     for notice in account.notices:
         warnings.warn(notice, stacklevel=2)
@@ -99,8 +100,7 @@ def load_hf(
 
 def architecture_of(folder: str | Path) -> ModelConfig:
     """Returns the architecture that `load_hf` would give, read from config.json and the headers of the files alone."""
-    checkpoint = open_checkpoint(folder)
-    return take_account(checkpoint, read_config(checkpoint.path)).config
+    return take_account(*open_published(folder)).config
 
 
 def stored_tensors(

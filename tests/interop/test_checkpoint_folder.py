@@ -72,6 +72,39 @@ def test_link_inside_the_folder(folder: Path) -> None:
     assert open_checkpoint(folder).names == {"a"}
 
 
+def test_links_of_a_download_cache_to_its_own_files(tmp_path: Path) -> None:
+    """huggingface_hub keeps snapshots/REVISION/NAME as a link to blobs/DIGEST."""
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "1f"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    write_tensors(blobs / "d1", {"a": A})
+    (snapshot / "model.safetensors").symlink_to("../../blobs/d1")
+    assert open_checkpoint(snapshot).names == {"a"}
+    (tmp_path / "linked").symlink_to(snapshot)
+    assert open_checkpoint(tmp_path / "linked").names == {"a"}
+    for outside in (tmp_path / "d1", tmp_path / "models--a--b" / "d1", blobs / "deeper" / "d1"):
+        outside.parent.mkdir(exist_ok=True)
+        write_tensors(outside, {"a": A})
+        (snapshot / "model.safetensors").unlink()
+        (snapshot / "model.safetensors").symlink_to(outside)
+        refuse(snapshot, "leads out")
+
+
+def test_two_sets_of_weights_in_one_folder(folder: Path) -> None:
+    write_tensors(folder / "model-00001-of-00009.safetensors", {"a": A})
+    assert "model-00001-of-00009.safetensors is of another set" in open_checkpoint(folder).notices[0]
+    write_tensors(folder / "model.safetensors", {"a": A, "b": B})
+    refuse(folder, "holds two sets of weights")
+    write_index(folder, {"a": "model.safetensors", "b": "model.safetensors"})
+    assert open_checkpoint(folder).names == {"a", "b"}
+
+
+def test_pickles_beside_safetensors_are_not_looked_at(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.names, checkpoint.notices) == ({"a", "b"}, ())
+
+
 def test_link_to_itself(folder: Path) -> None:
     (folder / "loop.safetensors").symlink_to("loop.safetensors")
     write_index(folder, {"a": "loop.safetensors"})

@@ -111,6 +111,41 @@ class TestReading:
         values = golden_config(V3, quantization_config=FP8 | {"scale_fmt": "ue8m0"})
         assert from_published(values).quantization == Quantization(power_of_two_scales=True)
 
+    def test_absent_fields_have_the_defaults_of_every_loader(self) -> None:
+        """DeepseekV3Config's, of transformers and of the code beside the weights; null says something else."""
+        values = golden_config(V3, rope_parameters=None)
+        for name in (
+            *("n_group", "topk_group", "norm_topk_prob", "scoring_func", "topk_method", "rms_norm_eps", "rope_theta"),
+            *("rope_scaling", "rope_interleave", "hidden_act", "attention_bias", "initializer_range"),
+            *("num_key_value_heads", "tie_word_embeddings", "moe_layer_freq", "attention_dropout"),
+        ):
+            values.pop(name, None)
+        published = from_published(values | {"n_routed_experts": 16})
+        model = published.model
+        assert (model.n_group, model.topk_group) == (8, 4)
+        assert (model.norm_topk_prob, model.scoring_func, model.topk_method) == (True, "sigmoid", "noaux_tc")
+        assert (model.rms_norm_eps, model.rope_theta, model.rope_scaling) == (1e-6, 10_000.0, None)
+        assert (published.rope_interleave, model.initializer_range) == (True, 0.02)
+        nulls = from_published(values | {"n_group": None, "topk_group": None}).model
+        assert (nulls.n_group, nulls.topk_group) == (1, 1)
+
+    def test_unknown_fields_are_named_and_those_that_compute_are_refused(self) -> None:
+        harmless = {"_attn_implementation_autoset": True, "trainer": "mine", "sliding_window": None, "\x1b[2Jname": 1}
+        published = from_published(golden_config(V3) | harmless)
+        assert published.model == from_published(golden_config(V3)).model
+        (notice,) = published.notices
+        assert all(name in notice for name in ("'_attn_implementation_autoset' (True)", "trainer", "sliding_window"))
+        assert "\x1b" not in notice
+        for name in ("final_logit_softcapping", "layer_types", "use_qk_norm", "text_config", "swiglu_limit"):
+            with pytest.raises(ConfigError, match=name):
+                from_published(golden_config(V3) | {name: [1]})
+
+    def test_groups_that_a_v2_model_needs_are_not_guessed(self) -> None:
+        values = golden_config("v2_groups")
+        del values["n_group"]
+        with pytest.raises(ConfigError, match="n_group is missing"):
+            from_published(values)
+
     def test_yarn_without_temperatures_has_the_published_code_s(self) -> None:
         """mscale 1 and mscale_all_dim 0: all of the temperature on cos and sin, none on the softmax."""
         scaling = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 64}
@@ -217,8 +252,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"quantization_config": []}, "quantization_config"),
     ({"sliding_window": 4096}, "sliding_window"),
     ({"index_topk": 2048}, "index_topk"),
-    ({"_attn_implementation_internal": "evil/repo"}, "_attn_implementation_internal"),
-    ({"\x1b[2Jname": 1}, "x1b"),
+    ({"\x1b[2Jsliding_window": 1}, "x1b"),
+    ({"norm_topk_prob": None}, "norm_topk_prob is null"),
 ]
 
 
@@ -261,7 +296,7 @@ class TestRefusing:
         assert len(str(caught.value)) < 600
 
     def test_no_file(self, tmp_path: Path) -> None:
-        with pytest.raises(UserError, match=r"cannot read .*config\.json"):
+        with pytest.raises(UserError, match=r"config\.json: is missing"):
             read_config(tmp_path)
 
     @settings(max_examples=300, deadline=None)

@@ -120,7 +120,7 @@ KINDS = {
     "cut": "model.safetensors: tensor",
     "long header": "header of",
     "json bomb": "nested deeper",
-    "no config": "cannot read .*config.json",
+    "no config": "config.json: is missing",
     "traversal": "a plain name",
     "link": "leads out",
     "tokenizer": "tokenizer.json",

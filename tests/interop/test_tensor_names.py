@@ -167,6 +167,25 @@ class TestAccountOfGolden:
         assert all(name.startswith("model.layers.3.") for name in account.ignored)
         assert account.ignored
 
+    def test_mtp_modules_that_config_does_not_announce(self, tmp_path: Path) -> None:
+        tensors, config = golden_tensors(self.NAME), golden_config(self.NAME)
+        zero = write_checkpoint(tmp_path / "zero", tensors, config | {"num_nextn_predict_layers": 0})
+        assert self.account(zero, mtp=False).config.num_nextn_predict_layers == 0
+        with pytest.raises(UserError, match=r"num_nextn_predict_layers 0, but 1 MTP modules .*--no-mtp"):
+            self.account(zero)
+        del config["num_nextn_predict_layers"]
+        absent = write_checkpoint(tmp_path / "absent", tensors, config)
+        assert self.account(absent, mtp=False).config.num_nextn_predict_layers == 0
+        assert self.account(absent).config.num_nextn_predict_layers == 1
+        assert "has no num_nextn_predict_layers" in self.account(absent).notices[0]
+
+    def test_layers_beyond_the_announced_are_no_mtp_modules(self, tmp_path: Path) -> None:
+        """A wrong num_hidden_layers is not taken for MTP modules that may be left out."""
+        config = golden_config(self.NAME, num_hidden_layers=2, num_nextn_predict_layers=0)
+        for mtp in (True, False):
+            with pytest.raises(UserError, match="left over"):
+                self.account(write_checkpoint(tmp_path, golden_tensors(self.NAME), config), mtp=mtp)
+
     def test_copies_may_be_absent(self, tmp_path: Path) -> None:
         tensors = golden_tensors(self.NAME)
         del tensors["model.layers.3.embed_tokens.weight"]
