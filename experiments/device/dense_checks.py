@@ -54,9 +54,7 @@ def weight_gradient(tiling, m: int, n: int, k: int) -> Iterator[Case]:
 
     def function(a, b, accumulator=None):
         if tiling is None:
-            return pk.blockwise_matmul(
-                of(a, "1x128"), of(b, "1x128"), accumulator=accumulator, out_dtype=jnp.float32
-            )
+            return pk.blockwise_matmul(of(a, "1x128"), of(b, "1x128"), accumulator=accumulator, out_dtype=jnp.float32)
         return hopper.matmul(of(a, "1x128"), of(b, "1x128"), accumulator, jnp.float32, tiling=tiling)
 
     pair = tiles(m, k, "1x128"), tiles(n, k, "1x128", seed=1)

@@ -22,8 +22,10 @@ REQUANTISED = 4e-3
 
 def cases(tiny: bool) -> Iterator[Case]:
     tokens = 40 if tiny else 600
-    yield gate("V3", tokens, 256, dict(num_experts_per_tok=8, n_group=8, topk_group=4, routed_scaling_factor=2.5))
-    yield gate("V2-Lite", tokens, 64, dict(num_experts_per_tok=6, scoring_func="softmax", norm_topk_prob=False))
+    yield gate(
+        "V3", tokens, 256, {"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5}
+    )
+    yield gate("V2-Lite", tokens, 64, {"num_experts_per_tok": 6, "scoring_func": "softmax", "norm_topk_prob": False})
     yield grouped_product(tiny)
     rows, out, width = (128, 128, 128) if tiny else (1536, 2112, 1024)
     for name, role in (
@@ -55,7 +57,7 @@ def gate(name: str, tokens: int, experts: int, settings: dict) -> Case:
 
 def grouped_product(tiny: bool) -> Case:
     """Returns both gradients of the bfloat16 product over groups, against float64."""
-    rows, out, width, sizes = (300, 72, 136, (100, 0, 150)) if tiny else (2000, 1152, 1088, (700, 0, 1200))
+    rows, out, width, sizes = (300, 80, 144, (100, 0, 150)) if tiny else (2000, 1152, 1088, (700, 0, 1200))
     x, w, bar = normal(rows, width), normal(len(sizes), out, width, seed=1), normal(rows, out, seed=2)
 
     def gradients(x, w, bar, sizes):

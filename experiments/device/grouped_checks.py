@@ -32,7 +32,9 @@ def cases(tiny: bool, form: str, cluster: int = 0) -> Iterator[Case]:
         for tiling in candidates(along, fp8, out_bytes):
             if tiling.cluster != cluster or (tiny and tiling.tile_n != 128):
                 continue
-            for kind in ("depth",) if along == "depth" else ("rows", "masked") if fp8 else ("rows", "transposed", "masked"):
+            for kind in (
+                ("depth",) if along == "depth" else ("rows", "masked") if fp8 else ("rows", "transposed", "masked")
+            ):
                 name = f"{kind}, {tiling.tile_n} columns, {tiling.stages} stages, cluster {cluster}"
                 yield one(name, kind, fp8, rows, out, width, sizes, tiling)
 

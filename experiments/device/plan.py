@@ -30,6 +30,7 @@ class Check:
 SMOKE = (Check("smoke", "smoke", limit=60),)
 
 CORRECTNESS = (
+    *SMOKE,
     *(
         Check(f"quantise {dtype}{', powers of two' * powers}", "quantise_checks", {"dtype": dtype, "powers": powers})
         for dtype in ("bfloat16", "float32")
@@ -48,7 +49,7 @@ CORRECTNESS = (
     Check("dense FP8, ragged", "dense_checks", {"form": "ragged"}, clusters=True),
     Check("grouped, public functions", "grouped_checks", {"form": "public"}, clusters=True),
     *(Check(f"rows {dtype}", "routing_checks", {"form": dtype}) for dtype in ("bfloat16", "float32")),
-    Check("gates", "routing_checks", {"form": "gates"}),
+    Check("gates", "routing_checks", {"form": "gates"}, limit=150, case_limit=60),
     Check("gradients", "gradient_checks", clusters=True),
 )
 

@@ -1,7 +1,7 @@
 """Checks quantisation: every byte and scale equals a definition in numpy.
 
-A scale is amax / 448 in float32, rounded correctly, or (the "alternative" in the results) amax * (1 / 448), as which XLA
-computes a division by a constant.
+A scale is amax / 448 in float32, rounded correctly, or (the "alternative" in the results) amax * (1 / 448), which is
+how XLA computes a division by a constant.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIDES = {"1x128": (1, 128), "128x128": (128, 128), "128x1": (128, 1)}
 
 
 def cases(tiny: bool, dtype: str, powers: bool) -> Iterator[Case]:
-    # The first has more tiles than 132 multiprocessors can hold at once; 2112 is no multiple of 128; the last fits nothing.
+    # The first has more tiles than 132 multiprocessors hold at once; 2112 is no multiple of 128; the last fits nothing.
     for m, k in ((200, 160),) if tiny else ((4096, 7168), (1200, 2112), (1000, 333)):
         x = awkward(m, k, dtype)
         for tile in SIDES:

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from cases import BFLOAT16, FLOAT32_SUM, Case, error_case, normal, repeated, row_error, same_bits
 
@@ -14,13 +13,13 @@ import pallas_kernels as pk
 
 # Name, experts, bias, and the settings of `pallas_kernels.gate`.
 ROUTERS = (
-    ("V3", 256, True, dict(num_experts_per_tok=8, n_group=8, topk_group=4, routed_scaling_factor=2.5)),
-    ("V2-Lite", 64, False, dict(num_experts_per_tok=6, scoring_func="softmax", norm_topk_prob=False)),
-    ("Kimi K2", 384, True, dict(num_experts_per_tok=8, routed_scaling_factor=2.827)),
-    ("V2", 160, False, dict(
-        num_experts_per_tok=6, n_group=8, topk_group=3, scoring_func="softmax", group_score="max",
-        norm_topk_prob=False, routed_scaling_factor=16.0,
-    )),
+    ("V3", 256, True, {"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5}),
+    ("V2-Lite", 64, False, {"num_experts_per_tok": 6, "scoring_func": "softmax", "norm_topk_prob": False}),
+    ("Kimi K2", 384, True, {"num_experts_per_tok": 8, "routed_scaling_factor": 2.827}),
+    ("V2", 160, False, {
+        "num_experts_per_tok": 6, "n_group": 8, "topk_group": 3, "scoring_func": "softmax", "group_score": "max",
+        "norm_topk_prob": False, "routed_scaling_factor": 16.0,
+    }),
 )  # fmt: skip
 NEAR = 1e-5  # affinities closer than this may be ordered either way in float32
 
@@ -34,7 +33,9 @@ def cases(tiny: bool, form: str) -> Iterator[Case]:
                 yield gate_case(f"{name}{', some tokens masked' * masked}", shape, biased, masked, settings)
         return
     # Tokens, experts per token, width, experts.
-    shapes = ((20, 2, 256, 4),) if tiny else ((1000, 8, 7168, 64), (3000, 8, 512, 256), (1001, 6, 2048, 64), (10, 2, 768, 4))
+    shapes = (
+        ((20, 2, 256, 4),) if tiny else ((1000, 8, 7168, 64), (3000, 8, 512, 256), (1001, 6, 2048, 64), (10, 2, 768, 4))
+    )
     for tokens, chosen, width, experts in shapes:
         for alignment in (1, 128) if not tiny else (1,):
             yield from moves(tokens, chosen, width, experts, alignment, form)
@@ -67,7 +68,9 @@ def gate_case(name: str, shape: tuple[int, int, int], biased: bool, masked: bool
         shares = scores / scores.sum(-1, keepdims=True) * counted[..., None]
         mean = shares.sum(1) / counted.sum(1)[:, None]
         free = np.argsort(-scores, -1, kind="stable")[..., :chosen]
-        hits = np.stack([np.bincount(f[c].reshape(-1), minlength=shape[-1]) for f, c in zip(free, counted, strict=True)])
+        hits = np.stack(
+            [np.bincount(f[c].reshape(-1), minlength=shape[-1]) for f, c in zip(free, counted, strict=True)]
+        )
         fraction = got.selection_fraction * chosen * counted.sum(1)[:, None] / shape[-1]
         off = float(np.abs(fraction - hits).sum())  # assignments counted at another expert than in float64
         mean_error = row_error(got.affinity_mean, mean)
@@ -135,9 +138,7 @@ def moves(tokens: int, chosen: int, width: int, experts: int, alignment: int, dt
     def gathered() -> np.ndarray:
         return rows.astype("f8")[row_of_slot].reshape(tokens, chosen, width)
 
-    yield error_case(
-        f"gradient of permute, {name}", gradient, (x, index, rows), lambda: gathered().sum(1), tolerance
-    )
+    yield error_case(f"gradient of permute, {name}", gradient, (x, index, rows), lambda: gathered().sum(1), tolerance)
     yield error_case(
         f"combine, {name}", pk.combine, (rows, gates, permutation),
         lambda: (gathered() * gates[..., None]).sum(1), tolerance,

@@ -6,8 +6,8 @@
 
 Every check is a process of its own. One that crashes, hangs or runs out of memory costs the case it was in; the cases
 after it run in another process. Each result is one JSON line in results.jsonl under --out ($OUT, or results), on the
-disk before the next one is read. What a process prints goes into the folder errors, the last of it into the report. The
-exit code is 1 if a case failed, 2 if cases were left out for lack of time.
+disk before the next one is read; printed.txt has the end of what each process printed. A table comes last. The exit
+code is 1 if a case failed, 2 if checks were left out for lack of time.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Process:
       stop_check, stop_case: when it is stopped, by the limit of the check and of the case.
     """
 
-    def __init__(self, job: Job, out: pathlib.Path, interpret: bool, environment: dict[str, str]):
+    def __init__(self, job: Job, interpret: bool, environment: dict[str, str]):
         self.job, self.case, self.buffer = job, None, b""
         self.over = False  # its output has ended
         self.start = time.monotonic()
@@ -68,18 +68,16 @@ class Process:
         self.stop_case = self.stop_check
         request = {"module": job.check.module, "arguments": job.check.arguments, "interpret": interpret}
         request |= {"skip": job.skip, "only": job.only, "no_clusters": job.no_clusters}
-        name = "".join(c if c.isalnum() else "_" for c in job.title)
-        self.errors = out / "errors" / f"{name}.{job.starts}.txt"
-        with self.errors.open("wb") as errors:
-            self.popen = subprocess.Popen(
-                [sys.executable, str(HERE / "worker.py"), json.dumps(request)],
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd=ROOT,
-                env=environment,
-            )
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self.popen = subprocess.Popen(
+            [sys.executable, str(HERE / "worker.py"), json.dumps(request)],
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd=ROOT,
+            env=environment,
+        )
 
     def lines(self, data: bytes) -> list[dict[str, Any]]:
         *whole, self.buffer = (self.buffer + data).split(b"\n")
@@ -100,8 +98,10 @@ class Process:
             self.kill()
             return -signal.SIGKILL
 
-    def tail(self) -> str:
-        return self.errors.read_bytes()[-1500:].decode(errors="replace")
+    def printed(self) -> str:
+        """Returns the end of what the process printed."""
+        self.errors.seek(max(self.errors.seek(0, os.SEEK_END) - 20_000, 0))
+        return self.errors.read().decode(errors="replace")
 
 
 class Run:
@@ -117,8 +117,9 @@ class Run:
         self.limit = limit
         self.results: list[dict[str, Any]] = []
         self.left_out: list[str] = []
-        (out / "errors").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         self.file = (out / "results.jsonl").open("a")
+        self.printed = (out / "printed.txt").open("a")
         self.environment = environment(interpret, path)
 
     def checks(self, checks: Sequence[Check], only: Sequence[str] = ()) -> None:
@@ -130,7 +131,7 @@ class Run:
         while waiting or running:
             now = time.monotonic()
             while waiting and len(running) < self.jobs and now < end:
-                process = Process(waiting.pop(0), self.out, self.interpret, self.environment)
+                process = Process(waiting.pop(0), self.interpret, self.environment)
                 process.job.starts += 1
                 running[process.popen.stdout.fileno()] = process
                 selector.register(process.popen.stdout, selectors.EVENT_READ)
@@ -179,6 +180,9 @@ class Run:
         seconds = time.monotonic() - process.start
         out_of_time = time.monotonic() > self.start + self.limit - ENDING
         self.write(kind="process", check=job.title, code=code, seconds=round(seconds, 1))
+        if text := process.printed():
+            self.printed.write(f"==== {job.title}, start {job.starts}, exit code {code}\n{text}\n")
+            self.printed.flush()
         more: list[Job] = []
         if code:
             reason = f"exit code {code}" if code > 0 else signal.Signals(-code).name
@@ -188,7 +192,7 @@ class Run:
             case = process.case or ("(between cases)" if job.skip else "(start)")
             if process.case or code != 3:
                 failed = {"kind": "result", "case": case, "passed": False, "message": reason}
-                self.result(job, failed | {"seconds": round(seconds, 1), "tail": process.tail()})
+                self.result(job, failed | {"seconds": round(seconds, 1)})
             started = process.case is not None or code == 3
             if started and job.starts < MOST_STARTS and not out_of_time:
                 more.append(job)
@@ -207,7 +211,10 @@ class Run:
 
 def environment(interpret: bool, path: Sequence[str] = ()) -> dict[str, str]:
     """Returns the environment of the processes: where they find modules and compilers, and how they take memory."""
-    tools = ["/usr/local/cuda/bin", *(str(p) for s in site.getsitepackages() for p in pathlib.Path(s).glob("nvidia/*/bin"))]
+    tools = [
+        "/usr/local/cuda/bin",
+        *(str(p) for s in site.getsitepackages() for p in pathlib.Path(s).glob("nvidia/*/bin")),
+    ]
     modules = [*path, str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     cache = pathlib.Path(tempfile.gettempdir()) / "device_jax_cache"
     found = {
@@ -224,13 +231,20 @@ def environment(interpret: bool, path: Sequence[str] = ()) -> dict[str, str]:
     return found | ({"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "16"} if interpret else {})
 
 
-HIDDEN = ("kind", "check", "case", "passed", "seconds", "at", "tail", "message", "error", "tolerance")
+HIDDEN = ("kind", "check", "case", "passed", "seconds", "at", "message", "error", "tolerance")
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Returns one line per case: the verdict, the time, the error over the tolerance, and what else it measured."""
+    """Returns the report: a line per check for comparisons that passed, a line per case otherwise, failures last."""
+    plain = [r for r in results if r["passed"] and "error" in r]
     lines = []
-    for r in sorted(results, key=lambda r: r["passed"]):
+    for check in dict.fromkeys(r["check"] for r in plain):
+        of_check = [r for r in plain if r["check"] == check]
+        worst = max(of_check, key=lambda r: r["error"] / r["tolerance"] if r["tolerance"] else 0)
+        error = f"worst error {_short(worst['error'])} of {_short(worst['tolerance'])} ({worst['case']})"
+        seconds, others = sum(r["seconds"] for r in of_check), sum("alternative" in r for r in of_check)
+        lines.append(f"ok   {check} | {len(of_check)} cases | {error} | alternatives {others} | {seconds:.0f} s")
+    for r in sorted((r for r in results if r not in plain), key=lambda r: not r["passed"]):
         line = f"{'ok  ' if r['passed'] else 'FAIL'} {r['check']} | {r['case']} | {r.get('seconds', 0):.1f} s"
         if "error" in r:
             line += f" | error {_short(r['error'])} of {_short(r['tolerance'])}"

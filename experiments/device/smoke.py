@@ -1,4 +1,4 @@
-"""Checks that the machine is as expected: the GPU, the software, the tools that compile kernels, and a first product."""
+"""Checks that the machine is as expected: GPU, software, compilers, and a first product."""
 
 from __future__ import annotations
 

@@ -47,6 +47,8 @@ def main() -> int:
             except Exception as error:
                 traceback.print_exc()
                 outcome = {"passed": False, "message": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+            if not math.isfinite(outcome.get("error", 0)):
+                outcome["passed"] = False
             outcome = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in outcome.items()}
             report(kind="result", case=case.name, seconds=round(time.perf_counter() - start, 2), **outcome)
             if "message" in outcome and not device_works():
