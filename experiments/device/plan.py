@@ -22,8 +22,8 @@ class Check:
     name: str
     module: str
     arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
-    limit: float = 90
-    case_limit: float = 30
+    limit: float = 120
+    case_limit: float = 40
     clusters: bool = False
 
 
@@ -50,7 +50,7 @@ CORRECTNESS = (
     Check("grouped, public functions", "grouped_checks", {"form": "public"}, clusters=True),
     *(Check(f"rows {dtype}", "routing_checks", {"form": dtype}) for dtype in ("bfloat16", "float32")),
     Check("gates", "routing_checks", {"form": "gates"}, limit=150, case_limit=60),
-    Check("gradients", "gradient_checks", clusters=True),
+    Check("gradients", "gradient_checks", limit=150, clusters=True),
 )
 
 COMMANDS = {"smoke": SMOKE, "correctness": CORRECTNESS}
