@@ -1,0 +1,56 @@
+"""Lists all checks. It imports no jax, since the parent process reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A group of cases that run in one process.
+
+    Attributes:
+      name: unique.
+      module: module beside this one, with a generator function `cases(tiny, **arguments)` that yields `cases.Case`s.
+      arguments: passed to it; JSON.
+      limit: seconds that the process may take.
+      case_limit: seconds that one case may take.
+      clusters: kernels may run in clusters, so that failed cases are run again without.
+    """
+
+    name: str
+    module: str
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    limit: float = 120
+    case_limit: float = 40
+    clusters: bool = False
+
+
+SMOKE = (Check("smoke", "smoke", limit=60),)
+
+CORRECTNESS = (
+    *SMOKE,
+    *(
+        Check(f"quantise {dtype}{', powers of two' * powers}", "quantise_checks", {"dtype": dtype, "powers": powers})
+        for dtype in ("bfloat16", "float32")
+        for powers in (False, True)
+    ),
+    *(
+        Check(f"{what}, cluster {cluster}", module, {"form": form, "cluster": cluster})
+        for cluster in (1, 2)
+        for what, module, form in (
+            ("dense FP8", "dense_checks", "product"),
+            ("weight gradient FP8", "dense_checks", "weight gradient"),
+            ("grouped FP8", "grouped_checks", "fp8"),
+            ("grouped bf16", "grouped_checks", "bf16"),
+        )
+    ),
+    Check("dense FP8, ragged", "dense_checks", {"form": "ragged"}, clusters=True),
+    Check("grouped, public functions", "grouped_checks", {"form": "public"}, clusters=True),
+    *(Check(f"rows {dtype}", "routing_checks", {"form": dtype}) for dtype in ("bfloat16", "float32")),
+    Check("gates", "routing_checks", {"form": "gates"}, limit=150, case_limit=60),
+    Check("gradients", "gradient_checks", limit=150, clusters=True),
+)
+
+COMMANDS = {"smoke": SMOKE, "correctness": CORRECTNESS}

@@ -1,0 +1,42 @@
+"""Checks that a failing, hanging or crashing check costs only itself, and runs the real checks in the interpreter."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+import sys
+
+import pytest
+
+DEVICE = pathlib.Path(__file__).parents[2] / "experiments" / "device"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.syspath_prepend(str(DEVICE))
+    yield importlib.import_module("run")
+    for name in ("run", "plan"):
+        sys.modules.pop(name, None)
+
+
+def test_every_failure_costs_its_own_case_only(run, tmp_path):
+    check = run.Check("bad", "injected", limit=60, case_limit=1, clusters=True)
+    runner = run.Run(tmp_path, limit=100, jobs=2, path=[str(pathlib.Path(__file__).parent)])
+    runner.checks([check, run.Check("absent", "no_such_module")])
+    outcome = {(r["check"], r["case"]): r for r in runner.results}
+    passed = {case for (check, case), r in outcome.items() if check == "bad" and r["passed"]}
+    assert passed == {"first", "after the hang", "last"}
+    assert "stopped after" in outcome["bad", "hang"]["message"]
+    assert outcome["bad", "crash"]["message"] == "SIGABRT"
+    assert "MemoryError" in outcome["bad", "out of memory"]["message"]
+    assert outcome["bad", "killed"]["message"] == "killed"
+    assert not outcome["absent", "(start)"]["passed"]
+    again = {case for check, case in outcome if check == "bad [no clusters]"}
+    assert again >= {"hang", "crash"}
+    assert not again & passed
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["case"] for line in lines if line["kind"] == "result"] == [r["case"] for r in runner.results]
+    assert "no_such_module" in (tmp_path / "printed.txt").read_text()
+    report = run.table(runner.results)
+    assert report.splitlines()[-1].startswith("FAIL")
