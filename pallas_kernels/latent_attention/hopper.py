@@ -1,0 +1,412 @@
+"""The forward pass of training attention on Hopper, in Mosaic GPU: TMA, wgmma, warp specialisation, online softmax.
+
+Each multiprocessor runs one block of three warpgroups. The producer has TMA copy the tile's queries, then tiles of keys
+and values into two rings of shared-memory stages. The two consumers have 64 query rows each, and visit the tiles of
+keys from the last visible one to the first, so that only the first visited tile needs the causal mask:
+
+    S  = Q K_jᵀ          wgmma from shared memory, 64 x 128 in registers
+    O += P_{j+1} V_{j+1} wgmma with P in registers, in flight while the softmax of S is computed
+    P  = exp2(S - max)   with the running maximum and sum of each row in registers
+
+The consumers take turns at issuing products: while one computes its softmax, the other's products keep the tensor cores
+busy. No logits leave the registers. `pallas_kernels/README.md` says more.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.device import once_a_program
+from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors, pad_to, swizzled
+from pallas_kernels.latent_attention.tiles import key_tiles
+
+CONSUMERS = 2
+PRODUCER = 2  # the third warpgroup
+PRODUCER_REGISTERS = 24
+CONSUMER_REGISTERS = 240
+ROWS = 64  # query rows of a consumer
+TILE = CONSUMERS * ROWS
+STAGES = 2
+
+MASKED = -1e30  # instead of -inf, because -inf - (-inf) is NaN in a row that has seen no visible key yet
+LOG2_E = math.log2(math.e)
+_BY_ROW = plgpu.Layout.WGMMA.reduce(1)
+_BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+Interpret = plgpu.InterpretGPUParams | None
+
+
+class Part(NamedTuple):
+    """Columns of the queries and of the keys: [column, column + width) of the queries, [key_column, ...) of `keys`."""
+
+    column: int
+    width: int
+    shared: bool  # whether all heads have the same keys: the rotary part of MLA
+    key_column: int
+
+    def of_queries(self, q, batch, rows, head):
+        return q.at[batch, rows, head, pl.ds(self.column, self.width)]
+
+    def of_keys(self, k, k_shared, batch, rows, head):
+        columns = pl.ds(self.key_column, self.width)
+        return k_shared.at[batch, rows, columns] if self.shared else k.at[batch, rows, head, columns]
+
+
+class Form(NamedTuple):
+    """The static properties of a call."""
+
+    length: int  # positions, without padding
+    parts: tuple[Part, ...]
+    value_width: int
+    scale: float
+    causal: bool
+    segmented: bool
+
+    @property
+    def exponent(self) -> float:
+        """The factor of a logit in the exponent of 2."""
+        return self.scale * LOG2_E
+
+
+def make_form(q, k, v, k_shared, segment_ids, scale: float, causal: bool) -> Form:
+    """Returns the form of a call; the first part has the width of the values where it can."""
+    own, value_width = k.shape[-1], v.shape[-1]
+    first = value_width if own > value_width else own
+    parts = [Part(0, first, False, 0)]
+    if own > first:
+        parts.append(Part(first, own - first, False, first))
+    if k_shared is not None:
+        parts.append(Part(own, k_shared.shape[-1], True, 0))
+    return Form(q.shape[1], tuple(parts), value_width, scale, causal, segment_ids is not None)
+
+
+@once_a_program("scale", "causal")
+def forward(
+    q: Float[Array, "B T H qk"],
+    k: Float[Array, "B T H c"],
+    v: Float[Array, "B T H v"],
+    k_shared: Float[Array, "B T r"] | None,
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float,
+    causal: bool,
+    *,
+    interpret: Interpret = None,
+) -> tuple[Float[Array, "B T H v"], Float[Array, "B H T"]]:
+    """Returns the attended values and the natural logarithm of each row's sum of exponentials, in float32.
+
+    Operands as in `latent_attention`. TMA moves whole swizzled tiles of 8 rows: other lengths are padded by a copy.
+    """
+    form = make_form(q, k, v, k_shared, segment_ids, scale, causal)
+    batch, length, heads, _ = q.shape
+    first, end = key_tiles(segment_ids, batch, length, TILE, keys_per_tile(form), causal)
+    q, k, v = (pad_to(x, 8, 1, 1) for x in (q, k, v))
+    operands = [first, end, q, k, v]
+    if k_shared is not None:
+        operands.append(pad_to(k_shared, 8, 1))
+    if segment_ids is not None:
+        operands.append(pad_to(segment_ids.astype(jnp.int32), TILE))
+    rows = -(-length // TILE) * TILE
+    out_types = [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32)]
+    out, log_sums = plgpu.kernel(
+        functools.partial(_kernel, form=form),
+        out_type=out_types,
+        scratch_types=_scratch(form, v.dtype),
+        grid=(multiprocessors(),),
+        grid_names=("blocks",),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        kernel_name="latent_attention_forward",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(*operands)
+    return out[:, :length], log_sums[:, :, :length]
+
+
+def keys_per_tile(form: Form) -> int:
+    """Returns the number of keys of a tile: 128, or 64 where the rings of wide heads would not fit otherwise."""
+    width = sum(part.width for part in form.parts)
+    for keys in (128, 64):
+        rings = STAGES * keys * (width + form.value_width) * 2
+        output = 0 if form.parts[0].width == form.value_width else TILE * form.value_width * 2
+        if rings + TILE * width * 2 + output + 4096 <= SHARED_MEMORY_BYTES:
+            return keys
+    raise ValueError(f"widths {width} of queries and keys and {form.value_width} of values are too wide for Hopper")
+
+
+def _scratch(form: Form, dtype) -> dict[str, Any]:
+    keys = keys_per_tile(form)
+
+    def tiles(*shape: int) -> Any:
+        return plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype, shape[-1]))
+
+    return {
+        "q_smem": [tiles(CONSUMERS, ROWS, part.width) for part in form.parts],
+        "k_smem": [tiles(STAGES, keys, part.width) for part in form.parts],
+        "v_smem": tiles(STAGES, keys, form.value_width),
+        # The output of a consumer takes the place of its queries where it has their width.
+        "out_smem": None if form.parts[0].width == form.value_width else tiles(CONSUMERS, ROWS, form.value_width),
+        "log_sums_smem": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
+        "ids_smem": plgpu.SMEM((STAGES, keys), jnp.int32) if form.segmented else None,
+        "q_filled": plgpu.Barrier(num_arrivals=len(form.parts), num_barriers=CONSUMERS),
+        "q_freed": plgpu.Barrier(num_barriers=CONSUMERS),
+        "k_filled": plgpu.Barrier(num_arrivals=len(form.parts) + form.segmented, num_barriers=STAGES),
+        "k_freed": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
+        "v_filled": plgpu.Barrier(num_barriers=STAGES),
+        "v_freed": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
+        "turn": plgpu.Barrier(num_barriers=CONSUMERS),
+    }
+
+
+class Tile(NamedTuple):
+    """One tile of queries and its range of tiles of keys."""
+
+    batch: Array
+    head: Array
+    row: Array  # the first query
+    end: Array  # the tile of keys after the last one
+    count: Array  # of tiles of keys
+    steps_before: Array  # in this block
+
+
+def _kernel(first, end, q, k, v, *refs, form: Form, **scratch):
+    """The program of one block. All arguments are in global memory."""
+    *optional, out, log_sums = refs
+    k_shared = optional.pop(0) if any(part.shared for part in form.parts) else None
+    segment_ids = optional.pop(0) if form.segmented else None
+    warpgroup = lax.axis_index("warpgroup")
+    for_each_tile = functools.partial(_for_each_tile, first=first, end=end, heads=q.shape[2])
+
+    @pl.when(warpgroup == PRODUCER)
+    def _():
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        _produce(for_each_tile, q, k, v, k_shared, segment_ids, form, **scratch)
+
+    @pl.when(warpgroup != PRODUCER)
+    def _():
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        _consume(for_each_tile, warpgroup, segment_ids, out, log_sums, form, **scratch)
+
+
+def _for_each_tile(body, *, first, end, heads: int) -> Array:
+    """Calls body(tile) for each tile of queries of this block; returns the number of all its steps.
+
+    With the causal mask the i-th tile of queries has i + 1 tiles of keys: a block takes the i-th from the end and the
+    i-th from the start together, so that all have the same work. Blocks that run together share heads: their keys and
+    values stay in L2.
+    """
+    batch, tiles = first.shape
+
+    @plgpu.nd_loop((batch, heads, pl.cdiv(tiles, 2)), collective_axes="blocks", init_carry=jnp.int32(0))
+    def all_steps(loop, carry):
+        row_of_batch, head, pair = loop.index
+
+        def one_tile(member, steps_before):
+            index = jnp.where(member == 0, tiles - 1 - pair, pair)
+            count = end[row_of_batch, index] - first[row_of_batch, index]
+            count = jnp.where((member == 1) & (2 * pair == tiles - 1), 0, count)  # the middle one has no other
+
+            @pl.when(count > 0)
+            def _():
+                body(Tile(row_of_batch, head, index * TILE, end[row_of_batch, index], count, steps_before))
+
+            return steps_before + count
+
+        return lax.fori_loop(0, 2, one_tile, carry)
+
+    return all_steps
+
+
+def _produce(
+    for_each_tile, q, k, v, k_shared, segment_ids, form: Form,
+    *, q_smem, k_smem, v_smem, ids_smem, q_filled, q_freed, k_filled, k_freed, v_filled, v_freed, **_,
+):  # fmt: skip
+    """Keeps the rings full, and brings each consumer's queries when its previous output has left."""
+    keys = keys_per_tile(form)
+
+    def fill(tile: Tile):
+        for consumer in range(CONSUMERS):
+
+            @pl.when(tile.steps_before > 0)
+            def _(consumer=consumer):
+                plgpu.barrier_wait(q_freed.at[consumer])
+
+            rows = pl.ds(tile.row + consumer * ROWS, ROWS)
+            for part, part_smem in zip(form.parts, q_smem, strict=True):
+                source = part.of_queries(q, tile.batch, rows, tile.head)
+                plgpu.copy_gmem_to_smem(source, part_smem.at[consumer], q_filled.at[consumer])
+
+        @pl.loop(0, tile.count)
+        def _(t):
+            step = tile.steps_before + t
+            stage = lax.rem(step, STAGES)
+            rows = pl.ds((tile.end - 1 - t) * keys, keys)
+
+            @pl.when(step >= STAGES)
+            def _():
+                plgpu.barrier_wait(k_freed.at[stage])
+
+            for part, part_smem in zip(form.parts, k_smem, strict=True):
+                source = part.of_keys(k, k_shared, tile.batch, rows, tile.head)
+                plgpu.copy_gmem_to_smem(source, part_smem.at[stage], k_filled.at[stage])
+            if segment_ids is not None:
+                plgpu.copy_gmem_to_smem(segment_ids.at[tile.batch, rows], ids_smem.at[stage], k_filled.at[stage])
+
+            @pl.when(step >= STAGES)
+            def _():
+                plgpu.barrier_wait(v_freed.at[stage])
+
+            plgpu.copy_gmem_to_smem(v.at[tile.batch, rows, tile.head], v_smem.at[stage], v_filled.at[stage])
+
+    steps = for_each_tile(fill)
+
+    # No barrier is dropped before all its arrivals are waited for.
+    @pl.when(steps > 0)
+    def _():
+        for consumer in range(CONSUMERS):
+            plgpu.barrier_wait(q_freed.at[consumer])
+
+    @pl.loop(jnp.maximum(steps - STAGES, 0), steps)
+    def _(step):
+        plgpu.barrier_wait(k_freed.at[lax.rem(step, STAGES)])
+        plgpu.barrier_wait(v_freed.at[lax.rem(step, STAGES)])
+
+
+def _consume(
+    for_each_tile, warpgroup, segment_ids, out, log_sums, form: Form,
+    *, q_smem, k_smem, v_smem, out_smem, log_sums_smem, ids_smem,
+    q_filled, q_freed, k_filled, k_freed, v_filled, v_freed, turn,
+):  # fmt: skip
+    """Attends from 64 rows of each tile."""
+    keys = keys_per_tile(form)
+    scale = form.exponent
+
+    @pl.when(warpgroup == 1)
+    def _():
+        plgpu.barrier_arrive(turn.at[0])
+
+    def multiply_keys(acc, stage):
+        for q_part, k_part in zip(q_smem, k_smem, strict=True):
+            plgpu.wgmma(acc, q_part.at[warpgroup], k_part.at[stage].transpose((1, 0)))
+
+    def attend(tile: Tile):
+        row = tile.row + warpgroup * ROWS
+        row_ids = None
+        if segment_ids is not None:
+            row_ids = plgpu.load(segment_ids.at[tile.batch, pl.ds(row, ROWS)], layout=_BY_ROW, optimized=False)
+
+        def stage_of(t):
+            return lax.rem(tile.steps_before + t, STAGES)
+
+        def mask(logits, t, key_ids, diagonal: bool):
+            """Hides keys after the query, in another segment or after the last position."""
+            if not (diagonal or form.segmented):
+                return logits
+            index = functools.partial(
+                plgpu.broadcasted_iota, jnp.int32, logits.shape, layout=plgpu.Layout.WGMMA
+            )
+            key = index(dimension=1) + (tile.end - 1 - t) * keys
+            visible = None
+            if form.causal:
+                visible = index(dimension=0) + row >= key
+            elif form.length % keys:
+                visible = key < form.length
+            if key_ids is not None:
+                same = lax.broadcast_in_dim(row_ids, logits.shape, (0,)) == lax.broadcast_in_dim(
+                    key_ids, logits.shape, (1,)
+                )
+                visible = same if visible is None else visible & same
+            return logits if visible is None else jnp.where(visible, logits, MASKED)
+
+        def load_ids(stage):
+            """Returns the keys' segment ids. The fence orders these reads before TMA's next write."""
+            if ids_smem is None:
+                return None
+            ids = plgpu.load(ids_smem.at[stage], layout=_BY_COLUMN)
+            plgpu.commit_smem()
+            return ids
+
+        def softmax(logits, largest, total):
+            new_largest = jnp.maximum(largest, logits.max(axis=1) * scale)
+            shrink = jnp.exp2(largest - new_largest)
+            weights = jnp.exp2(logits * scale - lax.broadcast_in_dim(new_largest, logits.shape, (0,)))
+            return new_largest, total * shrink + weights.sum(axis=1), shrink, weights
+
+        def all_keys(acc):
+            plgpu.barrier_wait(k_filled.at[stage_of(0)])
+
+            def first_logits(logits_acc):
+                multiply_keys(logits_acc, stage_of(0))
+                return logits_acc[...]
+
+            logits_shape = plgpu.WGMMAAccumulatorRef((ROWS, keys), jnp.float32)
+            logits = pl.run_scoped(first_logits, logits_shape)
+            key_ids = load_ids(stage_of(0))
+            plgpu.barrier_arrive(k_freed.at[stage_of(0)])
+            logits = mask(logits, 0, key_ids, diagonal=True)
+            zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _BY_ROW)
+            largest, total, _, weights = softmax(logits, zeros + 2 * MASKED, zeros)
+
+            def step(t, carry):
+                largest, total, weights = carry
+                stage, previous = stage_of(t), stage_of(t - 1)
+                plgpu.barrier_wait(k_filled.at[stage])
+
+                def products(logits_acc):
+                    plgpu.barrier_wait(turn.at[warpgroup])
+                    multiply_keys(logits_acc, stage)
+                    plgpu.barrier_wait(v_filled.at[previous])
+                    plgpu.wgmma(acc, weights, v_smem.at[previous])
+                    plgpu.barrier_arrive(turn.at[1 - warpgroup])
+                    return plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
+
+                logits = pl.run_scoped(products, logits_shape)
+                key_ids = load_ids(stage)
+                plgpu.barrier_arrive(k_freed.at[stage])
+                logits = mask(logits, t, key_ids, diagonal=keys < TILE)
+                largest, total, shrink, weights = softmax(logits, largest, total)
+                attended = acc[...]
+                plgpu.barrier_arrive(v_freed.at[previous])
+                acc[...] = attended * lax.broadcast_in_dim(shrink, attended.shape, (0,))
+                return largest, total, weights.astype(out.dtype)
+
+            carry = (largest, total, weights.astype(out.dtype))
+            largest, total, weights = lax.fori_loop(1, tile.count, step, carry)
+            last = stage_of(tile.count - 1)
+            plgpu.barrier_wait(v_filled.at[last])
+            plgpu.wgmma(acc, weights, v_smem.at[last])
+            attended = acc[...]
+            plgpu.barrier_arrive(v_freed.at[last])
+            return attended, largest, total
+
+        plgpu.barrier_wait(q_filled.at[warpgroup])
+        attended, largest, total = pl.run_scoped(
+            all_keys, plgpu.WGMMAAccumulatorRef((ROWS, form.value_width), jnp.float32)
+        )
+        write(tile, row, attended, largest, total)
+
+    def write(tile: Tile, row, attended, largest, total):
+        buffer = (q_smem[0] if out_smem is None else out_smem).at[warpgroup]
+        buffer[...] = (attended * lax.broadcast_in_dim(1.0 / total, attended.shape, (0,))).astype(out.dtype)
+        log_sums_smem[warpgroup, :] = largest * math.log(2) + jnp.log(total)
+        plgpu.commit_smem()
+        rows = pl.ds(row, ROWS)
+        plgpu.copy_smem_to_gmem(buffer, out.at[tile.batch, rows, tile.head])
+        plgpu.copy_smem_to_gmem(log_sums_smem.at[warpgroup], log_sums.at[tile.batch, tile.head, rows])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_arrive(q_freed.at[warpgroup])
+
+    for_each_tile(attend)
+    plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == 0)
+    def _():
+        plgpu.barrier_wait(turn.at[0])
