@@ -1,0 +1,103 @@
+"""Training attention of MLA (report Eq. 10): softmax(scale * q kᵀ) v with keys wider than values."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.device import Implementation, choose_implementation, kernel_module
+
+__all__ = ["latent_attention"]
+
+WIDTH_MULTIPLE = 16  # of every width that a Hopper kernel takes
+
+
+@jax.named_scope("latent_attention")
+def latent_attention(
+    q: Float[Array, "B T H qk"],
+    k: Float[Array, "B T H c"],
+    v: Float[Array, "B T H v"],
+    *,
+    scale: float,
+    k_shared: Float[Array, "B T r"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    causal: bool = True,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B T H v"]:
+    """Returns the attended values. Differentiable; no matrix of logits is kept, except by the reference.
+
+    Logits, exponentials and sums are float32; exponentials and gradients of logits are rounded to the inputs' dtype for
+    their products.
+
+    Args:
+      q: queries; the first c columns multiply `k`, the other r columns `k_shared`.
+      k: keys of each head.
+      v: values of each head; their width need not be that of the keys.
+      scale: positive multiplier of the logits.
+      k_shared: keys that all heads share, MLA's rotary part. They are never repeated for the heads in memory, and their
+        gradient is the sum over the heads.
+      segment_ids: when given, positions attend only within equal ids.
+      causal: whether a position sees only itself and the positions before it.
+      implementation: "reference", "hopper" or "tpu"; by default the best one for the device that can take the operands.
+        Hopper's kernels take bfloat16 and widths that are multiples of 16.
+
+    Raises:
+      ValueError, TypeError: shapes or dtypes that do not fit, or an implementation that cannot run here.
+    """
+    _check(q, k, v, scale, k_shared, segment_ids)
+    name = choose_implementation(implementation, _available(q, k, v, k_shared))
+    if name == "reference":
+        return kernel_module("latent_attention", name).attention(q, k, v, k_shared, segment_ids, scale, causal)[0]
+    return _kernel(q, k, v, k_shared, segment_ids, name, float(scale), causal)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _kernel(q, k, v, k_shared, segment_ids, name, scale, causal):
+    return _forward(q, k, v, k_shared, segment_ids, name, scale, causal)[0]
+
+
+def _forward(q, k, v, k_shared, segment_ids, name, scale, causal):
+    kernel = kernel_module("latent_attention", name)
+    out, log_sums = kernel.forward(q, k, v, k_shared, segment_ids, scale, causal)
+    return out, (q, k, v, k_shared, segment_ids, out, log_sums)
+
+
+def _backward(name, scale, causal, kept, gradient):
+    kernel = kernel_module("latent_attention", name)
+    *operands, segment_ids, out, log_sums = kept
+    # A row's sum of weight times gradient of the weight, which the softmax's derivative subtracts.
+    mean = jnp.einsum("bthv,bthv->bht", out, gradient, preferred_element_type=jnp.float32)
+    gradients = kernel.backward(*operands, segment_ids, gradient, log_sums, mean, scale, causal)
+    return (*gradients, None)
+
+
+_kernel.defvjp(_forward, _backward)
+
+
+def _available(q, k, v, k_shared) -> tuple[Implementation, ...]:
+    widths = (k.shape[-1], v.shape[-1], q.shape[-1] - k.shape[-1])
+    if q.dtype == jnp.bfloat16 and all(width % WIDTH_MULTIPLE == 0 for width in widths):
+        return ("reference", "hopper", "tpu")
+    return ("reference", "tpu")
+
+
+def _check(q, k, v, scale, k_shared, segment_ids) -> None:
+    if q.ndim != 4:
+        raise ValueError(f"q must be [batch, positions, heads, width], not {q.shape}")
+    for name, x, ndim in (("k", k, 4), ("v", v, 4), ("k_shared", k_shared, 3)):
+        if x is not None and (x.ndim != ndim or x.shape[:-1] != q.shape[: ndim - 1]):
+            wanted = ", ".join(map(str, q.shape[: ndim - 1]))
+            raise ValueError(f"{name} must be [{wanted}, width] as q is {q.shape}, not {x.shape}")
+    shared = 0 if k_shared is None else k_shared.shape[2]
+    if k.shape[3] + shared != q.shape[3]:
+        raise ValueError(f"keys are {k.shape[3]} + {shared} wide and q {q.shape[3]}; both must be equal")
+    if segment_ids is not None and segment_ids.shape != q.shape[:2]:
+        raise ValueError(f"segment_ids must have shape {q.shape[:2]}, not {segment_ids.shape}")
+    for name, x in (("k", k), ("v", v), ("k_shared", k_shared)):
+        if x is not None and x.dtype != q.dtype:
+            raise TypeError(f"{name} must be {q.dtype} as q is, not {x.dtype}")
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, not {scale}")

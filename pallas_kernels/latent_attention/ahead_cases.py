@@ -1,4 +1,4 @@
-"""Lists what of this operation is compiled ahead: the widths of V3 and Kimi K2, a width without a rotary part, edges."""
+"""Lists what of this operation is compiled ahead: the widths of V3, keys without a shared part, ragged lengths."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ def hopper() -> list[Case]:
         case("128 + 64 and 128 wide, segments", 4096, 128, 128, 64, 128, True),
         case("192 and 128 wide, all pairs", 4096, 16, 192, 0, 128, False, causal=False),
         case("64 and 64 wide, ragged, segments", 1001, 16, 64, 0, 64, True),
-        case("32 + 16 and 48 wide, ragged", 1001, 16, 32, 16, 48, False),
+        case("48 + 16 and 80 wide, ragged", 1001, 16, 48, 16, 80, False),
     ]

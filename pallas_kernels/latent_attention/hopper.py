@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import once_a_program
 from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors, pad_to, swizzled
-from pallas_kernels.latent_attention.tiles import key_tiles
+from pallas_kernels.latent_attention.tiles import SEVERAL_OF_KEYS, SEVERAL_OF_QUERIES, key_tiles, one_segment
 
 CONSUMERS = 2
 PRODUCER = 2  # the third warpgroup
@@ -37,7 +37,9 @@ ROWS = 64  # query rows of a consumer
 TILE = CONSUMERS * ROWS
 STAGES = 2
 
-MASKED = -1e30  # instead of -inf, because -inf - (-inf) is NaN in a row that has seen no visible key yet
+# A row's maximum starts between a hidden logit and any visible one, so that the weights of hidden keys are zero also
+# while a row has seen no visible key; infinities would make NaN of them.
+HIDDEN, LOWEST = -1e30, -1e20
 LOG2_E = math.log2(math.e)
 _BY_ROW = plgpu.Layout.WGMMA.reduce(1)
 _BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -52,6 +54,7 @@ class Part(NamedTuple):
     width: int
     shared: bool  # whether all heads have the same keys: the rotary part of MLA
     key_column: int
+    alike: int  # columns of the widest swizzle that the arrays and the part allow
 
     def of_queries(self, q, batch, rows, head):
         return q.at[batch, rows, head, pl.ds(self.column, self.width)]
@@ -81,11 +84,12 @@ def make_form(q, k, v, k_shared, segment_ids, scale: float, causal: bool) -> For
     """Returns the form of a call; the first part has the width of the values where it can."""
     own, value_width = k.shape[-1], v.shape[-1]
     first = value_width if own > value_width else own
-    parts = [Part(0, first, False, 0)]
+    width = q.shape[-1]
+    parts = [Part(0, first, False, 0, math.gcd(first, own, width, value_width))]
     if own > first:
-        parts.append(Part(first, own - first, False, first))
+        parts.append(Part(first, own - first, False, first, math.gcd(first, own, width)))
     if k_shared is not None:
-        parts.append(Part(own, k_shared.shape[-1], True, 0))
+        parts.append(Part(own, width - own, True, 0, math.gcd(own, width)))
     return Form(q.shape[1], tuple(parts), value_width, scale, causal, segment_ids is not None)
 
 
@@ -114,6 +118,8 @@ def forward(
         operands.append(pad_to(k_shared, 8, 1))
     if segment_ids is not None:
         operands.append(pad_to(segment_ids.astype(jnp.int32), TILE))
+        operands.append(one_segment(segment_ids, TILE, SEVERAL_OF_QUERIES))
+        operands.append(one_segment(segment_ids, keys_per_tile(form), SEVERAL_OF_KEYS))
     rows = -(-length // TILE) * TILE
     out_types = [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32)]
     out, log_sums = plgpu.kernel(
@@ -145,20 +151,19 @@ def keys_per_tile(form: Form) -> int:
 def _scratch(form: Form, dtype) -> dict[str, Any]:
     keys = keys_per_tile(form)
 
-    def tiles(*shape: int) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype, shape[-1]))
+    def tiles(*shape: int, alike: int = form.value_width) -> Any:
+        return plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype, alike))
 
     return {
-        "q_smem": [tiles(CONSUMERS, ROWS, part.width) for part in form.parts],
-        "k_smem": [tiles(STAGES, keys, part.width) for part in form.parts],
+        "q_smem": [tiles(CONSUMERS, ROWS, part.width, alike=part.alike) for part in form.parts],
+        "k_smem": [tiles(STAGES, keys, part.width, alike=part.alike) for part in form.parts],
         "v_smem": tiles(STAGES, keys, form.value_width),
         # The output of a consumer takes the place of its queries where it has their width.
         "out_smem": None if form.parts[0].width == form.value_width else tiles(CONSUMERS, ROWS, form.value_width),
         "log_sums_smem": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-        "ids_smem": plgpu.SMEM((STAGES, keys), jnp.int32) if form.segmented else None,
         "q_filled": plgpu.Barrier(num_arrivals=len(form.parts), num_barriers=CONSUMERS),
         "q_freed": plgpu.Barrier(num_barriers=CONSUMERS),
-        "k_filled": plgpu.Barrier(num_arrivals=len(form.parts) + form.segmented, num_barriers=STAGES),
+        "k_filled": plgpu.Barrier(num_arrivals=len(form.parts), num_barriers=STAGES),
         "k_freed": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
         "v_filled": plgpu.Barrier(num_barriers=STAGES),
         "v_freed": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
@@ -181,19 +186,19 @@ def _kernel(first, end, q, k, v, *refs, form: Form, **scratch):
     """The program of one block. All arguments are in global memory."""
     *optional, out, log_sums = refs
     k_shared = optional.pop(0) if any(part.shared for part in form.parts) else None
-    segment_ids = optional.pop(0) if form.segmented else None
+    segments = optional if form.segmented else None
     warpgroup = lax.axis_index("warpgroup")
     for_each_tile = functools.partial(_for_each_tile, first=first, end=end, heads=q.shape[2])
 
     @pl.when(warpgroup == PRODUCER)
     def _():
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        _produce(for_each_tile, q, k, v, k_shared, segment_ids, form, **scratch)
+        _produce(for_each_tile, q, k, v, k_shared, form, **scratch)
 
     @pl.when(warpgroup != PRODUCER)
     def _():
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-        _consume(for_each_tile, warpgroup, segment_ids, out, log_sums, form, **scratch)
+        _consume(for_each_tile, warpgroup, segments, out, log_sums, form, **scratch)
 
 
 def _for_each_tile(body, *, first, end, heads: int) -> Array:
@@ -226,8 +231,8 @@ def _for_each_tile(body, *, first, end, heads: int) -> Array:
 
 
 def _produce(
-    for_each_tile, q, k, v, k_shared, segment_ids, form: Form,
-    *, q_smem, k_smem, v_smem, ids_smem, q_filled, q_freed, k_filled, k_freed, v_filled, v_freed, **_,
+    for_each_tile, q, k, v, k_shared, form: Form,
+    *, q_smem, k_smem, v_smem, q_filled, q_freed, k_filled, k_freed, v_filled, v_freed, **_,
 ):  # fmt: skip
     """Keeps the rings full, and brings each consumer's queries when its previous output has left."""
     keys = keys_per_tile(form)
@@ -257,8 +262,6 @@ def _produce(
             for part, part_smem in zip(form.parts, k_smem, strict=True):
                 source = part.of_keys(k, k_shared, tile.batch, rows, tile.head)
                 plgpu.copy_gmem_to_smem(source, part_smem.at[stage], k_filled.at[stage])
-            if segment_ids is not None:
-                plgpu.copy_gmem_to_smem(segment_ids.at[tile.batch, rows], ids_smem.at[stage], k_filled.at[stage])
 
             @pl.when(step >= STAGES)
             def _():
@@ -281,8 +284,8 @@ def _produce(
 
 
 def _consume(
-    for_each_tile, warpgroup, segment_ids, out, log_sums, form: Form,
-    *, q_smem, k_smem, v_smem, out_smem, log_sums_smem, ids_smem,
+    for_each_tile, warpgroup, segments, out, log_sums, form: Form,
+    *, q_smem, k_smem, v_smem, out_smem, log_sums_smem,
     q_filled, q_freed, k_filled, k_freed, v_filled, v_freed, turn,
 ):  # fmt: skip
     """Attends from 64 rows of each tile."""
@@ -299,40 +302,41 @@ def _consume(
 
     def attend(tile: Tile):
         row = tile.row + warpgroup * ROWS
-        row_ids = None
-        if segment_ids is not None:
-            row_ids = plgpu.load(segment_ids.at[tile.batch, pl.ds(row, ROWS)], layout=_BY_ROW, optimized=False)
+        own_segment = segments[1][tile.batch, lax.div(tile.row, TILE)] if segments is not None else None
 
         def stage_of(t):
             return lax.rem(tile.steps_before + t, STAGES)
 
-        def mask(logits, t, key_ids, diagonal: bool):
+        def mask(logits, t):
             """Hides keys after the query, in another segment or after the last position."""
-            if not (diagonal or form.segmented):
-                return logits
-            index = functools.partial(
-                plgpu.broadcasted_iota, jnp.int32, logits.shape, layout=plgpu.Layout.WGMMA
-            )
-            key = index(dimension=1) + (tile.end - 1 - t) * keys
-            visible = None
+            first_key = (tile.end - 1 - t) * keys
+            index = functools.partial(plgpu.broadcasted_iota, jnp.int32, logits.shape, layout=plgpu.Layout.WGMMA)
+            conditions = []
+            key = index(1) + first_key  # added here, so that the compiler does not keep a register for each column
             if form.causal:
-                visible = index(dimension=0) + row >= key
+                conditions.append(index(0) + row >= key)
             elif form.length % keys:
-                visible = key < form.length
-            if key_ids is not None:
-                same = lax.broadcast_in_dim(row_ids, logits.shape, (0,)) == lax.broadcast_in_dim(
-                    key_ids, logits.shape, (1,)
+                conditions.append(key < form.length)
+            if segments is not None:
+                ids = segments[0].at[tile.batch]
+                by_row = plgpu.load(ids.at[pl.ds(row, ROWS)], layout=_BY_ROW, optimized=False)
+                by_column = plgpu.load(ids.at[pl.ds(first_key, keys)], layout=_BY_COLUMN, optimized=False)
+                by_row, by_column = (
+                    lax.broadcast_in_dim(x, logits.shape, (axis,)) for axis, x in enumerate((by_row, by_column))
                 )
-                visible = same if visible is None else visible & same
-            return logits if visible is None else jnp.where(visible, logits, MASKED)
+                conditions.append(by_row == by_column)
+            for condition in conditions:
+                logits = jnp.where(condition, logits, HIDDEN)
+            return logits
 
-        def load_ids(stage):
-            """Returns the keys' segment ids. The fence orders these reads before TMA's next write."""
-            if ids_smem is None:
-                return None
-            ids = plgpu.load(ids_smem.at[stage], layout=_BY_COLUMN)
-            plgpu.commit_smem()
-            return ids
+        def mask_where_needed(logits, t):
+            """Masks the tile of keys unless the queries see all of it."""
+            needed = t < TILE // keys if form.causal and keys < TILE else False
+            if segments is not None:
+                needed |= own_segment != segments[2][tile.batch, tile.end - 1 - t]
+            if needed is False:
+                return logits
+            return lax.cond(needed, lambda: mask(logits, t), lambda: logits)
 
         def softmax(logits, largest, total):
             new_largest = jnp.maximum(largest, logits.max(axis=1) * scale)
@@ -348,17 +352,14 @@ def _consume(
                 return logits_acc[...]
 
             logits_shape = plgpu.WGMMAAccumulatorRef((ROWS, keys), jnp.float32)
-            logits = pl.run_scoped(first_logits, logits_shape)
-            key_ids = load_ids(stage_of(0))
+            logits = mask(pl.run_scoped(first_logits, logits_shape), 0)
             plgpu.barrier_arrive(k_freed.at[stage_of(0)])
-            logits = mask(logits, 0, key_ids, diagonal=True)
             zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _BY_ROW)
-            largest, total, _, weights = softmax(logits, zeros + 2 * MASKED, zeros)
+            largest, total, _, weights = softmax(logits, zeros + LOWEST, zeros)
 
             def step(t, carry):
                 largest, total, weights = carry
                 stage, previous = stage_of(t), stage_of(t - 1)
-                plgpu.barrier_wait(k_filled.at[stage])
 
                 def products(logits_acc):
                     plgpu.barrier_wait(turn.at[warpgroup])
@@ -369,15 +370,25 @@ def _consume(
                     return plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
 
                 logits = pl.run_scoped(products, logits_shape)
-                key_ids = load_ids(stage)
                 plgpu.barrier_arrive(k_freed.at[stage])
-                logits = mask(logits, t, key_ids, diagonal=keys < TILE)
+                logits = mask_where_needed(logits, t)
                 largest, total, shrink, weights = softmax(logits, largest, total)
+                # The compilers would move the softmax behind the wait for the product that it should overlap with: LLVM
+                # without this barrier, ptxas without the branch. Rounding comes after the wait, because the product
+                # reads its weights from the registers of the rounded ones.
+                largest, total, shrink, weights = lax.optimization_barrier((largest, total, shrink, weights))
+                wait_for_keys(t + 1)
                 attended = acc[...]
                 plgpu.barrier_arrive(v_freed.at[previous])
                 acc[...] = attended * lax.broadcast_in_dim(shrink, attended.shape, (0,))
                 return largest, total, weights.astype(out.dtype)
 
+            def wait_for_keys(t):
+                @pl.when(t < tile.count)
+                def _():
+                    plgpu.barrier_wait(k_filled.at[stage_of(t)])
+
+            wait_for_keys(1)
             carry = (largest, total, weights.astype(out.dtype))
             largest, total, weights = lax.fori_loop(1, tile.count, step, carry)
             last = stage_of(tile.count - 1)
@@ -399,8 +410,8 @@ def _consume(
         log_sums_smem[warpgroup, :] = largest * math.log(2) + jnp.log(total)
         plgpu.commit_smem()
         rows = pl.ds(row, ROWS)
-        plgpu.copy_smem_to_gmem(buffer, out.at[tile.batch, rows, tile.head])
         plgpu.copy_smem_to_gmem(log_sums_smem.at[warpgroup], log_sums.at[tile.batch, tile.head, rows])
+        plgpu.copy_smem_to_gmem(buffer, out.at[tile.batch, rows, tile.head])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_arrive(q_freed.at[warpgroup])
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+# No segment, and different, so that a tile of queries and one of keys with several segments each never compare equal.
+SEVERAL_OF_QUERIES, SEVERAL_OF_KEYS = -(2**31), 1 - 2**31
+
 
 def key_tiles(
     segment_ids: Int[Array, "B T"] | None, batch: int, length: int, queries: int, keys: int, causal: bool
@@ -21,6 +24,12 @@ def query_tiles(
 ) -> tuple[Int[Array, "B K"], Int[Array, "B K"]]:
     """Returns the first tile of `queries` queries that may see each tile of `keys` keys, and the one after the last."""
     return _ranges(segment_ids, batch, length, keys, queries, "ahead" if causal else None)
+
+
+def one_segment(segment_ids: Int[Array, "B T"], size: int, otherwise: int) -> Int[Array, "B tiles"]:
+    """Returns the segment of each tile of `size` positions that is within one, `otherwise` for any other tile."""
+    low, high = _id_ranges(segment_ids, size)
+    return jnp.where(low == high, low, otherwise)
 
 
 def _ranges(segment_ids, batch, length, own, other, direction):

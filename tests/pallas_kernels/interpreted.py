@@ -51,8 +51,8 @@ _interpret, _interpret_wgmma = JaxprInterpreter.interpret, JaxprInterpreter._int
 
 
 def _with_stores_to_accumulators(self, jaxpr, token, *args):
-    """Interprets a jaxpr; a store to a wgmma accumulator, which jax 0.11 does not interpret, is one to any reference."""
-    (_, tree) = jax.tree.flatten(())
+    """Interprets a jaxpr. jax 0.11 does not interpret a store to a wgmma accumulator: it becomes an ordinary one."""
+    _, tree = jax.tree.flatten(())
 
     def as_swap(eqn):
         if eqn.primitive is not gpu_primitives.wgmma_accumulator_store_p:

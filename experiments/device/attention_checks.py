@@ -1,0 +1,92 @@
+"""Checks attention against float64: segments, ragged lengths, several widths, more tiles than multiprocessors."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+from cases import BFLOAT16, Case, error_case, normal
+
+from pallas_kernels.latent_attention import hopper
+
+# Weights are rounded to bfloat16 before they multiply the values, and the result is rounded once more.
+ATTENDED = 2 * BFLOAT16
+LOG_SUMS = 1e-5
+
+
+def cases(tiny: bool, form: str) -> Iterator[Case]:
+    # batch, length, heads, widths of own keys, shared keys and values, segments, causal
+    sizes = [
+        (1, 1024, 4, 128, 64, 128, 0, True),
+        (1, 1024, 4, 128, 64, 128, 5, True),
+        (2, 600, 48, 128, 64, 128, 0, True),
+        (2, 597, 3, 192, 0, 128, 4, True),
+        (1, 300, 2, 64, 0, 64, 3, True),
+        (2, 1001, 3, 64, 0, 64, 0, False),
+        (1, 200, 2, 48, 16, 80, 3, False),
+    ]
+    if tiny:
+        complete_interpreter()
+        sizes = [(1, 140, 1, 16, 16, 16, 2, True)]
+    for size in sizes:
+        yield forward(*size)
+
+
+def complete_interpreter() -> None:
+    """Adds to jax's interpreter what these kernels need: `tests/pallas_kernels/interpreted.py` does."""
+    tests = pathlib.Path(__file__).parents[2] / "tests" / "pallas_kernels"
+    if str(tests) not in sys.path:
+        sys.path.append(str(tests))
+    importlib.import_module("interpreted")
+
+
+def forward(batch, length, heads, own, shared, value, segments, causal) -> Case:
+    inputs = operands(batch, length, heads, own, shared, value, segments)
+    scale = (own + shared) ** -0.5
+    name = f"forward {batch} x {length}, {heads} heads, {own} + {shared} and {value}, {segments} segments"
+    return error_case(
+        name + ", causal" * causal,
+        lambda *x: hopper.forward(*x, scale, causal),
+        inputs,
+        lambda: attention(*inputs, scale, causal)[:2],
+        (ATTENDED, LOG_SUMS),
+    )
+
+
+def operands(batch, length, heads, own, shared, value, segments) -> tuple:
+    """Returns q, k, v, k_shared and segment ids on the host; the logits of some queries are large."""
+    q = normal(batch, length, heads, own + shared, dtype="float32").copy()
+    q[:, ::7] *= 8
+    ids = None
+    if segments:
+        ids = np.sort(np.random.default_rng(5).integers(0, segments, (batch, length)), axis=1).astype("i4")
+    return (
+        q.astype(jnp.bfloat16),
+        normal(batch, length, heads, own, seed=1),
+        normal(batch, length, heads, value, seed=2),
+        normal(batch, length, shared, seed=3) if shared else None,
+        ids,
+    )
+
+
+def attention(q, k, v, k_shared, ids, scale: float, causal: bool):
+    """Returns the attended values, logarithms of sums and weights in float64."""
+    q, k, v = (np.asarray(x, "f8").transpose(0, 2, 1, 3) for x in (q, k, v))
+    if k_shared is not None:
+        rotary = np.broadcast_to(np.asarray(k_shared, "f8")[:, None], (*k.shape[:3], k_shared.shape[-1]))
+        k = np.concatenate([k, rotary], axis=-1)
+    logits = q @ k.swapaxes(2, 3) * scale
+    length = q.shape[2]
+    seen = np.tril(np.ones((length, length), bool)) if causal else np.ones((length, length), bool)
+    seen = np.broadcast_to(seen, logits.shape)
+    if ids is not None:
+        seen = seen & (ids[:, None, :, None] == ids[:, None, None, :])
+    largest = np.where(seen, logits, -np.inf).max(-1, keepdims=True)
+    weights = np.where(seen, np.exp(np.where(seen, logits, -np.inf) - largest), 0)
+    total = weights.sum(-1, keepdims=True)
+    weights /= total
+    return (weights @ v).transpose(0, 2, 1, 3), (largest + np.log(total))[..., 0], weights
