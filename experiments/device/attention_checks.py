@@ -44,7 +44,9 @@ def complete_interpreter() -> None:
     importlib.import_module("interpreted")
 
 
-def forward(batch, length, heads, own, shared, value, segments, causal) -> Case:
+def forward(
+    batch: int, length: int, heads: int, own: int, shared: int, value: int, segments: int, causal: bool
+) -> Case:
     inputs = operands(batch, length, heads, own, shared, value, segments)
     scale = (own + shared) ** -0.5
     name = f"forward {batch} x {length}, {heads} heads, {own} + {shared} and {value}, {segments} segments"
@@ -52,12 +54,12 @@ def forward(batch, length, heads, own, shared, value, segments, causal) -> Case:
         name + ", causal" * causal,
         lambda *x: hopper.forward(*x, scale, causal),
         inputs,
-        lambda: attention(*inputs, scale, causal)[:2],
+        lambda: attention(*inputs, scale=scale, causal=causal)[:2],
         (ATTENDED, LOG_SUMS),
     )
 
 
-def operands(batch, length, heads, own, shared, value, segments) -> tuple:
+def operands(batch: int, length: int, heads: int, own: int, shared: int, value: int, segments: int) -> tuple:
     """Returns q, k, v, k_shared and segment ids on the host; the logits of some queries are large."""
     q = normal(batch, length, heads, own + shared, dtype="float32").copy()
     q[:, ::7] *= 8

@@ -201,7 +201,7 @@ def _kernel(first, end, q, k, v, *refs, form: Form, **scratch):
         _consume(for_each_tile, warpgroup, segments, out, log_sums, form, **scratch)
 
 
-def _for_each_tile(body, *, first, end, heads: int) -> Array:
+def _for_each_tile(body, *, first, end, heads: int) -> Any:
     """Calls body(tile) for each tile of queries of this block; returns the number of all its steps.
 
     With the causal mask the i-th tile of queries has i + 1 tiles of keys: a block takes the i-th from the end and the
