@@ -54,4 +54,29 @@ CORRECTNESS = (
     Check("attention forward", "attention_checks", {"form": "forward"}),
 )
 
-COMMANDS = {"smoke": SMOKE, "correctness": CORRECTNESS}
+TIMING = (
+    *SMOKE,
+    Check("ceilings", "product_timing", {"form": "ceilings"}, limit=60),
+    *(
+        Check(f"timing, {form}", module, {"form": form}, limit=60)
+        for module, forms in (
+            ("product_timing", ("dense", "weight gradient", "grouped", "grouped depth", "masked")),
+            ("memory_timing", ("quantise", "rows", "gate")),
+        )
+        for form in forms
+    ),
+    Check("timing, torch", "torch_timing", limit=60),
+)
+
+TRAINING = tuple(
+    Check(
+        f"training {precision}",
+        "training_checks",
+        {"precision": precision, "batch": 16, "micro_batch": 8, "rematerialisation": "products"},
+        limit=200,
+        case_limit=200,
+    )
+    for precision in ("bfloat16", "fp8")
+)
+
+COMMANDS = {"smoke": SMOKE, "correctness": CORRECTNESS, "timing": TIMING, "training": TRAINING}

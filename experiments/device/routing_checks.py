@@ -27,7 +27,7 @@ NEAR = 1e-5  # affinities closer than this may be ordered either way in float32
 def cases(tiny: bool, form: str) -> Iterator[Case]:
     """Yields cases of a form: "gates", or a dtype for moving rows."""
     if form == "gates":
-        for name, experts, biased, settings in ROUTERS[-1:] if tiny else ROUTERS:
+        for name, experts, biased, settings in ROUTERS[1:2] if tiny else ROUTERS:
             for masked in (False, True):
                 shape = (2, 20 if tiny else 5000, experts)
                 yield gate_case(f"{name}{', some tokens masked' * masked}", shape, biased, masked, settings)
