@@ -12,19 +12,31 @@ from jax.sharding import get_abstract_mesh
 
 Implementation = Literal["reference", "hopper", "tpu"]
 LANES = 128  # numbers in a row of a TPU's vector register; blocks in its memory are multiples as wide
+HOPPER_CAPABILITY = "9.0"
+HOPPER_NAMES = ("H100", "H200", "H800", "H20")  # parts of the names of Hopper GPUs, GH200 among them
 IMPLEMENTATIONS: tuple[Implementation, ...] = get_args(Implementation)
 
 
 def target_platform() -> Literal["cpu", "hopper", "gpu", "tpu"]:
     """Returns what a program that is traced now will run on: the mesh's abstract device, or the default backend."""
-    device = getattr(get_abstract_mesh(), "abstract_device", None)
-    if device is not None:
-        platform, kind = device.platform, device.device_kind
-    else:
-        platform, kind = jax.default_backend(), jax.devices()[0].device_kind
-    if platform in ("gpu", "cuda"):
-        return "hopper" if any(name in kind for name in ("H100", "H200", "H800", "GH200")) else "gpu"
-    return "tpu" if platform == "tpu" else "cpu"
+    described = getattr(get_abstract_mesh(), "abstract_device", None)
+    device = described or jax.devices()[0]
+    if device.platform in ("gpu", "cuda"):
+        return "hopper" if _compute_capability(device) == HOPPER_CAPABILITY else "gpu"
+    return "tpu" if device.platform == "tpu" else "cpu"
+
+
+def _compute_capability(device: Any) -> str | None:
+    """Returns the compute capability of a GPU, such as "9.0"; None where only a name is known and it is not Hopper's.
+
+    A mesh describes its devices by name alone: such a name is looked up among the devices of this process.
+    """
+    if capability := getattr(device, "compute_capability", None):
+        return capability
+    if any(name in device.device_kind for name in HOPPER_NAMES):
+        return HOPPER_CAPABILITY
+    same = (each for each in jax.devices() if each.device_kind == device.device_kind)
+    return next((getattr(each, "compute_capability", None) for each in same), None)
 
 
 def choose_implementation(

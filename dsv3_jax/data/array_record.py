@@ -11,12 +11,9 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from array_record.python.array_record_module import (  # pyright: ignore[reportMissingImports]
-    ArrayRecordReader,
-    ArrayRecordWriter,
-)
 
 from dsv3_jax.bounded_json import read_object
 from dsv3_jax.data.file_kinds import SIDECAR
@@ -49,7 +46,7 @@ def write_array_record(
     count = 0
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        writer = ArrayRecordWriter(str(temporary), "group_size:1")
+        writer = _array_record().ArrayRecordWriter(str(temporary), "group_size:1")
         try:
             for name, domain, ids in documents:
                 array = np.asarray(ids, np.int64)
@@ -96,10 +93,17 @@ def read_array_record(path: str | Path, tokenizer: Tokenizer) -> Iterator[tuple[
         reader.close()
 
 
-def _open(file: Path) -> ArrayRecordReader:
+def _array_record() -> Any:
+    """Returns the module that reads and writes ArrayRecord files. Training and import of weights do without it."""
+    from array_record.python import array_record_module  # pyright: ignore[reportMissingImports]
+
+    return array_record_module
+
+
+def _open(file: Path) -> Any:
     check_regular(file)
     try:
-        reader = ArrayRecordReader(str(file))
+        reader = _array_record().ArrayRecordReader(str(file))
         good = reader.ok()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from error

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 from jaxtyping import Int32
 
@@ -19,6 +18,9 @@ from dsv3_jax.data.epoch import Epoch, RowSettings
 from dsv3_jax.data.packing import Row
 from dsv3_jax.data.worker_processes import is_death_of_worker, read_ahead
 from dsv3_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import grain
 
 _ENDLESS = 2**62
 _ATTEMPTS = 3  # at reading a batch, each with new worker processes
@@ -140,6 +142,8 @@ class TrainIterator:
 
     def _open(self) -> grain.DatasetIterator[Row]:
         """Opens grain's iterator over this shard's rows, from the current position."""
+        import grain  # only here, since a machine that trains on other data may lack it
+
         start = self._rows_taken + self._shard_index
         shard = grain.MapDataset.source(self._source)[start :: self._shard_count]
         rows = shard.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))

@@ -10,9 +10,10 @@ import multiprocessing
 import os
 import signal
 import threading
+from typing import TYPE_CHECKING
 
-import grain
-from absl import flags
+if TYPE_CHECKING:
+    import grain
 
 _ROWS_AHEAD = 16  # per worker
 # Smaller arrays (in bytes) are sent through a pipe, which leaves no shared memory behind when a process is killed.
@@ -21,6 +22,9 @@ _LARGEST_COPIED = 2**20
 
 def read_ahead(rows: grain.IterDataset, worker_count: int) -> grain.IterDataset:
     """Returns the same rows in the same order, prepared by `worker_count` processes."""
+    import grain
+    from absl import flags
+
     if not flags.FLAGS.is_parsed():  # grain reads absl's flags, which only programs that use absl have parsed
         flags.FLAGS.mark_as_parsed()
     options = grain.experimental.DatasetOptions(min_shm_size=_LARGEST_COPIED)

@@ -9,6 +9,7 @@ _PEAKS = {
     "H100": 989e12,
     "H200": 989e12,
     "H800": 989e12,
+    "H20": 148e12,  # after H200, whose name contains it
     "A100": 312e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,

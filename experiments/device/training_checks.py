@@ -1,4 +1,4 @@
-"""Trains a preset for some steps on random tokens and reports tokens per second, MFU, memory and where the time went."""
+"""Trains a preset on random tokens and reports tokens per second, MFU, memory, and the kernels that took longest."""
 
 from __future__ import annotations
 
