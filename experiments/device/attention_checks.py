@@ -52,11 +52,16 @@ def forward(
     name = f"forward {batch} x {length}, {heads} heads, {own} + {shared} and {value}, {segments} segments"
     return error_case(
         name + ", causal" * causal,
-        lambda *x: hopper.forward(*x, scale, causal),
+        lambda *x: by_head(*hopper.forward(*x, scale, causal)),
         inputs,
         lambda: attention(*inputs, scale=scale, causal=causal)[:2],
         (ATTENDED, LOG_SUMS),
     )
+
+
+def by_head(attended, log_sums):
+    """Puts the heads before the positions: columns of a matrix are then compared over all positions."""
+    return attended.transpose(0, 2, 1, 3), log_sums
 
 
 def operands(batch: int, length: int, heads: int, own: int, shared: int, value: int, segments: int) -> tuple:
@@ -76,7 +81,7 @@ def operands(batch: int, length: int, heads: int, own: int, shared: int, value: 
 
 
 def attention(q, k, v, k_shared, ids, scale: float, causal: bool):
-    """Returns the attended values, logarithms of sums and weights in float64."""
+    """Returns the attended values [B, H, T, v], logarithms of sums and weights in float64."""
     q, k, v = (np.asarray(x, "f8").transpose(0, 2, 1, 3) for x in (q, k, v))
     if k_shared is not None:
         rotary = np.broadcast_to(np.asarray(k_shared, "f8")[:, None], (*k.shape[:3], k_shared.shape[-1]))
@@ -91,4 +96,4 @@ def attention(q, k, v, k_shared, ids, scale: float, causal: bool):
     weights = np.where(seen, np.exp(np.where(seen, logits, -np.inf) - largest), 0)
     total = weights.sum(-1, keepdims=True)
     weights /= total
-    return (weights @ v).transpose(0, 2, 1, 3), (largest + np.log(total))[..., 0], weights
+    return weights @ v, (largest + np.log(total))[..., 0], weights

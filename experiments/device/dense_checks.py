@@ -26,7 +26,7 @@ def cases(tiny: bool, form: str, cluster: int = 0) -> Iterator[Case]:
             yield from weight_gradient(None, m, n, k)
         return
     m, n, k = (160, 144, 200) if tiny else (2304, 2112, 2112)  # more tiles than 132 multiprocessors
-    tilings = [t for t in candidates(2 if form == "product" else 4) if t.cluster == cluster]
+    tilings = [t for t in candidates(2 if form == "product" else 4, form == "weight gradient") if t.cluster == cluster]
     for tiling in tilings[:1] if tiny else tilings:
         if form == "product":
             yield product(tiling, m, n, k, jnp.bfloat16)
