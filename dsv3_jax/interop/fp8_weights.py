@@ -54,13 +54,13 @@ def quantise(
 ) -> tuple[Float[np.ndarray, "out in"], Float32[np.ndarray, "out_blocks in_blocks"]]:
     """Returns e4m3 values and scales.
 
-    A scale is the largest magnitude of the block / 448, at least 2^-126, or with `power_of_two_scales` the next power
-    of two.
+    A scale is the largest magnitude of the block times 1 / 448, at least 2^-126, or with `power_of_two_scales` the next
+    power of two.
     """
     rows, columns = weights.shape
     padded = np.pad(weights, ((0, -rows % BLOCK), (0, -columns % BLOCK)))
     blocks = padded.reshape(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
-    scales = np.maximum(np.abs(blocks).max(axis=(1, 3)) / _LARGEST, _SMALLEST_SCALE)
+    scales = np.maximum(np.abs(blocks).max(axis=(1, 3)) * (np.float32(1) / _LARGEST), _SMALLEST_SCALE)
     if power_of_two_scales:
         scales = _next_power_of_two(scales)
     return quantise_with(weights, scales), scales

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 import pallas_kernels as pk
 from pallas_kernels.quantize.quantized import TILE_SHAPE
-from pallas_kernels.quantize.reference import magnitude_bits, scales_from_magnitude
+from pallas_kernels.quantize.reference import magnitude_bits, reciprocal, scales_from_magnitude
 
 _KERNEL_TILES = {shape: name for name, shape in TILE_SHAPE.items()}
 _DTYPES = {"e4m3": jnp.float8_e4m3fn, "e5m2": jnp.float8_e5m2}
@@ -57,7 +57,7 @@ def quantize(x: Float[Array, "... M K"], tile: tuple[int, int], number_format: s
     largest = float(jnp.finfo(dtype).max)
     x = x.astype(jnp.float32)
     scales = magnitude_scales(x, tile, largest, power_of_two=power_of_two)
-    values = jnp.clip(x * (1 / _spread(scales, tile, x.shape)), -largest, largest)
+    values = jnp.clip(x * _spread(reciprocal(scales), tile, x.shape), -largest, largest)
     return EmulatedTiles(values.astype(dtype), scales, tile)
 
 

@@ -43,7 +43,6 @@ def error_case(
     inputs: tuple,
     wanted: Callable[[], Any],
     tolerance: Any,
-    alternative: Callable[[], Any] | None = None,
 ) -> Case:
     """Returns a case that runs `function` several times and compares every row and column with float64.
 
@@ -52,19 +51,11 @@ def error_case(
       inputs: arguments on the host.
       wanted: returns the same tree in numpy.
       tolerance: the largest `row_error` of all leaves, or a tree with one for each. 0 asks for equal bits.
-      alternative: what `function` may return instead of `wanted`.
     """
 
     def run() -> dict[str, Any]:
         results = repeated(function, inputs)
-        outcome = judged(wanted(), results)
-        if outcome["passed"] or alternative is None:
-            return outcome
-        other = judged(alternative(), results)
-        return {**other, "alternative": "yes"} if other["passed"] else outcome
-
-    def judged(wanted: Any, results: list[Any]) -> dict[str, Any]:
-        expected = jax.tree.leaves(wanted)
+        expected = jax.tree.leaves(wanted())
         got = jax.tree.leaves(results[0])
         limits = jax.tree.leaves(tolerance) if not isinstance(tolerance, float | int) else [tolerance] * len(got)
         errors = [

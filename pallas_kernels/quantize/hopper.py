@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.device import once_a_program
 from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors, pad_to, swizzled
 from pallas_kernels.quantize.quantized import E4M3, TILE, Quantized, Tile
-from pallas_kernels.quantize.reference import magnitude_bits, scales_from_magnitude, values_from_scaled
+from pallas_kernels.quantize.reference import magnitude_bits, reciprocal, scales_from_magnitude, values_from_scaled
 
 HALF = 64  # rows that a warpgroup has in registers at a time
 _MAX_BLOCKS = 4  # blocks per multiprocessor
@@ -135,8 +135,12 @@ def _cut(x: Array, rows: int, columns: int) -> Array:
 
 
 def _scales_struct(contraction: int, others: int) -> jax.ShapeDtypeStruct:
-    """Returns the type of scales [tiles along the contraction, others]; TMA needs rows of a multiple of 16 bytes."""
-    return jax.ShapeDtypeStruct((pl.cdiv(contraction, TILE), others + -others % 4), jnp.float32)
+    """Returns the type of scales [tiles along the contraction, others], with rows of whole tiles.
+
+    The scales of a tile are contiguous, and a contiguous copy is not cut at the end of a row but written on into the
+    next.
+    """
+    return jax.ShapeDtypeStruct((pl.cdiv(contraction, TILE), others + -others % TILE), jnp.float32)
 
 
 def _launch(kernel, name: str, shape: tuple[int, ...], out_types, scratch: dict[str, Any], interpret):
@@ -259,4 +263,4 @@ def _quantize_rows(x: Float[Array, "64 128"], values_smem, scales_smem, power_of
 
 
 def _scale_rows(x: Float[Array, "64 128"], scales: Float[Array, " 64"]) -> Float[Array, "64 128"]:
-    return x * lax.broadcast_in_dim(1 / scales, x.shape, (0,))
+    return x * lax.broadcast_in_dim(reciprocal(scales), x.shape, (0,))

@@ -2,8 +2,10 @@
 
 A tile with largest magnitude `amax` is stored as
 
-    scale  = max(amax / 448, 2^-126)          (or the next power of two at or above that)
+    scale  = max(amax * (1 / 448), 2^-126)    (or the next power of two at or above that)
     values = e4m3(clip(x * (1 / scale), -448, 448)),   to nearest even
+
+in float32, both reciprocals correctly rounded, so that every device gives the same bits.
 
 A tile that holds an infinity or a NaN gets a NaN scale, so that all of it is NaN when used: an upstream error stays
 visible instead of turning into a large finite number. Its values mean nothing. The clip is needed because JAX's cast
@@ -25,7 +27,7 @@ _INFINITY_BITS = 0x7F800000
 def quantize(x: Float[Array, "... M K"], tile: Tile, power_of_two_scales: bool) -> Quantized:
     blocks = _split(x.astype(jnp.float32), TILE_SHAPE[tile])
     scales = scales_from_magnitude(jnp.max(magnitude_bits(blocks), axis=(-3, -1)), power_of_two_scales)
-    values = values_from_scaled(blocks * (1 / scales)[..., :, None, :, None])
+    values = values_from_scaled(blocks * reciprocal(scales)[..., :, None, :, None])
     return Quantized(_join(values, x.shape), scales, tile)
 
 
@@ -59,10 +61,31 @@ def scales_from_magnitude(
       largest: the largest number of the format that the tile is stored in.
     """
     amax = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    scales = jnp.maximum(amax / largest, MIN_SCALE)
+    scales = jnp.maximum(amax * (1 / largest), MIN_SCALE)
     if power_of_two:
         scales = round_up_to_power_of_two(scales)
     return jnp.where(bits < _INFINITY_BITS, scales, jnp.nan)
+
+
+def reciprocal(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns 1 / x of positive normal float32 numbers, correctly rounded.
+
+    A GPU's own division may be off by two units in the last place. Its quotient r of the mantissa m is corrected by
+    r (1 - m r); the factors are split into halves whose products are exact.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    m = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
+    r = 1 / m
+    m_high, r_high = _upper_half(m), _upper_half(r)
+    m_low, r_low = m - m_high, r - r_high
+    residual = ((1 - m_high * r_high) - m_high * r_low - m_low * r_high) - m_low * r_low
+    power = jax.lax.bitcast_convert_type(0x7F000000 - (bits & _INFINITY_BITS), jnp.float32)
+    return (r + r * residual) * power
+
+
+def _upper_half(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns float32 numbers without the lower half of their mantissas."""
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) & -0x1000, jnp.float32)
 
 
 def round_up_to_power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.device import once_a_program
 from pallas_kernels.quantize.quantized import E4M3, TILE, Quantized, Tile
-from pallas_kernels.quantize.reference import magnitude_bits, scales_from_magnitude, values_from_scaled
+from pallas_kernels.quantize.reference import magnitude_bits, reciprocal, scales_from_magnitude, values_from_scaled
 
 _MAX_TILES = 8  # tiles of columns in one grid step
 
@@ -137,7 +137,7 @@ def _tiles_kernel(x_ref, *out_refs, shape, rows, columns, power_of_two):
         x = _without_outside(x_ref[:, at].astype(jnp.float32), t, shape)
         if rows:
             scales = scales_from_magnitude(jnp.max(magnitude_bits(x), axis=1, keepdims=True), power_of_two)
-            out_refs[0][:, at] = values_from_scaled(x * (1 / scales))
+            out_refs[0][:, at] = values_from_scaled(x * reciprocal(scales))
             out_refs[1][t] = _as_row(scales)
         if columns:
             _quantize_columns(x, out_refs[-2].at[at], out_refs[-1].at[0, :, at], power_of_two)
@@ -156,14 +156,14 @@ def _blocks_kernel(x_ref, values_ref, scales_ref, *, shape, power_of_two):
         x = _without_outside(x_ref[:, at].astype(jnp.float32), t, shape)
         bits = jnp.max(jnp.max(magnitude_bits(x), axis=0, keepdims=True), axis=1, keepdims=True)
         scale = scales_from_magnitude(jnp.broadcast_to(bits, (1, TILE)), power_of_two)
-        values_ref[:, at] = values_from_scaled(x * (1 / scale))
+        values_ref[:, at] = values_from_scaled(x * reciprocal(scale))
         scales_ref[0, :, at] = scale
 
 
 def _quantize_columns(x, values_ref, scales_ref, power_of_two) -> None:
     """Writes the transpose of a tile, with one scale per column of the tile."""
     scales = scales_from_magnitude(jnp.max(magnitude_bits(x), axis=0, keepdims=True), power_of_two)
-    values_ref[...] = (jnp.clip(x * (1 / scales), -448, 448)).T.astype(E4M3)
+    values_ref[...] = (jnp.clip(x * reciprocal(scales), -448, 448)).T.astype(E4M3)
     scales_ref[...] = scales
 
 
