@@ -78,7 +78,7 @@ def requantize_transposed(
             "arrived": plgpu.Barrier(num_arrivals=2),
         },
         interpret,
-    )(values, pad_to(q.scales.T, 4))
+    )(values, pad_to(q.scales.T, TILE))
     return Quantized(_cut(out_values, k, m), _cut(out_scales, out_scales.shape[0], k).T, "1x128")
 
 
@@ -135,8 +135,12 @@ def _cut(x: Array, rows: int, columns: int) -> Array:
 
 
 def _scales_struct(contraction: int, others: int) -> jax.ShapeDtypeStruct:
-    """Returns the type of scales [tiles along the contraction, others]; TMA needs rows of a multiple of 16 bytes."""
-    return jax.ShapeDtypeStruct((pl.cdiv(contraction, TILE), others + -others % 4), jnp.float32)
+    """Returns the type of scales [tiles along the contraction, others]; rows are whole tiles.
+
+    A part of one row is contiguous, and Mosaic copies such a part without TMA's check of the row's end: what is past
+    the end would be written to the next row.
+    """
+    return jax.ShapeDtypeStruct((pl.cdiv(contraction, TILE), others + -others % TILE), jnp.float32)
 
 
 def _launch(kernel, name: str, shape: tuple[int, ...], out_types, scratch: dict[str, Any], interpret):

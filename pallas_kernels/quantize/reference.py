@@ -2,13 +2,15 @@
 
 A tile with largest magnitude `amax` is stored as
 
-    scale  = max(amax / 448, 2^-126)          (or the next power of two at or above that)
+    scale  = max(amax * (1 / 448), 2^-126)    (or the next power of two at or above that)
     values = e4m3(clip(x * (1 / scale), -448, 448)),   to nearest even
 
 A tile that holds an infinity or a NaN gets a NaN scale, so that all of it is NaN when used: an upstream error stays
 visible instead of turning into a large finite number. Its values mean nothing. The clip is needed because JAX's cast
 to e4m3 does not saturate: 465 becomes NaN. Values are multiplied by the reciprocal of the scale, as in kernels, so that
-one division per tile is enough.
+one division per tile is enough. Scales are the same bits on every device, since float32's product is rounded alike
+everywhere (a division by 448 is not on a GPU). The reciprocal of a scale that is no power of two may differ in its last
+bit there, and with it the values that are a tie or next to one.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def scales_from_magnitude(
       largest: the largest number of the format that the tile is stored in.
     """
     amax = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    scales = jnp.maximum(amax / largest, MIN_SCALE)
+    scales = jnp.maximum(amax * (1 / largest), MIN_SCALE)
     if power_of_two:
         scales = round_up_to_power_of_two(scales)
     return jnp.where(bits < _INFINITY_BITS, scales, jnp.nan)
