@@ -65,7 +65,8 @@ def error_case(
         worst = max(range(len(got)), key=lambda i: _ratio(errors[i], limits[i]))
         unequal = sum(not same_bits(results[0], other) for other in results[1:])
         passed = all(error <= limit for error, limit in zip(errors, limits, strict=True)) and not unequal
-        return {"passed": passed, "error": errors[worst], "tolerance": limits[worst], "unequal_runs": unequal}
+        outcome = {"passed": passed, "error": errors[worst], "tolerance": limits[worst], "unequal_runs": unequal}
+        return outcome if passed else outcome | {"where": where_wrong(got[worst], expected[worst], worst)}
 
     return Case(name, run)
 
@@ -100,10 +101,28 @@ def row_error(got: Any, wanted: Any) -> float:
             continue  # every element would be a row of its own
         error, size = np.linalg.norm(got - wanted, axis=3 - axis), np.linalg.norm(wanted, axis=3 - axis)
         squares = wanted * wanted
+        # A row of few elements may nearly vanish by chance: its error is relative to an average row then.
+        average = np.sqrt(squares.sum((1, 2), keepdims=True)[..., 0] / wanted.shape[axis])
         alike = squares.sum(3 - axis) ** 2 / np.maximum((squares * squares).sum(3 - axis), 1e-300)
+        size = np.where((alike < 16) & (size > 0), np.maximum(size, 0.5 * average), size)
         few = 1 + 2 / np.sqrt(np.maximum(alike, 1))
         worst = max(worst, float(np.max(error / np.where(size > 0, size, 1) / few)))
     return worst
+
+
+def where_wrong(got: Any, wanted: Any, leaf: int) -> str:
+    """Returns where the largest error is, how large the numbers are there, and how many elements are not finite."""
+    got, wanted = np.asarray(got, "f8"), np.asarray(wanted, "f8")
+    if got.shape != wanted.shape:
+        return f"leaf {leaf} has shape {got.shape}, not {wanted.shape}"
+    error = np.where(np.isfinite(got), np.abs(got - wanted), np.inf)
+    at = np.unravel_index(np.argmax(error), error.shape)
+    large = error > 0.02 * np.sqrt(np.mean(wanted * wanted))
+    places = [f"{len(np.unique(i))} of {n}" for i, n in zip(np.nonzero(large), got.shape, strict=True)]
+    return (
+        f"leaf {leaf} {tuple(map(int, at))} is {got[at]:.6g}, not {wanted[at]:.6g}; large errors at {int(large.sum())} "
+        f"elements, in each dimension at {', '.join(places)}; {int((~np.isfinite(got)).sum())} not finite"
+    )
 
 
 def differing(got: Any, wanted: Any) -> int:

@@ -236,14 +236,13 @@ HIDDEN = ("kind", "check", "case", "passed", "seconds", "at", "message", "error"
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Returns the report: a line per check for comparisons that passed, a line per case otherwise, failures last."""
-    plain = [r for r in results if r["passed"] and "error" in r]
+    plain = [r for r in results if r["passed"] and "error" in r and "ms" not in r]
     lines = []
     for check in dict.fromkeys(r["check"] for r in plain):
         of_check = [r for r in plain if r["check"] == check]
         worst = max(of_check, key=lambda r: r["error"] / r["tolerance"] if r["tolerance"] else 0)
         error = f"worst error {_short(worst['error'])} of {_short(worst['tolerance'])} ({worst['case']})"
-        seconds = sum(r["seconds"] for r in of_check)
-        lines.append(f"ok   {check} | {len(of_check)} cases | {error} | {seconds:.0f} s")
+        lines.append(f"ok   {check} | {len(of_check)} cases | {error} | {sum(r['seconds'] for r in of_check):.0f} s")
     for r in sorted((r for r in results if r not in plain), key=lambda r: not r["passed"]):
         line = f"{'ok  ' if r['passed'] else 'FAIL'} {r['check']} | {r['case']} | {r.get('seconds', 0):.1f} s"
         if "error" in r:

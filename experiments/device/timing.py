@@ -79,7 +79,7 @@ def time_contender(problem: Problem, contender: Contender, inputs: Callable[[int
         del got
     one = nbytes(first) + nbytes(jax.eval_shape(contender.function, *first))
     count = max(2, min(MOST_SETS, math.ceil(ROTATED_BYTES / one), int(MOST_BYTES // one)))
-    sets = [tuple(inputs(i)[name] for name in contender.inputs) for i in range(count)]
+    sets = [tuple(inputs(i)[name] for name in contender.inputs) for i in range(1 if interpreted() else count)]
     outcome |= milliseconds(contender.function, sets)
     if problem.flops:
         outcome["tflops"] = problem.flops * 1e-9 / outcome["ms"]
@@ -99,14 +99,16 @@ def milliseconds(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> d
     for, so that the host's work is hidden behind the device's.
     """
     program = compiled(lambda sets: [function(*inputs) for inputs in sets])
+    if interpreted():
+        start = time.perf_counter()
+        jax.block_until_ready(program(sets))
+        return {"ms": (time.perf_counter() - start) * 1e3 / len(sets), "spread": 0.0}
     jax.block_until_ready(program(sets))
     start = time.perf_counter()
     jax.block_until_ready(program(sets))
     calls = max(math.ceil(20 / len(sets)), math.ceil(ROUND_SECONDS / (time.perf_counter() - start)))
-    if interpreted():
-        calls = 1
     times = []
-    for _ in range(1 if interpreted() else ROUNDS):
+    for _ in range(ROUNDS):
         start = time.perf_counter()
         for _ in range(calls):
             last = program(sets)

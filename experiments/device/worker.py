@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -68,8 +68,12 @@ def without_clusters() -> None:
     for name in ("blockwise_matmul.tuning", "grouped_matmul.tiling"):
         module = importlib.import_module(f"pallas_kernels.{name}")
         every = module.candidates
-        module.candidates = lambda *arguments, every=every: tuple(t for t in every(*arguments) if t.cluster == 1)
+        module.candidates = functools.partial(_without_clusters, every)
         module.TUNED.clear()
+
+
+def _without_clusters(candidates: Callable[..., tuple], *arguments: Any, **options: Any) -> tuple:
+    return tuple(tiling for tiling in candidates(*arguments, **options) if tiling.cluster == 1)
 
 
 INTERPRETED = {

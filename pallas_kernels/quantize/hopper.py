@@ -78,7 +78,7 @@ def requantize_transposed(
             "arrived": plgpu.Barrier(num_arrivals=2),
         },
         interpret,
-    )(values, pad_to(q.scales.T, 4))
+    )(values, pad_to(q.scales.T, TILE))
     return Quantized(_cut(out_values, k, m), _cut(out_scales, out_scales.shape[0], k).T, "1x128")
 
 
@@ -135,10 +135,10 @@ def _cut(x: Array, rows: int, columns: int) -> Array:
 
 
 def _scales_struct(contraction: int, others: int) -> jax.ShapeDtypeStruct:
-    """Returns the type of scales [tiles along the contraction, others], with rows of whole tiles.
+    """Returns the type of scales [tiles along the contraction, others]; rows are whole tiles.
 
-    The scales of a tile are contiguous, and a contiguous copy is not cut at the end of a row but written on into the
-    next.
+    A part of one row is contiguous, and Mosaic copies such a part without TMA's check of the row's end: what is past
+    the end would be written to the next row.
     """
     return jax.ShapeDtypeStruct((pl.cdiv(contraction, TILE), others + -others % TILE), jnp.float32)
 
