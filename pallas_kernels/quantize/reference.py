@@ -10,9 +10,7 @@ in float32, both reciprocals correctly rounded, so that every device gives the s
 A tile that holds an infinity or a NaN gets a NaN scale, so that all of it is NaN when used: an upstream error stays
 visible instead of turning into a large finite number. Its values mean nothing. The clip is needed because JAX's cast
 to e4m3 does not saturate: 465 becomes NaN. Values are multiplied by the reciprocal of the scale, as in kernels, so that
-one division per tile is enough. Scales are the same bits on every device, since float32's product is rounded alike
-everywhere (a division by 448 is not on a GPU). The reciprocal of a scale that is no power of two may differ in its last
-bit there, and with it the values that are a tie or next to one.
+one division per tile is enough.
 """
 
 from __future__ import annotations
