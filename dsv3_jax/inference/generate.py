@@ -1,8 +1,14 @@
 """Text generation with the latent cache: the prompts are read at once, then tokens are generated one by one.
 
 Prompts are read in MLA's expanded form (keys and values of every head are computed), which is cheaper for many tokens
-at a time. New tokens are decoded in the absorbed form, directly on the cached latents (report section 2.1.1). The new
-tokens of a row depend only on its own prompt and key, so a prompt gives the same text in a batch as alone.
+at a time. New tokens are decoded in the absorbed form, directly on the cached latents (report section 2.1.1). Under the
+FP8 recipe both forms multiply by FP8 weights, and all linear maps but the absorbed ones round their inputs to FP8 too.
+
+No row sees another: what the other prompts of a batch hold changes nothing about a row's tokens, with these exceptions.
+A batch of another size, or padded to another width, is another compiled program, whose sums and intermediate roundings
+may be in another order. In float32 that changes a text only where two tokens are as likely as rounding can tell. In
+bfloat16 and FP8 it changes the likelihoods by the format's own rounding error, so that a prompt may continue otherwise
+alone than in a batch. A recipe with one scale per tensor (`tile=0`) shares that scale among the rows.
 """
 
 from __future__ import annotations
@@ -45,7 +51,7 @@ def generate(
       max_new_tokens: N.
       sampler: how tokens are chosen; always the most likely one if not given.
       key: random key, needed if the sampler is not greedy. With one key, the randomness of a row depends only on its
-        prompt: batching does not change the text, and identical prompts get identical text. B keys give every row its
+        prompt: it does not change with the batch, and identical prompts get identical text. B keys give every row its
         own randomness.
       prompt_lengths: number of prompt tokens of each row; all T if not given.
       stop_token: a row ends when it produces this token; generation ends early when all rows have ended.

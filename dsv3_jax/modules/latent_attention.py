@@ -31,7 +31,7 @@ from dsv3_jax.modules.latent_cache import LatentCache
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import Rotation, rotate, softmax_scale
-from dsv3_jax.precision import Precision
+from dsv3_jax.precision import Precision, rounded_weight
 from dsv3_jax.precision.keeping import keep
 
 
@@ -113,7 +113,8 @@ class LatentAttention(nnx.Module):
         cache = cache.write(layer, positions, *self._latents(x, rotation))
         latent = cache.latent[layer].astype(query.dtype)
         key_rope = cache.rope_key[layer].astype(query.dtype)
-        key_up, value_up = jnp.split(self.kv_b.weight[...].astype(query.dtype), [self.config.qk_nope_head_dim], axis=1)
+        kv_up = rounded_weight(self.kv_b.weight[...], self.precision)
+        key_up, value_up = jnp.split(kv_up, [self.config.qk_nope_head_dim], axis=1)
 
         wide = jnp.promote_types(query.dtype, jnp.float32)
         absorbed = jnp.einsum("bthn,hnr->bthr", query, key_up)

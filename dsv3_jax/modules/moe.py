@@ -22,7 +22,7 @@ from dsv3_jax.modules.devices import Devices, ExpertShapes, OneDevice
 from dsv3_jax.modules.feed_forward import FeedForward
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.modules.router import Router
-from dsv3_jax.precision import Precision, grouped_linear, grouped_swiglu_linear, swiglu
+from dsv3_jax.precision import Precision, grouped_linear, grouped_swiglu_linear, linear_by_row
 from dsv3_jax.precision.keeping import keep
 
 
@@ -112,11 +112,11 @@ class Experts(nnx.Module):
             return self._apply(u, gates, self.gate_up[...][layer], self.down[...][layer])
         dtype = self.precision.dtype
         index = layer * experts + chosen
-        gate_up = self.gate_up[...].reshape(layers * experts, 2 * width, d)[index].astype(dtype)
-        down = self.down[...].reshape(layers * experts, d, width)[index].astype(dtype)
-        tokens = jnp.repeat(u.astype(dtype), gates.expert_index.shape[-1], axis=0)
-        hidden = swiglu(jnp.einsum("sd,sfd->sf", tokens, gate_up).reshape(-1, 2, width))
-        out = jnp.einsum("si,sdi->sd", hidden, down).reshape(u.shape[0], -1, d)
+        gate_up = self.gate_up[...].reshape(layers * experts, 2 * width, d)[index]
+        down = self.down[...].reshape(layers * experts, d, width)[index]
+        tokens = jnp.repeat(u, gates.expert_index.shape[-1], axis=0)
+        hidden = linear_by_row(tokens, gate_up, self.precision)
+        out = linear_by_row(hidden, down, self.precision, after_swiglu=True).reshape(u.shape[0], -1, d)
         wide = jnp.promote_types(dtype, jnp.float32)
         weights = gates.gate.reshape(u.shape[0], -1, 1).astype(wide)
         return jnp.sum(out.astype(wide) * weights, axis=1).astype(dtype)

@@ -1,7 +1,14 @@
 """Precision recipes (report section 3.3): which products are computed in which format, and what they keep."""
 
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe
-from dsv3_jax.precision.linear import grouped_linear, grouped_swiglu_linear, linear, swiglu_linear
+from dsv3_jax.precision.linear import (
+    grouped_linear,
+    grouped_swiglu_linear,
+    linear,
+    linear_by_row,
+    rounded_weight,
+    swiglu_linear,
+)
 from dsv3_jax.precision.recipe import PRECISIONS, Precision
 from dsv3_jax.precision.saved import saved_bytes
 from dsv3_jax.precision.swiglu import swiglu
@@ -13,6 +20,8 @@ __all__ = [
     "grouped_linear",
     "grouped_swiglu_linear",
     "linear",
+    "linear_by_row",
+    "rounded_weight",
     "saved_bytes",
     "swiglu",
     "swiglu_linear",

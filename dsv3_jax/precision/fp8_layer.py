@@ -23,7 +23,7 @@ from dsv3_jax.precision.e5m6 import PackedE5M6, pack, unpack
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe, Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.keeping import keep
-from dsv3_jax.precision.products import columns_by_columns, rows_by_weights
+from dsv3_jax.precision.products import columns_by_columns, rows_by_own_weights, rows_by_weights
 from dsv3_jax.precision.swiglu import swiglu
 from dsv3_jax.precision.tiles import Tiles, dequantize, quantize
 from pallas_kernels import TILE
@@ -47,6 +47,26 @@ def fp8_product(
     return _product(x, weight, group_sizes, recipe, role)
 
 
+@jax.named_scope("fp8_matmul")
+def fp8_product_by_row(
+    x: Float[Array, "S in"], weights: Float[Array, "S out in"] | Fp8Weight, recipe: Fp8Recipe, role: Role
+) -> Float[Array, "S out"]:
+    """Returns W_s x_s for a matrix of each row's own, in the formats of `fp8_product`. It is not differentiable."""
+    operand = _activated(x) if role.swiglu else x
+    if recipe.forward == "none":
+        return jnp.einsum("sk,snk->sn", operand, weights.astype(x.dtype))
+    constant = isinstance(weights, Fp8Weight)
+    stored = weights.tiles() if constant else weight_tiles(weights, recipe)
+    tiles = _input_tiles(operand, recipe, role)
+    out = rows_by_own_weights(tiles, stored, promotion=recipe.promotion, out_dtype=x.dtype)
+    return weights.unpad(out) if constant else out
+
+
+def weight_tiles(weight: Float[Array, "*E out in"], recipe: Fp8Recipe) -> Tiles:
+    """Returns a weight as the recipe's products multiply by it: e4m3 in square blocks."""
+    return quantize(weight, _square(recipe), "e4m3", power_of_two=False)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _product(x: Array, weight: Array | Fp8Weight, group_sizes: Array | None, recipe: Fp8Recipe, role: Role) -> Any:
     return _forward(x, weight, group_sizes, recipe, role)[0]
@@ -58,14 +78,14 @@ def _forward(
     operand = _activated(x) if role.swiglu else x
     tiles = _input_tiles(operand, recipe, role)
     constant = isinstance(weight, Fp8Weight)
-    weight_tiles = weight.tiles() if constant else quantize(weight, _square(recipe), "e4m3", power_of_two=False)
+    stored = weight.tiles() if constant else weight_tiles(weight, recipe)
     if recipe.forward == "none":
         out = _plain_product(operand, weight, group_sizes)
     else:
-        out = rows_by_weights(tiles, weight_tiles, group_sizes, promotion=recipe.promotion, out_dtype=x.dtype)
+        out = rows_by_weights(tiles, stored, group_sizes, promotion=recipe.promotion, out_dtype=x.dtype)
         out = weight.unpad(out) if constant else out
     # What the input gradient needs of W; an empty array carries W's dtype, as residuals must be arrays.
-    kept_weight = weight if constant or recipe.input_gradient == "none" else weight_tiles
+    kept_weight = weight if constant or recipe.input_gradient == "none" else stored
     # The input serves the weight gradient, which a constant has none of, and that of SwiGLU.
     cache = None if constant and not role.swiglu else _cached(x, tiles, recipe, role)
     return out, (cache, kept_weight, group_sizes, jnp.empty(0, weight.dtype))

@@ -11,12 +11,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from dsv3_jax.precision.fp8_layer import fp8_product
+from dsv3_jax.precision.fp8_layer import fp8_product, fp8_product_by_row, weight_tiles
 from dsv3_jax.precision.fp8_recipe import Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.keeping import keep
 from dsv3_jax.precision.recipe import Precision
 from dsv3_jax.precision.swiglu import swiglu
+from dsv3_jax.precision.tiles import dequantize
 from pallas_kernels import TILE
 
 
@@ -94,6 +95,40 @@ def grouped_swiglu_linear(
         return grouped_linear(hidden, weights, group_sizes, row_alignment=row_alignment, precision=precision)
     role = Role(swiglu=True, gradient_dispatched=True)
     return _fp8_by_group(gate_up.astype(precision.dtype), weights, group_sizes, row_alignment, precision, role)
+
+
+def linear_by_row(
+    rows: Float[Array, "S in"],
+    weights: Float[Array, "S out in"] | Fp8Weight,
+    precision: Precision,
+    *,
+    after_swiglu: bool = False,
+) -> Float[Array, "S out"]:
+    """Returns y_s = W_s x_s for a matrix of each row's own, in the formats of `grouped_linear`. Not differentiable.
+
+    Args:
+      after_swiglu: the rows [S, 2 * in] are the input of SwiGLU, as those of `grouped_swiglu_linear`.
+    """
+    rows = rows.astype(precision.dtype)
+    if precision.fp8 is not None:
+        role = Role(swiglu=True, gradient_dispatched=True) if after_swiglu else Role(dispatched=True)
+        return fp8_product_by_row(rows, weights, precision.fp8, role)
+    if after_swiglu:
+        rows = swiglu(rows.reshape(rows.shape[0], 2, -1))
+    return jnp.einsum("sk,snk->sn", rows, weights.astype(precision.dtype))
+
+
+def rounded_weight(weight: Float[Array, "*out in"] | Fp8Weight, precision: Precision) -> Float[Array, "*out in"]:
+    """Returns a weight in the recipe's dtype, rounded to FP8 before where the recipe's products multiply by FP8.
+
+    Decoding multiplies by the absorbed up-projections in the recipe's dtype, as the published inference code does with
+    weights that it dequantizes.
+    """
+    recipe = precision.fp8
+    if recipe is None or recipe.forward == "none" or isinstance(weight, Fp8Weight):
+        return weight.astype(precision.dtype)
+    matrix = weight.reshape(-1, weight.shape[-1])
+    return dequantize(weight_tiles(matrix, recipe)).astype(precision.dtype).reshape(weight.shape)
 
 
 def _fp8_by_group(

@@ -39,6 +39,16 @@ def rows_by_weights(
     return product.astype(out_dtype)
 
 
+def rows_by_own_weights(rows: Tiles, weights: Tiles, *, promotion: bool, out_dtype: jnp.dtype) -> Float[Array, "S out"]:
+    """Returns rows[s] · weights[s]ᵀ for `weights` [S, out, in], a matrix of each row's own."""
+    x, w = dequantize(rows), dequantize(weights)
+    if promotion:
+        product = jnp.einsum("sk,snk->sn", x, w, precision=lax.Precision.HIGHEST)
+    else:
+        product = _short_sums(x[:, None], w)[:, 0]
+    return product.astype(out_dtype)
+
+
 def columns_by_columns(
     left: Tiles, right: Tiles, group_sizes: Int[Array, " E"] | None, *, promotion: bool
 ) -> Float[Array, "..."]:

@@ -14,6 +14,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.inference import GREEDY, Sampler, complete, generate, stream
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.precision import Precision
 
 GOLDEN = ("v3_yarn_small", "lite_small")  # all are decoded token by token in tests/model/test_golden.py
 PROMPTS = [[5, 9, 200], [17, 3, 3, 88, 41, 250, 7, 7, 12], list(range(30, 55))]
@@ -63,6 +64,19 @@ def test_a_batch_writes_what_each_prompt_gets_alone(model: DeepSeekV3, sampler: 
     alone = [complete(model, [prompt], NEW, sampler, key)[0] for prompt in PROMPTS]
     assert together == alone
     assert len({tuple(text) for text in together}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
+def test_other_rows_change_nothing_in_any_precision(precision: str) -> None:
+    """Every prompt but the first is replaced by one of its length, so that the compiled program stays the same."""
+    config = ModelConfig.preset("tiny", vocab_size=256, num_hidden_layers=2, initializer_range=0.2)
+    model = small_model(config, 0, precision=Precision.preset(precision))
+    others = [[(7 * token + 3) % 256 for token in prompt] for prompt in PROMPTS]
+    key = jax.random.key(5)
+    first = complete(model, PROMPTS, NEW, DRAWN, key)
+    second = complete(model, [PROMPTS[0], *others[1:]], NEW, DRAWN, key)
+    assert first[0] == second[0]
+    assert first[1:] != second[1:]
 
 
 def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass(model: DeepSeekV3) -> None:
