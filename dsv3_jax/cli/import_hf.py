@@ -86,6 +86,7 @@ def _import(source: Path, target: Path, *, mtp: bool, tokenizer: str | None) -> 
     from dsv3_jax.interop.account import take_account
     from dsv3_jax.interop.importer import load_hf, original_format
     from dsv3_jax.interop.published_checkpoint import open_published
+    from dsv3_jax.interop.whole_folder import whole_folder
 
     checkpoint, published = open_published(source)
     account = take_account(checkpoint, published, mtp=mtp)
