@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dsv3_jax.cli.options import notes
 from dsv3_jax.errors import UserError
+from dsv3_jax.terminal import say
 
 if TYPE_CHECKING:
     from dsv3_jax.config import ModelConfig
@@ -24,6 +25,7 @@ _DESCRIPTION = """Make a run folder from a checkpoint in the published layout (V
 
 The folder works like that of a training run: dsv3 generate, dsv3 eval, dsv3 export-hf, dsv3 train --init-from.
 """
+_OTHER_TOKENIZERS = ("tiktoken.model", "tokenizer.model", "vocab.json")
 _EXAMPLES = """examples:
   dsv3 import-hf ~/Moonlight-16B-A3B runs/moonlight
   dsv3 import-hf ~/DeepSeek-R1 --dry-run          check every tensor; config.json and the index are enough
@@ -75,8 +77,8 @@ def _dry_run(source: Path, *, mtp: bool) -> int:
     checkpoint, published = open_published(source, headers=False)
     account = take_account(checkpoint, published, mtp=mtp)
     if checkpoint.entries is None:
-        print("the weights are not here: names are checked against the architecture, dtypes and shapes are not")
-    print(account.describe())
+        say("the weights are not here: names are checked against the architecture, dtypes and shapes are not")
+    say(account.describe())
     return 0
 
 
@@ -96,7 +98,7 @@ def _import(source: Path, target: Path, *, mtp: bool, tokenizer: str | None) -> 
     with whole_folder(target) as writing:
         stored_format = original_format(checkpoint, account)
         _write_run(writing, model, found, account.config, stored_format)
-    print(f"{target}: {account.tensor_count:,} tensors, {account.config.num_parameters(mtp=True):,} parameters")
+    say(f"{target}: {account.tensor_count:,} tensors, {account.config.num_parameters(mtp=True):,} parameters")
 
 
 def _tokenizer(source: Path, named: str | None, config: ModelConfig) -> Tokenizer:
@@ -104,18 +106,22 @@ def _tokenizer(source: Path, named: str | None, config: ModelConfig) -> Tokenize
     from dsv3_jax.data.tokenizer_training import byte_tokenizer
     from dsv3_jax.interop.tokenizer_files import TOKENIZER_NAME, read_tokenizer
 
-    if named is not None and named != "byte":
-        return read_tokenizer(named, config.vocab_size)
-    if named is None and (source / TOKENIZER_NAME).exists():
-        return read_tokenizer(source, config.vocab_size)
+    if named is None and not (source / TOKENIZER_NAME).exists():
+        others = [name for name in _OTHER_TOKENIZERS if (source / name).exists()]
+        hint = f" (transformers can save one from {others[0]})" if others else ""
+        raise UserError(
+            f"{source}: has no {TOKENIZER_NAME}{hint}; give --tokenizer FILE, or --tokenizer byte for one id per byte, "
+            "with which the weights' texts mean nothing"
+        )
+    with notes():
+        if named != "byte":
+            return read_tokenizer(source if named is None else named, config.vocab_size)
     tokenizer = Tokenizer(byte_tokenizer(), "the byte tokenizer")
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{source}: has no {TOKENIZER_NAME}, and one id per byte needs {tokenizer.vocab_size} ids, more than the "
-            f"model's {config.vocab_size}; give --tokenizer FILE"
+            f"--tokenizer byte has {tokenizer.vocab_size} ids, more than the model's {config.vocab_size}; "
+            "give --tokenizer FILE"
         )
-    if named is None:
-        print(f"dsv3: note: {source} has no {TOKENIZER_NAME}; the run gets one id per byte", file=sys.stderr)
     return tokenizer
 
 

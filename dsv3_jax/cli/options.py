@@ -15,6 +15,7 @@ from typing import Any
 import tyro
 
 from dsv3_jax.errors import ConfigError, UserError
+from dsv3_jax.terminal import say
 
 
 def parse[Options](
@@ -55,8 +56,8 @@ def notes() -> Iterator[None]:
     """Prints each warning of the block as one line on stderr."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: print(
-            f"dsv3: note: {' '.join(str(message).split())}", file=sys.stderr
+        warnings.showwarning = lambda message, *_, **__: say(
+            f"dsv3: note: {' '.join(str(message).split())}", to=sys.stderr
         )
         yield
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dsv3_jax.runs.appended_file import AppendedFile
 from dsv3_jax.runs.folder import write_atomically, writing
+from dsv3_jax.terminal import printable
 
 Record = dict[str, Any]
 
@@ -141,7 +142,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """Prints a line of text, above the progress bar if there is one."""
-        self.console.print(text, markup=False)
+        self.console.print(printable(text), markup=False)
 
     def close(self) -> None:
         """Removes the progress bar."""

@@ -19,6 +19,7 @@ from dsv3_jax.runs.checkpoints import restore
 from dsv3_jax.runs.folder import RunFolder, first_difference
 from dsv3_jax.runs.saved_run import RunPosition, SavedRun, use_newest
 from dsv3_jax.runs.starting_state import distributed_model, starting_state
+from dsv3_jax.terminal import say
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.state import Skeleton, TrainState
 from dsv3_jax.training.state_layout import StateLayout
@@ -84,7 +85,7 @@ def start_or_resume(
             )
         return saved, restore(saved.path, config, functools.partial(distributed_model, config, layout), layout)
 
-    found = use_newest(folder, print, resume)
+    found = use_newest(folder, say, resume)
     saved = found[0] if found else None
     data = first_process_first(lambda: _prepare_data(config, folder, layout, saved and saved.tokenizer))
     _check_same_data(data)
@@ -110,7 +111,7 @@ def _prepare_data(config: RunConfig, folder: RunFolder, layout: StateLayout, tok
         tokenizer=tokenizer,
         shard_index=feeding.index,
         shard_count=feeding.count,
-        progress=print if is_first() else None,
+        progress=say if is_first() else None,
     )
     size = data.tokenizer.vocab_size
     if size > config.model.vocab_size:
