@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -115,7 +116,11 @@ def _tokenizer(source: Path, named: str | None, config: ModelConfig) -> Tokenize
         )
     with notes():
         if named != "byte":
-            return read_tokenizer(source if named is None else named, config.vocab_size)
+            tokenizer = read_tokenizer(source if named is None else named, config.vocab_size)
+            own = source / TOKENIZER_NAME
+            if named is not None and own.exists() and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:
+                warnings.warn(f"{named} is another tokenizer than the checkpoint's own, {own}", stacklevel=2)
+            return tokenizer
     tokenizer = Tokenizer(byte_tokenizer(), "the byte tokenizer")
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
@@ -146,7 +151,7 @@ def _write_run(
 
 
 def _run_config(config: ModelConfig, tokenizer: Tokenizer) -> RunConfig:
-    """Returns a configuration for the model's run: no running average, and moments in the smallest dtype."""
+    """Returns a configuration for the model's run: no running average, and texts without fill-in-middle."""
     from dsv3_jax.data import DataConfig
     from dsv3_jax.training.config import RunConfig, TrainingConfig
 
@@ -155,6 +160,6 @@ def _run_config(config: ModelConfig, tokenizer: Tokenizer) -> RunConfig:
     return RunConfig(
         preset="imported",
         model=config,
-        data=DataConfig(vocab_size=tokenizer.vocab_size, sequence_length=length),
-        training=TrainingConfig(ema_decay=0.0, moment_dtype="bfloat16"),
+        data=DataConfig(vocab_size=tokenizer.vocab_size, sequence_length=length, fill_in_middle_rate=0.0),
+        training=TrainingConfig(ema_decay=0.0),
     )

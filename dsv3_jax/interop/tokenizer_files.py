@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,19 @@ def read_tokenizer(source: str | Path, vocab_size: int) -> Tokenizer:
 
     Raises:
       UserError: there is no tokenizer, the file is not one, or it has more ids than the model's vocabulary.
+
+    Warns:
+      UserWarning: it has less than half as many ids as the model, so that it hardly belongs to it.
     """
     tokenizer = Tokenizer.load(source)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"{source}: has {tokenizer.vocab_size:,} ids, but the model's vocabulary is {vocab_size:,}")
+    if 2 * tokenizer.vocab_size < vocab_size:
+        warnings.warn(
+            f"{source}: has {tokenizer.vocab_size:,} ids, but the model's vocabulary is {vocab_size:,}: it is probably "
+            "not the tokenizer of these weights",
+            stacklevel=2,
+        )
     return tokenizer
 
 

@@ -125,8 +125,8 @@ class Checkpoints:
             self._arrays.wait_until_finished()
             if not is_first():
                 return
-            (temporary / "run.json").write_text(json.dumps(dataclasses.asdict(position)))
-            (temporary / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+            (temporary / "run.json").write_text(json.dumps(dataclasses.asdict(position)), encoding="utf-8")
+            (temporary / "config.json").write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
             self._tokenizer.save(temporary / "tokenizer")
             write_more(temporary)
             write_manifest(temporary)
