@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
@@ -138,7 +139,7 @@ class DeepSeekV3(CachedDecoding):
         context, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
         if positions is None and tokens.shape[1] > context:
             raise UserError(f"{tokens.shape[1]} tokens are more than the model's context of {context}")
-        if not isinstance(tokens, jax.core.Tracer) and tokens.size and tokens.is_fully_addressable:
+        if not isinstance(tokens, Tracer) and tokens.size and tokens.is_fully_addressable:
             for token in (int(tokens.min()), int(tokens.max())):
                 if not 0 <= token < vocabulary:
                     raise UserError(f"token {token} is outside the model's vocabulary of {vocabulary}")
