@@ -20,6 +20,7 @@ from dsv3_jax.data import Tokenizer
 from dsv3_jax.data import control_tokens as control
 from dsv3_jax.data.control_tokens import LEADING, TRAILING
 from dsv3_jax.data.punctuation_splitting import PunctuationSplitting
+from dsv3_jax.data.tokenizer_settings import read_settings
 from dsv3_jax.data.tokenizer_training import SMALLEST_VOCABULARY, byte_tokenizer, sample_text, train_bpe
 from dsv3_jax.data.tokenizer_trial import try_tokenizer
 from dsv3_jax.errors import ConfigError, UserError
@@ -428,3 +429,31 @@ def test_settings_that_cannot_be_used_are_one_line(name: str, content: str, mess
         Tokenizer(byte_tokenizer(), "my.json", {name: content})
     assert "\n" not in str(caught.value)
     assert "my.json" in str(caught.value)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["content", "x"]), inner, max_size=2),
+    max_leaves=5,
+)
+_FIELDS = {
+    "tokenizer_config.json": ["add_bos_token", "bos_token", "eos_token", "pad_token", "chat_template"],
+    "generation_config.json": ["eos_token_id", "temperature", "top_k", "top_p", "do_sample"],
+    "model_tokens.json": ["eos_token_id", "bos_token_id"],
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(file=st.sampled_from(sorted(_FIELDS)), data=st.data())
+def test_any_settings_are_taken_or_refused_in_a_line(file: str, data: st.DataObject) -> None:
+    values = data.draw(st.dictionaries(st.sampled_from(_FIELDS[file]), _JSON))
+    found, message = None, "my.json"
+    try:
+        found = read_settings({file: json.dumps(values)}, "my.json")
+    except UserError as error:
+        message = str(error)
+    assert len(message) < 300
+    assert "my.json" in message
+    if found is not None:
+        assert all(isinstance(index, int) and index >= 0 for index in found.end_ids)
+        assert found.temperature is None or isinstance(found.temperature, float)
