@@ -1,5 +1,5 @@
 # `make` or `make help` lists the commands.
-PYTHON ?= python3.12
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 ORACLE_PYTHON ?= python3

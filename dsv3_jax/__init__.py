@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from dsv3_jax.config import ModelConfig, RopeScaling
     from dsv3_jax.errors import ConfigError, UserError
     from dsv3_jax.inference.generate import generate
+    from dsv3_jax.inference.sampling import Sampler
     from dsv3_jax.interop import load_hf, save_hf
     from dsv3_jax.model import DeepSeekV3, ModelOutput, router_biases, set_router_biases
     from dsv3_jax.model_presets import presets
@@ -38,6 +39,7 @@ _HOMES = {
     "ModelOutput": "dsv3_jax.model",
     "Precision": "dsv3_jax.precision",
     "RopeScaling": "dsv3_jax.config",
+    "Sampler": "dsv3_jax.inference.sampling",
     "UserError": "dsv3_jax.errors",
     "default_run": "dsv3_jax.training.defaults",
     "generate": "dsv3_jax.inference.generate",
@@ -57,6 +59,7 @@ __all__ = [
     "ModelOutput",
     "Precision",
     "RopeScaling",
+    "Sampler",
     "UserError",
     "default_run",
     "generate",
@@ -79,4 +82,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *_HOMES})

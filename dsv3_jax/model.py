@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.decoding import CachedDecoding
+from dsv3_jax.errors import UserError
 from dsv3_jax.modules.balance import Routing
 from dsv3_jax.modules.block import Block, BlockInputs
 from dsv3_jax.modules.devices import Devices, OneDevice
@@ -116,12 +118,39 @@ class DeepSeekV3(CachedDecoding):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> ModelOutput:
-        """Returns the logits of every position; arguments as in `features`."""
+        """Returns the logits of every position; arguments as in `features`.
+
+        Raises:
+          UserError: tokens are no whole numbers of shape [B, T], are outside the vocabulary (unless traced by jit), or
+            are more than the model's context.
+        """
+        tokens = self._checked(tokens, positions)
         features = self.features(tokens, positions=positions, segment_ids=segment_ids)
         with jax.named_scope("head"):
             logits = self.head(features.hidden)
             mtp_logits = tuple(self.head(hidden) for hidden in features.mtp_hidden)
         return ModelOutput(logits=logits, mtp_logits=mtp_logits, routing=features.routing)
+
+    def _checked(self, tokens: Any, positions: Any) -> Int[Array, "B T"]:
+        if not isinstance(tokens, jax.Array):
+            tokens = jnp.asarray(tokens)
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise UserError(f"tokens must be whole numbers of shape [batch, length], not {tokens.dtype}{tokens.shape}")
+        context, vocabulary = self.config.max_position_embeddings, self.config.vocab_size
+        if positions is None and tokens.shape[1] > context:
+            raise UserError(f"{tokens.shape[1]} tokens are more than the model's context of {context}")
+        if not isinstance(tokens, Tracer) and tokens.size and tokens.is_fully_addressable:
+            for token in (int(tokens.min()), int(tokens.max())):
+                if not 0 <= token < vocabulary:
+                    raise UserError(f"token {token} is outside the model's vocabulary of {vocabulary}")
+        return tokens
+
+    def __repr__(self) -> str:
+        config = self.config
+        return (
+            f"DeepSeekV3({config.num_parameters(mtp=True):,} parameters, {config.num_hidden_layers} layers of width "
+            f"{config.hidden_size}, {config.num_nextn_predict_layers} MTP modules)"
+        )
 
     def features(
         self,

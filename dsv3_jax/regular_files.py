@@ -1,4 +1,7 @@
-"""Opens files that come from elsewhere. Only regular files are opened: a pipe would hang, a device may never end."""
+"""Opens files that come from elsewhere: regular files only, and of a folder only those that are really in it.
+
+A pipe would hang, a device may never end, and a link could give out a file that the folder's author cannot read.
+"""
 
 from __future__ import annotations
 
@@ -43,6 +46,44 @@ def read_regular(path: Path | str, *, max_bytes: int) -> bytes:
 def check_regular(path: Path | str) -> None:
     """Raises UserError where `open_regular` would; for libraries that open the file themselves."""
     open_regular(path).close()
+
+
+def checked_folder(folder: Path | str) -> Path:
+    """Returns `folder` with links resolved.
+
+    Raises:
+      UserError: there is no such folder.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    return path.resolve()
+
+
+def checked_file(folder: Path, name: str) -> Path:
+    """Returns the path of the file `name` of a resolved folder, with links resolved.
+
+    Raises:
+      UserError: the file is missing, not a regular file, or outside the folder.
+    """
+    path = folder / name
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError):
+        raise UserError(f"{path}: is missing") from None
+    if folder not in real.parents and not _is_of_download_cache(folder, real):
+        raise UserError(f"{path}: is a link that leads out of the folder; copy the file there")
+    if not real.is_file():
+        raise UserError(f"{path}: is not a regular file")
+    return real
+
+
+def _is_of_download_cache(folder: Path, real: Path) -> bool:
+    """Tells whether `real` is where the cache of huggingface_hub keeps the contents of the files in `folder`.
+
+    There snapshots/REVISION/NAME is a link to blobs/DIGEST.
+    """
+    return folder.parent.name == "snapshots" and real.parent == folder.parent.parent / "blobs"
 
 
 _KINDS = {

@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     text = json.dumps(results, indent=1)
     if options.out:
-        options.out.write_text(text + "\n")
+        options.out.write_text(text + "\n", encoding="utf-8")
     else:
         print(text)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 from dsv3_jax.cli.options import notes, parse
@@ -13,8 +14,9 @@ _DESCRIPTION = """Evaluate the newest checkpoint of the run in folder RUN on its
 Prints the loss (nats per token) and the bits per byte of the main head and the MTP head, and the fraction of MTP drafts
 that are accepted: the positions where the MTP head's most likely token is also the main head's, one token later.
 
-Example:
+Examples:
   dsv3 eval runs/nano
+  dsv3 eval runs/nano --corpus ~/other-texts
 """
 
 
@@ -23,9 +25,12 @@ class EvaluateOptions:
     """The options of `dsv3 eval`.
 
     Attributes:
+      corpus: a file or folder of texts to evaluate on, of which the run's fraction is held out; the run's own corpus if
+        not given.
       json: print the result as JSON.
     """
 
+    corpus: str | None = None
     json: bool = False
 
 
@@ -35,8 +40,7 @@ def main(argv: list[str]) -> int:
     Args:
       argv: the run's folder, and options.
     """
-    positional = [word for word in argv if not word.startswith("-")]
-    flags = [word for word in argv if word.startswith("-")]
+    positional, flags = _divided(argv)
     options = parse(EvaluateOptions, flags, prog="dsv3 eval RUN", description=_DESCRIPTION, default=EvaluateOptions())
     if len(positional) != 1:
         raise UserError("give one run folder, such as: dsv3 eval runs/nano")
@@ -45,7 +49,7 @@ def main(argv: list[str]) -> int:
 
     keep_compiled_programs()
     with notes():
-        step, result = evaluate_run(Path(positional[0]))
+        step, result = evaluate_run(Path(positional[0]), options.corpus)
     if options.json:
         import json
 
@@ -54,3 +58,15 @@ def main(argv: list[str]) -> int:
     print(f"step {step}: {result.describe()}")
     print(result.describe_baselines())
     return 0
+
+
+def _divided(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Returns the words that are no options, and the options with their values."""
+    positional, flags = [], []
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("-"):
+            positional.append(word)
+        else:
+            flags += [word, *itertools.islice(words, 1 if word == "--corpus" else 0)]
+    return positional, flags

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import NoReturn
 
 from dsv3_jax.cli.import_hf import PUBLISHED
 from dsv3_jax.cli.options import notes
 from dsv3_jax.errors import UserError
+from dsv3_jax.terminal import say
 
 _DESCRIPTION = """Write a run's newest checkpoint in the form that transformers and serving engines read: safetensors
 with an index, config.json and tokenizer, MTP layers included.
@@ -43,19 +43,17 @@ def main(argv: list[str]) -> int:
         loaded = load_run(options.run)
     model, saved, step = loaded.model, loaded.saved, loaded.saved.position.step
     imported = not (options.dtype or step)  # an imported run that was not trained has its checkpoint's dtypes
-    with tempfile.TemporaryDirectory() as folder:
-        saved.tokenizer.save(folder)
-        save_hf(
-            model,
-            options.target,
-            dtype=options.dtype,
-            power_of_two_scales=options.ue8m0,
-            stored_format=load_format(saved.path / PUBLISHED, model.config) if imported else None,
-            tokenizer=folder,
-            max_shard_bytes=int(options.max_shard_gb * 1e9),
-            progress=sys.stderr.isatty(),
-        )
-    print(f"{options.target}: step {step} of {options.run}, {model.config.num_parameters(mtp=True):,} parameters")
+    save_hf(
+        model,
+        options.target,
+        dtype=options.dtype,
+        power_of_two_scales=options.ue8m0,
+        stored_format=load_format(saved.path / PUBLISHED, model.config) if imported else None,
+        tokenizer=saved.tokenizer,
+        max_shard_bytes=int(options.max_shard_gb * 1e9),
+        progress=sys.stderr.isatty(),
+    )
+    say(f"{options.target}: step {step} of {options.run}, {model.config.num_parameters(mtp=True):,} parameters")
     return 0
 
 

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import itertools
+import os
+import select
+import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from dsv3_jax.cli.options import notes
 from dsv3_jax.errors import UserError
+from dsv3_jax.terminal import printable, say
 
 if TYPE_CHECKING:
     from dsv3_jax.data import Tokenizer
     from dsv3_jax.inference import Sampler
 
 _DEFAULT_NEW_TOKENS = 128
+_WAIT = 0.2  # seconds for text on standard input
 _DESCRIPTION = """Write text with the newest checkpoint of a run.
 
 example:
@@ -28,7 +34,8 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises UserError for wrong arguments."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+        hint = "a prompt is given with --prompt" if message.startswith("unrecognized arguments") else ""
+        raise UserError(f"{self.prog}: {message}; {hint or f'see {self.prog} --help'}")
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +45,7 @@ def main(argv: list[str]) -> int:
       UserError: the arguments are wrong, the run has no usable checkpoint, or a prompt does not fit the context.
     """
     arguments = _parse(argv)
-    sampler = _sampler(arguments)
+    _sampler(arguments, None)
     # These imports are slow, so wrong arguments are reported before them.
     import jax
 
@@ -48,21 +55,24 @@ def main(argv: list[str]) -> int:
 
     keep_compiled_programs()
     with notes():
-        model, tokenizer, _ = load_checkpoint(arguments.run)
-    # In training an end-of-text token precedes every document, so it is what an empty prompt starts a document with.
-    prompts = [tokenizer.encode(text) or [tokenizer.eos_id] for text in arguments.prompt]
+        model, tokenizer, _ = load_checkpoint(arguments.run, dtype=arguments.dtype)
+    sampler = _sampler(arguments, tokenizer)
+    texts = [_standard_input() if text == "-" else text for text in arguments.prompt]
+    prompts = [tokenizer.prompt_ids(text, control_tokens=arguments.control_tokens) for text in texts]
     space = model.config.max_position_embeddings - max(map(len, prompts))
     new_tokens = arguments.max_new_tokens or max(1, min(_DEFAULT_NEW_TOKENS, space))
-    key, stop = jax.random.key(arguments.seed), tokenizer.eos_id
+    key, stop = jax.random.key(arguments.seed), tokenizer.end_ids
+    shown = printable if sys.stdout.isatty() else str
     if len(prompts) == 1 and arguments.stream:
         steps = stream(model, prompts, new_tokens, sampler, key, stop_token=stop)
-        _print_pieces(arguments.prompt[0], _decoded(tokenizer, (int(step[0]) for step in steps)))
+        pieces = _decoded(tokenizer, (int(step[0]) for step in steps))
+        _print_pieces(map(shown, itertools.chain([texts[0]], pieces)))
         return 0
-    texts = complete(model, prompts, new_tokens, sampler, key, stop_token=stop)
-    for number, (prompt, ids) in enumerate(zip(arguments.prompt, texts, strict=True), start=1):
+    written = complete(model, prompts, new_tokens, sampler, key, stop_token=stop)
+    for number, (prompt, ids) in enumerate(zip(texts, written, strict=True), start=1):
         if len(prompts) > 1:
             print(f"{'' if number == 1 else chr(10)}--- {number} ---")
-        print(prompt + tokenizer.decode(ids))
+        print(shown(prompt + tokenizer.decode(ids)))
     return 0
 
 
@@ -77,7 +87,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--prompt",
         action="append",
-        help="text to continue; give the option several times to continue several texts (default: an empty text)",
+        help="text to continue, or - for standard input; give the option several times to continue several texts "
+        "(default: standard input if it is no terminal and holds text, else an empty text)",
+    )
+    parser.add_argument(
+        "--control-tokens",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="names of control tokens in a prompt, such as <｜User｜>, stand for these tokens (the default)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="dtype of the weights in memory (default: float32); bfloat16 takes half of the memory",
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -88,7 +110,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--temperature",
         type=float,
         help="divides the logits before a token is drawn; 0 always takes the most likely token "
-        "(default: 0, or 1 with --top-k or --top-p)",
+        "(default: what the authors of an imported model say, else 0.7 with --top-p 0.95; 1 with --top-k or --top-p)",
     )
     parser.add_argument("--top-k", type=int, help="draw from the K most likely tokens (default: from all)")
     parser.add_argument(
@@ -104,34 +126,58 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="print tokens as they are generated (the default); with several prompts the texts are printed at the end",
     )
     arguments = parser.parse_args(argv)
-    arguments.prompt = arguments.prompt or [""]
+    if not arguments.prompt:
+        arguments.prompt = ["-"] if _is_given(sys.stdin) else [""]
     if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
     return arguments
 
 
-def _sampler(arguments: argparse.Namespace) -> Sampler:
+def _is_given(stream: TextIO | None) -> bool:
+    """Returns whether standard input is a file, or a pipe with something in it. (Schedulers leave empty pipes open.)"""
+    try:
+        assert stream is not None
+        mode = os.fstat(stream.fileno()).st_mode
+        return stat.S_ISREG(mode) or (stat.S_ISFIFO(mode) and bool(select.select([stream], [], [], _WAIT)[0]))
+    except (AssertionError, OSError, ValueError):
+        return False
+
+
+def _standard_input() -> str:
+    """Returns the text on standard input, without the line break that `echo` adds."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the text on standard input is not UTF-8 at byte {error.start}") from None
+
+
+def _sampler(arguments: argparse.Namespace, tokenizer: Tokenizer | None) -> Sampler:
+    """Returns how tokens are chosen: as the options say, else as the authors of the checkpoint do."""
     from dsv3_jax.inference.sampling import Sampler
 
-    filtered = arguments.top_k is not None or arguments.top_p is not None
-    temperature = arguments.temperature
-    if temperature is None:
-        temperature = 1.0 if filtered else 0.0
-    return Sampler(temperature=temperature, top_k=arguments.top_k, top_p=arguments.top_p)
+    top_k, top_p, temperature = arguments.top_k, arguments.top_p, arguments.temperature
+    if temperature is None and top_k is None and top_p is None:
+        theirs = None if tokenizer is None else tokenizer.settings
+        if theirs is None or theirs.temperature is None:
+            return Sampler(temperature=0.7, top_p=0.95)
+        temperature, top_k, top_p = theirs.temperature, theirs.top_k, theirs.top_p
+        sampled = f"temperature {temperature:g}" + (f", top-k {top_k}" if top_k else "")
+        sampled += f", top-p {top_p:g}" if top_p else ""
+        say(f"dsv3: note: {sampled}, as the checkpoint's generation_config.json says", to=sys.stderr)
+    return Sampler(temperature=1.0 if temperature is None else temperature, top_k=top_k, top_p=top_p)
 
 
 def _decoded(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
     """Yields the text of ids as they come; a character made of several tokens is held back until it is complete."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in ids:
-        if token == tokenizer.eos_id:
+        if token in tokenizer.end_ids:
             break
         yield decoder.decode(tokenizer.to_bytes([token]))
     yield decoder.decode(b"", final=True)
 
 
-def _print_pieces(prompt: str, pieces: Iterable[str]) -> None:
-    sys.stdout.write(prompt)
+def _print_pieces(pieces: Iterable[str]) -> None:
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from dsv3_jax.cli.options import notes
 from dsv3_jax.errors import UserError
+from dsv3_jax.terminal import say
 
 if TYPE_CHECKING:
     from dsv3_jax.config import ModelConfig
@@ -24,6 +26,7 @@ _DESCRIPTION = """Make a run folder from a checkpoint in the published layout (V
 
 The folder works like that of a training run: dsv3 generate, dsv3 eval, dsv3 export-hf, dsv3 train --init-from.
 """
+_OTHER_TOKENIZERS = ("tiktoken.model", "tokenizer.model", "vocab.json")
 _EXAMPLES = """examples:
   dsv3 import-hf ~/Moonlight-16B-A3B runs/moonlight
   dsv3 import-hf ~/DeepSeek-R1 --dry-run          check every tensor; config.json and the index are enough
@@ -75,8 +78,8 @@ def _dry_run(source: Path, *, mtp: bool) -> int:
     checkpoint, published = open_published(source, headers=False)
     account = take_account(checkpoint, published, mtp=mtp)
     if checkpoint.entries is None:
-        print("the weights are not here: names are checked against the architecture, dtypes and shapes are not")
-    print(account.describe())
+        say("the weights are not here: names are checked against the architecture, dtypes and shapes are not")
+    say(account.describe())
     return 0
 
 
@@ -86,6 +89,7 @@ def _import(source: Path, target: Path, *, mtp: bool, tokenizer: str | None) -> 
     from dsv3_jax.interop.account import take_account
     from dsv3_jax.interop.importer import load_hf, original_format
     from dsv3_jax.interop.published_checkpoint import open_published
+    from dsv3_jax.interop.whole_folder import whole_folder
 
     checkpoint, published = open_published(source)
     account = take_account(checkpoint, published, mtp=mtp)
@@ -95,7 +99,7 @@ def _import(source: Path, target: Path, *, mtp: bool, tokenizer: str | None) -> 
     with whole_folder(target) as writing:
         stored_format = original_format(checkpoint, account)
         _write_run(writing, model, found, account.config, stored_format)
-    print(f"{target}: {account.tensor_count:,} tensors, {account.config.num_parameters(mtp=True):,} parameters")
+    say(f"{target}: {account.tensor_count:,} tensors, {account.config.num_parameters(mtp=True):,} parameters")
 
 
 def _tokenizer(source: Path, named: str | None, config: ModelConfig) -> Tokenizer:
@@ -103,18 +107,26 @@ def _tokenizer(source: Path, named: str | None, config: ModelConfig) -> Tokenize
     from dsv3_jax.data.tokenizer_training import byte_tokenizer
     from dsv3_jax.interop.tokenizer_files import TOKENIZER_NAME, read_tokenizer
 
-    if named is not None and named != "byte":
-        return read_tokenizer(named, config.vocab_size)
-    if named is None and (source / TOKENIZER_NAME).exists():
-        return read_tokenizer(source, config.vocab_size)
+    if named is None and not (source / TOKENIZER_NAME).exists():
+        others = [name for name in _OTHER_TOKENIZERS if (source / name).exists()]
+        hint = f" (transformers can save one from {others[0]})" if others else ""
+        raise UserError(
+            f"{source}: has no {TOKENIZER_NAME}{hint}; give --tokenizer FILE, or --tokenizer byte for one id per byte, "
+            "with which the weights' texts mean nothing"
+        )
+    with notes():
+        if named != "byte":
+            tokenizer = read_tokenizer(source if named is None else named, config.vocab_size)
+            own = source / TOKENIZER_NAME
+            if named is not None and own.exists() and Tokenizer.load(own).fingerprint != tokenizer.fingerprint:
+                warnings.warn(f"{named} is another tokenizer than the checkpoint's own, {own}", stacklevel=2)
+            return tokenizer
     tokenizer = Tokenizer(byte_tokenizer(), "the byte tokenizer")
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{source}: has no {TOKENIZER_NAME}, and one id per byte needs {tokenizer.vocab_size} ids, more than the "
-            f"model's {config.vocab_size}; give --tokenizer FILE"
+            f"--tokenizer byte has {tokenizer.vocab_size} ids, more than the model's {config.vocab_size}; "
+            "give --tokenizer FILE"
         )
-    if named is None:
-        print(f"dsv3: note: {source} has no {TOKENIZER_NAME}; the run gets one id per byte", file=sys.stderr)
     return tokenizer
 
 
@@ -139,7 +151,7 @@ def _write_run(
 
 
 def _run_config(config: ModelConfig, tokenizer: Tokenizer) -> RunConfig:
-    """Returns a configuration for the model's run: no running average, and moments in the smallest dtype."""
+    """Returns a configuration for the model's run: no running average, and texts without fill-in-middle."""
     from dsv3_jax.data import DataConfig
     from dsv3_jax.training.config import RunConfig, TrainingConfig
 
@@ -148,6 +160,6 @@ def _run_config(config: ModelConfig, tokenizer: Tokenizer) -> RunConfig:
     return RunConfig(
         preset="imported",
         model=config,
-        data=DataConfig(vocab_size=tokenizer.vocab_size, sequence_length=length),
-        training=TrainingConfig(ema_decay=0.0, moment_dtype="bfloat16"),
+        data=DataConfig(vocab_size=tokenizer.vocab_size, sequence_length=length, fill_in_middle_rate=0.0),
+        training=TrainingConfig(ema_decay=0.0),
     )

@@ -7,6 +7,7 @@ import sys
 
 from dsv3_jax.cli.options import suggest
 from dsv3_jax.errors import UserError
+from dsv3_jax.terminal import replace_what_cannot_be_shown, say
 
 # Name: module, summary. A module is imported when its command is called, so that dsv3 --help is fast.
 COMMANDS = {
@@ -28,12 +29,13 @@ def main(argv: list[str] | None = None) -> int:
         print(_help())
         return 0 if arguments else 2
     name, *rest = arguments
+    replace_what_cannot_be_shown()
     try:
         if name not in COMMANDS:
             raise UserError(f"there is no command '{name}'; {suggest(name, list(COMMANDS))}")
         return importlib.import_module(COMMANDS[name][0]).main(rest)
     except UserError as error:
-        print(f"dsv3: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"dsv3: {' '.join(str(error).split())}", to=sys.stderr)
         return 2
     except BrokenPipeError:
         return 141

@@ -15,6 +15,19 @@ from typing import Any
 import tyro
 
 from dsv3_jax.errors import ConfigError, UserError
+from dsv3_jax.terminal import say
+
+_SHORT_FORMS = {
+    "lr": "learning-rate",
+    "bs": "batch-size",
+    "epochs": "steps",
+    "max-steps": "steps",
+    "dataset": "corpus",
+    "data": "corpus",
+    "seq-len": "sequence-length",
+    "output": "out",
+    "model-name": "preset",
+}
 
 
 def parse[Options](
@@ -55,8 +68,8 @@ def notes() -> Iterator[None]:
     """Prints each warning of the block as one line on stderr."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = lambda message, *_, **__: print(
-            f"dsv3: note: {' '.join(str(message).split())}", file=sys.stderr
+        warnings.showwarning = lambda message, *_, **__: say(
+            f"dsv3: note: {' '.join(str(message).split())}", to=sys.stderr
         )
         yield
 
@@ -72,9 +85,19 @@ def _check_names(argv: list[str], default: object) -> None:
     for word in argv:
         name = word.split("=")[0].replace("_", "-")
         if word.startswith("--") and name not in known and name.replace("--no-", "--") not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "see --help for all options"
+            near = _nearest(name, known)
+            hint = f"did you mean {near}?" if near else "see --help for all options"
             raise UserError(f"option {word} does not exist; {hint}")
+
+
+def _nearest(name: str, known: list[str]) -> str | None:
+    """Returns the option that was probably meant: the whole name counts, or its last part, or a usual short form."""
+    last = name.lstrip("-").rpartition(".")[2]
+    last = _SHORT_FORMS.get(last, last)
+    endings = {option.lstrip("-").rpartition(".")[2]: option for option in reversed(known)}
+    whole = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(last, endings, n=1, cutoff=0.6)
+    return endings[last] if last in endings else whole[0] if whole else endings[near[0]] if near else None
 
 
 def _names(value: object, prefix: str = "") -> list[str]:

@@ -144,8 +144,8 @@ def _deliver(plan: Plan, compiled: Any, options: PlanOptions) -> None:
         from dsv3_jax.planning.picture import draw_plan
 
         folder = _folder(options.out)
-        (folder / "plan.json").write_text(text + "\n")
-        with (folder / "plan.txt").open("w") as file:
+        (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
+        with (folder / "plan.txt").open("w", encoding="utf-8") as file:
             show(plan, Console(file=file, width=110), compiled)
         draw_plan(plan, folder / "plan.png")
 
@@ -179,7 +179,7 @@ def _search(options: PlanOptions) -> int:
     else:
         show_search(found, Console(width=None if sys.stdout.isatty() else 130))
     if options.out:
-        (_folder(options.out) / "search.json").write_text(text + "\n")
+        (_folder(options.out) / "search.json").write_text(text + "\n", encoding="utf-8")
     return 0
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from dsv3_jax.cli.options import parse
+from dsv3_jax.cli.options import notes, parse
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
+from dsv3_jax.data.corpus import STDLIB
 from dsv3_jax.errors import UserError
 from dsv3_jax.model_presets import presets
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.processes import Processes, join, leave
 from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.terminal import say
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 
@@ -50,7 +53,7 @@ class TrainOptions:
 
     out: Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")] = ""
     preset: Annotated[str, tyro.conf.arg(help=_PRESET_HELP)] = "nano"
-    steps: Annotated[int, tyro.conf.arg(help_behavior_hint="(default: the preset's number)")] = 0
+    steps: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: the preset's number)")] = None
     precision: str = "auto"
     init_from: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: random weights)")] = ""
     model: ModelConfig
@@ -62,7 +65,8 @@ class TrainOptions:
 
 def main(argv: list[str]) -> int:
     """Parses the options, trains, and returns the exit code."""
-    options = parse(TrainOptions, argv, prog="dsv3 train", description=_DESCRIPTION, default=_defaults(argv))
+    defaults = _defaults(argv)
+    options = parse(TrainOptions, argv, prog="dsv3 train", description=_DESCRIPTION, default=defaults)
     if not options.out:
         raise UserError("--out is missing: give the folder of the run, such as --out runs/nano")
     join(options.processes)
@@ -70,14 +74,12 @@ def main(argv: list[str]) -> int:
 
     Precision.preset(options.precision)
     training = options.training
-    if options.steps < 0:
-        raise UserError(f"--steps must be at least 0, not {options.steps}")
-    if options.steps:
+    if options.steps is not None:
         training = dataclasses.replace(training, steps=options.steps)
     config = RunConfig(
         preset=options.preset,
         model=options.model,
-        data=options.data,
+        data=_with_absolute_paths(options.data, defaults.data),
         training=training,
         precision=options.precision,
         mesh=options.mesh,
@@ -88,7 +90,9 @@ def main(argv: list[str]) -> int:
     keep_compiled_programs()
     initial_model = _initial_model(options.init_from, config)
     timeout = options.processes.timeout
-    return leave(train(config, Path(options.out), initial_model=initial_model, timeout=timeout).exit_code, timeout)
+    with notes():
+        outcome = train(config, Path(options.out), initial_model=initial_model, timeout=timeout)
+    return leave(outcome.exit_code, timeout)
 
 
 def _defaults(argv: list[str]) -> TrainOptions:
@@ -101,13 +105,15 @@ def _defaults(argv: list[str]) -> TrainOptions:
         if preset and preset != started.preset:
             raise UserError(f"{out} holds a run of preset {started.preset}, not {preset}; choose another --out")
         run = started
+        if source:
+            say(f"dsv3: note: {out} holds a run, which goes on: --init-from has no effect", to=sys.stderr)
         source = None
     return TrainOptions(
         out=out or "",
         preset=run.preset,
         precision=run.precision,
         model=_architecture(source) if source else run.model,
-        data=run.data,
+        data=_with_tokenizer_of(source, argv, run.data) if source else run.data,
         training=run.training,
         mesh=run.mesh,
         processes=Processes(),
@@ -128,6 +134,23 @@ def _architecture(source: str) -> ModelConfig:
     from dsv3_jax.runs.starting_point import architecture_of_source
 
     return architecture_of_source(Path(source))
+
+
+def _with_tokenizer_of(source: str, argv: list[str], data: DataConfig) -> DataConfig:
+    """Returns the data with the tokenizer that belongs to the weights, if the user names no other."""
+    from dsv3_jax.runs.starting_point import tokenizer_of_source
+
+    if _value(argv, "--data.tokenizer") is not None:
+        return data
+    return dataclasses.replace(data, tokenizer=str(tokenizer_of_source(Path(source))))
+
+
+def _with_absolute_paths(data: DataConfig, defaults: DataConfig) -> DataConfig:
+    """Returns the data with paths that are right in any folder, from which the run is resumed or evaluated."""
+    named = {"corpus": (STDLIB, defaults.corpus), "tokenizer": ("train", "byte", defaults.tokenizer)}
+    values = {name: getattr(data, name) for name in named}
+    paths = {name: os.path.abspath(value) for name, value in values.items() if value and value not in named[name]}
+    return dataclasses.replace(data, **paths)
 
 
 def _initial_model(source: str, config: RunConfig) -> Any:

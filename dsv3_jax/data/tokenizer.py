@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import math
 import os
+import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,11 +19,16 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int32
 
+from dsv3_jax.bounded_json import parse_object
 from dsv3_jax.data import control_tokens as control
 from dsv3_jax.data.token_bytes import bytes_of_tokens
+from dsv3_jax.data.tokenizer_settings import Companions, read_companions, read_settings
+from dsv3_jax.data.tokenizer_trial import try_tokenizer
 from dsv3_jax.errors import UserError
+from dsv3_jax.regular_files import checked_file, open_regular
 
 FILE_NAME = "tokenizer.json"
+LARGEST_EXPANSION = 256  # times that a tokenizer's normalizers may lengthen a text
 LARGEST_FILE = 256 * 2**20  # bytes, unpacked
 MOST_UNUSED_IDS = 2**16  # some published vocabularies have gaps between their ids
 _PROBE = "def f(x):\n\treturn  'Ünïcode 漢字 1234'  # ok\r\n\n"
@@ -40,24 +48,39 @@ class Tokenizer:
       bos_id: begin of a text; eos_id if the tokenizer has none.
       eos_id: end of a text.
       pad_id: padding; eos_id if the tokenizer has none.
+      end_ids: ids that end a continuation: eos_id, and those that the files beside the tokenizer name.
+      adds_bos: whether prompts of a published model begin with bos_id.
+      settings: what the files beside a published tokenizer say.
+      companions: those files; `save` writes them too.
       fingerprint: SHA-256 of the definition, which does not depend on the file's formatting.
     """
 
     vocab_size: int
     token_bytes: Int32[np.ndarray, " V"]
 
-    def __init__(self, definition: str, source: str = "the tokenizer") -> None:
+    def __init__(self, definition: str, source: str = "the tokenizer", companions: Companions | None = None) -> None:
         """Checks the tokenizer.
 
         Args:
           definition: the text of a tokenizer.json.
           source: its name in error messages.
+          companions: the files beside it.
 
         Raises:
           UserError: it cannot be used as a tokenizer; the message names `source`.
+
+        Warns:
+          UserWarning: it drops merges at random, which is switched off.
         """
         self._source = source
+        self._text = definition
         self._definition = _parse(definition, source)
+        if self._definition["model"].get("dropout"):
+            warnings.warn(f"{source}: model.dropout is switched off, with which a text has no fixed ids", stacklevel=2)
+            self._definition["model"]["dropout"] = None
+            self._text = json.dumps(self._definition, ensure_ascii=False)
+        self.companions = dict(companions or {})
+        self.settings = read_settings(self.companions, source)
         self.fingerprint = hashlib.sha256(json.dumps(self._definition, sort_keys=True).encode()).hexdigest()
         with rust_errors(f"{source} is not a usable tokenizer.json"):
             self._text_encoder = _build(self._definition)
@@ -69,26 +92,42 @@ class Tokenizer:
         special = [token["id"] for token in self._definition["added_tokens"] if _is_control(token)]
         self.token_bytes = np.array([len(part) for part in self._bytes], np.int32)
         self.token_bytes[special] = 0
-        self.eos_id = self._require(control.END_NAMES)
-        self.bos_id = next((vocabulary[name] for name in control.BEGIN_NAMES if name in vocabulary), self.eos_id)
-        self.pad_id = vocabulary.get(control.PADDING, self.eos_id)
+        self.eos_id = self._require((*control.END_NAMES, self.settings.eos_token))
+        self.bos_id = self._find((self.settings.bos_token, *control.BEGIN_NAMES), self.eos_id)
+        self.pad_id = self._find((self.settings.pad_token, control.PADDING), self.eos_id)
+        named = self._find((self.settings.eos_token,), self.eos_id)
+        ends = (self.eos_id, named, *self.settings.end_ids)
+        self.end_ids = tuple(dict.fromkeys(index for index in ends if index < self.vocab_size))
+        adds = self.settings.add_bos
+        self.adds_bos = _template_adds(self._definition, self.bos_id, vocabulary) if adds is None else adds
         self._probe()
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Loads a tokenizer.json, a gzipped one, or the one in a folder.
+    def load(cls, path: str | Path, *, verified: bool = False) -> Tokenizer:
+        """Loads a tokenizer.json, a gzipped one, or the one in a folder with the files beside it.
+
+        Args:
+          path: the file or folder.
+          verified: the file was written by this project, as digests show. Any other is first tried in a process of its
+            own, under limits of memory and time.
 
         Raises:
-          UserError: it does not exist, cannot be read, or cannot be used as a tokenizer.
+          UserError: it does not exist, cannot be read, cannot be used as a tokenizer, or is beyond the limits.
         """
-        file = Path(path)
+        file, companions = Path(path), {}
         if file.is_dir():
-            names = [file / FILE_NAME, file / f"{FILE_NAME}.gz"]
-            file = next((name for name in names if name.exists()), names[0])
-        return cls(_read_text(file), str(file))
+            companions = read_companions(file)
+            names = [name for name in (FILE_NAME, f"{FILE_NAME}.gz") if (file / name).exists()]
+            file = checked_file(file.resolve(), names[0]) if names else file / FILE_NAME
+        text = _read_text(file)
+        if not verified:
+            definition = _parse(text, str(file))
+            if problem := try_tokenizer(json.dumps(_plain(definition)), _PROBE):
+                raise UserError(f"{file} is not a usable tokenizer.json: {problem}")
+        return cls(text, str(file), companions)
 
     def save(self, folder: str | Path) -> None:
-        """Writes `folder`/tokenizer.json. If anything fails, an existing file stays as it was.
+        """Writes `folder`/tokenizer.json and the files beside it. If anything fails, an existing file stays as it was.
 
         Raises:
           UserError: the file cannot be written.
@@ -97,8 +136,9 @@ class Tokenizer:
         temporary = target.with_name(f".{FILE_NAME}.{os.getpid()}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._definition, ensure_ascii=False), encoding="utf-8")
-            temporary.replace(target)
+            for name, content in {**self.companions, FILE_NAME: self._text}.items():
+                temporary.write_text(content, encoding="utf-8")
+                temporary.replace(target.with_name(name))
         except OSError as error:
             raise UserError(f"cannot write the tokenizer to {target}: {error.strerror}") from error
 
@@ -115,6 +155,18 @@ class Tokenizer:
         encoder = self._control_encoder if control_tokens else self._text_encoder
         with rust_errors(f"{self._source} fails on a text of {len(text)} characters"):
             return encoder.encode(text, add_special_tokens=False).ids
+
+    def prompt_ids(self, text: str, *, control_tokens: bool = True) -> list[int]:
+        """Returns the ids of a prompt: with the begin-of-text token where the model expects it, and never empty.
+
+        Args:
+          control_tokens: names of control tokens in `text` become their ids, as the user who writes a prompt expects.
+        """
+        ids = self.encode(text, control_tokens=control_tokens)
+        if self.adds_bos and ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]
+        # In training an end-of-text token precedes every document, so an empty prompt is the start of a document.
+        return ids or [self.eos_id]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of several texts, encoded on all CPU cores."""
@@ -137,18 +189,21 @@ class Tokenizer:
         """Returns the id of a control token by its name (`control_tokens`), or None where the tokenizer has none."""
         return self._ids.get(name)
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str]]:
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str, dict[str, str]]]:
         # Rebuilt from the definition, because the library's pickle forgets not to search text for control tokens.
-        return Tokenizer, (json.dumps(self._definition), self._source)
+        return Tokenizer, (self._text, self._source, self.companions)
 
     @cached_property
     def _control_encoder(self) -> tokenizers.Tokenizer:
         return _build(self._definition)
 
-    def _require(self, names: Sequence[str]) -> int:
-        found = next((self._ids[name] for name in names if name in self._ids), None)
-        if found is None:
-            raise UserError(f"{self._source} has no end-of-text token; add one of {', '.join(names)}")
+    def _find(self, names: Sequence[str | None], default: int) -> int:
+        return next((self._ids[name] for name in names if name in self._ids), default)
+
+    def _require(self, names: Sequence[str | None]) -> int:
+        found = self._find(names, -1)
+        if found < 0:
+            raise UserError(f"{self._source} has no end-of-text token; add one of {', '.join(control.END_NAMES)}")
         return found
 
     def _probe(self) -> None:
@@ -182,10 +237,9 @@ def _check_utf8(text: str) -> None:
 
 def _read_text(file: Path) -> str:
     try:
-        opener = gzip.open if file.suffix == ".gz" else open
-        with opener(file, "rb") as stream:
+        with open_regular(file) as packed, gzip.open(packed) if file.suffix == ".gz" else packed as stream:
             raw = stream.read(LARGEST_FILE + 1)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read the tokenizer {file}: {getattr(error, 'strerror', None) or error}") from error
     if len(raw) > LARGEST_FILE:
         raise UserError(
@@ -198,11 +252,8 @@ def _read_text(file: Path) -> str:
 
 
 def _parse(definition: str, source: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(definition)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source} is not JSON: {' '.join(str(error).split())}") from error
-    if not isinstance(parsed, dict) or not isinstance(parsed.get("model"), dict):
+    parsed = parse_object(definition.encode("utf-8", "surrogatepass"), source)
+    if not isinstance(parsed.get("model"), dict):
         raise UserError(f"{source} is not a tokenizer.json: it has no object 'model'")
     parsed = {**parsed, "added_tokens": parsed.get("added_tokens") or []}
     added = parsed["added_tokens"]
@@ -211,14 +262,50 @@ def _parse(definition: str, source: str) -> dict[str, Any]:
         for token in added
     ):
         raise UserError(f"{source} is not a usable tokenizer.json: each of 'added_tokens' needs an id and a content")
+    if _expansion(parsed.get("normalizer")) > LARGEST_EXPANSION:
+        raise UserError(f"{source}: its normalizers may lengthen a text more than {LARGEST_EXPANSION} times")
     return parsed
 
 
-def _build(definition: dict[str, Any]) -> tokenizers.Tokenizer:
-    """Makes the library's tokenizer, with all control tokens marked, without truncation, padding or added tokens."""
+def _expansion(normalizer: Any) -> float:
+    """Returns how many times longer the replacements of a normalizer can make a text."""
+    if not isinstance(normalizer, dict):
+        return 1.0
+    nested, content = normalizer.get("normalizers"), normalizer.get("content")
+    if isinstance(nested, list):
+        return math.prod(map(_expansion, nested))
+    if normalizer.get("type") != "Replace" or not isinstance(content, str):
+        return 1.0
+    pattern = normalizer.get("pattern")
+    literal = pattern.get("String") if isinstance(pattern, dict) else None
+    if isinstance(literal, str) and literal:
+        return max(1.0, len(content) / len(literal))
+    return 1.0 + len(content)  # a regular expression may match between any two characters
+
+
+def _plain(definition: dict[str, Any]) -> dict[str, Any]:
+    """Returns the definition with all control tokens marked, without truncation, padding, dropout or added tokens."""
     added = [{**token, "special": _is_control(token)} for token in definition["added_tokens"]]
-    plain = {**definition, "added_tokens": added, "truncation": None, "padding": None, "post_processor": None}
-    return tokenizers.Tokenizer.from_str(json.dumps(plain))
+    model = {**definition["model"], **({"dropout": None} if "dropout" in definition["model"] else {})}
+    absent = {"truncation": None, "padding": None, "post_processor": None}
+    return {**definition, "added_tokens": added, "model": model, **absent}
+
+
+def _build(definition: dict[str, Any]) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_str(json.dumps(_plain(definition)))
+
+
+def _template_adds(definition: dict[str, Any], index: int, vocabulary: dict[str, int]) -> bool:
+    """Returns whether the tokenizer's own post-processor puts the token `index` before a text."""
+    processor = definition.get("post_processor")
+    parts = processor.get("processors", [processor]) if isinstance(processor, dict) else []
+    for part in parts if isinstance(parts, list) else []:
+        single = part.get("single") if isinstance(part, dict) else None
+        first = single[0] if isinstance(single, list) and single else None
+        token = first.get("SpecialToken") if isinstance(first, dict) else None
+        if isinstance(token, dict) and vocabulary.get(str(token.get("id"))) == index:
+            return True
+    return False
 
 
 def _is_control(token: dict[str, Any]) -> bool:

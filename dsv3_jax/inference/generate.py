@@ -32,6 +32,9 @@ from dsv3_jax.inference.sampling import GREEDY, Sampler
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.latent_cache import LatentCache
 
+StopTokens = int | Sequence[int] | None
+"""A token that ends a row, or several, or none."""
+
 
 def generate(
     model: DeepSeekV3,
@@ -41,7 +44,7 @@ def generate(
     key: Key[Array, "*B"] | None = None,
     *,
     prompt_lengths: Int[Array, " B"] | None = None,
-    stop_token: int | None = None,
+    stop_token: StopTokens = None,
 ) -> Int[Array, "B T+N"]:
     """Continues every row by N = `max_new_tokens` tokens.
 
@@ -54,10 +57,12 @@ def generate(
         prompt: it does not change with the batch, and identical prompts get identical text. B keys give every row its
         own randomness.
       prompt_lengths: number of prompt tokens of each row; all T if not given.
-      stop_token: a row ends when it produces this token; generation ends early when all rows have ended.
+      stop_token: a row ends when it produces this token, or one of these; generation ends early when all rows have
+        ended.
 
     Returns:
-      Each row's prompt, directly followed by its new tokens, filled up with the stop token (0 without one). int32.
+      Each row's prompt, directly followed by its new tokens, filled up with the (first) stop token (0 without one),
+      int32.
 
     Raises:
       UserError: a prompt is empty, a token is outside the vocabulary, or the tokens do not fit the model's context.
@@ -71,7 +76,7 @@ def generate(
         raise UserError(f"prompt_lengths must be {batch} numbers from 0 to {width}, not {lengths.tolist()}")
     prompts = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     new = _new_tokens(model, prompts, max_new_tokens, sampler, key, stop_token)
-    result = np.full((batch, width + max_new_tokens), _filler(stop_token), np.int32)
+    result = np.full((batch, width + max_new_tokens), _filler(stop_ids(stop_token)), np.int32)
     for row, prompt, written in zip(result, prompts, new, strict=True):
         row[: len(prompt)] = prompt
         row[len(prompt) : len(prompt) + max_new_tokens] = written
@@ -85,7 +90,7 @@ def complete(
     sampler: Sampler | None = None,
     key: Key[Array, "*B"] | None = None,
     *,
-    stop_token: int | None = None,
+    stop_token: StopTokens = None,
 ) -> list[list[int]]:
     """Returns the new tokens of each prompt, without the stop token. Arguments as of `generate`."""
     new = _new_tokens(model, prompts, max_new_tokens, sampler, key, stop_token)
@@ -99,11 +104,11 @@ def stream(
     sampler: Sampler | None = None,
     key: Key[Array, "*B"] | None = None,
     *,
-    stop_token: int | None = None,
+    stop_token: StopTokens = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yields one token per prompt and step, int32 [B], as they are generated. Arguments as of `generate`.
 
-    Rows that have ended repeat the stop token. The arguments are checked when the function is called.
+    Rows that have ended repeat the (first) stop token. The arguments are checked when the function is called.
     """
     prompt, keys, choose = _prepare(model, prompts, max_new_tokens, sampler, key, stop_token)
     graph, weights = nnx.split(model)
@@ -125,7 +130,7 @@ class _Choice:
     """How tokens are chosen; a static argument of the compiled programs."""
 
     sampler: Sampler
-    stop_token: int | None
+    stops: tuple[int, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -154,12 +159,12 @@ def _prepare(
     max_new_tokens: int,
     sampler: Sampler | None,
     key: Key[Array, "*B"] | None,
-    stop_token: int | None,
+    stop_token: StopTokens,
 ) -> tuple[PromptBatch, Key[Array, " B"] | None, _Choice]:
     """Checks the arguments; returns the padded prompts, one key per row, and how tokens are chosen."""
     batch = PromptBatch.pad(prompts)
     batch.check(model.config, max_new_tokens)
-    choice = _Choice(GREEDY if sampler is None else sampler, stop_token)
+    choice = _Choice(GREEDY if sampler is None else sampler, stop_ids(stop_token))
     if choice.sampler.is_greedy:
         return batch, None, choice
     if key is None:
@@ -180,7 +185,7 @@ def _new_tokens(
     max_new_tokens: int,
     sampler: Sampler | None,
     key: Key[Array, "*B"] | None,
-    stop_token: int | None,
+    stop_token: StopTokens,
 ) -> Int[np.ndarray, "B N"]:
     prompt, keys, choice = _prepare(model, prompts, max_new_tokens, sampler, key, stop_token)
     graph, weights = nnx.split(model)
@@ -205,7 +210,7 @@ def _generate_compiled(
     """Generates all tokens in one compiled program, without returning to Python between steps."""
     model = nnx.merge(graph, weights)
     start = _start(model, tokens, lengths, keys, choose, tokens.shape[1] + max_new_tokens)
-    written = jnp.full((tokens.shape[0], max_new_tokens), _filler(choose.stop_token), jnp.int32)
+    written = jnp.full((tokens.shape[0], max_new_tokens), _filler(choose.stops), jnp.int32)
 
     def unfinished(carry: tuple[_State, Array]) -> Bool[Array, ""]:
         return (carry[0].count < max_new_tokens) & ~carry[0].finished.all()
@@ -251,16 +256,16 @@ def _start(
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     count = jnp.zeros((), jnp.int32)
     token = choose.sampler(model.head(last), _step_keys(keys, count))
-    return _State(token, lengths.astype(jnp.int32), _stops(token, choose), count + 1, cache)
+    return _State(token, lengths.astype(jnp.int32), ends(token, choose.stops), count + 1, cache)
 
 
 def _advance(model: DeepSeekV3, state: _State, keys: Key[Array, " B"] | None, choose: _Choice) -> _State:
     """Reads the tokens chosen last and chooses the next ones."""
     hidden, cache = model.decode(state.token[:, None], state.cache, state.position[:, None])
     token = choose.sampler(model.head(hidden[:, 0]), _step_keys(keys, state.count))
-    if choose.stop_token is not None:
-        token = jnp.where(state.finished, choose.stop_token, token)
-    return _State(token, state.position + 1, _stops(token, choose), state.count + 1, cache)
+    if choose.stops:
+        token = jnp.where(state.finished, choose.stops[0], token)
+    return _State(token, state.position + 1, ends(token, choose.stops), state.count + 1, cache)
 
 
 def _step_keys(keys: Key[Array, " B"] | None, count: Int[Array, ""]) -> Key[Array, " B"] | None:
@@ -268,18 +273,27 @@ def _step_keys(keys: Key[Array, " B"] | None, count: Int[Array, ""]) -> Key[Arra
     return None if keys is None else jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, count)
 
 
-def _stops(token: Int[Array, " B"], choose: _Choice) -> Bool[Array, " B"]:
-    return jnp.zeros(token.shape, bool) if choose.stop_token is None else token == choose.stop_token
+def stop_ids(stop_token: StopTokens) -> tuple[int, ...]:
+    """Returns the tokens that end a row."""
+    if stop_token is None:
+        return ()
+    return (stop_token,) if isinstance(stop_token, int) else tuple(stop_token)
+
+
+def ends(token: Int[Array, " B"], stops: tuple[int, ...]) -> Bool[Array, " B"]:
+    """Returns for each row whether its token ends it."""
+    return functools.reduce(jnp.logical_or, (token == stop for stop in stops), jnp.zeros(token.shape, bool))
 
 
 def _write(written: Int[Array, "B N"], state: _State) -> Int[Array, "B N"]:
     return lax.dynamic_update_index_in_dim(written, state.token, state.count - 1, axis=1)
 
 
-def cut_at_stop(row: list[int], stop_token: int | None) -> list[int]:
+def cut_at_stop(row: list[int], stop_token: StopTokens) -> list[int]:
     """Returns the tokens before the first stop token."""
-    return row[: row.index(stop_token)] if stop_token in row else row
+    stops = stop_ids(stop_token)
+    return row[: next((index for index, token in enumerate(row) if token in stops), len(row))]
 
 
-def _filler(stop_token: int | None) -> int:
-    return 0 if stop_token is None else stop_token
+def _filler(stops: tuple[int, ...]) -> int:
+    return stops[0] if stops else 0

@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from dsv3_jax.errors import UserError
 
+_COLDEST = 1e-30  # logits divided by less would be infinite
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
@@ -19,7 +21,7 @@ class Sampler:
     most likely tokens whose probability reaches `top_p` is kept. The most likely token is always kept.
 
     Attributes:
-      temperature: divides the logits; 0 always takes the most likely token.
+      temperature: divides the logits; 0, and anything below 1e-30, always takes the most likely token.
       top_k: number of tokens to keep; None keeps all.
       top_p: probability to keep, above 0 and at most 1; None keeps all.
     """
@@ -39,7 +41,7 @@ class Sampler:
     @property
     def is_greedy(self) -> bool:
         """Whether the most likely token is always chosen, without randomness."""
-        return self.temperature == 0
+        return self.temperature < _COLDEST
 
     def __call__(self, logits: Float[Array, "B V"], keys: Key[Array, " B"] | None) -> Int[Array, " B"]:
         """Returns one token per row, int32.

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.inference.generate import cut_at_stop
+from dsv3_jax.inference.generate import StopTokens, cut_at_stop, ends, stop_ids
 from dsv3_jax.inference.prompts import PromptBatch
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.latent_cache import LatentCache
@@ -46,7 +46,7 @@ class Speculation:
 
 
 def speculate(
-    model: DeepSeekV3, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, *, stop_token: int | None = None
+    model: DeepSeekV3, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, *, stop_token: StopTokens = None
 ) -> Speculation:
     """Generates the same tokens as a greedy `complete`, with drafts of the first MTP module.
 
@@ -54,7 +54,7 @@ def speculate(
       model: a model with an MTP module.
       prompts: token ids of each prompt.
       max_new_tokens: number of tokens to generate per prompt.
-      stop_token: a row ends when it produces this token.
+      stop_token: a row ends when it produces this token, or one of these.
 
     Raises:
       UserError: the model has no MTP module, or one that reads hidden states from before the final norm; or as
@@ -68,7 +68,7 @@ def speculate(
     batch = PromptBatch.pad(prompts)
     batch.check(model.config, max_new_tokens)
     graph, weights = nnx.split(model)
-    end = _run(graph, weights, batch.tokens, batch.lengths, max_new_tokens=max_new_tokens, stop_token=stop_token)
+    end = _run(graph, weights, batch.tokens, batch.lengths, max_new_tokens=max_new_tokens, stops=stop_ids(stop_token))
     rows = [row[:count].tolist() for row, count in zip(np.asarray(end.written), np.asarray(end.count), strict=True)]
     return Speculation([cut_at_stop(row, stop_token) for row in rows], int(end.drafted), int(end.accepted))
 
@@ -101,7 +101,7 @@ class _State:
     accepted: Int[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "stop_token"))
+@functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens", "stops"))
 def _run(
     graph: Any,
     weights: Any,
@@ -109,15 +109,15 @@ def _run(
     lengths: Int[Array, " B"],
     *,
     max_new_tokens: int,
-    stop_token: int | None,
+    stops: tuple[int, ...],
 ) -> _State:
     model = nnx.merge(graph, weights)
-    start = _start(model, tokens, lengths, max_new_tokens, stop_token)
-    return lax.while_loop(lambda state: ~state.finished.all(), lambda state: _advance(model, state, stop_token), start)
+    start = _start(model, tokens, lengths, max_new_tokens, stops)
+    return lax.while_loop(lambda state: ~state.finished.all(), lambda state: _advance(model, state, stops), start)
 
 
 def _start(
-    model: DeepSeekV3, tokens: Int[Array, "B W"], lengths: Int[Array, " B"], new: int, stop_token: int | None
+    model: DeepSeekV3, tokens: Int[Array, "B W"], lengths: Int[Array, " B"], new: int, stops: tuple[int, ...]
 ) -> _State:
     """Reads the prompts with the main model and the MTP module, and chooses the first token."""
     batch, width = tokens.shape
@@ -137,13 +137,13 @@ def _start(
         cache=cache,
         written=jnp.zeros((batch, new), jnp.int32).at[:, 0].set(first),
         count=jnp.ones((batch,), jnp.int32),
-        finished=_ends(first, stop_token) | (new == 1),
+        finished=ends(first, stops) | (new == 1),
         drafted=zero,
         accepted=zero,
     )
 
 
-def _advance(model: DeepSeekV3, state: _State, stop_token: int | None) -> _State:
+def _advance(model: DeepSeekV3, state: _State, stops: tuple[int, ...]) -> _State:
     """Drafts one token and checks it; adds one or two tokens to every unfinished row."""
     pair = jnp.arange(2)
     # Both positions are read, because after an accepted draft the MTP cache lacks the first. A prompt of one token has
@@ -160,7 +160,7 @@ def _advance(model: DeepSeekV3, state: _State, stop_token: int | None) -> _State
 
     active = ~state.finished
     capacity = state.written.shape[1]
-    two = active & accepted & ~_ends(chosen[:, 0], stop_token) & (state.count + 1 < capacity)
+    two = active & accepted & ~ends(chosen[:, 0], stops) & (state.count + 1 < capacity)
     rows = jnp.arange(chosen.shape[0])
     # Tokens of finished rows get a position beyond the end, where they are dropped.
     written = state.written.at[rows, jnp.where(active, state.count, capacity)].set(chosen[:, 0], mode="drop")
@@ -174,11 +174,7 @@ def _advance(model: DeepSeekV3, state: _State, stop_token: int | None) -> _State
         cache=cache,
         written=written,
         count=count,
-        finished=state.finished | _ends(last, stop_token) | (count >= capacity),
+        finished=state.finished | ends(last, stops) | (count >= capacity),
         drafted=state.drafted + jnp.sum(active),
         accepted=state.accepted + jnp.sum(active & accepted),
     )
-
-
-def _ends(token: Int[Array, " B"], stop_token: int | None) -> Bool[Array, " B"]:
-    return jnp.zeros(token.shape, bool) if stop_token is None else token == stop_token

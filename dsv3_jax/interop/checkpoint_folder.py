@@ -14,6 +14,7 @@ from pathlib import Path
 from dsv3_jax.bounded_json import read_object, shown
 from dsv3_jax.errors import UserError
 from dsv3_jax.interop.safetensors_reader import TensorEntry, read_header
+from dsv3_jax.regular_files import checked_file, checked_folder
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -68,44 +69,6 @@ def open_checkpoint(folder: Path | str, *, headers: bool = True) -> CheckpointFo
     else:
         raise UserError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}{_pickle_hint(folder)}")
     return CheckpointFolder(folder, frozenset(entries), entries, _unused(folder, files))
-
-
-def checked_folder(folder: Path | str) -> Path:
-    """Returns `folder` with links resolved.
-
-    Raises:
-      UserError: there is no such folder.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    return path.resolve()
-
-
-def checked_file(folder: Path, name: str) -> Path:
-    """Returns the path of the file `name` of a resolved folder, with links resolved.
-
-    Raises:
-      UserError: the file is missing, not a regular file, or outside the folder.
-    """
-    path = folder / name
-    try:
-        real = path.resolve(strict=True)
-    except (OSError, RuntimeError):
-        raise UserError(f"{path}: is missing") from None
-    if folder not in real.parents and not _is_of_download_cache(folder, real):
-        raise UserError(f"{path}: is a link that leads out of the folder; copy the file there")
-    if not real.is_file():
-        raise UserError(f"{path}: is not a regular file")
-    return real
-
-
-def _is_of_download_cache(folder: Path, real: Path) -> bool:
-    """Tells whether `real` is where the cache of huggingface_hub keeps the contents of the files in `folder`.
-
-    There snapshots/REVISION/NAME is a link to blobs/DIGEST.
-    """
-    return folder.parent.name == "snapshots" and real.parent == folder.parent.parent / "blobs"
 
 
 def _unused(folder: Path, files: list[str]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.data import Tokenizer
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.interop.checkpoint_folder import INDEX_NAME, SINGLE_NAME
 from dsv3_jax.interop.fp8_weights import quantise, quantise_with
@@ -36,7 +37,7 @@ from dsv3_jax.interop.stored_format import (
     uniform_format,
 )
 from dsv3_jax.interop.tensor_names import PublishedTensor, published_tensors
-from dsv3_jax.interop.tokenizer_files import TokenIds, write_tokenizer
+from dsv3_jax.interop.tokenizer_files import write_tokenizer
 from dsv3_jax.interop.whole_folder import whole_folder
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision.fp8_weight import Fp8Weight
@@ -51,7 +52,7 @@ def save_hf(
     dtype: DtypeName | None = None,
     power_of_two_scales: bool = False,
     stored_format: StoredFormat | None = None,
-    tokenizer: str | Path | None = None,
+    tokenizer: Tokenizer | str | Path | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> None:
@@ -64,7 +65,8 @@ def save_hf(
         dtype of each parameter. Router biases are float32 always.
       power_of_two_scales: make FP8 scales powers of two (`scale_fmt: ue8m0`).
       stored_format: how each tensor is stored, instead of `dtype`; an imported run gives that of its checkpoint.
-      tokenizer: a tokenizer.json, or a folder that has one, to be copied along.
+      tokenizer: a tokenizer, its tokenizer.json, or a folder that has one and perhaps a chat template,
+        generation_config.json and other settings, which are written too.
       max_shard_bytes: the largest size of a shard, unless a single tensor is larger.
       progress: show a progress bar on stderr.
 
@@ -178,13 +180,12 @@ def _write_index(folder: Path, shards: dict[str, list[TensorSpec]], total: int) 
     _write_json(folder / INDEX_NAME, index)
 
 
-def _write_config(folder: Path, config: ModelConfig, stored_format: StoredFormat, ids: TokenIds) -> None:
+def _write_config(folder: Path, config: ModelConfig, stored_format: StoredFormat, ids: dict[str, Any]) -> None:
     values = to_published(
         config,
         dtype=stored_format.torch_dtype,
         quantization=stored_format.quantization,
-        bos_token_id=ids.bos,
-        eos_token_id=ids.eos,
+        token_ids=ids,
     )
     _write_json(folder / CONFIG_NAME, values)
 

@@ -18,7 +18,7 @@ from typing import Any
 from dsv3_jax.bounded_json import read_object, shown
 from dsv3_jax.config import ModelConfig, RopeScaling
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.interop.checkpoint_folder import checked_file, checked_folder
+from dsv3_jax.regular_files import checked_file, checked_folder
 
 CONFIG_NAME = "config.json"
 _MAX_CONFIG_BYTES = 1_000_000
@@ -198,8 +198,7 @@ def to_published(
     *,
     dtype: str,
     quantization: Quantization | None = None,
-    bos_token_id: int | None = None,
-    eos_token_id: int | None = None,
+    token_ids: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the `config.json` of a model, in the form that every loader reads (`rope_theta` and `rope_scaling`).
 
@@ -207,7 +206,7 @@ def to_published(
       config: the architecture.
       dtype: name of the dtype of tensors that are not quantised, such as "bfloat16".
       quantization: the FP8 format of the linear maps; None where they are not quantised.
-      bos_token_id, eos_token_id: ids of the tokens that begin and end a text, if the tokenizer has them.
+      token_ids: the fields that name token ids: bos_token_id, eos_token_id (one or a list), pad_token_id.
 
     Raises:
       ConfigError: config.json has no field for a setting of this model.
@@ -231,8 +230,9 @@ def to_published(
         "moe_layer_freq": 1,
         "ep_size": 1,
         "use_cache": True,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **(token_ids or {}),
         "torch_dtype": dtype,
     }
     if v3:

@@ -89,7 +89,7 @@ def save_format(stored_format: StoredFormat, folder: Path) -> None:
     """Writes to `folder` how an imported checkpoint was stored, so that exporting it gives the same bytes."""
     folder.mkdir()
     record = {"dtypes": dict(stored_format.dtypes), "power_of_two_scales": stored_format.power_of_two_scales}
-    (folder / _RECORD).write_text(json.dumps(record, indent=0))
+    (folder / _RECORD).write_text(json.dumps(record, indent=0), encoding="utf-8")
     if stored_format.scales:
         specs = [TensorSpec(name, "F32", scale.shape) for name, scale in stored_format.scales.items()]
         write_safetensors(folder / _SCALES, specs, stored_format.scales.values())

@@ -127,11 +127,6 @@ def load_parameter(
     return _assemble(shape, sharding, shards)
 
 
-def zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Returns zeros. On CPU devices they take no memory as long as they are only read."""
-    return _assemble(shape, sharding, _make_shards(shape, dtype, sharding))
-
-
 def _make_shards(shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding) -> dict[Box, Shard]:
     """Returns the different shards that this host's devices keep, filled with zeros."""
     devices: dict[Box, list[jax.Device]] = defaultdict(list)

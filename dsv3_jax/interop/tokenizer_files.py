@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
+from dsv3_jax.bounded_json import parse_object
 from dsv3_jax.data import Tokenizer
+from dsv3_jax.data.tokenizer_settings import MODEL_TOKENS, TOKENIZER_CONFIG
 from dsv3_jax.errors import UserError
-from dsv3_jax.interop.checkpoint_folder import checked_file, checked_folder
 
 TOKENIZER_NAME = "tokenizer.json"
-# Settings of other programs, which are copied without being read.
-_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-_MAX_COMPANION_BYTES = 10_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenIds:
-    """The ids of the tokens that begin and end a text, where they are known."""
-
-    bos: int | None = None
-    eos: int | None = None
 
 
 def read_tokenizer(source: str | Path, vocab_size: int) -> Tokenizer:
@@ -30,35 +20,43 @@ def read_tokenizer(source: str | Path, vocab_size: int) -> Tokenizer:
 
     Raises:
       UserError: there is no tokenizer, the file is not one, or it has more ids than the model's vocabulary.
+
+    Warns:
+      UserWarning: it has less than half as many ids as the model, so that it hardly belongs to it.
     """
-    path = Path(source)
-    if path.is_dir():
-        path = checked_file(checked_folder(path), TOKENIZER_NAME)
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer.load(source)
     if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"{path}: has {tokenizer.vocab_size:,} ids, but the model's vocabulary is {vocab_size:,}")
+        raise UserError(f"{source}: has {tokenizer.vocab_size:,} ids, but the model's vocabulary is {vocab_size:,}")
+    if 2 * tokenizer.vocab_size < vocab_size:
+        warnings.warn(
+            f"{source}: has {tokenizer.vocab_size:,} ids, but the model's vocabulary is {vocab_size:,}: it is probably "
+            "not the tokenizer of these weights",
+            stacklevel=2,
+        )
     return tokenizer
 
 
-def write_tokenizer(source: str | Path | None, folder: Path, vocab_size: int) -> TokenIds:
-    """Copies a tokenizer and its settings files into `folder`, and returns its special ids.
+def write_tokenizer(source: Tokenizer | str | Path | None, folder: Path, vocab_size: int) -> dict[str, Any]:
+    """Writes a tokenizer and the files beside it into `folder`.
 
     Where tokenizer_config.json is missing, it is written with the tokenizer's begin and end tokens.
+
+    Args:
+      source: a tokenizer, the file of one, or a folder with one and its settings; None writes nothing.
+      vocab_size: size of the model's vocabulary.
+
+    Returns:
+      The fields of config.json that name token ids.
     """
     if source is None:
-        return TokenIds()
-    tokenizer = read_tokenizer(source, vocab_size)
-    path = Path(source)
-    origin = path if path.is_dir() else path.parent
-    shutil.copyfile(origin / TOKENIZER_NAME if path.is_dir() else path, folder / TOKENIZER_NAME)
-    if path.is_dir():
-        for name in _COMPANIONS:
-            if (origin / name).exists():
-                companion = checked_file(origin.resolve(), name)
-                if companion.stat().st_size > _MAX_COMPANION_BYTES:
-                    raise UserError(f"{companion}: larger than {_MAX_COMPANION_BYTES:,} bytes; not a settings file")
-                shutil.copyfile(companion, folder / name)
-    if not (folder / "tokenizer_config.json").exists():
+        return {"bos_token_id": None, "eos_token_id": None}
+    tokenizer = source if isinstance(source, Tokenizer) else read_tokenizer(source, vocab_size)
+    tokenizer.save(folder)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if MODEL_TOKENS in tokenizer.companions:
+        ids |= parse_object(tokenizer.companions[MODEL_TOKENS].encode(), MODEL_TOKENS)
+        (folder / MODEL_TOKENS).unlink()
+    if TOKENIZER_CONFIG not in tokenizer.companions:
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": _name(tokenizer, tokenizer.bos_id),
@@ -66,8 +64,8 @@ def write_tokenizer(source: str | Path | None, folder: Path, vocab_size: int) ->
             "add_bos_token": False,
             "clean_up_tokenization_spaces": False,
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return TokenIds(tokenizer.bos_id, tokenizer.eos_id)
+        (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return ids
 
 
 def _name(tokenizer: Tokenizer, index: int) -> str:

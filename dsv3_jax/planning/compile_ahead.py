@@ -35,10 +35,11 @@ def compile_step(config: PlanConfig) -> dict[str, Any]:
     peak = getattr(memory, "peak_memory_in_bytes", 0)
     together = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     together += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return {
         "lower_seconds": round(middle - start, 1),
         "compile_seconds": round(end - middle, 1),
-        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from dsv3_jax.planning.plan import Plan
 from dsv3_jax.planning.report_table import memory_parts
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
 _MEMORY_COLOURS = {
     "master weights": "#1f4e8c",
@@ -39,14 +36,15 @@ _TIMES = {
 def draw_plan(plan: Plan, path: Path) -> None:
     """Writes a PNG of the plan."""
     config = plan.config
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), width_ratios=[1, 1], layout="constrained")
+    # Not by pyplot, whose backend belongs to the program or notebook that imports this module.
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
     axes = ", ".join(f"{axis}={value}" for axis, value in vars(config.mesh).items() if value > 1) or "one device"
     billions = config.model.num_parameters(mtp=True) / 1e9
     figure.suptitle(f"{billions:.3g}B parameters on {config.target.name}: {axes}")
     _draw_memory(left, plan)
     _draw_time(right, plan)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _draw_memory(axes: Axes, plan: Plan) -> None:

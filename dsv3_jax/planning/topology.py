@@ -38,7 +38,11 @@ def why_unavailable(target: Target) -> str | None:
     except ModuleNotFoundError:
         found = False
     if not found:
-        return f"{module} is not importable: `make setup-aot` installs the compilers for absent hardware"
+        return (
+            f"{module} is not importable: the compilers for absent hardware are installed by `make setup-aot`, or "
+            "without a checkout by `pip install --no-deps --target aot jax-cuda13-plugin jax-cuda13-pjrt libtpu` with "
+            "that folder on PYTHONPATH"
+        )
     if platform == "gpu" and shutil.which("ptxas") is None:
         return "ptxas is not on PATH: it comes with the CUDA 13 toolkit and with the wheel nvidia-cuda-nvcc"
     return None

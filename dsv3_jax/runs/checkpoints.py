@@ -125,8 +125,8 @@ class Checkpoints:
             self._arrays.wait_until_finished()
             if not is_first():
                 return
-            (temporary / "run.json").write_text(json.dumps(dataclasses.asdict(position)))
-            (temporary / "config.json").write_text(json.dumps(config.to_dict(), indent=1))
+            (temporary / "run.json").write_text(json.dumps(dataclasses.asdict(position)), encoding="utf-8")
+            (temporary / "config.json").write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
             self._tokenizer.save(temporary / "tokenizer")
             write_more(temporary)
             write_manifest(temporary)
@@ -212,7 +212,9 @@ class LoadedRun:
     saved: SavedRun
 
 
-def load_run(folder: str | Path, *, devices: Devices = OneDevice()) -> LoadedRun:
+def load_run(
+    folder: str | Path, *, devices: Devices = OneDevice(), dtype: jax.typing.DTypeLike | None = None
+) -> LoadedRun:
     """Loads the newest undamaged checkpoint of a run. A warning names each newer checkpoint that is damaged.
 
     Nothing but the checkpoint is used: its digests cover its own copies of configuration and tokenizer.
@@ -220,6 +222,7 @@ def load_run(folder: str | Path, *, devices: Devices = OneDevice()) -> LoadedRun
     Args:
       folder: the run's folder.
       devices: where the parameters are kept: `OneDevice()`, or `OnMesh(mesh)`. They are read straight to there.
+      dtype: dtype of the parameters, such as "bfloat16"; that of the checkpoint, float32, if not given.
 
     Raises:
       UserError: the folder holds no run, or no checkpoint that can be used.
@@ -229,7 +232,8 @@ def load_run(folder: str | Path, *, devices: Devices = OneDevice()) -> LoadedRun
     def load(saved: SavedRun) -> LoadedRun:
         skeleton, state = abstract_state(saved.config, lambda: make_model(saved.config, devices))
         weights = "params" if state.average is None else "average"
-        wanted = {weights: getattr(state, weights), "router_biases": state.router_biases}
+        kept = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), getattr(state, weights))
+        wanted = {weights: kept, "router_biases": state.router_biases}
         restored = _restore_arrays(saved.path, wanted, devices.shardings(wanted))
         return LoadedRun(skeleton.model(restored[weights], restored["router_biases"]), saved)
 
@@ -256,9 +260,11 @@ def _warn_of_changes(run: RunFolder, saved: RunConfig) -> None:
         )
 
 
-def load_checkpoint(folder: str | Path, *, devices: Devices = OneDevice()) -> tuple[DeepSeekV3, Tokenizer, int]:
+def load_checkpoint(
+    folder: str | Path, *, devices: Devices = OneDevice(), dtype: jax.typing.DTypeLike | None = None
+) -> tuple[DeepSeekV3, Tokenizer, int]:
     """Loads the newest undamaged checkpoint of a run as `load_run` does; returns model, tokenizer and step."""
-    loaded = load_run(folder, devices=devices)
+    loaded = load_run(folder, devices=devices, dtype=dtype)
     return loaded.model, loaded.saved.tokenizer, loaded.saved.position.step
 
 

@@ -114,8 +114,11 @@ def evaluate(
     )
 
 
-def evaluate_run(path: Path) -> tuple[int, Evaluation]:
+def evaluate_run(path: Path, corpus: str | None = None) -> tuple[int, Evaluation]:
     """Evaluates the newest undamaged checkpoint of a run.
+
+    Args:
+      corpus: another corpus than the run's (see `DataConfig`), whose held-out part is used.
 
     Returns:
       The checkpoint's step, and the result.
@@ -123,7 +126,7 @@ def evaluate_run(path: Path) -> tuple[int, Evaluation]:
     Raises:
       UserError: the folder holds no run or no checkpoint that can be used, or the corpus is missing or has changed.
     """
-    loaded, data = load_run_with_data(path)
+    loaded, data = load_run_with_data(path, corpus)
     config = loaded.saved.config
     skeleton, params, biases = split_model(loaded.model)
     evaluation_step = make_evaluation_step(skeleton, config)
@@ -132,14 +135,17 @@ def evaluate_run(path: Path) -> tuple[int, Evaluation]:
     return loaded.saved.position.step, result
 
 
-def load_run_with_data(path: Path) -> tuple[LoadedRun, Data]:
-    """Returns the newest undamaged checkpoint of a run, and the run's corpus, tokenised by its tokenizer.
+def load_run_with_data(path: Path, corpus: str | None = None) -> tuple[LoadedRun, Data]:
+    """Returns the newest undamaged checkpoint of a run, and the run's corpus or another, tokenised by its tokenizer.
 
     Raises:
       UserError: the folder holds no run or no checkpoint that can be used, or the corpus is missing or has changed.
     """
     loaded = load_run(path)
     saved = loaded.saved
+    if corpus is not None:
+        config = dataclasses.replace(saved.config.data, corpus=corpus, fill_in_middle_rate=0.0)
+        return loaded, prepare_data(config, None, tokenizer=saved.tokenizer)
     data = prepare_data(saved.config.data, RunFolder(path).cache, tokenizer=saved.tokenizer)
     if saved.position.data:  # an imported model that was not trained has seen no data
         data.train_iterator().set_state(saved.position.data)

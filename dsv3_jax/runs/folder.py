@@ -21,6 +21,7 @@ _LARGEST_CONFIG = 1_000_000  # bytes of config.json
 # Fields that may change when a run is resumed: they change what is reported and kept, and on which devices, but not
 # what is computed.
 _MAY_CHANGE = {
+    "data.corpus",  # a corpus that was moved; its contents are compared when the rows are set to their position
     "training.log_every",
     "training.evaluate_every",
     "training.checkpoint_every",
@@ -128,10 +129,15 @@ class RunFolder:
 
 
 def first_difference(ours: RunConfig, theirs: RunConfig) -> tuple[str, Any, Any] | None:
-    """Returns name and both values of the first field that makes two runs compute different numbers, or None."""
+    """Returns name and both values of the first field that makes two runs compute different numbers, or None.
+
+    A run may be made longer: `theirs` may have more steps.
+    """
     left, right = by_dotted_name(ours.to_dict()), by_dotted_name(theirs.to_dict())
     for name in (*left, *(right.keys() - left.keys())):
-        if name not in _MAY_CHANGE and left.get(name) != right.get(name):
+        if name in _MAY_CHANGE or left.get(name) == right.get(name):
+            continue
+        if name != "training.steps" or theirs.training.steps < ours.training.steps:
             return name, left.get(name), right.get(name)
     return None
 
@@ -166,7 +172,7 @@ def write_atomically(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

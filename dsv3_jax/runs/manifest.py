@@ -24,7 +24,7 @@ def write_manifest(folder: Path) -> None:
         digests[str(path.relative_to(folder))] = _digest(path)
         _flush(path)
     target = folder / NAME
-    target.write_text(json.dumps({"sha256": digests}, indent=1, sort_keys=True))
+    target.write_text(json.dumps({"sha256": digests}, indent=1, sort_keys=True), encoding="utf-8")
     _flush(target)
 
 

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dsv3_jax.runs.appended_file import AppendedFile
 from dsv3_jax.runs.folder import write_atomically, writing
+from dsv3_jax.terminal import printable
 
 Record = dict[str, Any]
 
@@ -120,11 +121,14 @@ class Terminal:
         self._began = time.monotonic()
         self._bar = None
         if self.console.is_terminal:
+            width = self.console.width
+            bar = 24 if width >= 120 else 10
+            self._room = width - bar - len(f"step {steps}/{steps}") - len("0:00:00") - 3  # for the numbers of a step
             self._bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[text]}"),
+                BarColumn(bar_width=bar),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
                 console=self.console,
             )
             self._task = self._bar.add_task("train", total=steps, completed=start, text="compiling")
@@ -132,16 +136,15 @@ class Terminal:
 
     def write(self, record: Record) -> None:
         """Shows the numbers of a step."""
-        text = describe(record)
         step = record["step"]
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=text)
+            self._bar.update(self._task, completed=step, text=describe(record, self._room))
         elif self._log_every and (step % self._log_every == 0 or step in (self._start + 1, self._steps)):
-            self.say(f"step {step}/{self._steps}  {text}  {self._time_left(step)} left")
+            self.say(f"step {step}/{self._steps}  {describe(record)}  {self._time_left(step)} left")
 
     def say(self, text: str) -> None:
         """Prints a line of text, above the progress bar if there is one."""
-        self.console.print(text, markup=False)
+        self.console.print(printable(text), markup=False)
 
     def close(self) -> None:
         """Removes the progress bar."""
@@ -154,10 +157,10 @@ class Terminal:
         return f"{seconds // 60}:{seconds % 60:02d}"
 
 
-def describe(record: Record) -> str:
-    """Returns the numbers of one step as a short line of text."""
+def describe(record: Record, room: int = 1000) -> str:
+    """Returns the numbers of one step as a line of text of at most `room` characters, the most important ones first."""
     # The main loss, because the total loss jumps where the schedule lowers the weight of the MTP loss.
-    parts = [f"loss {record['main_loss']:.3f}"]
+    parts = [f"main loss {record['main_loss']:.3f}"]
     if "mtp_loss" in record:
         parts.append(f"mtp {record['mtp_loss']:.3f}")
     parts += [
@@ -167,6 +170,8 @@ def describe(record: Record) -> str:
     ]
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")
+    while len(parts) > 1 and len("  ".join(parts)) > room:
+        parts.pop()
     return "  ".join(parts)
 
 

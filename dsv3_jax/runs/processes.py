@@ -9,12 +9,14 @@ import dataclasses
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.runs.agreement import is_first
+from dsv3_jax.runs.local_gpus import local_gpus
 
 _LAUNCHERS = {"slurm": "slurm", "openmpi": "ompi", "kubernetes": "k8s", "tpu": "cloud_tpu"}
 
@@ -83,7 +85,9 @@ def join(processes: Processes) -> None:
     }
     try:
         if processes.coordinator in _LAUNCHERS:
-            jax.distributed.initialize(cluster_detection_method=_LAUNCHERS[processes.coordinator], **limits)
+            gpus = local_gpus(os.environ, len(list(Path("/dev").glob("nvidia[0-9]*"))))
+            method = _LAUNCHERS[processes.coordinator]
+            jax.distributed.initialize(cluster_detection_method=method, local_device_ids=gpus, **limits)
         else:
             jax.distributed.initialize(
                 processes.coordinator,

@@ -138,7 +138,7 @@ def _read(path: Path) -> SavedRun:
     try:
         position = RunPosition(**read_object(path / "run.json", max_bytes=_LARGEST_POSITION))
         config = read_config_file(path / "config.json")
-        tokenizer = Tokenizer.load(path / "tokenizer")
+        tokenizer = Tokenizer.load(path / "tokenizer", verified=True)
     except (UserError, OSError, TypeError) as error:
         raise DamagedCheckpoint(" ".join(str(error).split())) from error
     if position.step != int(path.name):

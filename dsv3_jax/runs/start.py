@@ -19,9 +19,12 @@ from dsv3_jax.runs.checkpoints import restore
 from dsv3_jax.runs.folder import RunFolder, first_difference
 from dsv3_jax.runs.saved_run import RunPosition, SavedRun, use_newest
 from dsv3_jax.runs.starting_state import distributed_model, starting_state
+from dsv3_jax.terminal import say
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.state import Skeleton, TrainState
 from dsv3_jax.training.state_layout import StateLayout
+
+_MANY_EPOCHS = 40  # more repetitions add almost nothing (Muennighoff et al., 2023)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +79,11 @@ def start_or_resume(
     """
 
     def resume(saved: SavedRun) -> tuple[SavedRun, tuple[Skeleton, TrainState]]:
+        if not saved.position.data:
+            raise UserError(
+                f"{folder.path} holds an imported model, which has no training state: start a new run from it with "
+                f"--init-from {folder.path} and another --out"
+            )
         if difference := first_difference(saved.config, config):
             name, then, now = difference
             raise UserError(
@@ -84,7 +92,7 @@ def start_or_resume(
             )
         return saved, restore(saved.path, config, functools.partial(distributed_model, config, layout), layout)
 
-    found = use_newest(folder, print, resume)
+    found = use_newest(folder, say, resume)
     saved = found[0] if found else None
     data = first_process_first(lambda: _prepare_data(config, folder, layout, saved and saved.tokenizer))
     _check_same_data(data)
@@ -95,10 +103,31 @@ def start_or_resume(
     else:
         skeleton, state = starting_state(config, layout, initial_model)
         position = RunPosition(step=0, tokens=0, data=rows.state())
-    # Written last, so that a start that fails leaves no run in the folder.
-    if is_first() and not folder.holds_run:
-        folder.write_config(config)
+    if is_first():
+        say(_epochs(config, layout, data))
+        if position.step >= config.training.steps:
+            say(f"the run has taken all of its {config.training.steps} steps; a larger --steps makes it longer")
+        if found and config.training.steps > found[0].config.training.steps:
+            say(
+                f"the run is made longer, from {found[0].config.training.steps} to {config.training.steps} steps: all "
+                "schedules are fractions of the whole run, so they go on from where a run of that length would be"
+            )
+        # Written last, so that a start that fails leaves no run in the folder.
+        if not folder.holds_run or _is_extended(folder.read_config(), config):
+            folder.write_config(config)
     return RunStart(data, rows, skeleton, state, position, position.step if found else -1)
+
+
+def _is_extended(started: RunConfig, config: RunConfig) -> bool:
+    """Returns whether the run is made longer, or reads its corpus from where that was moved to."""
+    return config.training.steps > started.training.steps or config.data.corpus != started.data.corpus
+
+
+def _epochs(config: RunConfig, layout: StateLayout, data: Data) -> str:
+    """Returns a line that says how often the run reads its corpus."""
+    epochs = config.total_tokens(layout.batch_ranks) / data.num_train_tokens
+    line = f"the corpus has {data.num_train_tokens:,} training tokens, which the run reads {epochs:,.3g} times"
+    return f"{line}; give a larger --data.corpus or fewer --steps" if epochs > _MANY_EPOCHS else line
 
 
 def _prepare_data(config: RunConfig, folder: RunFolder, layout: StateLayout, tokenizer: Tokenizer | None) -> Data:
@@ -110,7 +139,7 @@ def _prepare_data(config: RunConfig, folder: RunFolder, layout: StateLayout, tok
         tokenizer=tokenizer,
         shard_index=feeding.index,
         shard_count=feeding.count,
-        progress=print if is_first() else None,
+        progress=say if is_first() else None,
     )
     size = data.tokenizer.vocab_size
     if size > config.model.vocab_size:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.data import Tokenizer
+from dsv3_jax.data.tokenizer import FILE_NAME as TOKENIZER_NAME
+from dsv3_jax.data.tokenizer_training import byte_tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import Devices
@@ -26,6 +30,19 @@ def architecture_of_source(source: Path) -> ModelConfig:
     return architecture_of(source)
 
 
+def tokenizer_of_source(source: Path) -> Path:
+    """Returns the folder of the tokenizer that belongs to the weights of a run or of a published checkpoint.
+
+    Raises:
+      UserError: a published checkpoint has no tokenizer.json.
+    """
+    if RunFolder(source).checkpoints.is_dir():
+        return RunFolder(source).tokenizer.resolve()
+    if not (source / TOKENIZER_NAME).exists():
+        raise UserError(f"{source} has no {TOKENIZER_NAME}: give --data.tokenizer, the one that the weights belong to")
+    return source.resolve()
+
+
 def load_starting_point(source: Path, config: RunConfig, devices: Devices) -> DeepSeekV3:
     """Returns the model of a run's folder, or of a checkpoint in the published layout, with float32 parameters.
 
@@ -38,12 +55,30 @@ def load_starting_point(source: Path, config: RunConfig, devices: Devices) -> De
     """
     _check_architecture(source, architecture_of_source(source), config)
     if RunFolder(source).checkpoints.is_dir():
-        model = load_checkpoint(source, devices=devices)[0]
+        model, tokenizer, _ = load_checkpoint(source, devices=devices)
         _check_architecture(source, model.config, config)
+        compare_tokenizers(source, tokenizer, config)
         return model
     from dsv3_jax.interop import load_hf
 
+    if (source / TOKENIZER_NAME).exists():
+        compare_tokenizers(source, Tokenizer.load(source), config)
     return load_hf(source, dtype="float32", devices=devices)
+
+
+def compare_tokenizers(source: Path, theirs: Tokenizer, config: RunConfig) -> None:
+    """Warns where the run does not use the tokenizer of the weights."""
+    named = config.data.tokenizer
+    if named == "byte":
+        same = theirs.fingerprint == Tokenizer(byte_tokenizer()).fingerprint
+    else:
+        same = named != "train" and Tokenizer.load(named).fingerprint == theirs.fingerprint
+    if not same:
+        warnings.warn(
+            f"--data.tokenizer {named} is not the tokenizer of the weights in {source}: every id means something else "
+            "than they have learned",
+            stacklevel=3,
+        )
 
 
 def _check_architecture(source: Path, found: ModelConfig, config: RunConfig) -> None:

@@ -9,9 +9,8 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from dsv3_jax.interop.streaming import zeros
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.modules.devices import Devices, OneDevice
+from dsv3_jax.modules.devices import Devices
 from dsv3_jax.runs.checkpoints import abstract_state, make_model
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.state import Skeleton, TrainState, new_state
@@ -49,16 +48,10 @@ def starting_state(
 
 
 def untrained_state(model: DeepSeekV3, config: RunConfig) -> TrainState:
-    """Returns the state before the first step of a run that only keeps the weights of a model, on one device.
-
-    The optimizer's state is zeros that take no memory on a CPU device.
-    """
+    """Returns the state of a run that only keeps the weights of a model, on one device. It has no optimizer state."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    optimizer = jax.eval_shape(_new_state_without(config, graph), params, rest).optimizer
-    kept_at = OneDevice().shardings(optimizer)
-    optimizer = jax.tree.map(lambda leaf, sharding: zeros(leaf.shape, leaf.dtype, sharding), optimizer, kept_at)
     state = jax.jit(_new_state_without(config, graph, "params", "optimizer"))(params, rest)
-    return dataclasses.replace(state, params=params, optimizer=optimizer)
+    return dataclasses.replace(state, params=params)
 
 
 def _new_state_without(

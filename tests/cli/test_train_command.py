@@ -6,15 +6,22 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 from small_runs import small_run, write_corpus
 
 from dsv3_jax.cli.main import main
+from dsv3_jax.data import Tokenizer
+from dsv3_jax.data.tokenizer_training import byte_tokenizer, train_bpe
 from dsv3_jax.model_presets import presets
 from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.runs.starting_point import compare_tokenizers
 
 
 @pytest.fixture
@@ -54,6 +61,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["train", "--preset", "nano"], ["--out"]),
         (["train", "--out"], ["--out"]),
         (["train", "--preset", "tiny", "--out", "x", "--stesp", "3"], ["--stesp", "--steps"]),
+        (["train", "--preset", "tiny", "--out", "x", "--lr", "3"], ["--lr", "--training.schedule.learning-rate"]),
+        (["train", "--preset", "tiny", "--out", "x", "--corpus", "y"], ["--corpus", "--data.corpus"]),
+        (["train", "--preset", "tiny", "--out", "x", "--batch-sise", "3"], ["--training.batch-size"]),
+        (["train", "--preset", "tiny", "--out", "x", "--steps", "0"], ["training.steps", "not 0"]),
         (["train", "--preset", "tiny", "--out", "x", "--steps", "many"], ["steps", "many"]),
         (["train", "--preset", "tiny", "--out", "x", "--steps", "-1"], ["steps", "-1"]),
         (["train", "--preset", "tiny", "--out", "x", "--precision", "int1"], ["int1"]),
@@ -168,6 +179,74 @@ def test_a_resumed_run_keeps_its_own_options(no_training: list, tmp_path: Path):
     assert no_training[0][0].training.log_every == 5
 
 
+def test_paths_are_right_in_any_folder(no_training: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--preset", "tiny", "--out", "run", "--data.corpus", "text", "--data.tokenizer", "t.json"]
+    assert main(words) == 0
+    data = no_training[0][0].data
+    assert (data.corpus, data.tokenizer) == (str(tmp_path / "text"), str(tmp_path / "t.json"))
+    assert main(["train", "--preset", "tiny", "--out", "run"]) == 0
+    assert (no_training[1][0].data.corpus, no_training[1][0].data.tokenizer) == ("stdlib", "train")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Returns the folder of a run at step 0 with the byte tokenizer, without weights."""
+    folder = RunFolder(tmp_path / "source")
+    folder.checkpoints.mkdir(parents=True)
+    folder.write_config(small_run("elsewhere"))
+    Tokenizer(byte_tokenizer()).save(folder.tokenizer)
+    return folder.path
+
+
+def test_weights_bring_their_tokenizer(no_training: list, tmp_path: Path, source: Path):
+    words = ["train", "--init-from", str(source), "--preset", "tiny", "--out", str(tmp_path / "new")]
+    assert main(words) == 0
+    assert main([*words, "--data.tokenizer", "byte"]) == 0
+    assert [config.data.tokenizer for config, _ in no_training] == [str(source / "tokenizer"), "byte"]
+    assert no_training[0][0].model == small_run().model
+
+
+def test_published_weights_without_a_tokenizer_want_one(
+    no_training: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    golden = Path(__file__).parents[1] / "golden" / "v3_negative_bias"
+    words = ("train", "--init-from", str(golden), "--preset", "tiny", "--out", str(tmp_path / "new"))
+    assert "give --data.tokenizer" in refused(capsys, *words)
+    assert not no_training
+
+
+def test_init_from_has_no_effect_on_a_run_that_goes_on(
+    no_training: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    RunFolder(tmp_path).write_config(small_run("elsewhere"))
+    assert main(["train", "--init-from", "nowhere", "--out", str(tmp_path)]) == 0
+    assert "--init-from has no effect" in capsys.readouterr().err
+    assert no_training[0][0] == small_run("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "warned"), [("train", True), ("byte", False), ("{source}/tokenizer", False), ("{other}", True)]
+)
+def test_another_tokenizer_than_that_of_the_weights_is_said(tmp_path: Path, source: Path, tokenizer: str, warned: bool):
+    Tokenizer(train_bpe(["some text"], 300)).save(tmp_path / "other")
+    named = tokenizer.format(source=source, other=tmp_path / "other")
+    config = small_run()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=named))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        compare_tokenizers(source, Tokenizer(byte_tokenizer()), config)
+    assert ["is not the tokenizer of the weights" in str(each.message) for each in said] == [True] * warned
+
+
+def test_a_locale_without_a_character_does_not_end_a_command():
+    command = [sys.executable, "-m", "dsv3_jax.cli.main", "漢字\x1b[2J"]
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1:strict"}
+    ended = subprocess.run(command, capture_output=True, env=environment, check=False, timeout=100)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(b"dsv3: there is no command '??\\x1b[2J'")
+
+
 @pytest.mark.parametrize("command", [[], ["train"], ["eval"]])
 def test_help_shows_an_example(command: list[str], capsys: pytest.CaptureFixture[str]):
     with contextlib.suppress(SystemExit):
@@ -194,6 +273,9 @@ def test_eval_prints_json_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert "bits per byte" in printed
     assert "drafts accepted" in printed
+    other = write_corpus(tmp_path / "other", documents=60)
+    assert main(["eval", str(tmp_path / "run"), "--json", "--corpus", str(other)]) == 0
+    assert json.loads(capsys.readouterr().out)["main"] != found["main"]
 
 
 def test_every_option_of_training_says_what_it_is(capsys: pytest.CaptureFixture[str]):

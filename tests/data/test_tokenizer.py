@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from dsv3_jax.data import Tokenizer
 from dsv3_jax.data import control_tokens as control
 from dsv3_jax.data.control_tokens import LEADING, TRAILING
 from dsv3_jax.data.punctuation_splitting import PunctuationSplitting
+from dsv3_jax.data.tokenizer_settings import read_settings
 from dsv3_jax.data.tokenizer_training import SMALLEST_VOCABULARY, byte_tokenizer, sample_text, train_bpe
+from dsv3_jax.data.tokenizer_trial import try_tokenizer
 from dsv3_jax.errors import ConfigError, UserError
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared/published/deepseek-r1/tokenizer.json.gz"
@@ -219,11 +223,12 @@ def _with_model(**changes: Any) -> str:
 
 
 _VOCABULARY = json.loads(byte_tokenizer())["model"]["vocab"]
+DOUBLING = {"type": "Replace", "pattern": {"String": "x"}, "content": "xx"}
 _CATASTROPHE = {"type": "Split", "pattern": {"Regex": "(" * 5000}, "behavior": "Isolated", "invert": False}
 BAD = {
-    "not JSON": ("{", "not JSON"),
-    "deep": ("[" * 100_000, "not JSON"),
-    "no object": ("[]", "no object 'model'"),
+    "not JSON": ("{", "not valid JSON"),
+    "deep": ("[" * 100_000, "nested deeper"),
+    "no object": ("[]", "expected a JSON object"),
     "no model": ('{"model": 3}', "no object 'model'"),
     "unknown model": ('{"model": {"type": "Other"}}', "not a usable tokenizer.json"),
     "added without id": (_byte_definition(added_tokens=[{"content": "x"}]), "needs an id and a content"),
@@ -236,6 +241,12 @@ BAD = {
     "no decoder": (_byte_definition(decoder=None), "not a byte-level tokenizer"),
     "not bytes": (_with_model(vocab={**_VOCABULARY, "漢": len(_VOCABULARY)}), "does not spell bytes|declares id"),
     "loses text": (_byte_definition(normalizer={"type": "Lowercase"}), "does not decode to the text"),
+    "many entries": ('{"model": [' + "[]," * 3_000_000 + "[]]}", "has more than"),
+    "doubles": (
+        _byte_definition(normalizer={"type": "Sequence", "normalizers": [DOUBLING] * 28}),
+        "normalizers may lengthen a text",
+    ),
+    "panics": (_byte_definition(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "not a usable"),
     "no end": (
         json.dumps(json.loads(byte_tokenizer()), ensure_ascii=False).replace("end▁of▁sentence", "something▁else"),
         "no end-of-text token",
@@ -244,7 +255,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_definition_is_one_line(name: str, tmp_path: Path) -> None:
+def test_bad_definition_is_one_line(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     content, message = BAD[name]
     file = tmp_path / "tokenizer.json"
     file.write_text(content, encoding="utf-8")
@@ -252,12 +263,13 @@ def test_bad_definition_is_one_line(name: str, tmp_path: Path) -> None:
         Tokenizer.load(file)
     assert "\n" not in str(caught.value)
     assert str(file) in str(caught.value)
+    assert capfd.readouterr().err == ""  # no page of the library's own
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("absent.json", None, "cannot read the tokenizer"),
+        ("absent.json", None, "cannot read .*absent"),
         (
             "cut.json.gz",
             gzip.compress(b"{}" * 1000, mtime=0)[:20],
@@ -296,3 +308,152 @@ def test_vocabulary_too_small_to_train() -> None:
     with pytest.raises(ConfigError, match=f"at least {SMALLEST_VOCABULARY}"):
         train_bpe(CODE, SMALLEST_VOCABULARY - 1)
     assert Tokenizer(train_bpe(CODE, SMALLEST_VOCABULARY)).vocab_size == SMALLEST_VOCABULARY
+
+
+def test_a_pipe_or_a_link_out_of_the_folder_is_no_tokenizer(byte_level: Tokenizer, tmp_path: Path) -> None:
+    byte_level.save(tmp_path / "other")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/tokenizer.json").symlink_to(tmp_path / "other/tokenizer.json")
+    with pytest.raises(UserError, match="leads out of the folder"):
+        Tokenizer.load(tmp_path / "run")
+    (tmp_path / "run/tokenizer.json").unlink()
+    os.mkfifo(tmp_path / "run/tokenizer.json")
+    for path in (tmp_path / "run", tmp_path / "run/tokenizer.json"):
+        with pytest.raises(UserError, match=r"a pipe|not a regular file"):
+            Tokenizer.load(path)
+
+
+@pytest.mark.parametrize(("limit", "value"), [("memory", 2**26), ("seconds", 1)])
+def test_limits_of_memory_and_time(limit: str, value: int) -> None:
+    """A quarter of a million tokens take more than either limit; the process that tries them is ended."""
+    vocabulary = {f"{index:x}": index for index in range(300_000)}
+    definition = _with_model(vocab={**vocabulary, **{token: index for index, token in enumerate("ab")}})
+    text = "x" * 3_000_000 if limit == "seconds" else "x"
+    problem = try_tokenizer(definition, text, **{limit: value})
+    assert problem is not None
+    assert problem.startswith("it takes more than")
+
+
+def test_dropout_is_switched_off_and_said(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(train_bpe(CODE, 400)) | {}).replace('"dropout": null', '"dropout": 0.5'))
+    with pytest.warns(UserWarning, match=r"model\.dropout is switched off") as said:
+        tokenizer = Tokenizer.load(file)
+    assert len(said) == 1
+    assert len({tuple(tokenizer.encode(CODE[0])) for _ in range(5)}) == 1
+    tokenizer.save(tmp_path / "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Tokenizer.load(tmp_path / "run").fingerprint == tokenizer.fingerprint
+
+
+BOS, EOS = control.BEGIN_OF_TEXT, control.END_OF_TEXT
+POST = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [],
+    "special_tokens": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "post_processor", "adds"),
+    [
+        ({}, None, False),
+        ({"add_bos_token": True}, None, True),
+        ({"add_bos_token": True, "bos_token": {"content": BOS}}, None, True),
+        ({"add_bos_token": False}, POST, False),
+        ({}, POST, True),
+        ({}, {"type": "Sequence", "processors": [{"type": "ByteLevel"}, POST]}, True),
+        ({"bos_token": "<think>", "add_bos_token": True}, None, True),
+    ],
+)
+def test_begin_token_of_prompts(config: dict[str, Any], post_processor: Any, adds: bool) -> None:
+    companions = {"tokenizer_config.json": json.dumps(config)}
+    tokenizer = Tokenizer(_byte_definition(post_processor=post_processor), companions=companions)
+    name = "<think>" if config.get("bos_token") == "<think>" else BOS
+    assert tokenizer.bos_id == tokenizer.control_id(name)
+    text = tokenizer.encode("pears")
+    assert tokenizer.prompt_ids("pears") == [tokenizer.bos_id] * adds + text
+    assert tokenizer.prompt_ids(name + "pears") == [tokenizer.bos_id, *text]
+    assert tokenizer.prompt_ids("") == [tokenizer.bos_id if adds else tokenizer.eos_id]
+    user = tokenizer.control_id(control.USER)
+    assert tokenizer.prompt_ids(control.USER)[-1] == user
+    assert user not in tokenizer.prompt_ids(control.USER, control_tokens=False)
+
+
+def test_ends_and_sampling_of_the_authors(tmp_path: Path) -> None:
+    byte_level = Tokenizer(byte_tokenizer())
+    byte_level.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5, "bos_token_id": 7, "other": 1}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<think>", "pad_token": "</think>"}))
+    generation = {"eos_token_id": [6, 1, 10**9], "temperature": 0.6, "top_p": 0.95, "top_k": 0}
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.eos_id == byte_level.eos_id
+    assert tokenizer.pad_id == byte_level.control_id("</think>")
+    assert tokenizer.end_ids == (byte_level.eos_id, byte_level.control_id("<think>"), 5, 6)
+    chosen = tokenizer.settings
+    assert (chosen.temperature, chosen.top_k, chosen.top_p) == (0.6, None, 0.95)
+    tokenizer.save(tmp_path / "run")
+    again = pickle.loads(pickle.dumps(Tokenizer.load(tmp_path / "run")))  # noqa: S301 worker processes get it pickled
+    assert again.settings == tokenizer.settings
+    assert again.companions["chat_template.jinja"] == "{{ messages }}"
+    assert json.loads(again.companions["model_tokens.json"]) == {"bos_token_id": 7, "eos_token_id": 5}
+    assert again.fingerprint == byte_level.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("generation", "temperature"),
+    [({}, None), ({"do_sample": False}, 0.0), ({"do_sample": True}, 1.0), ({"temperature": 0.3}, 0.3)],
+)
+def test_temperature_of_the_authors(generation: dict[str, Any], temperature: float | None) -> None:
+    companions = {"generation_config.json": json.dumps(generation)}
+    assert Tokenizer(byte_tokenizer(), companions=companions).settings.temperature == temperature
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", "{", "not valid JSON"),
+        ("tokenizer_config.json", '{"add_bos_token": "yes"}', "add_bos_token is 'yes'"),
+        ("tokenizer_config.json", '{"bos_token": {"content": 3}}', "content is 3"),
+        ("generation_config.json", '{"eos_token_id": ["a"]}', "eos_token_id is"),
+        ("generation_config.json", '{"eos_token_id": -1}', "eos_token_id is"),
+        ("generation_config.json", '{"temperature": "hot"}', "temperature is 'hot'"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_one_line(name: str, content: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer(byte_tokenizer(), "my.json", {name: content})
+    assert "\n" not in str(caught.value)
+    assert "my.json" in str(caught.value)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["content", "x"]), inner, max_size=2),
+    max_leaves=5,
+)
+_FIELDS = {
+    "tokenizer_config.json": ["add_bos_token", "bos_token", "eos_token", "pad_token", "chat_template"],
+    "generation_config.json": ["eos_token_id", "temperature", "top_k", "top_p", "do_sample"],
+    "model_tokens.json": ["eos_token_id", "bos_token_id"],
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(file=st.sampled_from(sorted(_FIELDS)), data=st.data())
+def test_any_settings_are_taken_or_refused_in_a_line(file: str, data: st.DataObject) -> None:
+    values = data.draw(st.dictionaries(st.sampled_from(_FIELDS[file]), _JSON))
+    found, message = None, "my.json"
+    try:
+        found = read_settings({file: json.dumps(values)}, "my.json")
+    except UserError as error:
+        message = str(error)
+    assert len(message) < 300
+    assert "my.json" in message
+    if found is not None:
+        assert all(isinstance(index, int) and index >= 0 for index in found.end_ids)
+        assert found.temperature is None or isinstance(found.temperature, float)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import unicodedata
+
 import jax
 import pytest
 from small_models import small_model
@@ -10,9 +14,10 @@ from dsv3_jax.cli import generate as command
 from dsv3_jax.cli.main import main
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import Tokenizer
+from dsv3_jax.data.control_tokens import USER
 from dsv3_jax.data.tokenizer_training import byte_tokenizer
 from dsv3_jax.errors import UserError
-from dsv3_jax.inference import Sampler, complete
+from dsv3_jax.inference import GREEDY, Sampler, complete
 from dsv3_jax.model import DeepSeekV3
 
 
@@ -32,7 +37,7 @@ def run() -> tuple[DeepSeekV3, Tokenizer]:
 @pytest.fixture
 def loaded(run, monkeypatch: pytest.MonkeyPatch):
     """Makes the command load the random model instead of a run."""
-    monkeypatch.setattr("dsv3_jax.runs.checkpoints.load_checkpoint", lambda folder: (*run, 7))
+    monkeypatch.setattr("dsv3_jax.runs.checkpoints.load_checkpoint", lambda folder, dtype: (*run, 7))
     return run
 
 
@@ -44,7 +49,7 @@ def expected(run, prompt: str, new: int, sampler: Sampler | None = None, seed: i
 
 
 def test_streamed_text_is_the_whole_text(loaded, capsys) -> None:
-    assert main(["generate", "RUN", "--prompt", "def f(", "--max-new-tokens", "12"]) == 0
+    assert main(["generate", "RUN", "--prompt", "def f(", "--max-new-tokens", "12", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == expected(loaded, "def f(", 12)
 
 
@@ -57,14 +62,68 @@ def test_a_batch_prints_each_prompt_with_its_text(loaded, capsys) -> None:
 
 
 def test_without_a_prompt_a_document_begins(loaded, capsys) -> None:
-    assert main(["generate", "RUN", "--no-stream", "--max-new-tokens", "12"]) == 0
+    assert main(["generate", "RUN", "--no-stream", "--max-new-tokens", "12", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == expected(loaded, "", 12)
 
 
 def test_the_default_length_fits_the_context(loaded, capsys) -> None:
     prompt = "x" * (loaded[0].config.max_position_embeddings - 3)
-    assert main(["generate", "RUN", "--prompt", prompt]) == 0
+    assert main(["generate", "RUN", "--prompt", prompt, "--temperature", "0"]) == 0
     assert capsys.readouterr().out == expected(loaded, prompt, 3)
+
+
+def test_the_default_sampler_draws(loaded, capsys) -> None:
+    assert main(["generate", "RUN", "--prompt", "def", "--max-new-tokens", "12"]) == 0
+    assert capsys.readouterr().out == expected(loaded, "def", 12, Sampler(temperature=0.7, top_p=0.95))
+
+
+def test_standard_input(loaded, capsys, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    for words in (["--prompt", "-"], []):
+        (tmp_path / "prompt").write_text("né\n", encoding="utf-8")
+        with (tmp_path / "prompt").open() as stream:
+            monkeypatch.setattr("sys.stdin", stream)
+            assert main(["generate", "RUN", *words, "--max-new-tokens", "12", "--temperature", "0"]) == 0
+        assert capsys.readouterr().out == expected(loaded, "né", 12)
+
+
+def test_an_open_pipe_without_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
+    with reading, writing:
+        assert not command._is_given(reading)
+        writing.write("a")
+        writing.flush()
+        assert command._is_given(reading)
+
+
+def published(run, **files: dict) -> tuple[DeepSeekV3, Tokenizer, int]:
+    """Returns the run with the settings of a published checkpoint."""
+    companions = {f"{name}.json": json.dumps(content) for name, content in files.items()}
+    return run[0], Tokenizer(byte_tokenizer(), companions=companions), 0
+
+
+def test_begin_turn_and_end_tokens_of_a_published_model(run, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    generation = {"temperature": 0.0, "do_sample": True, "eos_token_id": list(range(40))}
+    it = published(run, tokenizer_config={"add_bos_token": True}, generation_config=generation)
+    monkeypatch.setattr("dsv3_jax.runs.checkpoints.load_checkpoint", lambda folder, dtype: it)
+    ids = [it[1].bos_id, it[1].control_id(USER), *it[1].encode("pears")]
+    (written,) = complete(it[0], [ids], 60, GREEDY, stop_token=range(40))
+    assert len(written) < 60
+    for stream in ("--stream", "--no-stream"):
+        assert main(["generate", "RUN", "--prompt", USER + "pears", "--max-new-tokens", "60", stream]) == 0
+        printed = capsys.readouterr()
+        assert printed.out == USER + "pears" + it[1].decode(written) + "\n"
+        assert printed.err == "dsv3: note: temperature 0, as the checkpoint's generation_config.json says\n"
+
+
+def test_generated_control_characters_do_not_reach_a_terminal(loaded, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["generate", "RUN", "--prompt", "a\x1b[2Jb", "--max-new-tokens", "40", "--temperature", "0"]
+    assert main(words) == 0
+    assert "\x1b[2J" in capsys.readouterr().out  # a file gets the text as it is
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("a\\x1b[2Jb")
+    assert not any(unicodedata.category(each) == "Cc" for each in printed.replace("\n", "").replace("\t", ""))
 
 
 def test_characters_of_several_tokens_come_out_whole() -> None:
@@ -86,6 +145,8 @@ def test_characters_of_several_tokens_come_out_whole() -> None:
         (["RUN", "--top-p", "2"], "top_p"),
         (["RUN", "--temperature", "warm"], "--temperature"),
         (["RUN", "--tmperature", "1"], "--tmperature"),
+        (["RUN", "def main("], "given with --prompt"),
+        (["RUN", "--dtype", "int8"], "--dtype"),
         ([], "run"),
     ],
 )

@@ -12,7 +12,7 @@ from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
-from dsv3_jax.inference import GREEDY, Sampler, complete, generate, stream
+from dsv3_jax.inference import GREEDY, Sampler, complete, generate, speculate, stream
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import Precision
 
@@ -130,6 +130,17 @@ def test_a_row_ends_at_its_stop_token(model: DeepSeekV3) -> None:
         row[: len(prompt)] = prompt
     row = np.asarray(generate(model, padded, NEW, prompt_lengths=lengths, stop_token=stop))[1]
     assert row[lengths[1] :].tolist() == want[1] + [stop] * (len(row) - lengths[1] - len(want[1]))
+
+
+def test_a_row_ends_at_the_first_of_several_stop_tokens(model: DeepSeekV3) -> None:
+    free = complete(model, PROMPTS, NEW)
+    stops = [free[1][4], free[0][2], 10**6]
+    want = [text[: min((text.index(stop) for stop in stops if stop in text), default=NEW)] for text in free]
+    assert complete(model, PROMPTS, NEW, stop_token=stops) == want
+    assert speculate(model, PROMPTS, NEW, stop_token=stops).tokens == want
+    row = np.asarray(generate(model, np.array(PROMPTS[:1]), NEW, stop_token=stops))[0, len(PROMPTS[0]) :]
+    last = free[0][len(want[0])]  # the token that ended the row stays; the rest is the first of them
+    assert row.tolist() == want[0] + [last] + [stops[0]] * (NEW - len(want[0]) - 1)
 
 
 def test_streaming_ends_when_all_rows_have_stopped(model: DeepSeekV3) -> None:

@@ -100,3 +100,11 @@ def test_bad_settings_name_the_field(field: str, value: float) -> None:
 def test_sampling_without_a_key_is_refused() -> None:
     with pytest.raises(UserError, match="key"):
         Sampler()(jnp.zeros((1, 3)), None)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-40, 1e-37, 1e-31, 1e-29, 1e-20])
+def test_the_coldest_samplers_take_the_most_likely_token(temperature: float) -> None:
+    logits = jnp.asarray([[1.0, 3.0, 2.0, -50.0], [-1e4, -2e4, -9.9e3, -3e4]])
+    keys = jax.random.split(jax.random.key(0), 2)
+    for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
+        assert Sampler(temperature=temperature, **options)(logits, keys).tolist() == [1, 2]

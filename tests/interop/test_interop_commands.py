@@ -25,8 +25,9 @@ from interop.checkpoints import (
 
 import dsv3_jax as dsv3
 from dsv3_jax.cli.main import main
-from dsv3_jax.data.tokenizer_training import byte_tokenizer
+from dsv3_jax.data.tokenizer_training import byte_tokenizer, train_bpe
 from dsv3_jax.interop.parameter_tree import arrays, with_arrays
+from dsv3_jax.interop.tokenizer_files import read_tokenizer
 
 NAME = "v3_negative_bias"
 
@@ -64,6 +65,83 @@ def test_imported_run_is_a_run(published: Path, tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("def f():")) == "def f():"
     for path, value in arrays(dsv3.load_hf(published / "float32")).items():
         np.testing.assert_array_equal(arrays(model)[path], value)
+
+
+CHAT = {
+    "tokenizer_config.json": {
+        "bos_token": "<｜begin▁of▁sentence｜>",
+        "eos_token": "<｜User｜>",
+        "pad_token": "<think>",
+        "add_bos_token": True,
+        "model_max_length": 4096,
+        "chat_template": "{{ messages }}",
+    },
+    "generation_config.json": {"eos_token_id": [3, 1], "temperature": 0.6},
+}
+
+
+def test_what_lies_beside_the_weights_comes_out_again(published: Path, tmp_path: Path) -> None:
+    """Through import and export, and through save_hf with the folder of the source."""
+    source = shutil.copytree(published / "bfloat16", tmp_path / "source")
+    for name, content in CHAT.items():
+        (source / name).write_text(json.dumps(content))
+    (source / "chat_template.jinja").write_text("{{ messages[0] }}")
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": 3, "pad_token_id": 5}
+    (source / "config.json").write_text(json.dumps(config))
+    assert main(["import-hf", str(source), str(tmp_path / "run")]) == 0
+    assert main(["export-hf", str(tmp_path / "run"), str(tmp_path / "command")]) == 0
+    dsv3.save_hf(dsv3.load_hf(source), tmp_path / "library", tokenizer=source)
+    for target in (tmp_path / "command", tmp_path / "library"):
+        assert {name: json.loads((target / name).read_text()) for name in CHAT} == CHAT
+        assert (target / "chat_template.jinja").read_text() == "{{ messages[0] }}"
+        assert (target / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+        values = json.loads((target / "config.json").read_text())
+        assert [values[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [0, 3, 5]
+        assert not (target / "model_tokens.json").exists()
+
+
+@pytest.mark.parametrize("other", ["tiktoken.model", "tokenizer.model", None])
+def test_without_a_tokenizer_json_nothing_is_made_up(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str | None
+) -> None:
+    source = shutil.copytree(published / "bfloat16", tmp_path / "source")
+    (source / "tokenizer.json").unlink()
+    if other:
+        (source / other).write_text("IQ== 0\n")
+    assert main(["import-hf", str(source), str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "--tokenizer FILE" in error
+    assert other is None or other in error
+    assert not (tmp_path / "run").exists()
+    assert main(["import-hf", str(source), str(tmp_path / "run"), "--tokenizer", "byte"]) == 0
+
+
+def test_a_tokenizer_that_hardly_belongs_to_the_weights_is_said(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(train_bpe(["some text of another language"], 280))
+    words = ["import-hf", str(published / "bfloat16"), str(tmp_path / "run"), "--tokenizer", str(tmp_path)]
+    assert main(words) == 0
+    assert "is another tokenizer than the checkpoint's own" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="probably not the tokenizer of these weights"):
+        read_tokenizer(tmp_path, 1000)
+
+
+def test_an_imported_run_keeps_its_weights_only(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["import-hf", str(published / "bfloat16"), str(run)]) == 0
+    model, _, _ = dsv3.load_checkpoint(run, dtype="bfloat16")
+    for path, value in arrays(dsv3.load_hf(published / "bfloat16")).items():
+        assert arrays(model)[path].dtype == value.dtype
+        np.testing.assert_array_equal(arrays(model)[path], value)
+    names = (run / "checkpoints/00000000/arrays/_METADATA").read_text()
+    assert "params" in names
+    assert "optimizer" not in names
+    capsys.readouterr()
+    assert main(["train", "--out", str(run), "--data.corpus", str(published)]) == 2
+    assert f"--init-from {run}" in capsys.readouterr().err
 
 
 def test_dry_run_needs_names_only(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +228,7 @@ def test_broken_source_is_one_line_and_nothing_is_written(
         (["import-hf", "{golden}", "{there}"], "is there already"),
         (["import-hf", "{none}", "{new}"], "no such folder"),
         (["import-hf", "{golden}", "{new}", "--fast"], "--fast"),
-        (["import-hf", "{golden}", "{new}", "--tokenizer", "{none}"], "cannot read the tokenizer"),
+        (["import-hf", "{golden}", "{new}", "--tokenizer", "{none}"], "cannot read"),
         (["export-hf", "{none}", "{new}"], "holds no run"),
         (["export-hf", "{none}", "{there}"], "is there already"),
         (["export-hf", "{none}", "{new}", "--dtype", "int4"], "invalid choice"),

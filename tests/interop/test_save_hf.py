@@ -120,7 +120,7 @@ class TestTokenizer:
         assert tokens[settings["bos_token"]] == values["bos_token_id"]
 
     @pytest.mark.parametrize(
-        ("text", "words"), [("{}", "tokenizer.json"), ("\x80\x04", "JSON"), ("[" * 99_999, "JSON")]
+        ("text", "words"), [("{}", "no object 'model'"), ("\x80\x04", "JSON"), ("[" * 99_999, "nested deeper")]
     )
     def test_that_is_none(self, tmp_path: Path, model: dsv3.DeepSeekV3, text: str, words: str) -> None:
         (tmp_path / "tokenizer.json").write_text(text)

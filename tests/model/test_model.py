@@ -12,7 +12,7 @@ from flax import nnx
 from small_models import small_model
 
 from dsv3_jax.config import ModelConfig, RopeScaling
-from dsv3_jax.errors import ConfigError
+from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.model import DeepSeekV3, router_biases, set_router_biases
 from dsv3_jax.modules.attention_core import causal_attention
 from dsv3_jax.modules.rematerialisation import REMATERIALISATIONS
@@ -247,3 +247,25 @@ def test_attention_core_against_float64(chunk, segmented):
     attend = jax.jit(functools.partial(causal_attention, scale=0.3, query_chunk=chunk))
     ours = attend(*arrays, segment_ids=ids)
     np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([[1, 320]], "token 320 is outside the model's vocabulary of 320"),
+        ([[-1, 3]], "token -1 is outside"),
+        ([1, 2, 3], r"shape \[batch, length\], not int32\(3,\)"),
+        ([[0.5]], "must be whole numbers"),
+        (np.zeros((1, 129), int), "129 tokens are more than the model's context of 128"),
+    ],
+)
+def test_input_that_makes_no_sense_is_one_line(model, given, message):
+    with pytest.raises(UserError, match=message):
+        model(given)
+
+
+def test_lists_are_taken_and_a_model_is_shown_as_one_line(model):
+    checked = model._checked([[1, 2, 319]], None)
+    assert (checked.shape, checked.dtype) == ((1, 3), jnp.int32)
+    assert f"{model.config.num_parameters(mtp=True):,} parameters" in repr(model)
+    assert "\n" not in repr(model)

@@ -27,5 +27,14 @@ def test_every_public_name_is_what_it_says_whatever_was_imported_before():
     assert "nano" in run(program).split()
 
 
+def test_dir_lists_each_name_once():
+    assert run("import dsv3_jax as d; d.presets; names = dir(d); print(len(names) == len(set(names)))") == "True\n"
+
+
+def test_plans_and_plots_leave_the_choice_of_matplotlib_s_backend_to_others():
+    program = "import sys, dsv3_jax.planning.picture, dsv3_jax.runs.plots; print('matplotlib.pyplot' in sys.modules)"
+    assert run(program) == "False\n"
+
+
 def test_importing_the_package_does_not_import_jax():
     assert run("import sys, dsv3_jax; dsv3_jax.ModelConfig.preset('tiny'); print('jax' in sys.modules)") == "False\n"

@@ -147,6 +147,24 @@ def test_a_run_stopped_before_its_first_step_records_its_start_once(
     assert_same_end(tmp_path, uninterrupted, config)
 
 
+def test_a_finished_run_is_made_longer_and_reads_a_corpus_that_was_moved(
+    copy: Path, config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    moved = shutil.copytree(config.data.corpus, tmp_path / "moved")
+    before = read_metrics(RunFolder(copy).metrics)
+    training = dataclasses.replace(config.training, steps=8)
+    longer = dataclasses.replace(config, training=training, data=dataclasses.replace(config.data, corpus=str(moved)))
+    assert train(longer, copy).exit_code == 0
+    assert "made longer, from 6 to 8 steps" in capsys.readouterr().out
+    assert RunFolder(copy).read_config() == longer
+    records = read_metrics(RunFolder(copy).metrics)
+    assert records[: len(before)] == before
+    assert [record["step"] for record in records[len(before) :]] == [7, 8, 8]
+    assert final_state(copy, longer, step=8)[1].tokens == 8 * 128
+    with pytest.raises(UserError, match=r"training\.steps = 8, not 6"):
+        train(config, copy)
+
+
 def test_a_second_signal_ends_at_once():
     program = (
         "import os, signal, time\n"
