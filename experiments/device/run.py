@@ -1,7 +1,7 @@
 """Checks and times all kernels on a lent GPU, in one call that nothing can waste.
 
     python experiments/device/run.py correctness --jobs 4 --limit 280
-    python experiments/device/run.py timing --limit 280
+    python experiments/device/run.py timing training --limit 320
     python experiments/device/run.py correctness --interpret      tiny shapes, on a CPU
 
 Every check is a process of its own. One that crashes, hangs or runs out of memory costs the case it was in; the cases
@@ -45,11 +45,12 @@ class Job:
     skip: list[str] = dataclasses.field(default_factory=list)
     only: list[str] | None = None  # all cases for None
     no_clusters: bool = False
+    compared: bool = False  # with the kernels of the other checkout
     starts: int = 0
 
     @property
     def title(self) -> str:
-        return self.check.name + (" [no clusters]" if self.no_clusters else "")
+        return self.check.name + " [no clusters]" * self.no_clusters + " [compared]" * self.compared
 
 
 class Process:
@@ -66,7 +67,8 @@ class Process:
         self.start = time.monotonic()
         self.stop_check = self.start + job.check.limit
         self.stop_case = self.stop_check
-        request = {"module": job.check.module, "arguments": job.check.arguments, "interpret": interpret}
+        request = {"module": job.check.module, "arguments": job.check.arguments, "tiny": interpret}
+        request["interpret"] = interpret and job.check.kernels
         request |= {"skip": job.skip, "only": job.only, "no_clusters": job.no_clusters}
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         self.popen = subprocess.Popen(
@@ -111,7 +113,7 @@ class Run:
       results: the lines of results.jsonl that say how a case went.
     """
 
-    def __init__(self, out: pathlib.Path, limit: float, jobs: int, interpret: bool = False, path: Sequence[str] = ()):
+    def __init__(self, out: pathlib.Path, limit: float, jobs: int, interpret: bool = False, compare: str | None = None):
         self.out, self.jobs, self.interpret = out, jobs, interpret
         self.start = time.monotonic()
         self.limit = limit
@@ -120,18 +122,33 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
         self.file = (out / "results.jsonl").open("a")
         self.printed = (out / "printed.txt").open("a")
-        self.environment = environment(interpret, path)
+        self.compare = compare
+        self.lock = tempfile.NamedTemporaryFile()  # noqa: SIM115
 
     def checks(self, checks: Sequence[Check], only: Sequence[str] = ()) -> None:
         """Runs checks, as many at once as there are jobs; returns when all ended or the time is up."""
-        waiting = [Job(check) for check in checks if not only or any(word in check.name for word in only)]
+        chosen = [check for check in checks if not only or any(word in check.name for word in only)]
+        waiting = [
+            Job(check, compared=compared)
+            for check in chosen
+            for compared in ((False, True) if self.compare and check.timed else (False,))
+        ]
         running: dict[int, Process] = {}
+        try:
+            self.supervise(waiting, running)
+        finally:
+            for process in running.values():
+                process.kill()
+
+    def supervise(self, waiting: list[Job], running: dict[int, Process]) -> None:
+        """Starts the waiting jobs, reads what they report, and stops those that are over their limits."""
         selector = selectors.DefaultSelector()
         end = self.start + self.limit - ENDING
         while waiting or running:
             now = time.monotonic()
             while waiting and len(running) < self.jobs and now < end:
-                process = Process(waiting.pop(0), self.interpret, self.environment)
+                job = waiting.pop(0)
+                process = Process(job, self.interpret, self.environment(job))
                 process.job.starts += 1
                 running[process.popen.stdout.fileno()] = process
                 selector.register(process.popen.stdout, selectors.EVENT_READ)
@@ -157,6 +174,10 @@ class Run:
                     del running[fd]
                     waiting[:0] = self.ended(process)
         selector.close()
+
+    def environment(self, job: Job) -> dict[str, str]:
+        path = [self.compare] if self.compare and job.compared else []
+        return environment(self.interpret, path) | {"DEVICE_LOCK": self.lock.name}
 
     def take(self, process: Process, line: dict[str, Any]) -> None:
         """Stores a line of a process."""
@@ -199,7 +220,7 @@ class Run:
         if not more and job.check.clusters and not job.no_clusters and not out_of_time:
             failed = [r["case"] for r in self.results if r["check"] == job.title and not r["passed"]]
             if failed:
-                more.append(Job(job.check, only=failed, no_clusters=True))
+                more.append(Job(job.check, only=failed, no_clusters=True, compared=job.compared))
         return more
 
     def write(self, **line: Any) -> None:
@@ -222,6 +243,7 @@ def environment(interpret: bool, path: Sequence[str] = ()) -> dict[str, str]:
         "PATH": os.pathsep.join([*filter(os.path.isdir, tools), os.environ.get("PATH", "")]),
         "PYTHONPATH": os.pathsep.join(modules),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -231,7 +253,7 @@ def environment(interpret: bool, path: Sequence[str] = ()) -> dict[str, str]:
     return found | ({"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "16"} if interpret else {})
 
 
-HIDDEN = ("kind", "check", "case", "passed", "seconds", "at", "message", "error", "tolerance")
+HIDDEN = ("profile", "kind", "check", "case", "passed", "seconds", "at", "message", "error", "tolerance")
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -249,6 +271,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             line += f" | error {_short(r['error'])} of {_short(r['tolerance'])}"
         others = [f"{k} {_short(v)}" for k, v in r.items() if k not in HIDDEN and v not in (0, None)]
         lines.append(" | ".join([line, *others, *filter(None, [r.get("message")])]))
+        lines += [f"         {kernel}" for kernel in r.get("profile", ())]
     return "\n".join(lines)
 
 
@@ -258,21 +281,24 @@ def _short(value: Any) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=[*COMMANDS, "all"])
+    parser.add_argument("commands", nargs="+", choices=[*COMMANDS, "all"])
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(os.environ.get("OUT", "results")))
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="checks whose name contains one of these")
     parser.add_argument("--limit", type=float, default=280, help="seconds for everything")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at once in `correctness`; a timing is alone")
+    parser.add_argument("--jobs", type=int, default=4, help="processes at once; one of them at a time is timed")
+    parser.add_argument(
+        "--compare", metavar="DIR", help="checkout whose pallas_kernels is timed too, beside this one's"
+    )
     parser.add_argument("--list", action="store_true", help="print the names of the checks")
     parser.add_argument("--interpret", action="store_true", help="tiny shapes, kernels interpreted on the CPU")
     options = parser.parse_args(arguments)
-    commands = list(COMMANDS) if options.command == "all" else [options.command]
+    commands = [c for c in COMMANDS if c in options.commands or "all" in options.commands]
     if options.list:
         print("\n".join(check.name for command in commands for check in COMMANDS[command]))
         return 0
-    run = Run(options.out.resolve(), options.limit, options.jobs, options.interpret)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes, which are in sessions of their own
+    run = Run(options.out.resolve(), options.limit, options.jobs, options.interpret, options.compare)
     for command in commands:
-        run.jobs = options.jobs if command == "correctness" else 1
         run.checks(COMMANDS[command], options.only)
     print(table(run.results))
     failed = sum(not r["passed"] for r in run.results)

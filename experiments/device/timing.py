@@ -1,10 +1,16 @@
-"""Measures how long functions take on a device: many queued calls, inputs larger than the cache, several rounds."""
+"""Measures how long functions take on a device: many queued calls, inputs larger than the cache, several rounds.
+
+Several processes may compile at the same time; one at a time uses the device (`alone`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +25,7 @@ from cases import Case
 ROTATED_BYTES = 300_000_000
 MOST_SETS = 16
 MOST_BYTES = 10_000_000_000  # of all inputs and all outputs in memory
+QUEUED_BYTES = 15_000_000_000  # of the outputs of calls that are waiting to run
 ROUND_SECONDS = 0.04
 ROUNDS = 7
 
@@ -32,12 +39,14 @@ class Contender:
       inputs: the names of the problem's inputs that it takes.
       reference: when given, an independent computation of the same from the same inputs.
       tolerance: the largest relative error of a row of the result.
+      tried: XLA tries several programs for it on the device while it compiles.
     """
 
     function: Callable[..., Any]
     inputs: tuple[str, ...]
     reference: Callable[..., Any] | None = None
     tolerance: float = 0.0
+    tried: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,49 +79,79 @@ def timed_cases(problem: Problem) -> Iterator[Case]:
 
 def time_contender(problem: Problem, contender: Contender, inputs: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
     """Returns what a case reports: milliseconds, their spread, rates, and the error."""
-    first = tuple(inputs(0)[name] for name in contender.inputs)
+    with alone():
+        first = tuple(inputs(0)[name] for name in contender.inputs)
+        one = nbytes(first) + nbytes(jax.eval_shape(contender.function, *first))
+        count = max(2, min(MOST_SETS, math.ceil(ROTATED_BYTES / one), int(MOST_BYTES // one)))
+        sets = [tuple(inputs(i)[name] for name in contender.inputs) for i in range(1 if interpreted() else count)]
+        jax.block_until_ready(sets)
+    program = compiled(contender.function, sets, contender.tried)
+    check = compiled_check(contender, program, sets) if contender.reference else None
     outcome: dict[str, Any] = {"passed": True}
-    if contender.reference is not None:
-        got = compiled(contender.function)(*first)
-        error = float(compiled(largest_row_error)(got, compiled(contender.reference)(*first)))
-        outcome |= {"passed": error <= contender.tolerance, "error": error, "tolerance": contender.tolerance}
-        del got
-    one = nbytes(first) + nbytes(jax.eval_shape(contender.function, *first))
-    count = max(2, min(MOST_SETS, math.ceil(ROTATED_BYTES / one), int(MOST_BYTES // one)))
-    sets = [tuple(inputs(i)[name] for name in contender.inputs) for i in range(1 if interpreted() else count)]
-    outcome |= milliseconds(contender.function, sets)
+    with alone():
+        if check is not None:
+            error = float(check(program(sets)[0], first))
+            outcome |= {"passed": error <= contender.tolerance, "error": error, "tolerance": contender.tolerance}
+        outcome |= milliseconds(program, sets)
+        copy = copy_bandwidth() if problem.bytes and not problem.flops else 0.0
     if problem.flops:
         outcome["tflops"] = problem.flops * 1e-9 / outcome["ms"]
     if problem.bytes:
         outcome["gb_s"] = problem.bytes * 1e-6 / outcome["ms"]
-    if problem.bytes and not problem.flops:
-        outcome["of_copy"] = outcome["gb_s"] / copy_bandwidth()
+    if copy:
+        outcome["of_copy"] = outcome["gb_s"] / copy
     if problem.published:
         outcome["published"] = problem.published
     return outcome
 
 
-def milliseconds(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> dict[str, float]:
+def compiled(function: Callable[..., Any], sets: list[tuple[Any, ...]], tried: bool = False) -> Callable[..., Any]:
+    """Returns a compiled program that runs `function` on each of the sets; interpreted kernels stay uncompiled."""
+
+    def program(sets):
+        return [function(*inputs) for inputs in sets]
+
+    if interpreted():
+        return program
+    with alone(shared=True) if tried else contextlib.nullcontext():
+        return jax.jit(program).lower(sets).compile()
+
+
+def compiled_check(contender: Contender, program: Callable[..., Any], sets: list[tuple[Any, ...]]) -> Any:
+    """Returns the compiled function from a result and its inputs to the largest relative error of a row."""
+
+    def check(got, inputs):
+        assert contender.reference is not None
+        return largest_row_error(got, contender.reference(*inputs))
+
+    if interpreted():
+        return check
+    got = jax.eval_shape(contender.function, *sets[0])
+    with alone(shared=True):
+        return jax.jit(check).lower(got, sets[0]).compile()
+
+
+def milliseconds(program: Callable[..., Any], sets: list[tuple[Any, ...]]) -> dict[str, float]:
     """Returns the median over rounds of the time of one call, and (largest - smallest) / median.
 
-    A round is many calls of a compiled program that runs `function` once on each set of inputs. Only its end is waited
-    for, so that the host's work is hidden behind the device's.
+    A round is many calls of `program`, which computes on all sets. Only ends of queues are waited for, so that the
+    host's work is hidden behind the device's.
     """
-    program = compiled(lambda sets: [function(*inputs) for inputs in sets])
     if interpreted():
         start = time.perf_counter()
         jax.block_until_ready(program(sets))
         return {"ms": (time.perf_counter() - start) * 1e3 / len(sets), "spread": 0.0}
-    jax.block_until_ready(program(sets))
+    queue = max(1, int(QUEUED_BYTES // max(nbytes(jax.block_until_ready(program(sets))), 1)))
     start = time.perf_counter()
     jax.block_until_ready(program(sets))
     calls = max(math.ceil(20 / len(sets)), math.ceil(ROUND_SECONDS / (time.perf_counter() - start)))
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        for _ in range(calls):
+        for call in range(1, calls + 1):
             last = program(sets)
-        jax.block_until_ready(last)
+            if call % queue == 0 or call == calls:
+                jax.block_until_ready(last)
         times.append((time.perf_counter() - start) * 1e3 / calls / len(sets))
     median = statistics.median(times)
     return {"ms": median, "spread": (max(times) - min(times)) / median}
@@ -123,7 +162,22 @@ def copy_bandwidth() -> float:
     """Returns what a copy on the device moves, in GB/s, counting bytes read and bytes written."""
     count = 1 << (16 if interpreted() else 28)
     sets = [(jnp.full((count,), i, jnp.bfloat16),) for i in range(2)]
-    return 4e-6 * count / milliseconds(lambda x: x + 1, sets)["ms"]
+    return 4e-6 * count / milliseconds(compiled(lambda x: x + 1, sets), sets)["ms"]
+
+
+@contextlib.contextmanager
+def alone(shared: bool = False) -> Iterator[None]:
+    """Keeps other processes off the device; `shared`: only those that measure.
+
+    The parent names the locked file; the lock ends with the process that holds it.
+    """
+    path = os.environ.get("DEVICE_LOCK")
+    if path is None:
+        yield
+        return
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
 
 
 def largest_row_error(got: Any, wanted: Any) -> jax.Array:
@@ -134,11 +188,6 @@ def largest_row_error(got: Any, wanted: Any) -> jax.Array:
         size = jnp.linalg.norm(b, axis=-1)
         worst = jnp.maximum(worst, jnp.max(jnp.linalg.norm(a - b, axis=-1) / jnp.where(size > 0, size, 1)))
     return worst
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the jitted function; the function itself where kernels are interpreted."""
-    return function if interpreted() else jax.jit(function)
 
 
 def interpreted() -> bool:

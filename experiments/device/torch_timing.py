@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cases import Case
+from timing import alone
 
 DENSE = ((4096, 2112, 7168), (4096, 24576, 1536), (4096, 32768, 512), (4096, 7168, 16384), (4096, 4096, 7168),
          (4096, 7168, 2048), (64, 2112, 7168), (64, 4096, 7168))  # fmt: skip
@@ -77,6 +78,11 @@ def milliseconds(calls: list[Callable[[], Any]]) -> tuple[float, float]:
         torch.cuda.synchronize()
         return start.elapsed_time(end) / count / len(calls)
 
+    with alone():
+        return _timed(calls, round_of)
+
+
+def _timed(calls: list[Callable[[], Any]], round_of: Callable[[int], float]) -> tuple[float, float]:
     round_of(1)
     count = max(1, round(40 / (round_of(1) * len(calls))), -(-20 // len(calls)))
     times = [round_of(count) for _ in range(ROUNDS)]

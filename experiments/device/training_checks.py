@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import tempfile
@@ -15,9 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 from cases import Case
+from timing import alone
 
 from dsv3_jax.counts import count_flops
-from dsv3_jax.runs.checkpoints import make_model
+from dsv3_jax.runs.checkpoints import abstract_state, make_model
 from dsv3_jax.runs.hardware import peak_flops
 from dsv3_jax.runs.step_inputs import step_settings
 from dsv3_jax.training.config import RunConfig
@@ -44,7 +46,7 @@ def run_config(preset: str, precision: str, batch: int, micro_batch: int, remate
 
 def train(config: RunConfig, tiny: bool) -> dict[str, Any]:
     """Returns what the case reports. It passes if every loss is finite and close to that of guessing."""
-    skeleton, state = new_state(make_model(config), config)
+    skeleton, shapes = abstract_state(config, functools.partial(make_model, config))
     training, length = config.training, config.data.sequence_length
     rng = np.random.default_rng(0)
     shape = (training.batch_size // training.rows_per_pass, training.rows_per_pass, length + 1)
@@ -52,8 +54,19 @@ def train(config: RunConfig, tiny: bool) -> dict[str, Any]:
     segments = jax.device_put(np.ones(shape, "i4"))
     settings = step_settings(training.schedule.at(0.01, training.batch_size, training.rows_per_pass))
     start = time.perf_counter()
-    step = make_train_step(skeleton, config).lower(state, batches[0], segments, settings).compile()
+    with alone(shared=True):
+        step = make_train_step(skeleton, config).lower(shapes, batches[0], segments, settings).compile()
     outcome: dict[str, Any] = {"compile_s": round(time.perf_counter() - start, 1)}
+    with alone():
+        state = new_state(make_model(config), config)[1]
+        return outcome | run(config, step, state, batches, segments, settings, tiny)
+
+
+def run(
+    config: RunConfig, step: Any, state: Any, batches: Any, segments: Any, settings: Any, tiny: bool
+) -> dict[str, Any]:
+    """Runs the steps; returns what the case reports of them."""
+    training, length = config.training, config.data.sequence_length
     losses, seconds = [], []
     for i in range(STEPS if not tiny else 3):
         start = time.perf_counter()
@@ -64,7 +77,7 @@ def train(config: RunConfig, tiny: bool) -> dict[str, Any]:
     tokens = training.batch_size * length
     operations = count_flops(config.model, length).training_with_mtp * tokens
     guessing = math.log(config.model.vocab_size)
-    outcome |= {
+    outcome: dict[str, Any] = {
         "passed": bool(np.isfinite(losses).all() and abs(losses[0] - guessing) < 0.3 and losses[-1] < guessing + 0.3),
         "tokens_per_s": round(tokens / median), "step_s": median, "first_loss": losses[0], "last_loss": losses[-1],
         "spread": (max(seconds[2:]) - min(seconds[2:])) / median,

@@ -37,7 +37,7 @@ def main() -> int:
             without_clusters()
         cases = importlib.import_module(request["module"]).cases
         only, skip = request.get("only"), set(request.get("skip", ()))
-        for case in cases(tiny=bool(request.get("interpret")), **request.get("arguments", {})):
+        for case in cases(tiny=bool(request.get("tiny")), **request.get("arguments", {})):
             if case.name in skip or (only is not None and case.name not in only):
                 continue
             report(kind="started", case=case.name)

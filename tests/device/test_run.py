@@ -20,9 +20,10 @@ def run(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_every_failure_costs_its_own_case_only(run, tmp_path):
+def test_every_failure_costs_its_own_case_only(run, tmp_path, monkeypatch):
     check = run.Check("bad", "injected", limit=60, case_limit=1, clusters=True)
-    runner = run.Run(tmp_path, limit=100, jobs=2, path=[str(pathlib.Path(__file__).parent)])
+    monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent))
+    runner = run.Run(tmp_path, limit=100, jobs=2)
     runner.checks([check, run.Check("absent", "no_such_module")])
     outcome = {(r["check"], r["case"]): r for r in runner.results}
     passed = {case for (check, case), r in outcome.items() if check == "bad" and r["passed"]}
