@@ -76,7 +76,7 @@ INTERPRETED = {
     "quantize.hopper": ("quantize", "quantize_both", "requantize_transposed"),
     "blockwise_matmul.hopper": ("matmul",),
     "grouped_matmul.hopper": ("rows_by_weights", "rows_by_rows", "masked"),
-    "latent_attention.hopper": ("forward",),
+    "latent_attention.hopper_forward": ("forward",),
     "routing.hopper_gate": ("gate",),
     "routing.hopper_rows": ("permute", "combine", "combine_gradient"),
 }

@@ -60,17 +60,19 @@ def _kernel(q, k, v, k_shared, segment_ids, name, scale, causal):
 
 
 def _forward(q, k, v, k_shared, segment_ids, name, scale, causal):
-    kernel = kernel_module("latent_attention", name)
-    out, log_sums = kernel.forward(q, k, v, k_shared, segment_ids, scale, causal)
+    out, log_sums = kernel_module("latent_attention/forward", name).forward(
+        q, k, v, k_shared, segment_ids, scale, causal
+    )
     return out, (q, k, v, k_shared, segment_ids, out, log_sums)
 
 
 def _backward(name, scale, causal, kept, gradient):
-    kernel = kernel_module("latent_attention", name)
     *operands, segment_ids, out, log_sums = kept
     # A row's sum of weight times gradient of the weight, which the softmax's derivative subtracts.
     mean = jnp.einsum("bthv,bthv->bht", out, gradient, preferred_element_type=jnp.float32)
-    gradients = kernel.backward(*operands, segment_ids, gradient, log_sums, mean, scale, causal)
+    gradients = kernel_module("latent_attention/backward", name).backward(
+        *operands, segment_ids, gradient, log_sums, mean, scale, causal
+    )
     return (*gradients, None)
 
 

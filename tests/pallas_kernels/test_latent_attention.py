@@ -7,7 +7,7 @@ import pytest
 from interpreted import interpreted_hopper
 
 import pallas_kernels as pk
-from pallas_kernels.latent_attention import hopper, reference
+from pallas_kernels.latent_attention import hopper_backward, hopper_forward, reference
 
 
 def operands(batch, length, heads, own, shared, value, segments, seed=0, dtype=jnp.bfloat16):
@@ -65,10 +65,30 @@ HOPPER_CASES = [
 def test_hopper_forward_equals_float64_and_does_not_race(sizes, causal):
     inputs = operands(*sizes)
     with interpreted_hopper(num_cores=1) as interpret:
-        out, log_sums = jax.block_until_ready(hopper.forward(*inputs, 0.2, causal, interpret=interpret))
+        out, log_sums = jax.block_until_ready(hopper_forward.forward(*inputs, 0.2, causal, interpret=interpret))
     wanted, wanted_log_sums = float64_attention(*inputs, 0.2, causal)
     assert relative_error(out, wanted) < 2**-8
     assert np.abs(np.asarray(log_sums) - wanted_log_sums).max() < 1e-5
+
+
+@pytest.mark.parametrize(("sizes", "causal"), HOPPER_CASES)
+def test_hopper_gradients_equal_those_of_the_definition_and_do_not_race(sizes, causal, monkeypatch):
+    *inputs, ids = operands(*sizes)
+    (bar,) = operands(*sizes, seed=1)[2:3]
+    monkeypatch.setattr(hopper_backward, "BLOCKS_WANTED", 1)  # so that a block has several heads
+    wide = [None if x is None else x.astype(jnp.float32) for x in inputs]
+    (out, log_sums), pull = jax.vjp(lambda *x: reference.attention(*x, ids, 0.2, causal), *wide)
+    wanted = pull((bar.astype(jnp.float32), jnp.zeros_like(log_sums)))
+    mean = jnp.einsum("bthv,bthv->bht", out, bar.astype(jnp.float32))
+    with interpreted_hopper(num_cores=1) as interpret:
+        got = jax.block_until_ready(
+            hopper_backward.backward(*inputs, ids, bar, log_sums, mean, 0.2, causal, interpret=interpret)
+        )
+    for name, x, y in zip(("q", "k", "v", "k_shared"), got, wanted, strict=True):
+        assert (x is None) == (y is None), name
+        if x is not None:
+            assert x.dtype == jnp.bfloat16
+            assert relative_error(x, np.asarray(y, "f8")) < 2**-7, name
 
 
 def test_bad_input_is_named():

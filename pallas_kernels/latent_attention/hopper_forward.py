@@ -27,70 +27,26 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import once_a_program
 from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors, pad_to, swizzled
-from pallas_kernels.latent_attention.tiles import SEVERAL_OF_KEYS, SEVERAL_OF_QUERIES, key_tiles, one_segment
+from pallas_kernels.latent_attention.hopper_form import (
+    BY_ROW,
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    LOWEST,
+    PRODUCER,
+    PRODUCER_REGISTERS,
+    ROWS,
+    TILE,
+    Form,
+    Interpret,
+    make_form,
+    mask,
+    over_columns,
+    segment_tables,
+    transposed,
+)
+from pallas_kernels.latent_attention.tiles import key_tiles
 
-CONSUMERS = 2
-PRODUCER = 2  # the third warpgroup
-PRODUCER_REGISTERS = 24
-CONSUMER_REGISTERS = 240
-ROWS = 64  # query rows of a consumer
-TILE = CONSUMERS * ROWS
 STAGES = 2
-
-# A row's maximum starts between a hidden logit and any visible one, so that the weights of hidden keys are zero also
-# while a row has seen no visible key; infinities would make NaN of them.
-HIDDEN, LOWEST = -1e30, -1e20
-LOG2_E = math.log2(math.e)
-_BY_ROW = plgpu.Layout.WGMMA.reduce(1)
-_BY_COLUMN = plgpu.Layout.WGMMA.reduce(0)
-
-Interpret = plgpu.InterpretGPUParams | None
-
-
-class Part(NamedTuple):
-    """Columns of the queries and of the keys: [column, column + width) of the queries, [key_column, ...) of `keys`."""
-
-    column: int
-    width: int
-    shared: bool  # whether all heads have the same keys: the rotary part of MLA
-    key_column: int
-    alike: int  # columns of the widest swizzle that the arrays and the part allow
-
-    def of_queries(self, q, batch, rows, head):
-        return q.at[batch, rows, head, pl.ds(self.column, self.width)]
-
-    def of_keys(self, k, k_shared, batch, rows, head):
-        columns = pl.ds(self.key_column, self.width)
-        return k_shared.at[batch, rows, columns] if self.shared else k.at[batch, rows, head, columns]
-
-
-class Form(NamedTuple):
-    """The static properties of a call."""
-
-    length: int  # positions, without padding
-    parts: tuple[Part, ...]
-    value_width: int
-    scale: float
-    causal: bool
-    segmented: bool
-
-    @property
-    def exponent(self) -> float:
-        """The factor of a logit in the exponent of 2."""
-        return self.scale * LOG2_E
-
-
-def make_form(q, k, v, k_shared, segment_ids, scale: float, causal: bool) -> Form:
-    """Returns the form of a call; the first part has the width of the values where it can."""
-    own, value_width = k.shape[-1], v.shape[-1]
-    first = value_width if own > value_width else own
-    width = q.shape[-1]
-    parts = [Part(0, first, False, 0, math.gcd(first, own, width, value_width))]
-    if own > first:
-        parts.append(Part(first, own - first, False, first, math.gcd(first, own, width)))
-    if k_shared is not None:
-        parts.append(Part(own, width - own, True, 0, math.gcd(own, width)))
-    return Form(q.shape[1], tuple(parts), value_width, scale, causal, segment_ids is not None)
 
 
 @once_a_program("scale", "causal")
@@ -116,10 +72,7 @@ def forward(
     operands = [first, end, q, k, v]
     if k_shared is not None:
         operands.append(pad_to(k_shared, 8, 1))
-    if segment_ids is not None:
-        operands.append(pad_to(segment_ids.astype(jnp.int32), TILE))
-        operands.append(one_segment(segment_ids, TILE, SEVERAL_OF_QUERIES))
-        operands.append(one_segment(segment_ids, keys_per_tile(form), SEVERAL_OF_KEYS))
+    operands += segment_tables(segment_ids, TILE, keys_per_tile(form))
     rows = -(-length // TILE) * TILE
     out_types = [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32)]
     out, log_sums = plgpu.kernel(
@@ -186,7 +139,6 @@ def _kernel(first, end, q, k, v, *refs, form: Form, **scratch):
     """The program of one block. All arguments are in global memory."""
     *optional, out, log_sums = refs
     k_shared = optional.pop(0) if any(part.shared for part in form.parts) else None
-    segments = optional if form.segmented else None
     warpgroup = lax.axis_index("warpgroup")
     for_each_tile = functools.partial(_for_each_tile, first=first, end=end, heads=q.shape[2])
 
@@ -198,7 +150,7 @@ def _kernel(first, end, q, k, v, *refs, form: Form, **scratch):
     @pl.when(warpgroup != PRODUCER)
     def _():
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-        _consume(for_each_tile, warpgroup, segments, out, log_sums, form, **scratch)
+        _consume(for_each_tile, warpgroup, optional, out, log_sums, form, **scratch)
 
 
 def _for_each_tile(body, *, first, end, heads: int) -> Any:
@@ -298,50 +250,32 @@ def _consume(
 
     def multiply_keys(acc, stage):
         for q_part, k_part in zip(q_smem, k_smem, strict=True):
-            plgpu.wgmma(acc, q_part.at[warpgroup], k_part.at[stage].transpose((1, 0)))
+            plgpu.wgmma(acc, q_part.at[warpgroup], transposed(k_part.at[stage]))
 
     def attend(tile: Tile):
         row = tile.row + warpgroup * ROWS
-        own_segment = segments[1][tile.batch, lax.div(tile.row, TILE)] if segments is not None else None
+        own_segment = segments[1][tile.batch, lax.div(tile.row, TILE)] if segments else None
 
         def stage_of(t):
             return lax.rem(tile.steps_before + t, STAGES)
 
-        def mask(logits, t):
-            """Hides keys after the query, in another segment or after the last position."""
-            first_key = (tile.end - 1 - t) * keys
-            index = functools.partial(plgpu.broadcasted_iota, jnp.int32, logits.shape, layout=plgpu.Layout.WGMMA)
-            conditions = []
-            key = index(1) + first_key  # added here, so that the compiler does not keep a register for each column
-            if form.causal:
-                conditions.append(index(0) + row >= key)
-            elif form.length % keys:
-                conditions.append(key < form.length)
-            if segments is not None:
-                ids = segments[0].at[tile.batch]
-                by_row = plgpu.load(ids.at[pl.ds(row, ROWS)], layout=_BY_ROW, optimized=False)
-                by_column = plgpu.load(ids.at[pl.ds(first_key, keys)], layout=_BY_COLUMN, optimized=False)
-                by_row, by_column = (
-                    lax.broadcast_in_dim(x, logits.shape, (axis,)) for axis, x in enumerate((by_row, by_column))
-                )
-                conditions.append(by_row == by_column)
-            for condition in conditions:
-                logits = jnp.where(condition, logits, HIDDEN)
-            return logits
+        def masked(logits, t):
+            ids = segments[0].at[tile.batch] if segments else None
+            return mask(logits, form, row, (tile.end - 1 - t) * keys, ids)
 
-        def mask_where_needed(logits, t):
+        def masked_where_needed(logits, t):
             """Masks the tile of keys unless the queries see all of it."""
             needed = t < TILE // keys if form.causal and keys < TILE else False
-            if segments is not None:
+            if segments:
                 needed |= own_segment != segments[2][tile.batch, tile.end - 1 - t]
             if needed is False:
                 return logits
-            return lax.cond(needed, lambda: mask(logits, t), lambda: logits)
+            return lax.cond(needed, lambda: masked(logits, t), lambda: logits)
 
         def softmax(logits, largest, total):
             new_largest = jnp.maximum(largest, logits.max(axis=1) * scale)
             shrink = jnp.exp2(largest - new_largest)
-            weights = jnp.exp2(logits * scale - lax.broadcast_in_dim(new_largest, logits.shape, (0,)))
+            weights = jnp.exp2(logits * scale - over_columns(new_largest, logits.shape))
             return new_largest, total * shrink + weights.sum(axis=1), shrink, weights
 
         def all_keys(acc):
@@ -352,9 +286,9 @@ def _consume(
                 return logits_acc[...]
 
             logits_shape = plgpu.WGMMAAccumulatorRef((ROWS, keys), jnp.float32)
-            logits = mask(pl.run_scoped(first_logits, logits_shape), 0)
+            logits = masked(pl.run_scoped(first_logits, logits_shape), 0)
             plgpu.barrier_arrive(k_freed.at[stage_of(0)])
-            zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), _BY_ROW)
+            zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)
             largest, total, _, weights = softmax(logits, zeros + LOWEST, zeros)
 
             def step(t, carry):
@@ -371,7 +305,7 @@ def _consume(
 
                 logits = pl.run_scoped(products, logits_shape)
                 plgpu.barrier_arrive(k_freed.at[stage])
-                logits = mask_where_needed(logits, t)
+                logits = masked_where_needed(logits, t)
                 largest, total, shrink, weights = softmax(logits, largest, total)
                 # The compilers would move the softmax behind the wait for the product that it should overlap with: LLVM
                 # without this barrier, ptxas without the branch. Rounding comes after the wait, because the product
@@ -380,7 +314,7 @@ def _consume(
                 wait_for_keys(t + 1)
                 attended = acc[...]
                 plgpu.barrier_arrive(v_freed.at[previous])
-                acc[...] = attended * lax.broadcast_in_dim(shrink, attended.shape, (0,))
+                acc[...] = attended * over_columns(shrink, attended.shape)
                 return largest, total, weights.astype(out.dtype)
 
             def wait_for_keys(t):
@@ -406,7 +340,7 @@ def _consume(
 
     def write(tile: Tile, row, attended, largest, total):
         buffer = (q_smem[0] if out_smem is None else out_smem).at[warpgroup]
-        buffer[...] = (attended * lax.broadcast_in_dim(1.0 / total, attended.shape, (0,))).astype(out.dtype)
+        buffer[...] = (attended * over_columns(1.0 / total, attended.shape)).astype(out.dtype)
         log_sums_smem[warpgroup, :] = largest * math.log(2) + jnp.log(total)
         plgpu.commit_smem()
         rows = pl.ds(row, ROWS)
