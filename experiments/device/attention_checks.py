@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import BFLOAT16, Case, error_case, normal
 
+import pallas_kernels as pk
 from pallas_kernels.latent_attention import hopper_forward
 
 # Weights are rounded to bfloat16 before they multiply the values, and the result is rounded once more.
 ATTENDED = 2 * BFLOAT16
 LOG_SUMS = 1e-5
+GRADIENTS = 3 * BFLOAT16  # of all positions of a head: gradients of logits are differences, which cancel in some rows
 
 
 def cases(tiny: bool, form: str) -> Iterator[Case]:
@@ -31,9 +35,9 @@ def cases(tiny: bool, form: str) -> Iterator[Case]:
     ]
     if tiny:
         complete_interpreter()
-        sizes = [(1, 140, 1, 16, 16, 16, 2, True)]
+        sizes = [(1, 140 if form == "forward" else 60, 1, 16, 16, 16, 2, True)]
     for size in sizes:
-        yield forward(*size)
+        yield (forward if form == "forward" else gradients)(*size)
 
 
 def complete_interpreter() -> None:
@@ -64,6 +68,60 @@ def by_head(attended, log_sums):
     return attended.transpose(0, 2, 1, 3), log_sums
 
 
+def gradients(
+    batch: int, length: int, heads: int, own: int, shared: int, value: int, segments: int, causal: bool
+) -> Case:
+    """Returns the gradients of the public function."""
+    *inputs, ids = operands(batch, length, heads, own, shared, value, segments)
+    bar, scale = normal(batch, length, heads, value, seed=4), (own + shared) ** -0.5
+
+    def function(q, k, v, k_shared, ids, bar):
+        def attend(*x):
+            q, k, v, k_shared = (*x, None)[:4]
+            return pk.latent_attention(q, k, v, k_shared=k_shared, scale=scale, segment_ids=ids, causal=causal)
+
+        return vectors(jax.vjp(attend, *(x for x in (q, k, v, k_shared) if x is not None))[1](bar))
+
+    name = f"gradients {batch} x {length}, {heads} heads, {own} + {shared} and {value}, {segments} segments"
+    return error_case(
+        name + ", causal" * causal,
+        function,
+        (*inputs, ids, bar),
+        lambda: vectors(float64_gradients(*inputs, ids, bar, scale, causal)),
+        GRADIENTS,
+    )
+
+
+def vectors(gradients: Iterable[Any]) -> list[Any]:
+    """Returns a vector for each head of each gradient, and one for a gradient without heads."""
+    return [
+        x.reshape(-1)
+        for gradient in gradients
+        for x in ([gradient] if gradient.ndim == 3 else [gradient[:, :, head] for head in range(gradient.shape[2])])
+    ]
+
+
+def float64_gradients(q, k, v, k_shared, ids, bar, scale: float, causal: bool) -> list[np.ndarray]:
+    """Returns the gradients of q, k, v and, if there is one, k_shared."""
+    out, _, weights = attention(q, k, v, k_shared, ids, scale, causal)
+    q, k, v, bar = (np.asarray(x, "f8").transpose(0, 2, 1, 3) for x in (q, k, v, bar))
+    own = k.shape[-1]
+    if k_shared is not None:
+        k = with_shared(k, k_shared)
+    weights_bar = bar @ v.swapaxes(2, 3)
+    logits_bar = scale * weights * (weights_bar - (out * bar).sum(-1, keepdims=True))
+    to_k = logits_bar.swapaxes(2, 3) @ q
+    to = [logits_bar @ k, to_k[..., :own], weights.swapaxes(2, 3) @ bar]
+    to = [x.transpose(0, 2, 1, 3) for x in to]
+    return to if k_shared is None else [*to, to_k[..., own:].sum(1)]
+
+
+def with_shared(k, k_shared) -> np.ndarray:
+    """Returns the keys of all heads, [batch, heads, positions, width], with the shared part repeated."""
+    rotary = np.broadcast_to(np.asarray(k_shared, "f8")[:, None], (*k.shape[:3], k_shared.shape[-1]))
+    return np.concatenate([k, rotary], axis=-1)
+
+
 def operands(batch: int, length: int, heads: int, own: int, shared: int, value: int, segments: int) -> tuple:
     """Returns q, k, v, k_shared and segment ids on the host; the logits of some queries are large."""
     q = normal(batch, length, heads, own + shared, dtype="float32").copy()
@@ -84,8 +142,7 @@ def attention(q, k, v, k_shared, ids, scale: float, causal: bool):
     """Returns the attended values [B, H, T, v], logarithms of sums and weights in float64."""
     q, k, v = (np.asarray(x, "f8").transpose(0, 2, 1, 3) for x in (q, k, v))
     if k_shared is not None:
-        rotary = np.broadcast_to(np.asarray(k_shared, "f8")[:, None], (*k.shape[:3], k_shared.shape[-1]))
-        k = np.concatenate([k, rotary], axis=-1)
+        k = with_shared(k, k_shared)
     logits = q @ k.swapaxes(2, 3) * scale
     length = q.shape[2]
     seen = np.tril(np.ones((length, length), bool)) if causal else np.ones((length, length), bool)

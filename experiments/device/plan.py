@@ -57,7 +57,7 @@ CORRECTNESS = (
     *(Check(f"rows {dtype}", "routing_checks", {"form": dtype}) for dtype in ("bfloat16", "float32")),
     Check("gates", "routing_checks", {"form": "gates"}, limit=150, case_limit=60),
     Check("gradients", "gradient_checks", limit=150, clusters=True),
-    Check("attention forward", "attention_checks", {"form": "forward"}),
+    *(Check(f"attention {form}", "attention_checks", {"form": form}) for form in ("forward", "gradients")),
 )
 
 TIMING = (

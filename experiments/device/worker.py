@@ -81,6 +81,7 @@ INTERPRETED = {
     "blockwise_matmul.hopper": ("matmul",),
     "grouped_matmul.hopper": ("rows_by_weights", "rows_by_rows", "masked"),
     "latent_attention.hopper_forward": ("forward",),
+    "latent_attention.hopper_backward": ("backward",),
     "routing.hopper_gate": ("gate",),
     "routing.hopper_rows": ("permute", "combine", "combine_gradient"),
 }

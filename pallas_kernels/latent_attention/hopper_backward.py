@@ -18,6 +18,7 @@ different heads write partial sums.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -34,7 +35,6 @@ from pallas_kernels.latent_attention.hopper_form import (
     BY_ROW,
     CONSUMER_REGISTERS,
     CONSUMERS,
-    LOG2_E,
     PRODUCER,
     PRODUCER_REGISTERS,
     ROWS,
@@ -50,7 +50,7 @@ from pallas_kernels.latent_attention.hopper_form import (
 )
 from pallas_kernels.latent_attention.tiles import key_tiles, query_tiles
 
-MOST_STAGES = 3
+MOST_ROWS = 192  # of the other side in the ring
 BLOCKS_WANTED = 4  # pieces of work per multiprocessor, before heads are put together in one
 
 Side = Literal["queries", "keys"]
@@ -77,7 +77,8 @@ class Plan(NamedTuple):
     @property
     def stages(self) -> int:
         width = sum(part.width for part in self.form.parts) + self.form.value_width
-        return min((SHARED_MEMORY_BYTES - TILE * width * 2 - 4096) // (self.other * (width * 2 + 8)), MOST_STAGES)
+        stage_bytes = self.other * (width * 2 + 8)
+        return min((SHARED_MEMORY_BYTES - TILE * width * 2 - 4096) // stage_bytes, MOST_ROWS // self.other)
 
 
 @once_a_program("scale", "causal")
@@ -115,7 +116,7 @@ def backward(
     segments = segment_tables(segment_ids, TILE, plan.other)
     (dq,) = _launch([*tables, *operands, *segments], shapes[:1], plan, interpret)
 
-    plan = Plan(form, "keys", 64, _heads_of_a_block(form, batch, heads))
+    plan = Plan(form, "keys", _queries_at_once(form), _heads_of_a_block(form, batch, heads))
     tables = query_tiles(segment_ids, batch, length, TILE, plan.other, causal)
     segments = segment_tables(segment_ids, plan.other, TILE)
     outputs = shapes[1:]
@@ -127,8 +128,13 @@ def backward(
     return dq[:, :length], dk[:, :length], dv[:, :length], to_shared
 
 
+def _queries_at_once(form: Form) -> int:
+    """Returns 64, or 32 where the accumulators of wide heads would leave too few registers."""
+    return 64 if sum(part.width for part in form.parts) + form.value_width <= 192 else 32
+
+
 def _heads_of_a_block(form: Form, batch: int, heads: int) -> int:
-    """Returns the most heads that blocks can have while there is work for all multiprocessors; 1 if nothing is shared."""
+    """Returns the most heads of a block that leave work for all multiprocessors; 1 if heads share nothing."""
     if not any(part.shared for part in form.parts):
         return 1
     pieces = batch * -(-form.length // (2 * TILE))
@@ -155,7 +161,8 @@ def _scratch(plan: Plan, dtype) -> dict[str, Any]:
     form, stages = plan.form, plan.stages
 
     def tiles(*shape: int, alike: int = form.value_width) -> Any:
-        return plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype, alike))
+        # As rows of the right operand of a product, the other side's are a multiple of the swizzle's columns.
+        return plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype, math.gcd(alike, plan.other)))
 
     statistic = plgpu.SMEM((stages, plan.other), jnp.float32) if plan.side == "keys" else None
     arrivals = len(form.parts) + 1
@@ -324,21 +331,28 @@ def _consume(
     shape = (ROWS, plan.other)
 
     def statistics(tile: Tile, head, row):
-        """Returns a function of a stage that gives logarithms of sums, in base 2, and means, broadcast to the tile."""
+        """Returns a function of a stage that gives what both accumulators start from, broadcast to the tile.
+
+        Sums of logits start from minus the logarithm of the row's sum, divided by the scale, and those of the weights'
+        gradients from minus the row's mean: neither takes registers while products run.
+        """
+
+        def starts(by_own, broadcast):
+            log_sums, mean = by_own
+            return broadcast(log_sums * (-1 / form.scale), shape), broadcast(-mean, shape)
+
         if log_sums_smem is None:
             rows = pl.ds(row, ROWS)
             by_row = [
                 plgpu.load(x.at[tile.batch, head, rows], layout=BY_ROW, optimized=False)
                 for x in (arrays.log_sums, arrays.mean)
             ]
-            by_row[0] *= LOG2_E
-            return lambda stage: [over_columns(x, shape) for x in by_row]
+            return lambda stage: starts(by_row, over_columns)
 
         def of_stage(stage):
             by_column = [plgpu.load(x.at[stage], layout=BY_COLUMN) for x in (log_sums_smem, mean_smem)]
             plgpu.commit_smem()  # orders these reads before TMA's next write
-            by_column[0] *= LOG2_E
-            return [over_rows(x, shape) for x in by_column]
+            return starts(by_column, over_rows)
 
         return of_stage
 
@@ -370,17 +384,17 @@ def _consume(
             plgpu.barrier_wait(filled.at[stage])
 
             def products(logits_acc, weights_bar_acc):
+                logits_acc[...], weights_bar_acc[...] = statistics_of(stage)
                 for own, other in zip(own_smem, other_smem, strict=True):
                     plgpu.wgmma(logits_acc, own.at[warpgroup], transposed(other.at[stage]))
                 plgpu.wgmma(weights_bar_acc, own_value_smem.at[warpgroup], transposed(other_value_smem.at[stage]))
-                return logits_acc[...], weights_bar_acc[...]
+                logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
+                weights = jnp.exp2(masked_where_needed(logits, tile, row, t) * form.exponent)
+                return weights, weights_bar_acc[...]
 
             accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-            logits, weights_bar = pl.run_scoped(products, accumulator, accumulator)
-            log_sums, mean = statistics_of(stage)
-            logits = masked_where_needed(logits, tile, row, t)
-            weights = jnp.exp2(logits * form.exponent - log_sums)
-            logits_bar = (weights * (weights_bar - mean)).astype(arrays.q.dtype)
+            weights, weights_bar = pl.run_scoped(products, accumulator, accumulator)
+            logits_bar = (weights * weights_bar).astype(arrays.q.dtype)
             if to_values is not None:
                 plgpu.wgmma(to_values, weights.astype(arrays.q.dtype), other_value_smem.at[stage])
             for to_part, other in zip(to_parts, other_smem, strict=True):
