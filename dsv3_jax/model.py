@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.core import Tracer
@@ -140,7 +141,8 @@ class DeepSeekV3(CachedDecoding):
         if positions is None and tokens.shape[1] > context:
             raise UserError(f"{tokens.shape[1]} tokens are more than the model's context of {context}")
         if not isinstance(tokens, Tracer) and tokens.size and tokens.is_fully_addressable:
-            for token in (int(tokens.min()), int(tokens.max())):
+            values = np.asarray(tokens)  # jnp would make a tracer of it inside jit
+            for token in (int(values.min()), int(values.max())):
                 if not 0 <= token < vocabulary:
                     raise UserError(f"token {token} is outside the model's vocabulary of {vocabulary}")
         return tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Literal
 
 from dsv3_jax.cli.options import notes, parse
 from dsv3_jax.errors import UserError
@@ -27,10 +28,12 @@ class EvaluateOptions:
     Attributes:
       corpus: a file or folder of texts to evaluate on, of which the run's fraction is held out; the run's own corpus if
         not given.
+      dtype: dtype of the weights in memory; bfloat16 takes half of the memory.
       json: print the result as JSON.
     """
 
     corpus: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
     json: bool = False
 
 
@@ -49,7 +52,7 @@ def main(argv: list[str]) -> int:
 
     keep_compiled_programs()
     with notes():
-        step, result = evaluate_run(Path(positional[0]), options.corpus)
+        step, result = evaluate_run(Path(positional[0]), options.corpus, dtype=options.dtype)
     if options.json:
         import json
 
@@ -68,5 +71,5 @@ def _divided(argv: list[str]) -> tuple[list[str], list[str]]:
         if not word.startswith("-"):
             positional.append(word)
         else:
-            flags += [word, *itertools.islice(words, 1 if word == "--corpus" else 0)]
+            flags += [word, *itertools.islice(words, 1 if word in ("--corpus", "--dtype") else 0)]
     return positional, flags

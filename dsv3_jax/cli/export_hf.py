@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
     from dsv3_jax.runs.checkpoints import load_run
 
     with notes():
-        loaded = load_run(options.run)
+        loaded = load_run(options.run, dtype="bfloat16" if options.dtype == "bfloat16" else None)
     model, saved, step = loaded.model, loaded.saved, loaded.saved.position.step
     imported = not (options.dtype or step)  # an imported run that was not trained has its checkpoint's dtypes
     save_hf(

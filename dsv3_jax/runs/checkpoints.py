@@ -29,6 +29,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.precision import Precision
+from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.runs.agreement import is_first, share
 from dsv3_jax.runs.folder import RunFolder, first_difference
 from dsv3_jax.runs.manifest import file_stamps, find_damage, write_manifest
@@ -232,7 +233,7 @@ def load_run(
     def load(saved: SavedRun) -> LoadedRun:
         skeleton, state = abstract_state(saved.config, lambda: make_model(saved.config, devices))
         weights = "params" if state.average is None else "average"
-        kept = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), getattr(state, weights))
+        kept = _in_dtype(getattr(state, weights), dtype)
         wanted = {weights: kept, "router_biases": state.router_biases}
         restored = _restore_arrays(saved.path, wanted, devices.shardings(wanted))
         return LoadedRun(skeleton.model(restored[weights], restored["router_biases"]), saved)
@@ -243,6 +244,15 @@ def load_run(
         raise UserError(f"{run.path} holds no checkpoint yet; wait until dsv3 train has saved its first one")
     _warn_of_changes(run, loaded.saved.config)
     return loaded
+
+
+def _in_dtype(params: Tree, dtype: jax.typing.DTypeLike | None) -> Tree:
+    """Returns the shapes of parameters with another dtype; weights kept in FP8 stay as they are."""
+
+    def cast(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, Fp8Weight) else jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype)
+
+    return jax.tree.map(cast, params, is_leaf=lambda leaf: isinstance(leaf, Fp8Weight))
 
 
 def _warn_of_changes(run: RunFolder, saved: RunConfig) -> None:

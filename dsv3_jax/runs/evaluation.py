@@ -114,11 +114,12 @@ def evaluate(
     )
 
 
-def evaluate_run(path: Path, corpus: str | None = None) -> tuple[int, Evaluation]:
+def evaluate_run(path: Path, corpus: str | None = None, *, dtype: str | None = None) -> tuple[int, Evaluation]:
     """Evaluates the newest undamaged checkpoint of a run.
 
     Args:
       corpus: another corpus than the run's (see `DataConfig`), whose held-out part is used.
+      dtype: dtype of the weights in memory; float32 if not given.
 
     Returns:
       The checkpoint's step, and the result.
@@ -126,7 +127,7 @@ def evaluate_run(path: Path, corpus: str | None = None) -> tuple[int, Evaluation
     Raises:
       UserError: the folder holds no run or no checkpoint that can be used, or the corpus is missing or has changed.
     """
-    loaded, data = load_run_with_data(path, corpus)
+    loaded, data = load_run_with_data(path, corpus, dtype=dtype)
     config = loaded.saved.config
     skeleton, params, biases = split_model(loaded.model)
     evaluation_step = make_evaluation_step(skeleton, config)
@@ -135,13 +136,13 @@ def evaluate_run(path: Path, corpus: str | None = None) -> tuple[int, Evaluation
     return loaded.saved.position.step, result
 
 
-def load_run_with_data(path: Path, corpus: str | None = None) -> tuple[LoadedRun, Data]:
+def load_run_with_data(path: Path, corpus: str | None = None, *, dtype: str | None = None) -> tuple[LoadedRun, Data]:
     """Returns the newest undamaged checkpoint of a run, and the run's corpus or another, tokenised by its tokenizer.
 
     Raises:
       UserError: the folder holds no run or no checkpoint that can be used, or the corpus is missing or has changed.
     """
-    loaded = load_run(path)
+    loaded = load_run(path, dtype=dtype)
     saved = loaded.saved
     if corpus is not None:
         config = dataclasses.replace(saved.config.data, corpus=corpus, fill_in_middle_rate=0.0)

@@ -68,12 +68,11 @@ def test_a_configuration_survives_json(preset: str):
     ("change", "named"),
     [
         ({"data": {"seed": 1}}, "data.seed"),
-        ({"data": {"corpus": "elsewhere"}}, "data.corpus"),
         ({"data": {"tokenizer": "train"}}, "data.tokenizer"),
         ({"data": {"sequence_length": 16}}, "data.sequence_length"),
         ({"training": {"seed": 1}}, "training.seed"),
         ({"training": {"batch_size": 2}}, "training.batch_size"),
-        ({"training": {"steps": 7}}, "training.steps"),
+        ({"training": {"steps": 5}}, "training.steps"),
         ({"training": {"weight_decay": 0.2}}, "training.weight_decay"),
         ({"model": {"kv_lora_rank": 4}}, "model.kv_lora_rank"),
     ],
@@ -95,6 +94,15 @@ def test_settings_that_change_no_number_may_differ(tmp_path: Path):
     folder.write_config(config)
     changed = dataclasses.replace(config.training, log_every=3, checkpoint_every=5, keep_checkpoints=1)
     folder.check_same_run(dataclasses.replace(config, training=changed))
+
+
+def test_a_run_may_be_made_longer_and_its_corpus_may_be_moved(tmp_path: Path):
+    config = small_run("corpus")
+    folder = RunFolder(tmp_path)
+    folder.write_config(config)
+    longer = dataclasses.replace(config.training, steps=config.training.steps + 1)
+    moved = dataclasses.replace(config.data, corpus="elsewhere")
+    folder.check_same_run(dataclasses.replace(config, training=longer, data=moved))
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"preset": "tiny"}', "[1]", '{"preset": 1, "model": {}}'])
