@@ -1,4 +1,4 @@
-"""Checks the edges of FP8 quantisation and of grouped sums: exact smallest scale, marked infinities, dtypes, formats."""
+"""Checks the edges of FP8 quantisation and of grouped sums: smallest scale, marked infinities, dtypes, formats."""
 
 from __future__ import annotations
 

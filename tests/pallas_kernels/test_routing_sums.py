@@ -1,4 +1,4 @@
-"""Checks sums, bounds and statistics of routing where a small mistake stays hidden: bfloat16 rows, full padding, ties."""
+"""Checks sums, bounds and statistics of routing where a small mistake stays hidden: bfloat16 rows, full padding."""
 
 from __future__ import annotations
 

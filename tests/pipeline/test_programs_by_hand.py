@@ -46,7 +46,7 @@ def test_dualpipe_is_figure_5(rank: int) -> None:
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 4), (4, 10), (8, 20), (16, 32)])
 def test_activations_of_every_rank(ranks: int, micro_batches: int) -> None:
-    """1F1B holds one micro-batch less on every next rank; ZB1P as many, and inputs for W of `ranks`; DualPipe PP + 1."""
+    """1F1B holds one micro-batch less on every next rank; ZB1P too, but `ranks` until W is done; DualPipe PP + 1."""
     falling = list(range(ranks, 0, -1))
     held = {
         "1f1b": (falling, falling),

@@ -184,7 +184,7 @@ def test_memory_of_the_loss() -> None:
 
 
 def test_recomputed_share_of_the_reports_policy() -> None:
-    """Queries, keys and values of 61 layers and the MTP module from their latents, the experts by the exchange, core."""
+    """Queries, keys and values of 62 layers from their latents; the routed experts, by the exchange; the core."""
     config = PlanConfig(model=V3, target=Target.parse("h200:2048"), mesh=MeshConfig(fsdp=32, expert=64))
     tokens = config.tokens_per_step / 2048
     up = 2 * (128 * 192 * 1536 + 128 * 256 * 512) * 62
