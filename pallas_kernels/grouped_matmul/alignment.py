@@ -32,7 +32,7 @@ def align(rows: int, group_sizes: Int[Array, " G"], granule: int) -> Alignment:
     """Returns the layout in which every group starts at a multiple of `granule`."""
     groups = group_sizes.shape[0]
     most = rows + min(groups, rows) * (granule - 1)
-    aligned_rows = -(-most // granule) * granule
+    aligned_rows = most // granule * granule
     sizes = -(-group_sizes // granule) * granule
     starts, aligned_starts = jnp.cumsum(group_sizes) - group_sizes, jnp.cumsum(sizes) - sizes
 

@@ -165,7 +165,7 @@ def expert_order(
 def row_bound(slots: int, experts: int, row_alignment: int) -> int:
     """Returns the most rows that `slots` pairs can take when sorted, a multiple of `row_alignment`."""
     most = slots + min(experts, slots) * (row_alignment - 1)
-    return -(-most // row_alignment) * row_alignment
+    return most // row_alignment * row_alignment
 
 
 def permute(
