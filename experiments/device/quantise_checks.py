@@ -58,9 +58,7 @@ def equal_case(
             wrong_scales += differing(q.scales, scales)
             unlike = values.view("u1") != got.view("u1")
             wrong_values += int(unlike.sum())
-            where = (
-                where or first_wrong(q.scales, scales, "scale") or first_wrong(got, values, "value", unlike)
-            )
+            where = where or first_wrong(q.scales, scales, "scale") or first_wrong(got, values, "value", unlike)
         unequal = sum(not same_bits(results[0], other) for other in results[1:])
         wrong = wrong_scales + wrong_values
         return {

@@ -1,4 +1,4 @@
-"""Checks the numbers of a run that users read: bits per byte, drafts accepted, MFU, loads; each counted again by hand."""
+"""Checks the numbers of a run that users see: bits per byte, drafts accepted, MFU, loads; each counted again by hand."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def model() -> Any:
 
 
 def by_hand(model: Any, validation: Any) -> tuple[list[tuple[float, float]], float]:
-    """Returns nats per token and bits per byte of both heads, and the share of drafts that the main head agrees with."""
+    """Returns nats per token and bits per byte of both heads, and the share of drafts that the main head accepts."""
     tokens, segments = validation.validation_rows()
     out = model(jnp.asarray(tokens[:, :-1]), segment_ids=None)
     heads = [np.asarray(logits, np.float64) for logits in (out.logits, *out.mtp_logits)]
