@@ -72,6 +72,10 @@ TIMING = (
         for form in forms
     ),
     Check("timing, torch", "torch_timing", limit=150, case_limit=60),
+    *(
+        Check(f"timing, attention {form}", "attention_timing", {"form": form}, limit=90)
+        for form in ("forward", "backward", "torch")
+    ),
 )
 
 TRAINING = tuple(

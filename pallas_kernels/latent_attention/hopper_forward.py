@@ -47,6 +47,7 @@ from pallas_kernels.latent_attention.hopper_form import (
 from pallas_kernels.latent_attention.tiles import key_tiles
 
 STAGES = 2
+TURNS = True  # whether the consumers issue their products in turn
 
 
 @once_a_program("scale", "causal")
@@ -244,7 +245,7 @@ def _consume(
     keys = keys_per_tile(form)
     scale = form.exponent
 
-    @pl.when(warpgroup == 1)
+    @pl.when((warpgroup == 1) & TURNS)
     def _():
         plgpu.barrier_arrive(turn.at[0])
 
@@ -296,11 +297,13 @@ def _consume(
                 stage, previous = stage_of(t), stage_of(t - 1)
 
                 def products(logits_acc):
-                    plgpu.barrier_wait(turn.at[warpgroup])
+                    if TURNS:
+                        plgpu.barrier_wait(turn.at[warpgroup])
                     multiply_keys(logits_acc, stage)
                     plgpu.barrier_wait(v_filled.at[previous])
                     plgpu.wgmma(acc, weights, v_smem.at[previous])
-                    plgpu.barrier_arrive(turn.at[1 - warpgroup])
+                    if TURNS:
+                        plgpu.barrier_arrive(turn.at[1 - warpgroup])
                     return plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
 
                 logits = pl.run_scoped(products, logits_shape)
@@ -352,6 +355,6 @@ def _consume(
     for_each_tile(attend)
     plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(warpgroup == 0)
+    @pl.when((warpgroup == 0) & TURNS)
     def _():
         plgpu.barrier_wait(turn.at[0])

@@ -1,0 +1,143 @@
+"""Times attention at V3's widths beside cuDNN with padded values and, in a check of its own, beside PyTorch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from cases import Case
+from timing import Contender, Problem, timed_cases
+
+from pallas_kernels.latent_attention import hopper_backward, hopper_forward
+
+OWN, SHARED, VALUE = 128, 64, 128
+SCALE = (OWN + SHARED) ** -0.5
+SIZES = ((1, 4096, 128), (4, 4096, 16), (1, 4096, 16))  # batch, length, heads
+
+
+def cases(tiny: bool, form: str) -> Iterator[Case]:
+    if tiny:
+        return  # an interpreter takes minutes at these widths
+    for size in SIZES[: 3 if form == "forward" else 2]:
+        if form == "torch":
+            yield from torch_cases(*size)
+        else:
+            yield from timed_cases((forward if form == "forward" else backward)(*size))
+
+
+def operations(batch: int, length: int, heads: int, widths: int) -> float:
+    """Returns the operations of causal products whose widths add up to `widths`."""
+    return batch * heads * length * (length + 1) * widths
+
+
+def forward(batch: int, length: int, heads: int) -> Problem:
+    inputs = ("q", "k", "v", "k_shared")
+    contenders = {
+        "ours": Contender(lambda *x: hopper_forward.forward(*x, None, SCALE, True), inputs),
+        "ours, without turns": Contender(variant(hopper_forward, "forward", TURNS=False), inputs),
+        "cuDNN, padded": Contender(cudnn, inputs),
+    }
+    return Problem(
+        f"attention {batch} x {length}, {heads} heads",
+        functools.partial(make, batch, length, heads),
+        contenders,
+        flops=operations(batch, length, heads, OWN + SHARED + VALUE),
+    )
+
+
+def backward(batch: int, length: int, heads: int) -> Problem:
+    """Of 2 (qk + v) + qk: dV, dP, dQ, dK and S, which is computed again. cuDNN's time includes its forward pass."""
+    inputs = ("q", "k", "v", "k_shared", "bar", "log_sums", "mean")
+
+    def ours(q, k, v, k_shared, *others):
+        return hopper_backward.backward(q, k, v, k_shared, None, *others, SCALE, True)
+
+    def early(q, k, v, k_shared, *others):
+        return variant(hopper_backward, "backward", LATE=False)(q, k, v, k_shared, *others)
+
+    contenders = {
+        "ours": Contender(ours, inputs),
+        "ours, queries": Contender(lambda *x: ours(*x)[0], inputs),
+        "ours, keys": Contender(lambda *x: ours(*x)[1:], inputs),
+        "ours, queries, stages kept": Contender(lambda *x: early(*x)[0], inputs),
+        "ours, keys, stages kept": Contender(lambda *x: early(*x)[1:], inputs),
+        "cuDNN, padded, with forward": Contender(
+            lambda q, k, v, k_shared, bar: jax.vjp(cudnn, q, k, v, k_shared)[1](bar), inputs[:5]
+        ),
+    }
+    return Problem(
+        f"attention gradients {batch} x {length}, {heads} heads",
+        functools.partial(make, batch, length, heads),
+        contenders,
+        flops=operations(batch, length, heads, 3 * (OWN + SHARED) + 2 * VALUE),
+    )
+
+
+def variant(module: Any, name: str, **constants: Any) -> Callable[..., Any]:
+    """Returns a kernel traced with other constants of its module, without segment ids."""
+
+    def traced(q, k, v, k_shared, *others):
+        before = {key: getattr(module, key) for key in constants}
+        for key, value in constants.items():
+            setattr(module, key, value)
+        try:
+            return getattr(module, name).__wrapped__(q, k, v, k_shared, None, *others, SCALE, True)
+        finally:
+            for key, value in before.items():
+                setattr(module, key, value)
+
+    return traced
+
+
+def make(batch: int, length: int, heads: int, key: jax.Array) -> dict[str, Any]:
+    widths = {"q": OWN + SHARED, "k": OWN, "v": VALUE, "bar": VALUE}
+    keys = jax.random.split(key, len(widths) + 1)
+    inputs: dict[str, Any] = {
+        name: jax.random.normal(k, (batch, length, heads, width), jnp.bfloat16)
+        for (name, width), k in zip(widths.items(), keys, strict=False)
+    }
+    inputs["k_shared"] = jax.random.normal(keys[-1], (batch, length, SHARED), jnp.bfloat16)
+    inputs["log_sums"] = jnp.broadcast_to(jnp.log(jnp.arange(1.0, length + 1)), (batch, heads, length))
+    inputs["mean"] = jnp.zeros((batch, heads, length))
+    return inputs
+
+
+def cudnn(q, k, v, k_shared):
+    """Computes the same with jax's own function, which takes one width only."""
+    shared = jnp.broadcast_to(k_shared[:, :, None], (*k.shape[:3], SHARED))
+    v = jnp.pad(v, [(0, 0)] * 3 + [(0, q.shape[-1] - VALUE)])
+    k = jnp.concatenate([k, shared], axis=-1)
+    out = jax.nn.dot_product_attention(q, k, v, scale=SCALE, is_causal=True, implementation="cudnn")
+    return out[..., :VALUE]
+
+
+def torch_cases(batch: int, length: int, heads: int) -> Iterator[Case]:
+    for backend, padded in (("CUDNN_ATTENTION", False), ("FLASH_ATTENTION", True)):
+        name = f"attention {batch} x {length}, {heads} heads: torch {backend.lower()}{', padded' * padded}"
+        for gradients in (False, True):
+            title = name + ", with gradients" * gradients
+            yield Case(title, functools.partial(torch_attention, batch, length, heads, backend, padded, gradients))
+
+
+def torch_attention(batch: int, length: int, heads: int, backend: str, padded: bool, gradients: bool) -> dict[str, Any]:
+    """Times PyTorch's attention on [batch, heads, positions, width], its own order."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch_timing import milliseconds, random
+
+    value = OWN + SHARED if padded else VALUE
+    q, k, v, bar = (random(batch, heads, length, width) for width in (OWN + SHARED, OWN + SHARED, value, value))
+    for x in (q, k, v):
+        x.requires_grad_(gradients)
+
+    def call():
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE)
+        return torch.autograd.grad(out, (q, k, v), bar) if gradients else out
+
+    ms, spread = milliseconds([call])
+    widths = OWN + SHARED + VALUE + (3 * (OWN + SHARED) + 2 * VALUE) * gradients
+    return {"passed": True, "ms": ms, "spread": spread, "tflops": operations(batch, length, heads, widths) * 1e-9 / ms}
