@@ -65,10 +65,11 @@ def device_works() -> bool:
 
 def without_clusters() -> None:
     """Leaves only tilings without clusters to those that a product may choose."""
-    for name in ("blockwise_matmul.tuning", "grouped_matmul.tiling"):
+    for name, function in (("blockwise_matmul.tuning", "tilings"), ("grouped_matmul.tiling", "candidates")):
         module = importlib.import_module(f"pallas_kernels.{name}")
-        every = module.candidates
-        module.candidates = lambda *arguments, every=every: tuple(t for t in every(*arguments) if t.cluster == 1)
+        every = getattr(module, function)
+        alone = lambda *arguments, every=every: tuple(t for t in every(*arguments) if t.cluster == 1)  # noqa: E731
+        setattr(module, function, alone)
         module.TUNED.clear()
 
 
