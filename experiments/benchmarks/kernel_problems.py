@@ -17,6 +17,7 @@ from jax import lax
 
 import pallas_kernels as pk
 from pallas_kernels.blockwise_matmul import hopper, tuning
+from pallas_kernels.hopper_launch import multiprocessors
 from pallas_kernels.quantize.quantized import Tile
 
 OURS = "this project"
@@ -151,7 +152,7 @@ def _search(m: int, n: int, k: int, accumulate: bool) -> Search:
     dtype = jnp.float32 if accumulate else jnp.bfloat16
     cuts = tuple(
         dataclasses.replace(cut, raster_width=width)
-        for cut in tuning.candidates(jnp.dtype(dtype).itemsize)
+        for cut in tuning.candidates(m, n, k, jnp.dtype(dtype).itemsize, accumulate, multiprocessors())
         for width in (4, 8, 16)
     )
 

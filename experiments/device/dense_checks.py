@@ -12,7 +12,27 @@ from float64 import of, tiles, wide
 
 import pallas_kernels as pk
 from pallas_kernels.blockwise_matmul import hopper
-from pallas_kernels.blockwise_matmul.tuning import candidates
+from pallas_kernels.blockwise_matmul.tuning import Tiling
+
+# Every form of tile: consumers, waves, widths with many and few scales per block, the operand shared, parts of K.
+PRODUCT = (
+    Tiling(128, 192, 4, 2, "b"),
+    Tiling(128, 128, 5, 2, "a"),
+    Tiling(128, 144, 5, 2, "b"),
+    Tiling(256, 96, 4, 2, "a"),
+    Tiling(64, 16, 12, 2, "a"),
+    Tiling(64, 112, 9, 2, "b"),
+    Tiling(128, 192, 4),
+    Tiling(128, 160, 5),
+    Tiling(256, 64, 5),
+    Tiling(64, 48, 8, splits=4),
+)
+WEIGHT_GRADIENT = (
+    Tiling(128, 128, 4, 2, "b"),
+    Tiling(128, 112, 5, 2, "a"),
+    Tiling(128, 128, 4),
+    Tiling(64, 48, 8, splits=4),
+)
 
 
 def cases(tiny: bool, form: str, cluster: int = 0) -> Iterator[Case]:
@@ -26,7 +46,7 @@ def cases(tiny: bool, form: str, cluster: int = 0) -> Iterator[Case]:
             yield from weight_gradient(None, m, n, k)
         return
     m, n, k = (160, 144, 200) if tiny else (2304, 2112, 2112)  # more tiles than 132 multiprocessors
-    tilings = [t for t in candidates(2 if form == "product" else 4, form == "weight gradient") if t.cluster == cluster]
+    tilings = [t for t in (PRODUCT if form == "product" else WEIGHT_GRADIENT) if t.cluster == cluster]
     for tiling in tilings[:1] if tiny else tilings:
         if form == "product":
             yield product(tiling, m, n, k, jnp.bfloat16)
@@ -72,4 +92,4 @@ def wanted(m: int, n: int, k: int, tile: str) -> np.ndarray:
 def words(tiling) -> str:
     if tiling is None:
         return ""
-    return f", tile {tiling.tile_m}x{tiling.tile_n}, {tiling.stages} stages, cluster {tiling.cluster}"
+    return f", tile {tiling.words()}"

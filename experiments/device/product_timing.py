@@ -14,6 +14,10 @@ from jax import lax
 from timing import Contender, Problem, timed_cases
 
 import pallas_kernels as pk
+from pallas_kernels.blockwise_matmul import hopper
+from pallas_kernels.blockwise_matmul.tuning import Tiling, candidates
+from pallas_kernels.device import target_platform
+from pallas_kernels.hopper_launch import multiprocessors
 
 # M, N, K of DeepGEMM's published table, with its TFLOP/s on an H800.
 DENSE = (
@@ -26,6 +30,13 @@ DENSE = (
     (64, 2112, 7168, 206),
     (64, 4096, 7168, 287),
 )
+MANY_ROWS = (
+    Tiling(128, 128, 5, 2, "b"),
+    Tiling(128, 192, 4, 2, "b"),
+    Tiling(128, 160, 5, 2, "b"),
+    Tiling(256, 96, 4, 2, "a"),
+)
+FEW_ROWS = (Tiling(64, 16, 12), Tiling(64, 64, 12, splits=4))
 # Groups, rows of all groups, N, K, and the published TFLOP/s where there is one.
 GROUPED = (
     (4, 32768, 4096, 7168, 1360),
@@ -72,10 +83,18 @@ def dense(m: int, n: int, k: int, published: float) -> Problem:
         x, w = random(key, (m, k), (n, k))
         return {"x": x, "w": w, "a": pk.quantize(x, tile="1x128"), "b": pk.quantize(w, tile="128x128")}
 
+    def cut(a, b, tiling):
+        return hopper.matmul(a, b, None, jnp.bfloat16, tiling=tiling)
+
     contenders = {
         "ours": Contender(pk.blockwise_matmul, ("a", "b"), exact, BFLOAT16 * 1.1),
         "XLA bf16": Contender(lambda x, w: x @ w.T, ("x", "w"), tried=True),
     }
+    if target_platform() == "hopper":
+        # What the estimate would choose next, and tiles of other forms.
+        likely = candidates(m, n, k, 2, False, multiprocessors())[1:3]
+        for tiling in dict.fromkeys([*likely, *(FEW_ROWS if m <= 64 else MANY_ROWS)]):
+            contenders[tiling.words()] = Contender(functools.partial(cut, tiling=tiling), ("a", "b"))
     return Problem(f"{m} x {n} x {k}", make, contenders, 2.0 * m * n * k, m * k + n * k + 2.0 * m * n, published)
 
 

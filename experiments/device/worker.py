@@ -65,10 +65,9 @@ def device_works() -> bool:
 
 def without_clusters() -> None:
     """Leaves only tilings without clusters to those that a product may choose."""
-    for name in ("blockwise_matmul.tuning", "grouped_matmul.tiling"):
+    for name, function in (("blockwise_matmul.tuning", "tilings"), ("grouped_matmul.tiling", "candidates")):
         module = importlib.import_module(f"pallas_kernels.{name}")
-        every = module.candidates
-        module.candidates = functools.partial(_without_clusters, every)
+        setattr(module, function, functools.partial(_without_clusters, getattr(module, function)))
         module.TUNED.clear()
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pallas_kernels.blockwise_matmul.tuning import EPILOGUE_CYCLES, L2_BYTES_PER_CYCLE, TILE_M
+from pallas_kernels.blockwise_matmul.tuning import (
+    EPILOGUE_CYCLES,
+    L2_BYTES_PER_CYCLE,
+    SHARED_BYTES_PER_CYCLE,
+    SUSTAINED,
+    TENSOR_PER_CYCLE,
+    TILE_M,
+    WARPGROUP_ROWS,
+)
 from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES
 from pallas_kernels.quantize.quantized import PROMOTION_INTERVAL
 
@@ -84,18 +92,20 @@ def choose_tiling(
 
 
 def step_cycles(tiling: Tiling, groups_along: Groups, fp8: bool) -> dict[str, float]:
-    """Returns for how many cycles one stage keeps each resource busy, as `blockwise_matmul.tuning.estimated_cycles`.
+    """Returns for how many cycles one stage keeps each resource busy, as `blockwise_matmul.tuning.step_cycles`.
 
     A stage is 128 bytes of the contraction, which take the tensor cores the same time in FP8 and in bfloat16. Sums in
     bfloat16 are not promoted, and a warpgroup has two products in flight; along the depth each FP8 sum has a scale of
     its own.
     """
-    products = TILE_M * tiling.tile_n * STAGE_BYTES / 4096
+    products = TILE_M * tiling.tile_n * STAGE_BYTES / TENSOR_PER_CYCLE
+    read_and_written = TILE_M + tiling.tile_n + WARPGROUPS * (WARPGROUP_ROWS + tiling.tile_n)
     busy = {
-        "tensor cores": products,
+        "tensor cores": products / SUSTAINED,
+        "shared memory": STAGE_BYTES * read_and_written / SHARED_BYTES_PER_CYCLE,
         "L2": STAGE_BYTES * (TILE_M / tiling.cluster + tiling.tile_n) / L2_BYTES_PER_CYCLE,
     }
     if fp8:
-        promotion = tiling.tile_n * (1 if groups_along == "rows" else 2)
+        promotion = tiling.tile_n * (1 / 2 if groups_along == "rows" else 3 / 4)
         busy["one warpgroup"] = products / WARPGROUPS + promotion + 140
     return busy
