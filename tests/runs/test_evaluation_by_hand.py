@@ -1,4 +1,4 @@
-"""Checks the numbers of a run that users see, counted per byte, drafts accepted, MFU, loads; each counted again by hand."""
+"""Checks the numbers of a run that users see: bits per byte, drafts accepted, MFU and loads, each counted by hand."""
 
 from __future__ import annotations
 
