@@ -96,7 +96,8 @@ def _launch(operands, shape, out_dtype, by_column, tiling, interpret):
         "a_smem": plgpu.SMEM((stages, tile_m, PROMOTION_INTERVAL), E4M3, transforms=transforms),
         "b_smem": plgpu.SMEM((stages, tile_n, PROMOTION_INTERVAL), E4M3, transforms=transforms),
         "a_scales_smem": plgpu.SMEM((stages, tile_m), jnp.float32),
-        "b_scales_smem": plgpu.SMEM((stages, tile_n), jnp.float32) if by_column else None,
+        # TMA writes to addresses that are multiples of 128 bytes: each stage has that many.
+        "b_scales_smem": plgpu.SMEM((stages, tile_n + -tile_n % 32), jnp.float32) if by_column else None,
         "out_smem": plgpu.SMEM(
             (tiling.consumers, tile_n // tiling.scale_columns, WARPGROUP_ROWS, tiling.scale_columns),
             out_dtype,
@@ -190,14 +191,16 @@ def _produce(
             k += tile.first_k
             depth, arrived = pl.ds(k * PROMOTION_INTERVAL, PROMOTION_INTERVAL), filled.at[stage]
             copies = [
-                (a.at[rows, depth], a_smem, a_blocks),
-                (b.at[columns, depth], b_smem, b_blocks),
-                (a_scales.at[k, rows], a_scales_smem, a_blocks),
+                (a.at[rows, depth], a_smem.at[stage], a_blocks),
+                (b.at[columns, depth], b_smem.at[stage], b_blocks),
+                (a_scales.at[k, rows], a_scales_smem.at[stage], a_blocks),
             ]
             if b_scales is not None:
-                copies.append((b_scales.at[k, columns], b_scales_smem, b_blocks))
-            for source, ring, blocks in copies:
-                plgpu.copy_gmem_to_smem(source, ring.at[stage], arrived, collective_axes=blocks)
+                # Not shared by a cluster: half of them need not start at a multiple of 128 bytes.
+                target = b_scales_smem.at[stage, pl.ds(0, tiling.tile_n)]
+                copies.append((b_scales.at[k, columns], target, None))
+            for source, target, blocks in copies:
+                plgpu.copy_gmem_to_smem(source, target, arrived, collective_axes=blocks)
 
     steps = for_each_tile(fill_stages)
 

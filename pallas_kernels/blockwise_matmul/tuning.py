@@ -76,7 +76,8 @@ class Tiling:
         return math.gcd(self.tile_n, TILE)
 
     def shared_memory_bytes(self, out_bytes: int) -> int:
-        stage = (self.tile_m + self.tile_n) * (PROMOTION_INTERVAL + 4)
+        scales = self.tile_m + self.tile_n + -self.tile_n % 32  # those of the columns padded to 128 bytes
+        stage = (self.tile_m + self.tile_n) * PROMOTION_INTERVAL + 4 * scales
         return self.stages * stage + self.consumers * WARPGROUP_ROWS * self.tile_n * out_bytes + 1024
 
     def fits(self, out_bytes: int) -> bool:
