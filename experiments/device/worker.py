@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from cases import device_lock, listeners
 
 
 def main() -> int:
@@ -30,6 +31,7 @@ def main() -> int:
     def report(**line: Any) -> None:
         lines.write(json.dumps(line, default=float) + "\n")
 
+    listeners.append(lambda what: report(kind=what))
     with contextlib.ExitStack() as stack:
         if request.get("interpret"):
             stack.enter_context(interpreted_kernels())
@@ -43,7 +45,8 @@ def main() -> int:
             report(kind="started", case=case.name)
             start = time.perf_counter()
             try:
-                outcome = case.run()
+                with contextlib.nullcontext() if request["timed"] else device_lock(shared=True):
+                    outcome = case.run()
             except Exception as error:
                 traceback.print_exc()
                 outcome = {"passed": False, "message": f"{type(error).__name__}: {str(error).strip()[:300]}"}
