@@ -86,7 +86,7 @@ def gradients(
         name + ", causal" * causal,
         function,
         (*inputs, ids, bar),
-        lambda: vectors(float64_gradients(*inputs, ids, bar, scale=scale, causal=causal)),
+        lambda: vectors(float64_gradients(*inputs, ids=ids, bar=bar, scale=scale, causal=causal)),
         GRADIENTS,
     )
 
