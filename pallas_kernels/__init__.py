@@ -7,7 +7,7 @@ from pallas_kernels.grouped_matmul import (
     masked_grouped_matmul,
     preferred_row_alignment,
 )
-from pallas_kernels.latent_attention import latent_attention
+from pallas_kernels.latent_attention import has_attention_kernel, latent_attention
 from pallas_kernels.quantize import (
     PROMOTION_INTERVAL,
     TILE,
@@ -31,6 +31,7 @@ __all__ = [
     "gate",
     "grouped_matmul",
     "grouped_weight_gradient",
+    "has_attention_kernel",
     "latent_attention",
     "masked_grouped_matmul",
     "permute",

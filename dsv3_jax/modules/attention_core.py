@@ -2,7 +2,8 @@
 
 The queries of a short sequence are split into a few chunks, each of which multiplies only the keys before its end, so
 that as little as half the products of the full square are computed; all logits are kept for the backward pass. A long
-sequence is computed tile by tile (`tiled_attention`), so that the logits of at most one tile are held at a time.
+sequence is computed tile by tile (`tiled_attention`), so that the logits of at most one tile are held at a time. Where
+there is a kernel for the device, `pallas_kernels.latent_attention` computes sequences of any length.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from dsv3_jax.modules.tiled_attention import tiled_attention
 
 CHUNKS = 2  # of a short sequence: 3/4 of the square is computed, and the program stays small
@@ -21,8 +23,9 @@ KEPT_LENGTH = 1024  # sequences up to this length keep their logits for the back
 
 def causal_attention(
     queries: Float[Array, "B T H qk"],
-    keys: Float[Array, "B T H qk"],
+    keys: Float[Array, "B T H c"],
     values: Float[Array, "B T H v"],
+    shared_keys: Float[Array, "B T r"] | None = None,
     *,
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -32,6 +35,7 @@ def causal_attention(
 
     Args:
       queries, keys, values: arrays in the dtype of the computation; head widths of keys and values may differ.
+      shared_keys: the last columns of every head's keys, MLA's rotary part.
       scale: multiplier of the logits.
       segment_ids: when given, positions attend only within equal ids.
       query_chunk: queries (in a long sequence also keys) computed at a time; chosen by the length unless given.
@@ -39,6 +43,13 @@ def causal_attention(
     Returns:
       The attended values, in the dtype of `values`.
     """
+    if pallas_kernels.has_attention_kernel(queries, keys, values):
+        return pallas_kernels.latent_attention(
+            queries, keys, values, k_shared=shared_keys, scale=scale, segment_ids=segment_ids
+        )
+    if shared_keys is not None:
+        repeated = jnp.broadcast_to(shared_keys[:, :, None, :], (*keys.shape[:-1], shared_keys.shape[-1]))
+        keys = jnp.concatenate([keys, repeated], axis=-1)
     length = queries.shape[1]
     if length > KEPT_LENGTH:
         chunk = query_chunk or even_chunk(length)

@@ -87,6 +87,21 @@ class Devices(Protocol):
         """Returns the table's rows of the tokens, in `dtype`."""
         ...
 
+    def attend(
+        self,
+        attention: Callable[..., Array],
+        queries: Float[Array, "B T H qk"],
+        keys: Float[Array, "B T H c"],
+        values: Float[Array, "B T H v"],
+        shared_keys: Float[Array, "B T r"],
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> Float[Array, "B T H v"]:
+        """Returns attention(queries, keys, values, shared_keys, segment_ids=segment_ids).
+
+        It may be called with a shard of the sequences and of the heads.
+        """
+        ...
+
     def gate(
         self,
         logits: Float[Array, "B T E"],
@@ -141,6 +156,18 @@ class OneDevice:
     ) -> Float[Array, "B T d"]:
         """Returns the table's rows of the tokens, in `dtype`."""
         return table[tokens].astype(dtype)
+
+    def attend(
+        self,
+        attention: Callable[..., Array],
+        queries: Float[Array, "B T H qk"],
+        keys: Float[Array, "B T H c"],
+        values: Float[Array, "B T H v"],
+        shared_keys: Float[Array, "B T r"],
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> Float[Array, "B T H v"]:
+        """Returns attention(queries, keys, values, shared_keys, segment_ids=segment_ids)."""
+        return attention(queries, keys, values, shared_keys, segment_ids=segment_ids)
 
     def gate(
         self,

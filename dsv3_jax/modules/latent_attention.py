@@ -17,6 +17,7 @@ the cached latents themselves: 2,176 operations, but 576 cached numbers per toke
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -48,7 +49,7 @@ class LatentAttention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.config = config
-        self.precision = precision
+        self.precision, self.devices = precision, devices
         heads, d = config.num_attention_heads, config.hidden_size
         make: dict[str, Any] = {"scale": config.initializer_range, "dtype": dtype, "precision": precision}
         make |= {"devices": devices, "rngs": rngs}
@@ -79,14 +80,14 @@ class LatentAttention(nnx.Module):
         query, query_rope = self._queries(x, rotation)
         latent, key_rope = self._latents(x, rotation)
         key, value = jnp.split(self.kv_b(latent), [self.config.qk_nope_head_dim], axis=-1)
-        shared = jnp.broadcast_to(key_rope[:, :, None, :], (*key.shape[:-1], key_rope.shape[-1]))
         with jax.named_scope("attention_core"):
-            attended = causal_attention(
+            attended = self.devices.attend(
+                functools.partial(causal_attention, scale=softmax_scale(self.config)),
                 jnp.concatenate([query, query_rope], axis=-1),
-                jnp.concatenate([key, shared], axis=-1),
+                key,
                 value,
-                scale=softmax_scale(self.config),
-                segment_ids=segment_ids,
+                key_rope,
+                segment_ids,
             )
         return keep(self.o(attended)), latent, key_rope
 

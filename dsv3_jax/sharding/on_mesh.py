@@ -18,6 +18,7 @@ import pallas_kernels
 from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.fp8_weight import Fp8Weight
+from dsv3_jax.sharding.attention_on_ranks import attend_on_ranks
 from dsv3_jax.sharding.embedding_lookup import look_up_on_ranks
 from dsv3_jax.sharding.expert_parallel import ExpertExchange
 from dsv3_jax.sharding.gate_on_ranks import gate_on_ranks
@@ -66,6 +67,20 @@ class OnMesh:
     ) -> Float[Array, "B T d"]:
         """Returns the table's rows of the tokens, in `dtype`."""
         return look_up_on_ranks(self.mesh, table, tokens, shape, dtype)
+
+    def attend(
+        self,
+        attention: Callable[..., Array],
+        queries: Float[Array, "B T H qk"],
+        keys: Float[Array, "B T H c"],
+        values: Float[Array, "B T H v"],
+        shared_keys: Float[Array, "B T r"],
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> Float[Array, "B T H v"]:
+        """Returns attention(...). A kernel is run by every rank, for its own sequences and heads."""
+        if not pallas_kernels.has_attention_kernel(queries, keys, values):
+            return attention(queries, keys, values, shared_keys, segment_ids=segment_ids)
+        return attend_on_ranks(self.mesh, attention, queries, keys, values, shared_keys, segment_ids)
 
     def gate(
         self,

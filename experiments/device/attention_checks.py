@@ -76,8 +76,7 @@ def gradients(
     bar, scale = normal(batch, length, heads, value, seed=4), (own + shared) ** -0.5
 
     def function(q, k, v, k_shared, ids, bar):
-        def attend(*x):
-            q, k, v, k_shared = (*x, None)[:4]
+        def attend(q, k, v, k_shared=None):
             return pk.latent_attention(q, k, v, k_shared=k_shared, scale=scale, segment_ids=ids, causal=causal)
 
         return vectors(jax.vjp(attend, *(x for x in (q, k, v, k_shared) if x is not None))[1](bar))
@@ -87,7 +86,7 @@ def gradients(
         name + ", causal" * causal,
         function,
         (*inputs, ids, bar),
-        lambda: vectors(float64_gradients(*inputs, ids, bar, scale, causal)),
+        lambda: vectors(float64_gradients(*inputs, ids=ids, bar=bar, scale=scale, causal=causal)),
         GRADIENTS,
     )
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from cases import Case
 from timing import Contender, Problem, timed_cases
 
-from pallas_kernels.latent_attention import hopper_backward, hopper_forward
+from pallas_kernels.latent_attention import cudnn, hopper_backward, hopper_forward
 
 OWN, SHARED, VALUE = 128, 64, 128
 SCALE = (OWN + SHARED) ** -0.5
@@ -38,7 +38,7 @@ def forward(batch: int, length: int, heads: int) -> Problem:
     contenders = {
         "ours": Contender(lambda *x: hopper_forward.forward(*x, None, SCALE, True), inputs),
         "ours, without turns": Contender(variant(hopper_forward, "forward", TURNS=False), inputs),
-        "cuDNN, padded": Contender(cudnn, inputs),
+        "cuDNN, padded": Contender(through_cudnn, inputs),
     }
     return Problem(
         f"attention {batch} x {length}, {heads} heads",
@@ -65,7 +65,7 @@ def backward(batch: int, length: int, heads: int) -> Problem:
         "ours, queries, stages kept": Contender(lambda *x: early(*x)[0], inputs),
         "ours, keys, stages kept": Contender(lambda *x: early(*x)[1:], inputs),
         "cuDNN, padded, with forward": Contender(
-            lambda q, k, v, k_shared, bar: jax.vjp(cudnn, q, k, v, k_shared)[1](bar), inputs[:5]
+            lambda q, k, v, k_shared, bar: jax.vjp(through_cudnn, q, k, v, k_shared)[1](bar), inputs[:5]
         ),
     }
     return Problem(
@@ -105,13 +105,8 @@ def make(batch: int, length: int, heads: int, key: jax.Array) -> dict[str, Any]:
     return inputs
 
 
-def cudnn(q, k, v, k_shared):
-    """Computes the same with jax's own function, which takes one width only."""
-    shared = jnp.broadcast_to(k_shared[:, :, None], (*k.shape[:3], SHARED))
-    v = jnp.pad(v, [(0, 0)] * 3 + [(0, q.shape[-1] - VALUE)])
-    k = jnp.concatenate([k, shared], axis=-1)
-    out = jax.nn.dot_product_attention(q, k, v, scale=SCALE, is_causal=True, implementation="cudnn")
-    return out[..., :VALUE]
+def through_cudnn(q, k, v, k_shared):
+    return cudnn.attention(q, k, v, k_shared, SCALE, True)
 
 
 def torch_cases(batch: int, length: int, heads: int) -> Iterator[Case]:

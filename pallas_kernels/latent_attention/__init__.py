@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.device import Implementation, choose_implementation, kernel_module
+from pallas_kernels.device import Implementation, choose_implementation, kernel_module, target_platform
+from pallas_kernels.latent_attention import cudnn
 
-__all__ = ["latent_attention"]
+__all__ = ["has_attention_kernel", "latent_attention"]
 
 WIDTH_MULTIPLE = 16  # of every width that a Hopper kernel takes
 
@@ -25,7 +27,7 @@ def latent_attention(
     k_shared: Float[Array, "B T r"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     causal: bool = True,
-    implementation: Implementation | None = None,
+    implementation: Implementation | Literal["cudnn"] | None = None,
 ) -> Float[Array, "B T H v"]:
     """Returns the attended values. Differentiable; no matrix of logits is kept, except by the reference.
 
@@ -41,17 +43,33 @@ def latent_attention(
         gradient is the sum over the heads.
       segment_ids: when given, positions attend only within equal ids.
       causal: whether a position sees only itself and the positions before it.
-      implementation: "reference", "hopper" or "tpu"; by default the best one for the device that can take the operands.
-        Hopper's kernels take bfloat16 and widths that are multiples of 16.
+      implementation: "reference" or "hopper"; by default the best one for the device that can take the operands.
+        Hopper's kernels take bfloat16 and widths that are multiples of 16. "cudnn" calls cuDNN on a GPU, which takes no
+        segment ids and repeats the shared keys in memory.
 
     Raises:
       ValueError, TypeError: shapes or dtypes that do not fit, or an implementation that cannot run here.
     """
     _check(q, k, v, scale, k_shared, segment_ids)
-    name = choose_implementation(implementation, _available(q, k, v, k_shared))
+    if implementation == "cudnn":
+        return _cudnn(q, k, v, k_shared, segment_ids, scale, causal)
+    name = choose_implementation(implementation, _available(q, k, v))
     if name == "reference":
         return kernel_module("latent_attention", name).attention(q, k, v, k_shared, segment_ids, scale, causal)[0]
     return _kernel(q, k, v, k_shared, segment_ids, name, float(scale), causal)
+
+
+def has_attention_kernel(q: Float[Array, "B T H qk"], k: Float[Array, "B T H c"], v: Float[Array, "B T H v"]) -> bool:
+    """Returns whether `latent_attention` runs a kernel for such operands where the program being traced will run."""
+    return choose_implementation(None, _available(q, k, v)) != "reference"
+
+
+def _cudnn(q, k, v, k_shared, segment_ids, scale, causal):
+    if target_platform() not in ("hopper", "gpu"):
+        raise ValueError(f"implementation 'cudnn' cannot run here: this program is for {target_platform()}")
+    if segment_ids is not None:
+        raise ValueError("implementation 'cudnn' takes no segment_ids")
+    return cudnn.attention(q, k, v, k_shared, scale, causal)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -79,11 +97,10 @@ def _backward(name, scale, causal, kept, gradient):
 _kernel.defvjp(_forward, _backward)
 
 
-def _available(q, k, v, k_shared) -> tuple[Implementation, ...]:
+def _available(q, k, v) -> tuple[Implementation, ...]:
     widths = (k.shape[-1], v.shape[-1], q.shape[-1] - k.shape[-1])
-    if q.dtype == jnp.bfloat16 and all(width % WIDTH_MULTIPLE == 0 for width in widths):
-        return ("reference", "hopper", "tpu")
-    return ("reference", "tpu")
+    fits = q.dtype == jnp.bfloat16 and all(width % WIDTH_MULTIPLE == 0 for width in widths)
+    return ("reference", "hopper") if fits else ("reference",)
 
 
 def _check(q, k, v, scale, k_shared, segment_ids) -> None:

@@ -221,7 +221,7 @@ def _kernel(first, end, *refs, plan: Plan, **scratch):
     """The program of one block. All arguments are in global memory."""
     inputs, optional = refs[:6], list(refs[6:])
     k_shared = optional.pop(0) if any(part.shared for part in plan.form.parts) else None
-    arrays = Arrays(*inputs, k_shared)
+    arrays = Arrays(*inputs, k_shared=k_shared)
     segments = [optional.pop(0) for _ in range(3)] if plan.form.segmented else None
     warpgroup = lax.axis_index("warpgroup")
     groups = arrays.q.shape[2] // plan.heads

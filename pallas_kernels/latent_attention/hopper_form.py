@@ -115,11 +115,11 @@ def mask(logits: Float[Array, "rows columns"], form: Form, row, column, ids, key
     return logits
 
 
-def over_columns(rows: Array, shape: tuple[int, int]) -> Array:
+def over_columns(rows: Array, shape: tuple[int, ...]) -> Array:
     return lax.broadcast_in_dim(rows, shape, (0,))
 
 
-def over_rows(columns: Array, shape: tuple[int, int]) -> Array:
+def over_rows(columns: Array, shape: tuple[int, ...]) -> Array:
     return lax.broadcast_in_dim(columns, shape, (1,))
 
 

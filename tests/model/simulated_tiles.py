@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dsv3_jax.modules.attention_core import causal_attention
 from dsv3_jax.modules.tiled_attention import tiled_attention
+from dsv3_jax.sharding.attention_on_ranks import attend_on_ranks
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 
 LENGTH, CHUNK = 45, 16
@@ -36,7 +39,26 @@ def main() -> None:
     collectives = re.findall(r"= \S+ (all-\S+|reduce-scatter|collective-permute)\(", program)
     pairs = zip(alone, compiled(*spread, ids), strict=True)
     difference = max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
-    print(json.dumps({"collectives": collectives, "largest difference": difference}))
+    print(json.dumps({"collectives": collectives, "largest difference": difference, "on ranks": on_ranks(mesh)}))
+
+
+def on_ranks(mesh) -> float:
+    """Returns the largest difference of results and gradients between a rank's program on all ranks and one device."""
+    rng = np.random.default_rng(1)
+    q, k, v, do, shared = (
+        jnp.asarray(rng.normal(size=size), jnp.float32)
+        for size in ((4, 20, 4, 8), (4, 20, 4, 5), (4, 20, 4, 6), (4, 20, 4, 6), (4, 20, 3))
+    )
+    attention = functools.partial(causal_attention, scale=0.3)
+    there = functools.partial(attend_on_ranks, mesh, attention)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(function):
+        out, back = jax.vjp(lambda *x: function(*x, segment_ids=None), q, k, v, shared)
+        return out, *back(do)
+
+    pairs = zip(gradients(there), gradients(attention), strict=True)
+    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
 
 
 if __name__ == "__main__":

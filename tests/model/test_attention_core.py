@@ -20,6 +20,7 @@ from dsv3_jax.modules import attention_core
 from dsv3_jax.modules.attention_core import causal_attention
 from dsv3_jax.modules.rematerialisation import rematerialise
 from dsv3_jax.modules.tiled_attention import tiled_attention
+from pallas_kernels.hopper_launch import hopper_target
 
 BATCH, HEADS, QK, V = 2, 3, 8, 5
 CHUNK = 16
@@ -232,4 +233,21 @@ def test_inside_a_manual_mesh():
 def test_a_mesh_needs_no_communication():
     """With sequences and heads sharded over two axes, results are one device's and the program has no collective."""
     found = run_simulated(Path(__file__).parent / "simulated_tiles.py")
-    assert found == {"collectives": [], "largest difference": pytest.approx(0, abs=2e-6)}
+    near_zero = pytest.approx(0, abs=2e-6)
+    assert found == {"collectives": [], "largest difference": near_zero, "on ranks": near_zero}
+
+
+def test_on_hopper_the_kernel_is_chosen():
+    """The rotary keys that heads share reach it as they are; other dtypes and widths are computed tile by tile."""
+
+    def program(width: int, dtype: str) -> str:
+        def shapes(*sizes: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((1, 2048, *sizes), dtype)
+
+        arrays = shapes(2, width + 16), shapes(2, width), shapes(2, 48), shapes(16)
+        with hopper_target():
+            return str(jax.make_jaxpr(lambda *x: causal_attention(*x, scale=0.3))(*arrays))
+
+    assert "latent_attention_forward" in program(32, "bfloat16")
+    assert "latent_attention_forward" not in program(32, "float32")
+    assert "latent_attention_forward" not in program(36, "bfloat16")

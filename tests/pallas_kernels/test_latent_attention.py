@@ -79,7 +79,9 @@ def test_hopper_gradients_equal_those_of_the_definition_and_do_not_race(sizes, c
     if not causal:
         monkeypatch.setattr(hopper_backward, "_queries_at_once", lambda form: 32)  # as for wide heads
     wide = [None if x is None else x.astype(jnp.float32) for x in inputs]
-    (out, log_sums), pull = jax.vjp(lambda *x: reference.attention(*x, ids, 0.2, causal), *wide)
+    (out, log_sums), pull = jax.vjp(
+        lambda *x: reference.attention(*x, segment_ids=ids, scale=0.2, causal=causal), *wide
+    )
     wanted = pull((bar.astype(jnp.float32), jnp.zeros_like(log_sums)))
     mean = jnp.einsum("bthv,bthv->bht", out, bar.astype(jnp.float32))
     with interpreted_hopper(num_cores=1) as interpret:
