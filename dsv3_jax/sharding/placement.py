@@ -76,29 +76,107 @@ def place_experts(
     return _with_copies(logical, experts, devices)
 
 
-def pack(weights: Float[np.ndarray, " n"], packs: int) -> list[list[int]]:
-    """Packs items into `packs` packs of equal size: heaviest first, each into the lightest pack that is not full."""
+def pack(weights: Float[np.ndarray, " n"], packs: int, kinds: Int[np.ndarray, " n"] | None = None) -> list[list[int]]:
+    """Packs items into `packs` packs of equal size: heaviest first, each into the lightest pack that is not full.
+
+    Packs that hold an item of the same kind are passed over. Where no other pack has space left, the item takes the
+    place of one in a full pack, and packs that such choices left uneven are evened out by exchanges.
+
+    Args:
+      kinds: items of equal kind (copies of an expert) are put into different packs, if none has more items than there
+        are packs; all items differ unless given.
+    """
     size = len(weights) // packs
     if size == 1:
         return [[item] for item in range(packs)]
+    kinds = np.arange(len(weights)) if kinds is None else kinds
     members: list[list[int]] = [[] for _ in range(packs)]
-    sums = [0.0] * packs
+    sums = np.zeros(packs)
+    lightest_refused = False
     for item in np.argsort(-weights, kind="stable").tolist():
-        lightest = min((p for p in range(packs) if len(members[p]) < size), key=sums.__getitem__)
-        members[lightest].append(item)
-        sums[lightest] += float(weights[item])
-    return members
+        with_space = [p for p in range(packs) if len(members[p]) < size]
+        without_kind = [p for p in with_space if not _holds(members[p], kinds[item], kinds)]
+        target = min(without_kind or with_space, key=sums.__getitem__)
+        lightest_refused |= target != min(with_space, key=sums.__getitem__)
+        if not without_kind:
+            lightest_refused = True
+            item, target = _exchange_with_full_pack(weights, kinds, members, sums, item, target)
+        members[target].append(item)
+        sums[target] += float(weights[item])
+    return _evened_out(weights, kinds, members) if lightest_refused else members
 
 
-def replicate(weights: Float[np.ndarray, " n"], physical: int) -> Int[np.ndarray, " physical"]:
+def _exchange_with_full_pack(
+    weights: Float[np.ndarray, " n"],
+    kinds: Int[np.ndarray, " n"],
+    members: list[list[int]],
+    sums: Float[np.ndarray, " packs"],
+    item: int,
+    target: int,
+) -> tuple[int, int]:
+    """Puts `item` into a full pack without its kind; returns the item that leaves it for the pack `target`.
+
+    Among all exchanges the one whose two packs end lightest is made. There is none where every pack has the kind.
+    """
+    best: tuple[float, int, int] | None = None
+    for p, others in enumerate(members):
+        if p == target or _holds(others, kinds[item], kinds):
+            continue
+        for other in others:
+            if not _holds(members[target], kinds[other], kinds):
+                heavier = max(sums[target] + weights[other], sums[p] - weights[other] + weights[item])
+                best = min(best or (heavier, p, other), (heavier, p, other))
+    if best is None:
+        return item, target
+    _, p, other = best
+    members[p][members[p].index(other)] = item
+    sums[p] += float(weights[item] - weights[other])
+    return other, target
+
+
+def _holds(items: list[int], kind: int, kinds: Int[np.ndarray, " n"]) -> bool:
+    return any(kinds[item] == kind for item in items)
+
+
+def _evened_out(
+    weights: Float[np.ndarray, " n"], kinds: Int[np.ndarray, " n"], members: list[list[int]]
+) -> list[list[int]]:
+    """Returns the packs after the best exchanges of two items that make the heaviest pack lighter, until none does.
+
+    An exchange never brings two items of a kind together.
+    """
+    packed = np.array(members)
+    while True:
+        held, of_kind = weights[packed], kinds[packed]
+        sums = held.sum(axis=1)
+        heaviest = int(np.argmax(sums))
+        moved = held[heaviest][:, None, None] - held[None]  # [item of the heaviest, pack, item of the pack]
+        heavier = np.maximum(sums[heaviest] - moved, sums[None, :, None] + moved)
+        kind_in_pack = (of_kind[heaviest][:, None, None] == of_kind[None]).any(axis=2)
+        kind_in_heaviest = (of_kind[:, :, None] == of_kind[heaviest]).any(axis=2)
+        heavier[kind_in_pack] = np.inf
+        heavier[:, kind_in_heaviest] = np.inf
+        own, pack_, other = np.unravel_index(np.argmin(heavier), heavier.shape)
+        if not heavier[own, pack_, other] < sums[heaviest] * (1 - 1e-12):
+            return packed.tolist()
+        packed[heaviest, own], packed[pack_, other] = packed[pack_, other], packed[heaviest, own]
+
+
+def replicate(weights: Float[np.ndarray, " n"], physical: int, most: int | None = None) -> Int[np.ndarray, " physical"]:
     """Returns the item of each copy: one of each item, then repeatedly one of the item with the most load per copy.
 
     No other choice of copies has a smaller maximum of the load per copy.
+
+    Args:
+      most: an item gets no more copies than this while another has fewer; unlimited unless given.
     """
     counts = np.ones(len(weights))
     copies = list(range(len(weights)))
     for _ in range(physical - len(weights)):
-        busiest = int(np.argmax(weights / counts))
+        load = weights / counts
+        if most is not None and (counts < most).any():
+            load = np.where(counts < most, load, -1.0)
+        busiest = int(np.argmax(load))
         copies.append(busiest)
         counts[busiest] += 1
     return np.array(copies)
@@ -112,9 +190,10 @@ def _place_layer(
     placed: list[int] = []
     for node_groups in pack(load.reshape(groups, -1).sum(axis=1), nodes):
         experts = members[node_groups].reshape(-1)
-        copies = replicate(load[experts], physical // nodes)
+        # A second copy on a device would serve nobody that the first does not.
+        copies = replicate(load[experts], physical // nodes, most=devices // nodes)
         each = load[experts] / np.bincount(copies, minlength=len(experts))
-        for device in pack(each[copies], devices // nodes):
+        for device in pack(each[copies], devices // nodes, copies):
             placed += experts[copies[device]].tolist()
     return np.array(placed)
 

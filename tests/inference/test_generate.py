@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,10 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.inference import GREEDY, Sampler, complete, generate, speculate, stream
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import Precision
+
+# The package has a function of this name.
+generation = importlib.import_module("dsv3_jax.inference.generate")
+speculative = importlib.import_module("dsv3_jax.inference.speculative")
 
 GOLDEN = ("v3_yarn_small", "lite_small")  # all are decoded token by token in tests/model/test_golden.py
 PROMPTS = [[5, 9, 200], [17, 3, 3, 88, 41, 250, 7, 7, 12], list(range(30, 55))]
@@ -117,6 +123,29 @@ def test_one_key_per_row(model: DeepSeekV3) -> None:
     own = complete(model, prompts, NEW, DRAWN, keys)
     assert len({tuple(text) for text in own}) == 3
     assert own == complete(model, prompts, NEW, DRAWN, keys)
+
+
+def test_every_step_draws_with_noise_of_its_own(model: DeepSeekV3) -> None:
+    """With equal logits a token depends on the noise alone: twelve equal draws would mean one noise for all steps."""
+    even = nnx.clone(model)
+    even.head.weight[...] = jnp.zeros_like(even.head.weight[...])
+    keys = jax.random.split(jax.random.key(2), 2)
+    for text in complete(even, PROMPTS[:2], NEW, Sampler(), keys):
+        assert len(set(text)) > NEW / 2
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_cache_has_the_models_dtype(precision: str) -> None:
+    """Traces what reads the prompts; nothing is computed."""
+    model = small_model(ModelConfig.preset("tiny", num_hidden_layers=2), 0, precision=Precision.preset(precision))
+    ids, length, choice = jnp.zeros((1, 32), jnp.int32), jnp.ones(1, jnp.int32), generation._Choice(GREEDY, ())
+    graph, weights = nnx.split(model)
+    for start in (
+        lambda weights: generation._start(nnx.merge(graph, weights), ids, length, None, choice, 40),
+        lambda weights: speculative._start(nnx.merge(graph, weights), ids, length, 8, ()),
+    ):
+        cache = jax.eval_shape(start, weights).cache
+        assert cache.latent.dtype == cache.rope_key.dtype == precision
 
 
 def test_a_row_ends_at_its_stop_token(model: DeepSeekV3) -> None:

@@ -53,7 +53,12 @@ def test_stop_token(model: DeepSeekV3) -> None:
     stop = 0
     assert [stop in text for text in plain] == [False, True, True]
     want = [text[: text.index(stop)] if stop in text else text for text in plain]
-    assert speculate(model, PROMPTS, NEW, stop_token=stop).tokens == want
+    result = speculate(model, PROMPTS, NEW, stop_token=stop)
+    assert result.tokens == want
+    # A row that ends at its stop token checks as many drafts as one that may write no more tokens than that.
+    ended = [speculate(model, [prompt], min(len(text) + 1, NEW)) for prompt, text in zip(PROMPTS, want, strict=True)]
+    assert result.drafted == sum(one.drafted for one in ended)
+    assert result.accepted == sum(one.accepted for one in ended)
 
 
 def test_golden_greedy_text() -> None:

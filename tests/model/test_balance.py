@@ -24,6 +24,12 @@ def test_update_is_the_sign_of_the_exact_load_error(load: list[int], speed: floa
     np.testing.assert_array_equal(after, before + np.float32(speed) * signs)
 
 
+def test_a_load_just_below_the_mean_moves_up():
+    """Loads of 3 are below their mean of 10/3, which is not a whole number."""
+    after = update_biases(jnp.zeros((1, 3)), jnp.asarray([[3, 3, 4]]), 1.0)
+    np.testing.assert_array_equal(after, [[1, 1, -1]])
+
+
 def test_equal_loads_move_nothing():
     biases = jnp.asarray([[0.25, -1.0, 0.5]])
     np.testing.assert_array_equal(update_biases(biases, jnp.asarray([[7, 7, 7]]), 0.001), biases)

@@ -1,4 +1,4 @@
-"""Checks that decoding computes in the formats of the FP8 recipe, on the short path of few tokens too."""
+"""Checks which parts of a model compute in which format, and that decoding has the formats of the FP8 recipe too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from test_fp8_layer import rounded
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import DeepSeekV3
-from dsv3_jax.modules.moe import Experts
+from dsv3_jax.modules.moe import Experts, MixtureOfExperts
 from dsv3_jax.precision import Precision
 
 CONFIG = ModelConfig.preset("tiny", vocab_size=64, num_hidden_layers=2, num_nextn_predict_layers=0)
@@ -20,6 +20,33 @@ CONFIG = ModelConfig.preset("tiny", vocab_size=64, num_hidden_layers=2, num_next
 
 def model_of(precision: str) -> DeepSeekV3:
     return small_model(CONFIG.replace(initializer_range=0.1), 0, precision=Precision.preset(precision))
+
+
+def test_router_logits_are_float32_in_every_recipe() -> None:
+    """Affinities, read from gates that are not normalised, equal those of float64 products of the bfloat16 inputs."""
+    config = CONFIG.replace(norm_topk_prob=False, routed_scaling_factor=1.0, initializer_range=0.1)
+    for precision in ("bfloat16", "fp8"):
+        make = {"dtype": jnp.dtype(jnp.float32), "precision": Precision.preset(precision), "rngs": nnx.Rngs(0)}
+        router = MixtureOfExperts(config, **make).router
+        random = np.random.default_rng(3)
+        router.weight[...] = jnp.asarray(random.normal(size=router.weight.shape), jnp.float32)
+        u = jnp.asarray(random.normal(size=(1, 8, config.hidden_size)) / 8, jnp.bfloat16)
+        gates = router(u)
+        logits = np.asarray(u, np.float64)[0] @ np.asarray(router.weight[...], np.float64).T
+        wanted = np.take_along_axis(1 / (1 + np.exp(-logits)), np.asarray(gates.expert_index)[0], axis=1)
+        np.testing.assert_allclose(gates.gate[0], wanted, rtol=1e-5)
+
+
+def test_the_mtp_projection_is_never_fp8() -> None:
+    """The projection equals the float64 product; in FP8 it would be percents off."""
+    config = CONFIG.replace(num_nextn_predict_layers=1)
+    module = small_model(config, 0, precision=Precision.preset("fp8,compute_dtype=float32")).mtp[0]
+    random = np.random.default_rng(4)
+    hidden, embedded = (random.normal(size=(1, 3, config.hidden_size)) for _ in range(2))
+    normed = [x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + config.rms_norm_eps) for x in (embedded, hidden)]
+    wanted = np.concatenate(normed, axis=-1) @ np.asarray(module.projection.weight[...], np.float64).T
+    found = module.join(*(jnp.asarray(x, jnp.float32) for x in (hidden, embedded)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["float32", "fp8", "fp8,promotion=false", "fp8,forward=none", "fp8,tile=32"])
