@@ -49,7 +49,7 @@ def exact_attention(q: Any, k: Any, v: Any, scale: float) -> np.ndarray:
 
 @pytest.mark.parametrize("tiled", [False, True])
 def test_logits_of_attention_are_not_rounded(tiled: bool) -> None:
-    """Logits near 100 that differ by about 1: a bfloat16 near 100 errs by up to 1/4, and weights with it by a quarter."""
+    """Logits near 100 that differ by about 1: bfloat16 errs by up to 1/4 there, and weights with it by a quarter."""
     q = jnp.asarray(normal(0, 1, 40, 2, 16) + 5, jnp.bfloat16)
     k = jnp.asarray(normal(1, 1, 40, 2, 16) * 0.1 + 5, jnp.bfloat16)
     v = jnp.asarray(np.abs(normal(2, 1, 40, 2, 8)) + 1, jnp.bfloat16)

@@ -80,8 +80,19 @@ def test_packing_near_the_best(weights, packs):
     best = min(
         weights[np.array(order)].reshape(packs, -1).sum(axis=1).max() for order in itertools.permutations(range(6))
     )
-    # A pack exceeds the mean by less than the item added to it last, so the largest pack is at most twice the best.
-    assert max(weights[members].sum() for members in found) <= 2 * best
+    # By the rule itself, written out: the heaviest item that is left joins the lightest pack that is not full.
+    left, packed = sorted(range(6), key=lambda item: (-weights[item], item)), [[] for _ in range(packs)]
+    for item in left:
+        free = [members for members in packed if len(members) < 6 // packs]
+        min(free, key=lambda members: sum(weights[m] for m in members)).append(item)
+    assert found == packed
+    assert best <= max(weights[members].sum() for members in found) <= best + weights.max() / 2
+
+
+def test_packing_is_the_best_where_pairs_fit():
+    """Heaviest with lightest: 9 + 1, 8 + 2 and 7 + 3 are equal."""
+    found = pack(np.array([1.0, 9, 2, 8, 3, 7]), 3)
+    assert sorted(sorted(members) for members in found) == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_redundant_experts_even_out_skewed_loads():
