@@ -126,15 +126,18 @@ def test_few_tokens_are_decoded_with_gates_in_float32() -> None:
     assert np.all(np.abs(decoded(gate) - gate @ each) <= np.abs(gate @ each) * ULP * 1.001 + 1e-7)
 
 
-@pytest.mark.parametrize(("context", "theta", "width"), [(65536, 100.0, 8), (4096, 10000.0, 64), (16, 10000.0, 64)])
-def test_yarn_by_its_published_code(context: int, theta: float, width: int) -> None:
+@pytest.mark.parametrize(
+    ("context", "theta", "width", "fast"),
+    [(65536, 100.0, 8, 1000.0), (65536, 100.0, 8, 32.0), (4096, 10000.0, 64, 32.0), (16, 10000.0, 64, 32.0)],
+)
+def test_yarn_by_its_published_code(context: int, theta: float, width: int, fast: float) -> None:
     """Bounds of the ramp are clamped to pairs 0 and width - 1; every pair by the published formula, in plain Python."""
-    scaling = RopeScaling(factor=40.0, original_max_position_embeddings=context)
+    scaling = RopeScaling(factor=40.0, original_max_position_embeddings=context, beta_fast=fast)
 
     def correction(rotations: float) -> float:
         return (width * math.log(context / (rotations * 2 * math.pi))) / (2 * math.log(theta))
 
-    low, high = max(math.floor(correction(32.0)), 0), min(math.ceil(correction(1.0)), width - 1)
+    low, high = max(math.floor(correction(fast)), 0), min(math.ceil(correction(1.0)), width - 1)
     wanted = []
     for pair in range(width // 2):
         plain = theta ** (-2 * pair / width)
