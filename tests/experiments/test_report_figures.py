@@ -99,3 +99,25 @@ def test_hidden_communication_is_hidden_only_while_there_is_computation(run: Any
     slow = [dataclasses.replace(flow, seconds=100.0) for flow in plan.flows if flow.what == run.TOKENS]
     time = run.step_time(config, plan.layers, plan.state, slow, run.Reached())
     assert time.exposed == pytest.approx(100.0 - time.fp8_products - time.products - time.attention - time.memory)
+
+
+def test_memory_of_a_device(run: Any) -> None:
+    """Masters over all replicas, an FP8 copy, gradients in float32, moments, and activations of 8.5 micro-batches."""
+    plan = run.report_plan(run.REPORT_RUN)
+    plain = 2 * 7168 + 1536 + 512 + 256 * 7168 + 256
+    everywhere, experts = plain + LINEAR + EXPERT, 4 * EXPERT  # on 2 x 128 ranks and on 2 x 2
+    masters = 8 * 4 * (everywhere / 256 + experts / 4)
+    state = plan.state
+    assert state.masters == masters
+    assert state.moments == masters  # two in bfloat16
+    assert state.gradients == 8 * 4 * (everywhere + experts)
+    assert state.working_weights == 8 * (2 * plain + (1 + 4 / 128**2) * (LINEAR + EXPERT + experts))
+
+    d, latents = 7168, 1536 + 512 + 64
+    kept = 2 * d + 2 * latents + 128 * 128 * (1.5 + SCALE) + 2 * d + 2 * 9 * 2048 * (1 + SCALE) + 256 * 4 + 8 * d * 2
+    assert sum(plan.activations.kept.values()) == pytest.approx(8 * 17 / 2 * 4096 * kept)
+    again = (2 * d + latents) * (4 + 1 + SCALE) + 128 * (192 + 128 + 128) * 2 + 8 * d * (1 + SCALE)
+    tiles = 3 * 128 * 512**2 * 4 + 128 * 4096 * (192 * 4 + 320 * 2) + 128 * 512 * 320 * 4
+    assert plan.activations.recomputed == pytest.approx(4096 * (kept + again) + tiles)
+    held = state.working_weights + state.gradients + 2 * masters + 8 * 17 / 2 * 4096 * kept
+    assert plan.memory == pytest.approx(held + 4096 * (kept + again) + tiles + 2 * 2**30)
