@@ -268,7 +268,7 @@ def test_eval_prints_json_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture
     assert found["step"] == 1
     assert found["main"] == pytest.approx(dataclasses.asdict(outcome.end.main))
     assert found["mtp"][0] == pytest.approx(dataclasses.asdict(outcome.end.mtp[0]))
-    assert 0 <= found["mtp_acceptance"][0] <= 1
+    assert found["mtp_acceptance"] == pytest.approx(list(outcome.end.mtp_acceptance))
     assert main(["eval", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
     assert "bits per byte" in printed
