@@ -43,6 +43,7 @@ def generate(
     sampler: Sampler | None = None,
     key: Key[Array, "*B"] | None = None,
     *,
+    temperature: float | None = None,
     prompt_lengths: Int[Array, " B"] | None = None,
     stop_token: StopTokens = None,
 ) -> Int[Array, "B T+N"]:
@@ -56,6 +57,7 @@ def generate(
       key: random key, needed if the sampler is not greedy. With one key, the randomness of a row depends only on its
         prompt: it does not change with the batch, and identical prompts get identical text. B keys give every row its
         own randomness.
+      temperature: that of a sampler without top-k and top-p; instead of `sampler`.
       prompt_lengths: number of prompt tokens of each row; all T if not given.
       stop_token: a row ends when it produces this token, or one of these; generation ends early when all rows have
         ended.
@@ -67,6 +69,10 @@ def generate(
     Raises:
       UserError: a prompt is empty, a token is outside the vocabulary, or the tokens do not fit the model's context.
     """
+    if temperature is not None:
+        if sampler is not None:
+            raise UserError("give a sampler or a temperature, not both")
+        sampler = Sampler(temperature=temperature)
     ids = np.asarray(tokens)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"tokens must be whole numbers of shape [batch, length], not {ids.dtype}{list(ids.shape)}")

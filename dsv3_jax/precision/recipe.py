@@ -55,7 +55,7 @@ class Precision:
 
     @classmethod
     def preset(cls, name: str) -> Precision:
-        """Returns the recipe called `name`; `auto` is float32 on a CPU and bfloat16 on other devices.
+        """Returns the recipe called `name`; `auto` is bfloat16 where the device computes fast in it, else float32.
 
         Changes of fields may follow the name, those of the FP8 recipe included: "fp8,promotion=false,tile=32".
 
@@ -64,7 +64,7 @@ class Precision:
         """
         name, *changes = name.split(",")
         if name == "auto":
-            name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+            name = "bfloat16" if _computes_fast_in_bfloat16(jax.devices()[0]) else "float32"
         if name not in PRECISIONS:
             near = difflib.get_close_matches(name, PRECISIONS, n=1) or [", ".join(["auto", *PRECISIONS])]
             raise ConfigError(f"precision '{name}' does not exist; choose {near[0]}")
@@ -86,6 +86,12 @@ class Precision:
                 raise ConfigError(f"precision '{self.name}' has no field '{field}' to change; choose {near[0]}")
         fp8 = self.fp8 and dataclasses.replace(self.fp8, **of_fp8)
         return dataclasses.replace(self, name=",".join([self.name, *changes]), fp8=fp8, **own)
+
+
+def _computes_fast_in_bfloat16(device: jax.Device) -> bool:
+    """Returns whether a device has hardware for bfloat16 products, which CPUs and NVIDIA GPUs before Ampere lack."""
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    return device.platform != "cpu" and not (major.isdecimal() and int(major) < 8)
 
 
 def _value(text: str) -> bool | int | str:

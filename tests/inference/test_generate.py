@@ -172,6 +172,14 @@ def test_a_row_ends_at_the_first_of_several_stop_tokens(model: DeepSeekV3) -> No
     assert row.tolist() == want[0] + [last] + [stops[0]] * (NEW - len(want[0]) - 1)
 
 
+def test_a_temperature_is_a_sampler(model: DeepSeekV3) -> None:
+    tokens, key = np.array(PROMPTS[:1]), jax.random.key(5)
+    drawn = generate(model, tokens, NEW, Sampler(temperature=1.3), key)
+    np.testing.assert_array_equal(generate(model, tokens, NEW, temperature=1.3, key=key), drawn)
+    with pytest.raises(UserError, match="not both"):
+        generate(model, tokens, NEW, GREEDY, temperature=1.0)
+
+
 def test_streaming_ends_when_all_rows_have_stopped(model: DeepSeekV3) -> None:
     text = complete(model, PROMPTS[:1], NEW)[0]
     steps = list(stream(model, PROMPTS[:1], NEW, stop_token=text[3]))

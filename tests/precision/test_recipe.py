@@ -1,0 +1,28 @@
+"""Checks which precision `auto` stands for on which device."""
+
+from __future__ import annotations
+
+import types
+
+import jax
+import pytest
+
+from dsv3_jax.precision import Precision
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "name"),
+    [
+        ("cpu", None, "float32"),
+        ("gpu", "7.5", "float32"),  # T4: its bfloat16 products are emulated
+        ("gpu", "8.0", "bfloat16"),
+        ("gpu", "9.0", "bfloat16"),
+        ("gpu", "12.0", "bfloat16"),
+        ("gpu", "gfx942", "bfloat16"),  # AMD
+        ("tpu", None, "bfloat16"),
+    ],
+)
+def test_auto(platform: str, capability: str | None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = types.SimpleNamespace(platform=platform, **({"compute_capability": capability} if capability else {}))
+    monkeypatch.setattr(jax, "devices", lambda *_: [device])
+    assert Precision.preset("auto").name == name
