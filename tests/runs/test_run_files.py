@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.runs.folder import RunFolder
-from dsv3_jax.runs.metrics import JsonLines, TensorBoard, read_metrics
+from dsv3_jax.runs.metrics import JsonLines, TensorBoard, Terminal, read_metrics
 from dsv3_jax.runs.plots import plot_expert_load, plot_losses
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.defaults import default_run
@@ -249,3 +250,22 @@ def test_drawing_leaves_the_backend_of_a_notebook_alone(tmp_path: Path):
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=True)
     assert ended.stdout == "svg\n"
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_line_of_a_step_leaves_room_for_bar_and_time(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name, value in (("FORCE_COLOR", "1"), ("COLUMNS", str(width)), ("TERM", "xterm"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    terminal = Terminal(steps=14_800, start=0, log_every=10)
+    numbers = {"main_loss": 10.123, "mtp_loss": 10.5, "tokens_per_second": 123_456.0, "gradient_norm": 12.34}
+    terminal.write({"step": 9_000, **numbers, "max_violation": 1.23, "mfu": 0.345})
+    terminal.close()
+    printed = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "\n", capsys.readouterr().out)
+    (line,) = {line.rstrip() for line in printed.splitlines() if "main loss" in line}
+    assert len(line) <= width
+    assert "step 9000/14800" in line
+    assert re.search(r"(\d|-):(\d\d|--):(\d\d|--)", line), "the time left"
+    assert "━" in line, "the bar"
+    assert ("MFU" in line) == (width == 200)
