@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 from dsv3_jax.errors import ConfigError
 
@@ -17,6 +18,7 @@ class DataConfig:
         (.jsonl, .ndjson, .json) with a field text and an optional field domain, a .parquet file with such columns, an
         .arrayrecord file of tokenised documents (`write_array_record`), or a folder of such files. Texts and JSON lines
         may be compressed (.gz, .bz2, .xz, .zst). A folder must not mix .arrayrecord files with others.
+      null_texts: what to do with rows whose text is null: "skip" (they are counted, and the first is named) or "refuse".
       tokenizer: "train" (a byte-level BPE, trained on the corpus), "byte" (one id per byte), or the path of a
         tokenizer.json, of a gzipped one, or of a folder that holds one.
       vocab_size: number of ids of the tokenizer to train, control tokens included. Other tokenizers ignore it.
@@ -35,6 +37,7 @@ class DataConfig:
     """
 
     corpus: str = "stdlib"
+    null_texts: Literal["skip", "refuse"] = "skip"
     tokenizer: str = "train"
     vocab_size: int = 4096
     sequence_length: int = 256
@@ -51,6 +54,8 @@ class DataConfig:
             raise ConfigError("data.corpus is empty: give 'stdlib' or the path of a file or folder")
         if not self.tokenizer:
             raise ConfigError("data.tokenizer is empty: give 'train', 'byte' or the path of a tokenizer.json")
+        if self.null_texts not in ("skip", "refuse"):
+            raise ConfigError(f"data.null_texts must be skip or refuse, not {self.null_texts!r}")
         for name, least in (
             ("vocab_size", 1),
             ("sequence_length", 1),

@@ -37,12 +37,14 @@ class Corpus:
       root: the folder that document names are relative to, so that a corpus that is moved stays the same.
       files: sorted by name, with the kind of each.
       left_out: why files and folders below the root are not read, with their names.
+      refuses_nulls: whether a row whose text is null is an error.
     """
 
     name: str
     root: Path
     files: dict[Path, FileKind]
     left_out: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    refuses_nulls: bool = False
 
     @property
     def pretokenised(self) -> bool:
@@ -79,6 +81,8 @@ class Corpus:
                     account.add(kind, document)
                 if isinstance(document, Document):
                     yield document
+                elif self.refuses_nulls:
+                    raise UserError(f"{document.where}: the text is null; data.null_texts is refuse")
 
     def _label(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()
@@ -119,7 +123,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         raise UserError(f"the corpus {path} is empty: it holds no text file" + (f" ({found})" if found else ""))
     if len({kind.form == "tokens" for kind in files.values()}) > 1:
         raise UserError(f"the corpus {path} mixes {PRETOKENISED} files with text files; put them in separate folders")
-    return Corpus(config.corpus, root, files, left_out)
+    return Corpus(config.corpus, root, files, left_out, config.null_texts == "refuse")
 
 
 def _stdlib() -> Corpus:

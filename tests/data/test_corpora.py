@@ -208,6 +208,7 @@ def test_too_small_for_one_sequence(length: int, tmp_path: Path) -> None:
     [
         ("corpus", ""),
         ("tokenizer", ""),
+        ("null_texts", "keep"),
         ("vocab_size", 0),
         ("sequence_length", 0),
         ("sequence_length", True),
@@ -335,6 +336,8 @@ def test_what_was_read_and_what_was_not_is_said(tmp_path: Path) -> None:
 def test_null_texts_are_passed_over_in_parquet_too(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", text=["a", None, "b"])
     assert documents(tmp_path) == [Document("a.parquet:1", "parquet", "a"), Document("a.parquet:3", "parquet", "b")]
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: the text is null"):
+        list(open_corpus(DataConfig(corpus=str(tmp_path), null_texts="refuse")).documents())
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
