@@ -14,10 +14,10 @@ class DataConfig:
     """The data of a run: the corpus, the tokenizer, and how text becomes rows of tokens.
 
     Attributes:
-      corpus: "stdlib" (the source code of Python's standard library), or a path: a text file, a file of JSON
-        lines (.jsonl, .ndjson, .json) with a field text and an optional field domain, a .parquet file with such columns,
-        an .arrayrecord file of tokenised documents (`write_array_record`), or a folder of such files. Texts and JSON lines
-        may be compressed (.gz, .bz2, .xz, .zst). A folder must not mix .arrayrecord files with others.
+      corpus: "stdlib" (the source code of Python's standard library), or a path: a text file, a file of JSON lines
+        (named .jsonl, .ndjson or .json) with a field text and an optional field domain, a .parquet file with such
+        columns, an .arrayrecord file of tokenised documents (`write_array_record`), or a folder of such files. Texts
+        and JSON lines may be compressed (.gz, .bz2, .xz, .zst). A folder must not mix .arrayrecord files with others.
       null_texts: what to do with rows whose text is null: "skip" (they are counted and the first is named) or "refuse".
       tokenizer: "train" (a byte-level BPE, trained on the corpus), "byte" (one id per byte), or the path of a
         tokenizer.json, of a gzipped one, or of a folder that holds one.
