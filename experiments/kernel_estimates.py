@@ -6,7 +6,7 @@ The cycles of an FP8 product come from `estimated_cycles` in pallas_kernels/bloc
 it counts and what it leaves out; a test compares it with the rates that DeepGEMM publishes. Those of the grouped
 products come from `step_cycles` in pallas_kernels/grouped_matmul/tiling.py. Quantisation and routing are limited by the
 copy bandwidth or by the issue slots of their arithmetic. Writes kernel_estimates.md into experiments/results/ (or
---out); experiments/benchmarks/kernels.py measures the same kernels.
+--out); experiments/device/run.py measures the same kernels.
 """
 
 from __future__ import annotations

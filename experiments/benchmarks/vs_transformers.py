@@ -36,7 +36,7 @@ class Worker:
         cores = sorted(os.sched_getaffinity(0))[:threads]
         environment = os.environ | HUGE_PAGES | {"OMP_NUM_THREADS": str(threads), "JAX_PLATFORMS": "cpu"}
         self.process = subprocess.Popen(
-            [python, "-P", str(HERE / script)],  # -P: do not import kernels.py of this folder by mistake
+            [python, "-P", str(HERE / script)],  # -P: no file of this folder hides a module
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

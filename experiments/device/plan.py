@@ -36,7 +36,6 @@ class Check:
 SMOKE = (Check("smoke", "smoke", limit=60),)
 
 CORRECTNESS = (
-    *SMOKE,
     *(
         Check(f"quantise {dtype}{', powers of two' * powers}", "quantise_checks", {"dtype": dtype, "powers": powers})
         for dtype in ("bfloat16", "float32")
@@ -89,5 +88,5 @@ TRAINING = tuple(
     for precision in ("bfloat16", "fp8")
 )
 
-# Checks of several commands run together. Training comes first, since its programs take longest to compile.
+# Checks of several commands run together, after the smoke check. Training is first, since its programs compile longest.
 COMMANDS = {"smoke": SMOKE, "training": TRAINING, "correctness": CORRECTNESS, "timing": TIMING}

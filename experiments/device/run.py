@@ -297,11 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the names of the checks")
     parser.add_argument("--interpret", action="store_true", help="tiny shapes, kernels interpreted on the CPU")
     options = parser.parse_args(arguments)
-    commands = [c for c in COMMANDS if c in options.commands or "all" in options.commands]
+    commands = [c for c in COMMANDS if c in ("smoke", *options.commands) or "all" in options.commands]
     if options.list:
         print("\n".join(check.name for command in commands for check in COMMANDS[command]))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes, which are in sessions of their own
     run = Run(options.out.resolve(), options.limit, options.jobs, options.interpret, options.compare)
     run.checks([check for command in commands for check in COMMANDS[command]], options.only)
     print(table(run.results))
@@ -311,4 +310,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes, which are in sessions of their own
     sys.exit(main())

@@ -89,7 +89,7 @@ class Tiling:
         return f"{self.tile_m} x {self.tile_n}, {self.stages} stages{cluster}{splits}"
 
 
-# Measured entries, (M, N, K) to the fastest tiling, are written here by `experiments/benchmarks/kernels.py --tune`.
+# (M, N, K) to the fastest tiling, as measured by `experiments/device/run.py timing`.
 TUNED: dict[tuple[int, int, int], Tiling] = {}
 
 
@@ -105,7 +105,7 @@ def choose_tiling(m: int, n: int, k: int, out_bytes: int, by_column: bool, multi
 def candidates(
     m: int, n: int, k: int, out_bytes: int, by_column: bool, multiprocessors: int, most: int = 8
 ) -> tuple[Tiling, ...]:
-    """Returns the `most` tilings with the fewest estimated cycles, fewest first: what `--tune` times.
+    """Returns the `most` tilings with the fewest estimated cycles, fewest first.
 
     Args:
       by_column: B has a scale per column and the product is added to an accumulator (a weight gradient).

@@ -69,8 +69,7 @@ def candidates(groups_along: Groups, fp8: bool, out_bytes: int) -> tuple[Tiling,
     return tuple(cuts)
 
 
-# Measured entries, (form and format, out columns, contraction, groups) to the fastest cut, are written here by
-# `experiments/benchmarks/kernels.py --tune`.
+# (Form and format, out columns, contraction, groups) to the fastest cut, as measured by `experiments/device/run.py`.
 TUNED: dict[tuple[str, int, int, int], Tiling] = {}
 
 

@@ -41,3 +41,13 @@ def test_every_failure_costs_its_own_case_only(run, tmp_path, monkeypatch):
     assert "no_such_module" in (tmp_path / "printed.txt").read_text()
     report = run.table(runner.results)
     assert report.splitlines()[-1].startswith("FAIL")
+
+
+def test_checks_and_timings_run_in_the_interpreter(run, tmp_path, capsys):
+    """Runs the parent with checks of each kind; the others differ in their cases."""
+    only = ["smoke", "quantise float32, powers", "timing, ceilings", "timing, masked"]
+    code = run.main(["all", "--interpret", "--jobs", "2", "--out", str(tmp_path), "--only", *only])
+    printed = capsys.readouterr().out
+    assert not code, printed + (tmp_path / "printed.txt").read_text()
+    assert "0 failed" in printed
+    assert "masked" in printed
