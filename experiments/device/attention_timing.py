@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,7 +37,6 @@ def forward(batch: int, length: int, heads: int) -> Problem:
     inputs = ("q", "k", "v", "k_shared")
     contenders = {
         "ours": Contender(lambda *x: hopper_forward.forward(*x, None, SCALE, True), inputs),
-        "ours, without turns": Contender(variant(hopper_forward, "forward", TURNS=False), inputs),
         "cuDNN, padded": Contender(through_cudnn, inputs),
     }
     return Problem(
@@ -55,15 +54,10 @@ def backward(batch: int, length: int, heads: int) -> Problem:
     def ours(q, k, v, k_shared, *others):
         return hopper_backward.backward(q, k, v, k_shared, None, *others, SCALE, True)
 
-    def early(q, k, v, k_shared, *others):
-        return variant(hopper_backward, "backward", LATE=False)(q, k, v, k_shared, *others)
-
     contenders = {
         "ours": Contender(ours, inputs),
         "ours, queries": Contender(lambda *x: ours(*x)[0], inputs),
         "ours, keys": Contender(lambda *x: ours(*x)[1:], inputs),
-        "ours, queries, stages kept": Contender(lambda *x: early(*x)[0], inputs),
-        "ours, keys, stages kept": Contender(lambda *x: early(*x)[1:], inputs),
         "cuDNN, padded, with forward": Contender(
             lambda q, k, v, k_shared, bar: jax.vjp(through_cudnn, q, k, v, k_shared)[1](bar), inputs[:5]
         ),
@@ -74,22 +68,6 @@ def backward(batch: int, length: int, heads: int) -> Problem:
         contenders,
         flops=operations(batch, length, heads, 3 * (OWN + SHARED) + 2 * VALUE),
     )
-
-
-def variant(module: Any, name: str, **constants: Any) -> Callable[..., Any]:
-    """Returns a kernel traced with other constants of its module, without segment ids."""
-
-    def traced(q, k, v, k_shared, *others):
-        before = {key: getattr(module, key) for key in constants}
-        for key, value in constants.items():
-            setattr(module, key, value)
-        try:
-            return getattr(module, name).__wrapped__(q, k, v, k_shared, None, *others, SCALE, True)
-        finally:
-            for key, value in before.items():
-                setattr(module, key, value)
-
-    return traced
 
 
 def make(batch: int, length: int, heads: int, key: jax.Array) -> dict[str, Any]:

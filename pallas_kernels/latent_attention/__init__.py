@@ -43,7 +43,7 @@ def latent_attention(
         gradient is the sum over the heads.
       segment_ids: when given, positions attend only within equal ids.
       causal: whether a position sees only itself and the positions before it.
-      implementation: "reference" or "hopper"; by default the best one for the device that can take the operands.
+      implementation: "reference", "hopper" or "tpu"; by default the best one for the device that can take the operands.
         Hopper's kernels take bfloat16 and widths that are multiples of 16. "cudnn" calls cuDNN on a GPU, which takes no
         segment ids and repeats the shared keys in memory.
 
@@ -100,7 +100,7 @@ _kernel.defvjp(_forward, _backward)
 def _available(q, k, v) -> tuple[Implementation, ...]:
     widths = (k.shape[-1], v.shape[-1], q.shape[-1] - k.shape[-1])
     fits = q.dtype == jnp.bfloat16 and all(width % WIDTH_MULTIPLE == 0 for width in widths)
-    return ("reference", "hopper") if fits else ("reference",)
+    return ("reference", "hopper", "tpu") if fits else ("reference", "tpu")
 
 
 def _check(q, k, v, scale, k_shared, segment_ids) -> None:

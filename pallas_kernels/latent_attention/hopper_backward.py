@@ -50,7 +50,6 @@ from pallas_kernels.latent_attention.hopper_form import (
 )
 from pallas_kernels.latent_attention.tiles import key_tiles, query_tiles
 
-LATE = True  # a stage is given back while the products of the next one run
 MOST_ROWS = 192  # of the other side in the ring
 BLOCKS_WANTED = 4  # pieces of work per multiprocessor, before heads are put together in one
 
@@ -390,12 +389,6 @@ def _consume(
                     plgpu.wgmma(logits_acc, own.at[warpgroup], transposed(other.at[stage]))
                 plgpu.wgmma(weights_bar_acc, own_value_smem.at[warpgroup], transposed(other_value_smem.at[stage]))
                 logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
-                if LATE:
-
-                    @pl.when(t > 0)
-                    def _():
-                        plgpu.barrier_arrive(freed.at[lax.rem(steps_before + t - 1, plan.stages)])
-
                 weights = jnp.exp2(masked_where_needed(logits, tile, row, t) * form.exponent)
                 return weights, weights_bar_acc[...]
 
@@ -406,9 +399,8 @@ def _consume(
                 plgpu.wgmma(to_values, weights.astype(arrays.q.dtype), other_value_smem.at[stage])
             for to_part, other in zip(to_parts, other_smem, strict=True):
                 plgpu.wgmma(to_part, logits_bar, other.at[stage])
-            if not LATE:
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(freed.at[stage])
+            plgpu.wgmma_wait(0)
+            plgpu.barrier_arrive(freed.at[stage])
 
     def write(tile: Tile, head, row, sums):
         """Sends the gradients of one head through the shared memory of the own rows."""
@@ -445,10 +437,7 @@ def _consume(
                     to_values = sums[-1] if plan.side == "keys" else None
                     steps_before = tile.steps_before + i * tile.count
                     accumulate(tile, head, row, steps_before, to_parts, to_values)
-                    finished = [total[...] for total in sums]
-                    if LATE:
-                        plgpu.barrier_arrive(freed.at[lax.rem(steps_before + tile.count - 1, plan.stages)])
-                    return finished
+                    return [total[...] for total in sums]
 
                 plgpu.barrier_wait(own_filled.at[warpgroup])
                 sums = pl.run_scoped(one_head, *(plgpu.WGMMAAccumulatorRef((ROWS, w), jnp.float32) for w in widths))

@@ -8,8 +8,8 @@ keys from the last visible one to the first, so that only the first visited tile
     O += P_{j+1} V_{j+1} wgmma with P in registers, in flight while the softmax of S is computed
     P  = exp2(S - max)   with the running maximum and sum of each row in registers
 
-The consumers take turns at issuing products: while one computes its softmax, the other's products keep the tensor cores
-busy. No logits leave the registers. `pallas_kernels/README.md` says more.
+While one consumer computes its softmax, its own product of values and the other consumer's products keep the tensor
+cores busy. No logits leave the registers. `pallas_kernels/README.md` says more.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ from pallas_kernels.latent_attention.hopper_form import (
 from pallas_kernels.latent_attention.tiles import key_tiles
 
 STAGES = 2
-TURNS = True  # whether the consumers issue their products in turn
 
 
 @once_a_program("scale", "causal")
@@ -121,7 +120,6 @@ def _scratch(form: Form, dtype) -> dict[str, Any]:
         "k_freed": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
         "v_filled": plgpu.Barrier(num_barriers=STAGES),
         "v_freed": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
-        "turn": plgpu.Barrier(num_barriers=CONSUMERS),
     }
 
 
@@ -239,15 +237,11 @@ def _produce(
 def _consume(
     for_each_tile, warpgroup, segments, out, log_sums, form: Form,
     *, q_smem, k_smem, v_smem, out_smem, log_sums_smem,
-    q_filled, q_freed, k_filled, k_freed, v_filled, v_freed, turn,
+    q_filled, q_freed, k_filled, k_freed, v_filled, v_freed,
 ):  # fmt: skip
     """Attends from 64 rows of each tile."""
     keys = keys_per_tile(form)
     scale = form.exponent
-
-    @pl.when((warpgroup == 1) & TURNS)
-    def _():
-        plgpu.barrier_arrive(turn.at[0])
 
     def multiply_keys(acc, stage):
         for q_part, k_part in zip(q_smem, k_smem, strict=True):
@@ -297,13 +291,9 @@ def _consume(
                 stage, previous = stage_of(t), stage_of(t - 1)
 
                 def products(logits_acc):
-                    if TURNS:
-                        plgpu.barrier_wait(turn.at[warpgroup])
                     multiply_keys(logits_acc, stage)
                     plgpu.barrier_wait(v_filled.at[previous])
                     plgpu.wgmma(acc, weights, v_smem.at[previous])
-                    if TURNS:
-                        plgpu.barrier_arrive(turn.at[1 - warpgroup])
                     return plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
 
                 logits = pl.run_scoped(products, logits_shape)
@@ -354,7 +344,3 @@ def _consume(
 
     for_each_tile(attend)
     plgpu.wait_smem_to_gmem(0)
-
-    @pl.when((warpgroup == 0) & TURNS)
-    def _():
-        plgpu.barrier_wait(turn.at[0])
