@@ -185,6 +185,23 @@ class ModelConfig:
                 raise ConfigError(f"ModelConfig has no field '{name}'; {_suggest(name, fields)}")
         return dataclasses.replace(self, **overrides)
 
+    def with_context_factor(self, factor: float) -> ModelConfig:
+        """Returns the model for `factor` times the context of its pre-training, by YaRN (report section 4.3: 40).
+
+        Only positions differ, so that the weights fit. A model that has YaRN already keeps its other settings.
+
+        Raises:
+          ConfigError: the factor is below 1 or above a million.
+        """
+        if not 1.0 <= factor <= 1e6:
+            raise ConfigError(f"the factor of the context must be from 1 to 1000000, not {factor}")
+        scaling = self.rope_scaling or RopeScaling(
+            factor=1.0, original_max_position_embeddings=self.max_position_embeddings
+        )
+        scaling = dataclasses.replace(scaling, factor=float(factor))
+        context = int(factor * scaling.original_max_position_embeddings)
+        return self.replace(max_position_embeddings=context, rope_scaling=scaling)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as nested dictionaries of plain values, for JSON."""
         return dataclasses.asdict(self)

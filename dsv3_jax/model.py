@@ -253,8 +253,9 @@ class DeepSeekV3(CachedDecoding):
         for k, module in enumerate(self.mtp, start=1):
             shifted = jnp.roll(embedded, -k, axis=1)
             inside = jnp.broadcast_to(jnp.arange(length) < length - k, embedded.shape[:2])
-            mask = inside if inputs.token_mask is None else inside & inputs.token_mask
-            block_inputs = dataclasses.replace(inputs, token_mask=mask)
+            if inputs.token_mask is not None:  # a token whose k-th successor is padding is not counted either
+                inside = inside & inputs.token_mask & jnp.roll(inputs.token_mask, -k, axis=1)
+            block_inputs = dataclasses.replace(inputs, token_mask=inside)
             graph, state = nnx.split(module.block)
 
             def block(

@@ -33,6 +33,7 @@ Examples:
   dsv3 train --preset nano --out runs/mine --steps 1000 --data.corpus ~/my-project
   dsv3 train --preset mini --out runs/wide --model.n-routed-experts 64 --training.batch-size 32
   dsv3 train --preset 1b --out runs/1b --mesh.expert 4 --mesh.fsdp 2
+  dsv3 train --preset nano --out runs/long --init-from runs/nano --context-factor 40 --data.sequence-length 2048
   dsv3 train --preset 1b --out /shared/1b --processes.coordinator node0:1234 --processes.count 2 --processes.index 0
 """
 _PRESET_HELP = (
@@ -50,6 +51,7 @@ class TrainOptions:
       precision: float32, bfloat16, fp8 (report section 3.3; single choices can be changed: "fp8,promotion=false") or
         auto (bfloat16 where the device computes fast in it, float32 elsewhere).
       init_from: folder of a run or of a published checkpoint, whose weights and architecture a new run starts from.
+      context_factor: extend the context of the model's pre-training this many times by YaRN (report section 4.3: 40).
     """
 
     out: Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")] = ""
@@ -57,6 +59,7 @@ class TrainOptions:
     steps: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: the preset's number)")] = None
     precision: str = "auto"
     init_from: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: random weights)")] = ""
+    context_factor: Annotated[float | None, tyro.conf.arg(help_behavior_hint="(default: the model's context)")] = None
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
@@ -77,9 +80,12 @@ def main(argv: list[str]) -> int:
     training = options.training
     if options.steps is not None:
         training = dataclasses.replace(training, steps=options.steps)
+    model = options.model
+    if options.context_factor is not None:
+        model = model.with_context_factor(options.context_factor)
     config = RunConfig(
         preset=options.preset,
-        model=options.model,
+        model=model,
         data=_with_absolute_paths(options.data, defaults.data),
         training=training,
         precision=options.precision,

@@ -29,7 +29,7 @@ class Routing:
       load: int32, assignments of real (not padding) tokens to each expert.
       sequence_balance: float32, sum_i f_i P_i averaged over sequences: 1 when even, at most about E/K;
         differentiable through P.
-      batch_balance: the same with f and P taken over the whole batch (section 4.5.3).
+      batch_balance: the same with f and P taken over all sequences of the pass (section 4.5.3).
     """
 
     load: Int[Array, "*layers E"]

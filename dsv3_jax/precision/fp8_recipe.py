@@ -37,7 +37,8 @@ class Fp8Recipe:
       cache_activations: keep inputs of linear maps in FP8; False keeps them in the compute dtype.
       after_attention: what is kept of the attention's output, the next linear map's input: "e5m6" (12 bits, scales
         that are powers of two), "e4m3" or "none" (the compute dtype).
-      cache_swiglu_input: keep the input of SwiGLU in FP8 and recompute its output; False keeps both as they are.
+      cache_swiglu_input: keep the input of SwiGLU in FP8 and recompute its output; False keeps both as they are. It
+        holds for dense layers too, whereas the report speaks of MoE layers only.
       dispatch: send tokens to the experts, and gradients to their down-projections, in FP8 with scales that are
         powers of two. On one device nothing is sent, but the scales are the same.
     """

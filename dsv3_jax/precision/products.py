@@ -124,5 +124,5 @@ def _shortened(total: Array, products: Array) -> Array:
     every term).
     """
     _, exponent = jnp.frexp(jnp.maximum(jnp.abs(total), jnp.abs(products)))
-    unit = jnp.ldexp(jnp.float32(1), exponent - _BITS)
+    unit = jnp.ldexp(jnp.float32(1), jnp.maximum(exponent - _BITS, -126))  # a smaller one would be rounded to zero
     return (jnp.trunc(total / unit) + jnp.trunc(products / unit)) * unit

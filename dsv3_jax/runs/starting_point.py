@@ -16,6 +16,9 @@ from dsv3_jax.runs.checkpoints import load_checkpoint
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.training.config import RunConfig
 
+_OF_POSITIONS = ("max_position_embeddings", "rope_scaling")
+"""The fields on which no weight depends: a run may extend the context of the model that it starts from."""
+
 
 def architecture_of_source(source: Path) -> ModelConfig:
     """Returns the architecture of a run's folder, or of a checkpoint in the published layout.
@@ -51,7 +54,7 @@ def load_starting_point(source: Path, config: RunConfig, devices: Devices) -> De
       devices: where the parameters are kept; they are read straight to there.
 
     Raises:
-      UserError: the folder is neither, or its architecture is not the run's.
+      UserError: the folder is neither, or its architecture is not the run's; the context alone may differ.
     """
     _check_architecture(source, architecture_of_source(source), config)
     if RunFolder(source).checkpoints.is_dir():
@@ -83,7 +86,7 @@ def compare_tokenizers(source: Path, theirs: Tokenizer, config: RunConfig) -> No
 
 def _check_architecture(source: Path, found: ModelConfig, config: RunConfig) -> None:
     ours, theirs = config.model.to_dict(), found.to_dict()
-    different = sorted(name for name in ours if ours[name] != theirs[name])
+    different = sorted(name for name in ours if ours[name] != theirs[name] and name not in _OF_POSITIONS)
     if different:
         name = different[0]
         raise UserError(

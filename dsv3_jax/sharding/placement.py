@@ -134,7 +134,7 @@ def _exchange_with_full_pack(
     return other, target
 
 
-def _holds(items: list[int], kind: int, kinds: Int[np.ndarray, " n"]) -> bool:
+def _holds(items: list[int], kind: Int[np.ndarray, ""], kinds: Int[np.ndarray, " n"]) -> bool:
     return any(kinds[item] == kind for item in items)
 
 

@@ -49,7 +49,8 @@ class TrainingConfig:
         whole batch in one pass.
       seed: random seed of the initial weights.
       schedule: learning rate, batch size, gamma, alpha and lambda over the run.
-      balance: auxiliary balance loss, computed within each sequence (as the report), over the batch, or not at all.
+      balance: auxiliary balance loss, computed within each sequence (as the report), over the sequences of each forward
+        pass ("batch"; over the whole batch only if that is one pass), or not at all.
       beta1: decay of AdamW's first moment, per step.
       beta2: decay of AdamW's second moment, per step.
       epsilon: AdamW's epsilon. (The report gives none.)

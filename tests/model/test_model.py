@@ -269,3 +269,17 @@ def test_lists_are_taken_and_a_model_is_shown_as_one_line(model):
     assert (checked.shape, checked.dtype) == ((1, 3), jnp.int32)
     assert f"{model.config.num_parameters(mtp=True):,} parameters" in repr(model)
     assert "\n" not in repr(model)
+
+
+def test_loads_of_mtp_count_pairs_of_real_tokens():
+    """Depth k pairs a token with its k-th successor: a row of n real tokens has n - k such pairs, or none."""
+    config = ModelConfig.preset("tiny", vocab_size=64, num_hidden_layers=1, num_nextn_predict_layers=2)
+    config = config.replace(first_k_dense_replace=0)
+    lengths = [8, 5, 2, 1]
+    segments = jnp.asarray([[1] * n + [0] * (8 - n) for n in lengths])
+    graph, state = nnx.split(small_model(config, 0))
+    loads = jax.jit(lambda state, ids: nnx.merge(graph, state).features(ids, segment_ids=ids).routing.load)(
+        state, segments
+    )
+    pairs = [sum(max(n - k, 0) for n in lengths) for k in range(3)]
+    np.testing.assert_array_equal(np.sum(loads, axis=1), np.multiply(config.num_experts_per_tok, pairs))
