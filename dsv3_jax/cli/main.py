@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
+import signal
 import sys
+from typing import NoReturn
 
-from dsv3_jax.cli.options import suggest
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import UserError, reason_of
+from dsv3_jax.runs.interruption import Interrupted, Interruption
 from dsv3_jax.terminal import replace_what_cannot_be_shown, say
 
 # Name: module, summary. A module is imported when its command is called, so that dsv3 --help is fast.
@@ -25,22 +29,65 @@ _EXAMPLE = "dsv3 train --preset nano --out runs/nano"
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 when done, 2 after bad input, 128 + n after signal n."""
     arguments = sys.argv[1:] if argv is None else argv
+    replace_what_cannot_be_shown()
+    try:
+        with Interruption(lambda: "dsv3: stopped"):
+            exit_code = _run(arguments)
+            sys.stdout.flush()
+            return exit_code
+    except UserError as error:
+        return _fail(str(error))
+    except Interrupted as stop:
+        return _fail("stopped", stop.exit_code)
+    except BrokenPipeError:
+        _drop_output()
+        return 141
+    except OSError as error:
+        # Where the system refuses what is asked, as on a full disk, there is nothing to mend in the program.
+        _drop_output()
+        return _fail(f"{f'{error.filename}: ' if error.filename else ''}{reason_of(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or str(error).startswith("RESOURCE_EXHAUSTED")):
+            raise
+        return _fail(f"not enough memory: {reason_of(error)}; dsv3 plan estimates what a run takes")
+
+
+def command() -> NoReturn:
+    """Runs the command line as a program."""
+    exit_code = main()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # Python's own handler prints a traceback while the interpreter ends
+    sys.exit(exit_code)
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
         return 0 if arguments else 2
     name, *rest = arguments
-    replace_what_cannot_be_shown()
-    try:
-        if name not in COMMANDS:
-            raise UserError(f"there is no command '{name}'; {suggest(name, list(COMMANDS))}")
-        return importlib.import_module(COMMANDS[name][0]).main(rest)
-    except UserError as error:
-        say(f"dsv3: {' '.join(str(error).split())}", to=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return 141
-    except KeyboardInterrupt:
-        return 130
+    if name not in COMMANDS:
+        from dsv3_jax.cli.options import suggest
+
+        raise UserError(f"there is no command '{name}'; {suggest(name, list(COMMANDS))}")
+    from dsv3_jax.cli.options import check_repeats
+
+    check_repeats(rest)
+    if any(word.startswith("--processes.") for word in rest):
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # no pages about lost processes, of which `runs.peers` tells
+    return importlib.import_module(COMMANDS[name][0]).main(rest)
+
+
+def _fail(text: str, exit_code: int = 2) -> int:
+    """Prints one line on stderr and returns the exit code."""
+    with contextlib.suppress(OSError):
+        say(f"dsv3: {' '.join(text.split())}", to=sys.stderr)
+    return exit_code
+
+
+def _drop_output() -> None:
+    """Lets Python end although its output cannot be written: what is left of it goes nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _help() -> str:
@@ -50,4 +97,4 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

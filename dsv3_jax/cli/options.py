@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -9,7 +10,8 @@ import io
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tyro
@@ -72,6 +74,34 @@ def notes() -> Iterator[None]:
             f"dsv3: note: {' '.join(str(message).split())}", to=sys.stderr
         )
         yield
+
+
+def check_repeats(argv: list[str]) -> None:
+    """Checks that no option is given twice, since one of its values would be ignored; --prompt may be repeated.
+
+    Raises:
+      UserError: an option is repeated, or given together with its opposite.
+    """
+    given = [re.sub(r"(^--|\.)no-", r"\1", word.split("=")[0].replace("_", "-")) for word in argv if word[:2] == "--"]
+    for name, count in Counter(given).items():
+        if count > 1 and name != "--prompt":
+            raise UserError(f"option {name} is given {count} times; give it once")
+
+
+def number(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], int | float]:
+    """Returns an argparse type that accepts numbers of a kind from `least` to `most`."""
+
+    def read(text: str) -> int | float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not least <= value <= most:
+            named = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {named} from {least} to {most}, not {text!r:.80}")
+        return value
+
+    return read
 
 
 def suggest(name: str, choices: list[str]) -> str:

@@ -12,14 +12,15 @@ from typing import Annotated, Any
 
 import tyro
 
+from dsv3_jax.bounds import check_bounds
 from dsv3_jax.cli.options import notes, parse
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.data.corpus import STDLIB
 from dsv3_jax.errors import UserError
 from dsv3_jax.model_presets import presets
-from dsv3_jax.runs.folder import RunFolder
-from dsv3_jax.runs.processes import Processes, join, leave
+from dsv3_jax.runs.folder import RunFolder, by_dotted_name
+from dsv3_jax.runs.processes import Processes, ending_together, join, leave
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.terminal import say
 from dsv3_jax.training.config import RunConfig, TrainingConfig
@@ -62,6 +63,10 @@ class TrainOptions:
     mesh: MeshConfig
     processes: Processes
 
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_bounds(self, {"steps": (1, 10**7)}, "training.")
+
 
 def main(argv: list[str]) -> int:
     """Parses the options, trains, and returns the exit code."""
@@ -69,10 +74,6 @@ def main(argv: list[str]) -> int:
     options = parse(TrainOptions, argv, prog="dsv3 train", description=_DESCRIPTION, default=defaults)
     if not options.out:
         raise UserError("--out is missing: give the folder of the run, such as --out runs/nano")
-    join(options.processes)
-    from dsv3_jax.precision import Precision
-
-    Precision.preset(options.precision)
     training = options.training
     if options.steps is not None:
         training = dataclasses.replace(training, steps=options.steps)
@@ -84,15 +85,22 @@ def main(argv: list[str]) -> int:
         precision=options.precision,
         mesh=options.mesh,
     )
+    shared = {
+        "out": str(Path(options.out).absolute()),
+        "init_from": options.init_from,
+        **by_dotted_name(config.to_dict()),
+    }
+    peers = join(options.processes, shared)
     from dsv3_jax.cli.compilation_cache import keep_compiled_programs
+    from dsv3_jax.precision import Precision
     from dsv3_jax.runs.loop import train
 
-    keep_compiled_programs()
-    initial_model = _initial_model(options.init_from, config)
-    timeout = options.processes.timeout
-    with notes():
-        outcome = train(config, Path(options.out), initial_model=initial_model, timeout=timeout)
-    return leave(outcome.exit_code, timeout)
+    with ending_together(peers), notes():
+        Precision.preset(options.precision)
+        keep_compiled_programs()
+        initial_model = _initial_model(options.init_from, config)
+        exit_code = train(config, Path(options.out), initial_model=initial_model, peers=peers).exit_code
+    return leave(peers, exit_code)
 
 
 def _defaults(argv: list[str]) -> TrainOptions:

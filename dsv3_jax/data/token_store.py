@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import UserError, reason_of
 
 _TOKENS, _BORDERS, _DOCUMENTS = "tokens.npy", "borders.npy", "documents.json"
 _SUMMARY = "summary.json"
@@ -104,7 +104,7 @@ class TokenStore:
                 os.rename(temporary, folder)
         except OSError as error:
             if not folder.is_dir():  # otherwise another process has just written the same content
-                raise UserError(f"cannot write the tokenised corpus to {folder}: {error.strerror}") from error
+                raise UserError(f"cannot write the tokenised corpus to {folder}: {reason_of(error)}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return self.load(folder) or self

@@ -24,7 +24,7 @@ from dsv3_jax.data import control_tokens as control
 from dsv3_jax.data.token_bytes import bytes_of_tokens
 from dsv3_jax.data.tokenizer_settings import Companions, read_companions, read_settings
 from dsv3_jax.data.tokenizer_trial import try_tokenizer
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import UserError, reason_of
 from dsv3_jax.regular_files import checked_file, open_regular
 
 FILE_NAME = "tokenizer.json"
@@ -140,7 +140,7 @@ class Tokenizer:
                 temporary.write_text(content, encoding="utf-8")
                 temporary.replace(target.with_name(name))
         except OSError as error:
-            raise UserError(f"cannot write the tokenizer to {target}: {error.strerror}") from error
+            raise UserError(f"cannot write the tokenizer to {target}: {reason_of(error)}") from error
 
     def encode(self, text: str, *, control_tokens: bool = False) -> list[int]:
         """Returns the ids of a text, without begin and end tokens.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import UserError, reason_of
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         temporary.chmod(0o755)
         os.rename(temporary, final)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}); nothing is left there") from error
+        raise UserError(f"{target}: cannot be written ({reason_of(error)}); nothing is left there") from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -27,8 +27,11 @@ class AppendedFile:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def write(self, record: bytes) -> None:
-        """Appends a record."""
+        """Appends a record. Where the file was deleted meanwhile, it is made again."""
         with writing(self._path):
+            if not os.fstat(self._descriptor).st_nlink:
+                os.close(self._descriptor)
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             while record:
                 record = record[os.write(self._descriptor, record) :]
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
+import sys
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -25,7 +28,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from dsv3_jax.data import Tokenizer
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import UserError, reason_of
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.precision import Precision
@@ -59,6 +62,7 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._arrays = ocp.StandardCheckpointer()
+        _silence_writers()
 
     def save(
         self,
@@ -188,8 +192,7 @@ def _restore_arrays(path: Path, abstract: Tree, shardings: Tree) -> Tree:
         with ocp.PyTreeCheckpointer() as arrays:
             restored = arrays.restore((path / "arrays").absolute(), args=args)
     except (OSError, ValueError, KeyError, TypeError) as error:  # not what devices raise, such as too little memory
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise DamagedCheckpoint(f"its arrays cannot be read ({reason or type(error).__name__})") from error
+        raise DamagedCheckpoint(f"its arrays cannot be read ({reason_of(error)})") from error
     return _from_arrays(abstract, restored)
 
 
@@ -329,8 +332,21 @@ def _plain(leaf: Any) -> Any:
     return jax.random.key_data(leaf)
 
 
+def _silence_writers() -> None:
+    """Keeps the threads of orbax and tensorstore from printing pages about an error that `wait` raises."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    print_exception = sys.excepthook
+
+    def print_others(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        late = str(error) == "Event loop is closed" and threading.current_thread() is not threading.main_thread()
+        if not late:  # a write that ended after another one had failed
+            print_exception(kind, error, trace)
+
+    sys.excepthook = print_others
+
+
 def _save_error(folder: RunFolder, error: BaseException) -> UserError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(
-        f"a checkpoint could not be written to {folder.checkpoints}: {reason}; earlier checkpoints are intact"
+        f"a checkpoint could not be written to {folder.checkpoints}: {reason_of(error)}; earlier checkpoints are intact"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.bounded_json import read_object
-from dsv3_jax.errors import UserError
+from dsv3_jax.errors import UserError, reason_of
 from dsv3_jax.sharding.mesh import AXES
 from dsv3_jax.training.config import RunConfig
 
@@ -101,28 +101,32 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT)
+            locks = [os.open(self.lock, os.O_RDWR | os.O_CREAT), os.open(self.path, os.O_RDONLY)]
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror}; choose another --out") from error
+            raise UserError(f"{self.path} cannot be written: {reason_of(error)}; choose another --out") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise UserError(
-                f"{self.path} is in use by another dsv3 train; wait for it or choose another --out"
-            ) from None
-        try:
+            for descriptor in locks:  # the folder too, because the file may be deleted
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise UserError(
+                        f"{self.path} is in use by another dsv3 train; wait for it or choose another --out"
+                    ) from None
+                except OSError as error:  # some network file systems lock files only, or nothing
+                    if descriptor == locks[0]:
+                        raise UserError(f"{self.lock} cannot be locked: {reason_of(error)}") from error
             yield
         finally:
-            os.close(descriptor)
+            for descriptor in locks:
+                os.close(descriptor)
 
     @contextmanager
     def removed_if_no_run_starts(self) -> Iterator[None]:
-        """Removes a folder that was new if the block raises UserError before a run has started in it."""
+        """Removes a folder that was new if the block fails by bad input before a run has started in it."""
         new = not self.holds_run and {entry.name for entry in self.path.iterdir()} <= {self.lock.name}
         try:
             yield
-        except UserError:
+        except (UserError, OSError):
             if new and not self.holds_run:
                 shutil.rmtree(self.path, ignore_errors=True)
             raise
@@ -161,10 +165,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"{path} cannot be written: {reason_of(error)}") from error
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file so that a reader sees either the old content or the whole new content.
 
     Raises:
@@ -172,11 +176,15 @@ def write_atomically(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing(path):
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("wb", buffering=0) as file:
+                rest = content.encode() if isinstance(content, str) else content
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def by_dotted_name(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

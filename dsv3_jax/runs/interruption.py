@@ -1,44 +1,92 @@
-"""Handling of Ctrl-C and SIGTERM: the run ends its step, saves a checkpoint and says how to resume.
+"""Handling of Ctrl-C and SIGTERM.
 
-The first signal only sets a flag, which the training loop reads between steps and between evaluation batches. (A
-signal during compilation is noticed right after it.) A second signal ends the process at once.
+The first signal asks the program to stop, the second one ends it at once. Python runs a signal's handler only between
+two of its own instructions, so compiling or tokenising would delay it and two signals would count as one. Therefore a
+thread reads every signal from a pipe, which the operating system's handler writes to.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
+import sys
+import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
+
+_GRACE = 2.0  # seconds for the main thread to end by itself, where nothing would be lost
+
+
+class Interrupted(KeyboardInterrupt):
+    """The program was told to stop while there was nothing to save.
+
+    Attributes:
+      exit_code: 128 plus the signal's number.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
 
 
 class Interruption:
-    """A context manager that turns the first signal into a request to stop.
+    """A context manager that answers the first signal, and ends the process at the second.
+
+    The answer to the first depends on `defer`. While it is False, Interrupted is raised in the main thread. While it
+    is True, the program asks for `requested` from time to time. Where nothing is unsaved and the main thread has done
+    neither after two seconds, as while it compiles, the process ends.
+
+    Args:
+      last_words: returns the line that is printed before the process ends without the main thread.
 
     Attributes:
       signal_number: the signal received, or None.
+      defer: whether the program asks for `requested`.
+      unsaved: whether work would be lost if the process ended.
     """
 
     _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, last_words: Callable[[], str] = lambda: "") -> None:
         self.signal_number: int | None = None
+        self.defer = False
+        self.unsaved = False
+        self._last_words = last_words
+        self._answered = threading.Event()
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # signals are for the main thread, which may have other plans
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in self._SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
+        self._previous_pipe = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._previous:
+            return
+        self._answered.set()
         for number, previous in self._previous.items():
             signal.signal(number, previous)  # pyright: ignore[reportArgumentType]
+        signal.set_wakeup_fd(self._previous_pipe)
+        os.close(self._write)
+        self._watcher.join()
+        os.close(self._read)
 
     @property
     def requested(self) -> bool:
-        """Whether a signal was received, so that the run should stop and save."""
-        return self.signal_number is not None
+        """Whether a signal was received, so that the program should stop. The main thread asks."""
+        if self.signal_number is None:
+            return False
+        self._answered.set()
+        return True
 
     @property
     def exit_code(self) -> int:
@@ -46,6 +94,32 @@ class Interruption:
         return 128 + (self.signal_number or 0)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            os._exit(128 + number)
-        self.signal_number = number
+        self.signal_number = self.signal_number or number
+        if not self.defer and not self._answered.is_set():
+            self._answered.set()
+            raise Interrupted(number)
+
+    def _watch(self) -> None:
+        """Reads signals until the pipe is closed."""
+        received = 0
+        while True:
+            waiting = None if not received or self._answered.is_set() or self.unsaved else _GRACE
+            if not select.select([self._read], [], [], waiting)[0]:
+                if not self._answered.is_set() and not self.unsaved:
+                    self._end(self.exit_code)
+                continue
+            numbers = os.read(self._read, 64)
+            if not numbers:
+                return
+            for number in numbers:
+                if number not in self._SIGNALS:
+                    continue
+                received += 1
+                self.signal_number = self.signal_number or number
+                if received > 1:
+                    os._exit(128 + number)
+
+    def _end(self, exit_code: int) -> None:
+        if words := self._last_words():
+            print(words, file=sys.stderr, flush=True)
+        os._exit(exit_code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +18,16 @@ from dsv3_jax.runs.agreement import any_process, is_first, share
 from dsv3_jax.runs.checkpoints import Checkpoints
 from dsv3_jax.runs.evaluation import Evaluation, evaluate
 from dsv3_jax.runs.folder import RunFolder, write_atomically
-from dsv3_jax.runs.interruption import Interruption
+from dsv3_jax.runs.interruption import Interrupted, Interruption
 from dsv3_jax.runs.metrics import json_value
 from dsv3_jax.runs.peer_watchdog import PeerWatchdog
+from dsv3_jax.runs.peers import Peers
 from dsv3_jax.runs.reporter import Reporter
 from dsv3_jax.runs.results import write_results
 from dsv3_jax.runs.sample import sample_text, whole_model
 from dsv3_jax.runs.start import RunStart, run_layout, start_or_resume
 from dsv3_jax.runs.step_inputs import StepInputs, step_settings
+from dsv3_jax.terminal import say
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.training.step import StepMetrics, make_evaluation_step, make_train_step
@@ -53,7 +56,7 @@ def train(
     out: Path | str | None = None,
     *,
     initial_model: Callable[[Devices], DeepSeekV3] | None = None,
-    timeout: float = 300.0,
+    peers: Peers | None = None,
 ) -> Outcome:
     """Trains a model, as the command `dsv3 train` does, and writes everything about the run into the folder `out`.
 
@@ -70,8 +73,7 @@ def train(
       out: folder of the run; `runs/<preset>` in the current folder if not given.
       initial_model: returns the model that a new run starts from, given the devices that keep its parameters; random
         weights if not given.
-      timeout: with several processes, seconds without a step after which this process takes the others as lost and
-        exits.
+      peers: the other processes, which `runs.processes.join` returns; a process that loses them exits.
 
     Returns:
       The exit code, and the results on the validation set.
@@ -83,17 +85,32 @@ def train(
     folder = RunFolder(Path("runs") / config.preset if out is None else Path(out))
     layout = run_layout(config)
     runs: list[_Run] = []
-    watchdog = PeerWatchdog(timeout, lambda: runs[0].how_to_resume() if runs else "run the same command to start again")
-    with contextlib.ExitStack() as stack, watchdog:
-        share(lambda: stack.enter_context(folder.locked()) and None)
-        interruption = stack.enter_context(Interruption())
-        if folder.holds_run:
-            folder.check_same_run(config)
-        with folder.removed_if_no_run_starts() if is_first() else contextlib.nullcontext():
-            start = start_or_resume(config, folder, layout, initial_model)
-            runs.append(_Run(config, folder, layout, start, interruption, watchdog))
-        stack.callback(runs[0].close)
-        return runs[0].train()
+
+    def how_to_resume() -> str:
+        return runs[0].how_to_resume() if runs else "run the same command to start again"
+
+    def last_words() -> str:
+        if peers is not None:
+            peers.end_all(interruption.exit_code, "it was told to stop")
+        return f"dsv3: stopped; {how_to_resume()}"
+
+    interruption = Interruption(last_words)
+    if peers is not None:
+        peers.last_words = how_to_resume
+    try:
+        with contextlib.ExitStack() as stack, PeerWatchdog(peers) as watchdog, interruption:
+            share(lambda: stack.enter_context(folder.locked()) and None)
+            if folder.holds_run:
+                folder.check_same_run(config)
+            with folder.removed_if_no_run_starts() if is_first() else contextlib.nullcontext():
+                start = start_or_resume(config, folder, layout, initial_model)
+                runs.append(_Run(config, folder, layout, start, interruption, watchdog))
+            stack.callback(runs[0].close)
+            interruption.defer = True
+            return runs[0].train()
+    except Interrupted as stop:
+        say(last_words(), to=sys.stderr)
+        return Outcome(stop.exit_code)
 
 
 class _Run:
@@ -142,15 +159,16 @@ class _Run:
             return self._interrupted()
         self._save()
         self.checkpoints.wait()
+        self.interruption.unsaved = False
         self.watchdog.end()
         self._write_results(end)
         return Outcome(0, start, end)
 
     def close(self) -> None:
-        """Waits for files that are still being written, and closes them."""
-        self.reporter.close()
-        self.rows.close()
-        self.checkpoints.close()
+        """Waits for files that are still being written, and closes them, whichever of them fails."""
+        with contextlib.ExitStack() as stack:
+            for part in (self.checkpoints, self.rows, self.reporter):
+                stack.callback(part.close)
 
     def how_to_resume(self) -> str:
         """Says which step the run can be resumed from, for the message of a process that has to end."""
@@ -164,6 +182,7 @@ class _Run:
         batch = self.inputs.next_batch(values.batch_size)
         self.state, metrics = take_step(self.state, *batch, step_settings(values))
         metrics = jax.device_get(metrics)
+        self.interruption.unsaved = True
         self.watchdog.progressed()
         tokens = values.batch_size * self.config.data.sequence_length
         self.position = dataclasses.replace(
@@ -207,7 +226,9 @@ class _Run:
             text = sample_text(model, self.data, self.config)
             write_atomically(self.folder.sample, text)
             self.reporter.say(f"sample (validation text up to the |, then the model's continuation):\n{text}")
-        self.reporter.say(f"results in {self.folder.path}: loss.png, expert_load.png, metrics.jsonl, checkpoints/")
+        written = (self.folder.loss_plot, self.folder.load_plot, self.folder.metrics, self.folder.checkpoints)
+        names = ", ".join(path.name for path in written if path.exists())
+        self.reporter.say(f"results in {self.folder.path}: {names}")
 
     def _stop_requested(self) -> bool:
         """Returns whether any process was told to stop. All of them leave the loop after the same step."""

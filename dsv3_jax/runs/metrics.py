@@ -70,8 +70,8 @@ class TensorBoard:
     def __init__(self, folder: Path, last_step: int):
         # Without the library's own writer, whose thread prints pages of tracebacks when the disk is full.
         from tensorboardX.crc32c import crc32c
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         self._event, self._summary, self._crc = Event, Summary, crc32c
         with writing(folder):

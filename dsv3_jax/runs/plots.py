@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 from matplotlib.figure import Figure
 
+from dsv3_jax.runs.folder import write_atomically
 from dsv3_jax.runs.metrics import Record
 
 _BLUE, _ORANGE, _GREY = "#2f6db3", "#d9822b", "#888888"
@@ -38,7 +40,7 @@ def plot_losses(records: list[Record], path: Path, title: str) -> None:
     axes.set(xlabel="step", ylabel="cross-entropy, nats per token", title=title)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def plot_expert_load(
@@ -69,7 +71,13 @@ def plot_expert_load(
     bottom.set_title("MaxVio: (busiest expert / average) - 1, mean over layers; 0 means balanced")
     bottom.set_ylim(bottom=0)
     bottom.grid(alpha=0.25)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_atomically(path, picture.getvalue())
 
 
 def _column(records: list[Record], name: str) -> tuple[np.ndarray, np.ndarray]:

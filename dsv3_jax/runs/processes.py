@@ -5,20 +5,29 @@ Every process runs the same program over its own devices.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
+import functools
 import logging
 import os
 import sys
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from dsv3_jax.errors import ConfigError, UserError
-from dsv3_jax.runs.agreement import is_first
+from dsv3_jax.bounds import check_bounds
+from dsv3_jax.errors import ConfigError, UserError, reason_of
 from dsv3_jax.runs.local_gpus import local_gpus
+from dsv3_jax.runs.peers import PEERS_LOST, Peers, find_peers, say_last_words
 
 _LAUNCHERS = {"slurm": "slurm", "openmpi": "ompi", "kubernetes": "k8s", "tpu": "cloud_tpu"}
+
+
+_keep: list[Any] = []  # what C++ holds pointers to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +35,9 @@ class Processes:
     """How this process finds the others, when several train together.
 
     Attributes:
-      coordinator: HOST:PORT of process 0, the same for all processes; or slurm, openmpi, kubernetes or tpu, if one of
-        these started the processes (count and index are then not needed). Empty for a single process.
+      coordinator: HOST:PORT of process 0, the same for all processes (one of the ports after it is used too); or
+        slurm, openmpi, kubernetes or tpu, if one of these started the processes (count and index are then not needed).
+        Empty for a single process.
       count: number of processes.
       index: number of this process, from 0; -1 takes it from JOB_COMPLETION_INDEX, which a Kubernetes Indexed Job sets.
       timeout: seconds to wait for the other processes at the start, and without a step before they are taken as lost.
@@ -39,12 +49,11 @@ class Processes:
     timeout: int = 300
 
     def __post_init__(self) -> None:
-        if self.timeout < 1:
-            raise ConfigError(f"processes.timeout must be at least 1 second, not {self.timeout}")
+        check_bounds(self, {"count": (0, 2**20), "index": (-1, 2**20), "timeout": (1, 10**7)}, "processes.")
         launched = self.coordinator in _LAUNCHERS
         if self.coordinator and not launched:
             host, _, port = self.coordinator.rpartition(":")
-            if not host or not port.isdigit():
+            if not host or not (port.isascii() and port.isdigit() and 0 < int(port[:9]) < 65536):
                 raise ConfigError(
                     f"processes.coordinator must be HOST:PORT of process 0, such as node0:1234, or one of "
                     f"{', '.join(_LAUNCHERS)}, not '{self.coordinator}'"
@@ -67,72 +76,124 @@ class Processes:
         return int(said) if self.index == -1 and said.isdigit() else self.index
 
 
-def join(processes: Processes) -> None:
+def join(processes: Processes, options: dict[str, Any]) -> Peers | None:
     """Connects this process with the others. Must be called before JAX is used.
 
+    Args:
+      options: everything that must be the same for all processes, by name.
+
+    Returns:
+      The other processes; None where there are none.
+
     Raises:
-      UserError: the others were not found in time, or this process was not started by the launcher that is named.
+      UserError: the others were not found in time or were started with other options, or this process was not started
+        by the launcher that is named.
     """
     if not processes.coordinator:
-        return
-    # Without this JAX aborts when a peer is lost and prints a page of its own; the peer watchdog prints one line.
+        return None
+    address, count, index, devices = _launched(processes) if processes.coordinator in _LAUNCHERS else _given(processes)
+    if count == 1:
+        return None
+    peers = find_peers(address, index, count, options, processes.timeout)
+    # JAX aborts when a peer is lost, and prints pages of its own; `Peers` prints one line.
     jax.config.update("jax_enable_recoverability", True)
-    logging.getLogger("jax._src.clusters.cluster").setLevel(logging.CRITICAL)  # the errors below say what is missing
-    limits: dict[str, Any] = {
-        "initialization_timeout": processes.timeout,
-        "heartbeat_timeout_seconds": processes.timeout + 60,  # later than the peer watchdog, whose message is clearer
-        "shutdown_timeout_seconds": min(processes.timeout, 60),
-    }
-    try:
-        if processes.coordinator in _LAUNCHERS:
-            gpus = local_gpus(os.environ, len(list(Path("/dev").glob("nvidia[0-9]*"))))
-            method = _LAUNCHERS[processes.coordinator]
-            jax.distributed.initialize(cluster_detection_method=method, local_device_ids=gpus, **limits)
-        else:
+    jax.config.update("jax_enable_preemption_service", False)
+    with _without_abortion(peers):
+        try:
             jax.distributed.initialize(
-                processes.coordinator,
-                processes.count,
-                processes.resolved_index,
+                f"{address.rpartition(':')[0]}:{peers.port}",
+                count,
+                index,
+                local_device_ids=devices,
                 cluster_detection_method="deactivate",
-                **limits,
+                initialization_timeout=processes.timeout,
+                heartbeat_timeout_seconds=processes.timeout + 60,  # later than `Peers`, whose message is clearer
+                shutdown_timeout_seconds=min(processes.timeout, 60),
             )
-    except (RuntimeError, ValueError, KeyError) as error:
-        if processes.coordinator in _LAUNCHERS and not isinstance(
-            error, RuntimeError
-        ):  # the launcher has set no such variables
-            package = (
-                " (or the Python package kubernetes is not installed)" if processes.coordinator == "kubernetes" else ""
-            )
+        except RuntimeError as error:
             raise UserError(
-                f"processes.coordinator is {processes.coordinator}, but it did not start this process{package}: "
-                "give HOST:PORT of process 0, a count and an index instead"
+                f"JAX cannot connect the processes through port {peers.port}: {reason_of(error)}"
             ) from error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the other processes were not found through {processes.coordinator}: {reason}; "
-            "check that all of them are started, with the same --processes.coordinator"
-        ) from error
+    return peers
 
 
-def leave(exit_code: int, timeout: float) -> int:
+def leave(peers: Peers | None, exit_code: int) -> int:
     """Ends this process after the run: the first process waits for the others and returns, the others exit here.
 
     The first process runs the service that connects all of them, so it must end last. JAX itself does not ensure this
     when peers may be lost; it aborts a process that comes late.
-
-    Args:
-      timeout: seconds to wait for the others.
     """
-    if jax.process_count() > 1:
-        from jax._src import (
-            distributed,  # the only barrier without a collective, which could fail when a process ends early
-        )
-
-        client = distributed.global_state.client
-        if client is not None:
-            client.wait_at_barrier("end", round(1000 * timeout))
-        if not is_first():
+    if peers is not None:
+        peers.wait_for_all()
+        if peers.index:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(exit_code)
     return exit_code
+
+
+@contextlib.contextmanager
+def ending_together(peers: Peers | None) -> Iterator[None]:
+    """Ends this process and the others where the block fails: they may be waiting for this one."""
+    try:
+        yield
+    except BaseException as error:
+        if peers is None:
+            raise
+        known = isinstance(error, UserError | SystemExit)
+        peers.end_all(2 if known else 1, str(error) if isinstance(error, UserError) else "it failed")
+        if isinstance(error, UserError):
+            say_last_words(str(error))
+        elif not known:
+            traceback.print_exc()
+        os._exit(2 if known else 1)
+
+
+def _given(processes: Processes) -> tuple[str, int, int, None]:
+    return processes.coordinator, processes.count, processes.resolved_index, None
+
+
+def _launched(processes: Processes) -> tuple[str, int, int, Sequence[int] | None]:
+    """Returns address, count, index and device ids that the launcher gave this process."""
+    from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize itself asks
+
+    logging.getLogger("jax._src.clusters.cluster").setLevel(logging.CRITICAL)  # the error below says what is missing
+    method = _LAUNCHERS[processes.coordinator]
+    try:
+        address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            None, None, None, None, method, processes.timeout
+        )
+    except (RuntimeError, ValueError, KeyError):
+        address = count = index = devices = None
+    if address is None or count is None or index is None:
+        kubernetes = processes.coordinator == "kubernetes"
+        package = " (or the Python package kubernetes is not installed)" if kubernetes else ""
+        raise UserError(
+            f"processes.coordinator is {processes.coordinator}, but it did not start this process{package}: "
+            "give HOST:PORT of process 0, a count and an index instead"
+        )
+    gpus = local_gpus(os.environ, len(list(Path("/dev").glob("nvidia[0-9]*"))))
+    return address, count, index, devices if gpus is None else gpus
+
+
+@contextlib.contextmanager
+def _without_abortion(peers: Peers) -> Iterator[None]:
+    """Makes JAX's client of the block end this process by `peers` when it has lost the service.
+
+    By default it prints a page and aborts. jax.distributed.initialize has no argument for this.
+    """
+    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage]
+
+    def lose(*status: object) -> None:
+        peers.lose(PEERS_LOST, "the connection with process 0 was lost")
+
+    # jaxlib 0.11 cannot convert the status that it calls back with, and calls C++'s terminate handler instead.
+    _keep.append(ctypes.CFUNCTYPE(None)(lose))
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libstdc++.so.6")["_ZSt13set_terminatePFvvE"](_keep[-1])
+    make = _jax.get_distributed_runtime_client
+    _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=lose)
+    try:
+        yield
+    finally:
+        _jax.get_distributed_runtime_client = make

@@ -29,7 +29,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> list:
     """Replaces training by a function that collects the configurations it is called with."""
     calls: list = []
 
-    def train(config, out, *, initial_model=None, timeout=0):
+    def train(config, out, *, initial_model=None, peers=None):
         from dsv3_jax.runs.loop import Outcome
 
         calls.append((config, out))

@@ -165,21 +165,6 @@ def test_a_finished_run_is_made_longer_and_reads_a_corpus_that_was_moved(
         train(config, copy)
 
 
-def test_a_second_signal_ends_at_once():
-    program = (
-        "import os, signal, time\n"
-        "from dsv3_jax.runs.interruption import Interruption\n"
-        "with Interruption() as interruption:\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    assert interruption.requested and interruption.exit_code == 130\n"
-        "    print('first', flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    time.sleep(60)\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=50, check=False)
-    assert (ended.stdout, ended.returncode) == (b"first\n", 143)
-
-
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4

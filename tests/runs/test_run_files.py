@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from small_runs import small_run
 from tensorboardX.crc32c import crc32c
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.runs.folder import RunFolder
