@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 from typing import Any, Literal, get_args
 
+from dsv3_jax.bounds import check_bounds
 from dsv3_jax.counts import count_parameters
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.model_presets import PRESETS
@@ -20,6 +21,21 @@ TopKMethod = Literal["noaux_tc", "greedy", "group_limited_greedy"]
 # No published model comes near these sizes: a larger one means that the file is broken.
 _LARGEST_DIMENSION = 2**24
 _LARGEST_LAYER_COUNT = 4096
+_LARGEST_MODEL = 1e14  # parameters
+_BOUNDS = {
+    "rope_theta": (0.0, 1e15),
+    "rms_norm_eps": (0.0, 1.0),
+    "latent_norm_eps": (0.0, 1.0),
+    "initializer_range": (0.0, 1e3),
+    "routed_scaling_factor": (0.0, 1e6),
+}
+_ROPE_BOUNDS = {
+    "factor": (1.0, 1e6),
+    "beta_fast": (0.0, 1e6),
+    "beta_slow": (0.0, 1e6),
+    "mscale": (0.0, 1e3),
+    "mscale_all_dim": (0.0, 1e3),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,17 +61,13 @@ class RopeScaling:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.factor >= 1.0:
-            raise ConfigError(f"rope_scaling.factor must be at least 1, not {self.factor}")
+        check_bounds(self, _ROPE_BOUNDS, "rope_scaling.")
         _check_size("rope_scaling.original_max_position_embeddings", self.original_max_position_embeddings)
         if not self.beta_fast >= self.beta_slow > 0:
             raise ConfigError(
                 "rope_scaling.beta_fast must be at least beta_slow, and both positive, "
                 f"not {self.beta_fast} and {self.beta_slow}"
             )
-        for name in ("mscale", "mscale_all_dim"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"rope_scaling.{name} must not be negative, not {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,16 +150,15 @@ class ModelConfig:
                 f"first_k_dense_replace ({self.first_k_dense_replace}) must not exceed num_hidden_layers "
                 f"({self.num_hidden_layers})"
             )
-        for name in (
-            "rope_theta",
-            "rms_norm_eps",
-            "latent_norm_eps",
-            "initializer_range",
-            "routed_scaling_factor",
-        ):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise ConfigError(f"{name} must be positive and finite, not {value}")
+        check_bounds(self, _BOUNDS)
+        for name in _BOUNDS:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        if (parameters := self.num_parameters(mtp=True)) > _LARGEST_MODEL:
+            raise ConfigError(
+                f"a model of hidden_size {self.hidden_size}, {self.num_hidden_layers} layers and "
+                f"{self.n_routed_experts} experts has {parameters:.1e} parameters, more than {_LARGEST_MODEL:.0e}"
+            )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dsv3_jax.cli.import_hf import PUBLISHED
-from dsv3_jax.cli.options import notes
+from dsv3_jax.cli.options import notes, number
 from dsv3_jax.errors import UserError
 from dsv3_jax.terminal import say
 
@@ -31,8 +31,6 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     if options.ue8m0 and options.dtype != "fp8":
         raise UserError("--ue8m0 is about FP8 scales: it needs --dtype fp8")
-    if not 0 < options.max_shard_gb <= 1000:
-        raise UserError(f"--max-shard-gb must be between 0 and 1000, not {options.max_shard_gb}")
     if options.target.is_symlink() or options.target.exists():
         raise UserError(f"{options.target}: is there already; choose a new folder")
     from dsv3_jax.interop import save_hf
@@ -73,5 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how weights are stored (default: float32; an imported run that was not trained: as its checkpoint was)",
     )
     parser.add_argument("--ue8m0", action="store_true", help="make FP8 scales powers of two, as in V3.1")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="largest size of a shard in GB (default 5)")
+    parser.add_argument(
+        "--max-shard-gb", type=number(float, 1e-6, 1000), default=5.0, help="largest size of a shard in GB (default 5)"
+    )
     return parser

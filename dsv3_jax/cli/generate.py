@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
-from dsv3_jax.cli.options import notes
+from dsv3_jax.bounds import LARGEST_SEED
+from dsv3_jax.cli.options import notes, number
 from dsv3_jax.errors import UserError
 from dsv3_jax.terminal import printable, say
 
@@ -69,9 +70,9 @@ def main(argv: list[str]) -> int:
         _print_pieces(map(shown, itertools.chain([texts[0]], pieces)))
         return 0
     written = complete(model, prompts, new_tokens, sampler, key, stop_token=stop)
-    for number, (prompt, ids) in enumerate(zip(texts, written, strict=True), start=1):
+    for count, (prompt, ids) in enumerate(zip(texts, written, strict=True), start=1):
         if len(prompts) > 1:
-            print(f"{'' if number == 1 else chr(10)}--- {number} ---")
+            print(f"{'' if count == 1 else chr(10)}--- {count} ---")
         print(shown(prompt + tokenizer.decode(ids)))
     return 0
 
@@ -103,22 +104,26 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--max-new-tokens",
-        type=int,
+        type=number(int, 1, 2**24),
         help=f"number of tokens to generate (default: {_DEFAULT_NEW_TOKENS}, or as many as fit the context)",
     )
     parser.add_argument(
         "--temperature",
-        type=float,
+        type=number(float, 0, 1e6),
         help="divides the logits before a token is drawn; 0 always takes the most likely token "
         "(default: what the authors of an imported model say, else 0.7 with --top-p 0.95; 1 with --top-k or --top-p)",
     )
-    parser.add_argument("--top-k", type=int, help="draw from the K most likely tokens (default: from all)")
+    parser.add_argument(
+        "--top-k", type=number(int, 1, 2**24), help="draw from the K most likely tokens (default: from all)"
+    )
     parser.add_argument(
         "--top-p",
-        type=float,
+        type=number(float, 0, 1),
         help="draw from the fewest most likely tokens whose probabilities sum to at least this (default: from all)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="random seed of the draws (default: 0)")
+    parser.add_argument(
+        "--seed", type=number(int, 0, LARGEST_SEED), default=0, help="random seed of the draws (default: 0)"
+    )
     parser.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
@@ -128,8 +133,6 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.prompt:
         arguments.prompt = ["-"] if _is_given(sys.stdin) else [""]
-    if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
     return arguments
 
 

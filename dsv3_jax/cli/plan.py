@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dsv3_jax.bounds import LARGEST_COUNT, check_bounds
 from dsv3_jax.cli.options import parse
 from dsv3_jax.errors import UserError
 
@@ -72,6 +73,11 @@ class PlanOptions:
     json: bool = False
     out: str = ""
 
+    def __post_init__(self) -> None:
+        bounds = {"sequence_length": (0, 2**24), "search": (0, 10**4), "tokens": (1.0, 1e18)}
+        given = [name for name in ("batch_size", "micro_batch_size") if getattr(self, name) is not None]
+        check_bounds(self, bounds | dict.fromkeys(given, (0, LARGEST_COUNT)), "--")
+
 
 def main(argv: list[str]) -> int:
     """Parses, plans, and returns the exit code."""
@@ -81,8 +87,6 @@ def main(argv: list[str]) -> int:
             "`python experiments/report_run.py`"
         )
     options = parse(PlanOptions, argv, prog="dsv3 plan", description=_DESCRIPTION, default=PlanOptions())
-    if options.search < 0:
-        raise UserError(f"--search takes how many meshes to show, such as 10, not {options.search}")
     if options.search and options.mesh:
         raise UserError("--search chooses the mesh itself: leave out --mesh")
     if options.search:

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
+from dsv3_jax.bounds import LARGEST_COUNT, LARGEST_SEED, check_bounds
 from dsv3_jax.errors import ConfigError
+
+_BOUNDS = {
+    "vocab_size": (1, 2**24),
+    "sequence_length": (1, 2**24),
+    "fill_in_middle_rate": (0.0, 1.0),
+    "punctuation_split_rate": (0.0, 1.0),
+    "validation_fraction": (1e-6, 0.5),
+    "validation_sequences": (1, LARGEST_COUNT),
+    "seed": (0, LARGEST_SEED),
+    "worker_count": (0, 1024),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,21 +67,4 @@ class DataConfig:
             raise ConfigError("data.tokenizer is empty: give 'train', 'byte' or the path of a tokenizer.json")
         if self.null_texts not in ("skip", "refuse"):
             raise ConfigError(f"data.null_texts must be skip or refuse, not {self.null_texts!r}")
-        for name, least in (
-            ("vocab_size", 1),
-            ("sequence_length", 1),
-            ("validation_sequences", 1),
-            ("seed", 0),
-            ("worker_count", 0),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"data.{name} must be a whole number of at least {least}, not {value!r}")
-        for name in ("fill_in_middle_rate", "punctuation_split_rate"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1 or math.isnan(value):
-                raise ConfigError(f"data.{name} must be from 0 to 1, not {value!r}")
-        if not 0 < self.validation_fraction <= 0.5:
-            raise ConfigError(
-                f"data.validation_fraction must be above 0 and at most 0.5, not {self.validation_fraction!r}"
-            )
+        check_bounds(self, _BOUNDS, "data.")

@@ -39,7 +39,7 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         for axis, size in self.sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+            if isinstance(size, bool) or not isinstance(size, int) or not (1 <= size <= 2**20 or size == -1):
                 raise ConfigError(f"mesh.{axis} must be a positive whole number, or -1 for the rest, not {size!r}")
         rest = [axis for axis, size in self.sizes.items() if size == -1]
         if len(rest) > 1:

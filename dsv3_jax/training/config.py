@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
+from dsv3_jax.bounds import LARGEST_COUNT, LARGEST_SEED, check_bounds
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import ConfigError
@@ -15,6 +16,26 @@ from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.training.schedules import TrainingSchedule, tokens_of_run
 
 Balance = Literal["sequence", "batch", "none"]
+
+_BOUNDS = {
+    "steps": (1, 10**7),
+    "batch_size": (1, LARGEST_COUNT),
+    "micro_batch_size": (0, LARGEST_COUNT),
+    "seed": (0, LARGEST_SEED),
+    "beta1": (0.0, 1.0),
+    "beta2": (0.0, 1.0),
+    "epsilon": (0.0, 1.0),
+    "weight_decay": (0.0, 1e3),
+    "gradient_clip": (0.0, 1e30),
+    "ema_decay": (0.0, 1.0),
+    "loss_chunk": (1, LARGEST_COUNT),
+    "log_every": (0, LARGEST_COUNT),
+    "evaluate_every": (0, LARGEST_COUNT),
+    "checkpoint_every": (0, LARGEST_COUNT),
+    "keep_checkpoints": (1, LARGEST_COUNT),
+    "max_nonfinite_steps": (1, LARGEST_COUNT),
+    "sample_tokens": (0, 2**24),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,10 +101,7 @@ class TrainingConfig:
     sample_tokens: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "loss_chunk", "keep_checkpoints", "max_nonfinite_steps"):
-            _at_least(f"training.{name}", getattr(self, name), 1)
-        for name in ("micro_batch_size", "log_every", "evaluate_every", "checkpoint_every", "sample_tokens"):
-            _at_least(f"training.{name}", getattr(self, name), 0)
+        check_bounds(self, _BOUNDS, "training.")
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"training.micro_batch_size ({self.micro_batch_size}) must divide training.batch_size "
@@ -109,8 +127,6 @@ class TrainingConfig:
         for name in ("epsilon", "gradient_clip"):
             if not getattr(self, name) > 0.0:
                 raise ConfigError(f"training.{name} must be positive, not {getattr(self, name)}")
-        if not self.weight_decay >= 0.0:
-            raise ConfigError(f"training.weight_decay must not be negative, not {self.weight_decay}")
 
     def evaluates_after(self, step: int) -> bool:
         """Returns whether a run evaluates on the validation set after `step` steps."""
@@ -210,8 +226,3 @@ class RunConfig:
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the run's configuration cannot be read: {error}") from error
-
-
-def _at_least(name: str, value: Any, smallest: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
-        raise ConfigError(f"{name} must be a whole number of at least {smallest}, not {value!r}")

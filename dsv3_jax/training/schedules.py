@@ -19,6 +19,9 @@ REPORT_STEPS = 242_783
 """Number of steps of the report's run, if its batch size grows linearly in the tokens and in single sequences."""
 
 
+_LARGEST_VALUE = 1e6
+
+
 def _fraction(tokens: float) -> float:
     return tokens / REPORT_TOKENS
 
@@ -94,9 +97,9 @@ class TrainingSchedule:
         if not 0.0 < self.ramp_from <= 1.0:
             raise ConfigError(f"training.schedule.ramp_from must be above 0 and at most 1, not {self.ramp_from}")
         for name in ("learning_rate", "bias_update_speed", "balance_weight", "mtp_weight", "mtp_weight_after"):
-            if not 0.0 <= getattr(self, name) < math.inf:
+            if not 0.0 <= getattr(self, name) <= _LARGEST_VALUE:
                 raise ConfigError(
-                    f"training.schedule.{name} must not be negative or infinite, not {getattr(self, name)}"
+                    f"training.schedule.{name} must be from 0 to {_LARGEST_VALUE:g}, not {getattr(self, name)}"
                 )
 
     def rate_at(self, progress: float, of_steps: float) -> float:
