@@ -10,7 +10,7 @@ MAKEFLAGS += --jobs=2
 # Python compiles modules to bytecode when they are first imported; compiling all of them at once takes half a minute.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help setup setup-dev setup-aot train test test-aot test-oracle mutants lint clean
+.PHONY: help setup setup-dev setup-aot train test test-aot test-oracle mutants soak lint clean
 
 help:
 	@echo "make train      trains the 'nano' preset on Python's own source code and writes the run to $(RUN): 5 minutes on 2 cores"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-aot   compiles every kernel in every tiling and size and writes their resources: 4 minutes"
 	@echo "make test-oracle compares with torch and transformers, which it installs into .venv-oracle (the rest never imports them)"
 	@echo "make mutants    makes known mistakes one at a time and checks that the tests notice each: about an hour"
+	@echo "make soak       kills runs, damages their files and mistreats their processes at random: hours"
 	@echo "make lint       runs the linter and the type checker only: 1 minute"
 	@echo "make setup      installs the package and the command dsv3 into $(VENV)"
 	@echo "make setup-dev  installs the tools of the tests and notebooks as well"
@@ -74,6 +75,9 @@ test-oracle: setup-dev .venv-oracle/.installed
 mutants: setup-dev
 	$(BIN)/python -m pytest -n 2 -q -m mutant tests/mutants
 	$(BIN)/python tests/mutants/run.py --out experiments/results/mutants.md
+
+soak: setup-dev
+	$(BIN)/python experiments/soak.py $(SOAK)
 
 clean:
 	rm -rf $(VENV) .jax_cache build *.egg-info
