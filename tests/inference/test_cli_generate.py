@@ -142,7 +142,7 @@ def test_characters_of_several_tokens_come_out_whole() -> None:
         (["RUN", "--prompt", "y" * 129], "129 tokens .* context is 128"),
         (["RUN", "--prompt", "y" * 100, "--max-new-tokens", "40"], "at most 28 new tokens"),
         (["RUN", "--max-new-tokens", "0"], "--max-new-tokens"),
-        (["RUN", "--top-p", "2"], "top_p"),
+        (["RUN", "--top-p", "2"], "top-p"),
         (["RUN", "--temperature", "warm"], "--temperature"),
         (["RUN", "--tmperature", "1"], "--tmperature"),
         (["RUN", "def main("], "given with --prompt"),
