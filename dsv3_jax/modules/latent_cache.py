@@ -1,8 +1,8 @@
 """The cache of decoding: MLA's compressed latents and the shared rotary key, nothing per head (section 2.1.1).
 
-For each layer, sequence and position it holds c^KV after its norm and k^R after its rotation: 512 + 64 numbers per token
-and layer at the 671B model's sizes. The layer axis has the main model's layers and then, if the cache was made with
-them, the MTP blocks.
+For each layer, sequence and position it holds c^KV after its norm and k^R after its rotation: 512 + 64 numbers per
+token and layer at the 671B model's sizes. The layer axis has the main model's layers and then, if the cache was made
+with them, the MTP blocks.
 """
 
 from __future__ import annotations
