@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,17 +15,33 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.block import Block, BlockInputs
 from dsv3_jax.modules.embedding import Embedding, Head
-from dsv3_jax.modules.latent_cache import LatentCache
+from dsv3_jax.modules.latent_cache import DenseCache, LatentCache
 from dsv3_jax.modules.multi_token import MultiTokenModule
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import make_rotation
 from dsv3_jax.precision import Precision
 
 _CachedLayer = Callable[
-    [Block, Float[Array, "B T d"], LatentCache, Int[Array, ""], Int[Array, ""]],
-    tuple[Float[Array, "B T d"], LatentCache],
+    [Block, Float[Array, "B T d"], Any, Int[Array, ""], Int[Array, ""]],
+    tuple[Float[Array, "B T d"], Any, Int[Array, " E"] | None],
 ]
-"""(block, hidden states, cache, its layer in the cache, its layer in its stack) -> (hidden states, cache)."""
+"""(block, hidden states, cache, its layer in the cache, its layer in its stack) -> (hidden states, cache, load)."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded[Cache: LatentCache]:
+    """What reading tokens into a cache gives.
+
+    Attributes:
+      hidden: hidden states ready for `head`.
+      cache: the cache with the tokens' entries.
+      load: tokens that chose each expert, of every MoE layer that was run; padding is not counted.
+    """
+
+    hidden: Float[Array, "B T d"]
+    cache: Cache
+    load: Int[Array, "layers E"]
 
 
 class CachedDecoding(nnx.Module):
@@ -39,7 +56,7 @@ class CachedDecoding(nnx.Module):
     head: Head
     mtp: nnx.List[MultiTokenModule]
 
-    def init_cache(self, batch: int, length: int, dtype: jnp.dtype | None = None, *, mtp: bool = False) -> LatentCache:
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype | None = None, *, mtp: bool = False) -> DenseCache:
         """Returns an empty cache for `batch` sequences of up to `length` tokens.
 
         Args:
@@ -48,11 +65,11 @@ class CachedDecoding(nnx.Module):
         """
         config = self.config
         layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
-        return LatentCache.empty(
+        return DenseCache.empty(
             layers, batch, length, config.kv_lora_rank, config.qk_rope_head_dim, dtype or self.precision.dtype
         )
 
-    def prefill(self, tokens: Int[Array, "B T"], cache: LatentCache) -> tuple[Float[Array, "B T d"], LatentCache]:
+    def prefill[Cache: LatentCache](self, tokens: Int[Array, "B T"], cache: Cache) -> Decoded[Cache]:
         """Reads prompts from position 0 with keys and values expanded, and fills the cache.
 
         Args:
@@ -60,72 +77,90 @@ class CachedDecoding(nnx.Module):
             of their row: decoding overwrites each before it reads it.
 
         Returns:
-          Hidden states ready for `head`, and the cache with positions 0 .. T-1 of the main layers written.
+          Hidden states, and the cache with positions 0 .. T-1 of the main layers written.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         inputs = BlockInputs(rotation=make_rotation(self.config, positions))
 
         def layer(
-            block: Block, h: Array, cache: LatentCache, index: Array, index_in_stack: Array
-        ) -> tuple[Array, LatentCache]:
+            block: Block, h: Array, cache: Cache, index: Array, index_in_stack: Array
+        ) -> tuple[Array, Cache, Array | None]:
             del index_in_stack
-            h, (latent, rope_key), _routing = block.with_latents(h, inputs)
-            return h, cache.write(index, positions, latent, rope_key)
+            h, (latent, rope_key), routing = block.with_latents(h, inputs)
+            return h, cache.write(index, positions, latent, rope_key), None if routing is None else routing.load
 
-        h, cache = self._scan_cached_layers(layer, self.embedding(tokens), cache, slice_experts=True)
-        return self.final_norm(h), cache
+        return self._scan_cached_layers(layer, self.embedding(tokens), cache, slice_experts=True)
 
-    def decode(
-        self, tokens: Int[Array, "B T"], cache: LatentCache, positions: Int[Array, "B T"]
-    ) -> tuple[Float[Array, "B T d"], LatentCache]:
+    def decode[Cache: LatentCache](
+        self, tokens: Int[Array, "B T"], cache: Cache, positions: Int[Array, "B T"]
+    ) -> Decoded[Cache]:
         """Reads the next tokens of each sequence, which follow its cache, with absorbed up-projections.
+
+        On a CPU in float32 a row's results are the same bits whatever the other rows of the batch are, and whether its
+        tokens are read together or one by one.
 
         Args:
           tokens: int32, T >= 1 new tokens per sequence.
-          positions: int32, position of each token in its own sequence; it attends to entries 0 .. position.
+          positions: int32, position of each token in its own sequence; it attends to entries 0 .. position. A position
+            of -1 marks padding, which writes nothing.
 
         Returns:
-          Hidden states ready for `head`, and the cache with the new entries.
+          Hidden states, and the cache with the new entries.
         """
+        if tokens.size == 1:
+            return _first_of(self.decode(_twice(tokens), cache, _twice(positions)))
         rotation = make_rotation(self.config, positions)
 
         def layer(
-            block: Block, h: Array, cache: LatentCache, index: Array, index_in_stack: Array
-        ) -> tuple[Array, LatentCache]:
+            block: Block, h: Array, cache: Cache, index: Array, index_in_stack: Array
+        ) -> tuple[Array, Cache, Array | None]:
             return block.decode(h, rotation, cache, index, positions, expert_layer=index_in_stack)
 
-        h, cache = self._scan_cached_layers(layer, self.embedding(tokens), cache, slice_experts=False)
-        return self.final_norm(h), cache
+        return self._scan_cached_layers(layer, self.embedding(tokens), cache, slice_experts=False)
 
-    def draft(
+    def draft[Cache: LatentCache](
         self,
         hidden: Float[Array, "B T d"],
         tokens: Int[Array, "B T"],
-        cache: LatentCache,
+        cache: Cache,
         positions: Int[Array, "B T"],
         *,
         depth: int = 1,
-    ) -> tuple[Float[Array, "B T d"], LatentCache]:
-        """Runs one MTP module on a cache that was made with `mtp=True`, for self-speculation.
+    ) -> Decoded[Cache]:
+        """Runs one MTP module on a cache that was made for the MTP blocks too, for self-speculation.
+
+        The entry for the hidden state of position i is written at position i + depth, that of the token it is joined
+        with. Entries up to a position then depend on the tokens up to that position only, as the main layers' do, so
+        that sequences with equal beginnings can share them.
 
         Args:
-          hidden: hidden states of depth - 1 at `positions` (those of `decode` or `prefill` for depth 1).
-          tokens: int32, the token `depth` positions after each position.
-          positions: as in `decode`.
+          hidden: hidden states of depth - 1 at the positions `depth` before (those of `decode` or `prefill` for 1).
+          tokens: int32.
+          positions: positions of `tokens`; -1 marks padding.
 
         Returns:
-          Hidden states ready for `head`, which predict the token after `tokens`, and the cache.
+          Hidden states, which predict the token after `tokens`, and the cache.
         """
+        if tokens.size == 1:
+            hidden = jnp.repeat(hidden, 2, axis=1)
+            return _first_of(self.draft(hidden, _twice(tokens), cache, _twice(positions), depth=depth))
         module = self.mtp[depth - 1]
         layer = self.config.num_hidden_layers + depth - 1
+        h = module.join(hidden, self.embedding(tokens), RMSNorm.decode)
         rotation = make_rotation(self.config, positions)
-        h = module.join(hidden, self.embedding(tokens))
-        h, cache = module.block.decode(h, rotation, cache, layer, positions)
-        return module.output_norm(h), cache
+        h, cache, load = module.block.decode(h, rotation, cache, layer, positions, first=depth)
+        assert load is not None
+        return Decoded(module.output_norm.decode(h), cache, load[None])
 
-    def _scan_cached_layers(
-        self, layer: _CachedLayer, h: Float[Array, "B T d"], cache: LatentCache, *, slice_experts: bool
-    ) -> tuple[Float[Array, "B T d"], LatentCache]:
+    def next_logits(self, hidden: Float[Array, "B T d"]) -> Float[Array, "B T V"]:
+        """Returns the logits; on a CPU a row's are the same bits whatever the number of rows."""
+        if hidden.shape[0] * hidden.shape[1] == 1:
+            return self.head(jnp.repeat(hidden, 2, axis=1))[:, :1]
+        return self.head(hidden)
+
+    def _scan_cached_layers[Cache: LatentCache](
+        self, layer: _CachedLayer, h: Float[Array, "B T d"], cache: Cache, *, slice_experts: bool
+    ) -> Decoded[Cache]:
         """Applies `layer` to all main layers in turn; the cache is carried along, so that it is written in place.
 
         Args:
@@ -136,27 +171,42 @@ class CachedDecoding(nnx.Module):
         stacks = [self.dense_blocks] if config.num_dense_layers else []
         stacks += [self.moe_blocks] if config.num_moe_layers else []
         carry, first = (h, cache), 0
+        load = jnp.zeros((0, config.n_routed_experts), jnp.int32)
         for blocks in stacks:
             unsliced = nnx.Nothing() if slice_experts else nnx.PathContains("experts")
             graph, experts, others = nnx.split(blocks, unsliced, ...)
 
             def body(
-                carry: tuple[Array, LatentCache],
+                carry: tuple[Array, Cache],
                 item: tuple[Array, nnx.State],
                 graph: Any = graph,
                 experts: nnx.State = experts,
                 first: int = first,
-            ) -> tuple[tuple[Array, LatentCache], None]:
+            ) -> tuple[tuple[Array, Cache], Array | None]:
                 index, state = item
                 own = jax.tree.map(lambda leaf: leaf, experts)  # Variables that this trace may bind
                 block = nnx.merge(graph, own, state)
-                return layer(block, *carry, first + index, index), None
+                h, cache, load = layer(block, *carry, first + index, index)
+                return (h, cache), load
 
             layers = _number_of_layers(blocks)
-            carry, _ = lax.scan(body, carry, (jnp.arange(layers), others))
+            carry, loads = lax.scan(body, carry, (jnp.arange(layers), others))
+            load = load if loads is None else loads
             first += layers
-        return carry
+        return Decoded(self.final_norm.decode(carry[0]), carry[1], load)
 
 
 def _number_of_layers(blocks: Block) -> int:
     return blocks.attention_norm.weight.shape[0]
+
+
+def _twice(x: Int[Array, "1 1"]) -> Int[Array, "1 2"]:
+    """Returns a single token as two equal ones.
+
+    XLA's CPU backend multiplies a single row by another kernel than several rows, which adds in another order.
+    """
+    return jnp.repeat(x, 2, axis=1)
+
+
+def _first_of[Cache: LatentCache](twice: Decoded[Cache]) -> Decoded[Cache]:
+    return Decoded(twice.hidden[:, :1], twice.cache, twice.load // 2)

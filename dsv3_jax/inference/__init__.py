@@ -1,7 +1,20 @@
-"""Text generation: sampling, generation with the latent cache, and self-speculation with the MTP module."""
+"""Text generation: the engine, sampling, self-speculation with the MTP module, and simple functions on top."""
 
+from dsv3_jax.inference.engine import Engine, EngineConfig
 from dsv3_jax.inference.generate import complete, generate, stream
+from dsv3_jax.inference.requests import Output, Request, Result, TokenLogprobs
 from dsv3_jax.inference.sampling import GREEDY, Sampler
-from dsv3_jax.inference.speculative import Speculation, speculate
 
-__all__ = ["GREEDY", "Sampler", "Speculation", "complete", "generate", "speculate", "stream"]
+__all__ = [
+    "GREEDY",
+    "Engine",
+    "EngineConfig",
+    "Output",
+    "Request",
+    "Result",
+    "Sampler",
+    "TokenLogprobs",
+    "complete",
+    "generate",
+    "stream",
+]

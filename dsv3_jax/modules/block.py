@@ -81,31 +81,39 @@ class Block(nnx.Module):
         h, routing = self._feed_forward(h + attended, inputs.token_mask)
         return h, (latent, rope_key), routing
 
-    def decode(
+    def decode[Cache: LatentCache](
         self,
         h: Float[Array, "B T d"],
         rotation: Rotation,
-        cache: LatentCache,
+        cache: Cache,
         layer: Int[Array, ""] | int,
         positions: Int[Array, "B T"],
         *,
+        first: int = 0,
         expert_layer: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T d"], LatentCache]:
-        """Maps new tokens that follow a cache (see `LatentAttention.decode` and `MixtureOfExperts`)."""
+    ) -> tuple[Float[Array, "B T d"], Cache, Int[Array, " E"] | None]:
+        """Maps new tokens that follow a cache (see `LatentAttention.decode` and `MixtureOfExperts.decode`).
+
+        Returns:
+          The hidden states, the cache, and how many tokens each expert was chosen for (None in a dense block).
+        """
         with jax.named_scope("attention"):
-            attended, cache = self.attention.decode(self.attention_norm(h), rotation, cache, layer, positions)
-        h, _ = self._feed_forward(h + attended, None, expert_layer)
-        return h, cache
+            normed = self.attention_norm.decode(h)
+            attended, cache = self.attention.decode(normed, rotation, cache, layer, positions, first)
+        h = h + attended
+        with jax.named_scope("feed_forward"):
+            u = self.feed_forward_norm.decode(h)
+            if isinstance(self.feed_forward, MixtureOfExperts):
+                y, load = self.feed_forward.decode(u, positions >= 0, expert_layer)
+                return h + y, cache, load
+            return h + self.feed_forward(u), cache, None
 
     def _feed_forward(
-        self,
-        h: Float[Array, "B T d"],
-        token_mask: Bool[Array, "B T"] | None,
-        expert_layer: Int[Array, ""] | None = None,
+        self, h: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None
     ) -> tuple[Float[Array, "B T d"], Routing | None]:
         with jax.named_scope("feed_forward"):
             u = self.feed_forward_norm(h)
             if isinstance(self.feed_forward, MixtureOfExperts):
-                y, routing = self.feed_forward(u, token_mask, expert_layer=expert_layer)
+                y, routing = self.feed_forward(u, token_mask)
                 return h + y, routing
             return h + self.feed_forward(u), None

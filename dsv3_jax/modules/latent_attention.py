@@ -18,15 +18,18 @@ the cached latents themselves: 2,176 operations, but 576 cached numbers per toke
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.attention_core import causal_attention
+from dsv3_jax.modules.cached_attention import attend_to_cache
 from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.latent_cache import LatentCache
 from dsv3_jax.modules.linear import Linear
@@ -34,6 +37,8 @@ from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import Rotation, rotate, softmax_scale
 from dsv3_jax.precision import Precision, rounded_weight
 from dsv3_jax.precision.keeping import keep
+
+_Norm = Callable[[RMSNorm, Float[Array, "..."]], Float[Array, "..."]]
 
 
 class LatentAttention(nnx.Module):
@@ -91,54 +96,51 @@ class LatentAttention(nnx.Module):
             )
         return keep(self.o(attended)), latent, key_rope
 
-    def decode(
+    def decode[Cache: LatentCache](
         self,
         x: Float[Array, "B T d"],
         rotation: Rotation,
-        cache: LatentCache,
+        cache: Cache,
         layer: Int[Array, ""] | int,
         positions: Int[Array, "B T"],
-    ) -> tuple[Float[Array, "B T d"], LatentCache]:
+        first: int = 0,
+    ) -> tuple[Float[Array, "B T d"], Cache]:
         """Computes attention of new tokens to the cache and to themselves, with the up-projections absorbed.
 
-        A token at position p sees cache entries 0 .. p of its own sequence; its own entry is written first.
+        A token at position p sees cache entries `first` .. p of its own sequence; its own entry is written first.
 
         Args:
           layer: index of this layer in the cache.
-          positions: int32, position of each token in its own sequence.
+          positions: int32, position of each token in its own sequence; -1 for padding, which writes nothing.
 
         Returns:
           The output, and the cache with the new entries.
         """
-        query, query_rope = self._queries(x, rotation)
-        cache = cache.write(layer, positions, *self._latents(x, rotation))
-        latent = cache.latent[layer].astype(query.dtype)
-        key_rope = cache.rope_key[layer].astype(query.dtype)
+        query, query_rope = self._queries(x, rotation, RMSNorm.decode)
+        cache = cache.write(layer, positions, *self._latents(x, rotation, RMSNorm.decode))
         kv_up = rounded_weight(self.kv_b.weight[...], self.precision)
         key_up, value_up = jnp.split(kv_up, [self.config.qk_nope_head_dim], axis=1)
-
-        wide = jnp.promote_types(query.dtype, jnp.float32)
         absorbed = jnp.einsum("bthn,hnr->bthr", query, key_up)
-        logits = jnp.einsum("bthr,bsr->bhts", absorbed, latent, preferred_element_type=wide)
-        logits += jnp.einsum("bthc,bsc->bhts", query_rope, key_rope, preferred_element_type=wide)
-        visible = positions[:, None, :, None] >= jnp.arange(latent.shape[1])
-        logits = jnp.where(visible, logits * softmax_scale(self.config), -jnp.inf)
-        weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-        gathered = jnp.einsum("bhts,bsr->bthr", weights, latent)
-        return self.o(jnp.einsum("bthr,hvr->bthv", gathered, value_up)), cache
+        with jax.named_scope("attention_core"):
+            gathered = attend_to_cache(
+                absorbed, query_rope, cache, layer, positions, first=first, scale=softmax_scale(self.config)
+            )
+        # Transposed, because XLA's CPU backend adds in another order for few tokens where r is last in both operands.
+        value_up = lax.optimization_barrier(value_up.transpose(0, 2, 1))
+        return self.o(jnp.einsum("bthr,hrv->bthv", gathered, value_up)), cache
 
     def _queries(
-        self, x: Float[Array, "B T d"], rotation: Rotation
+        self, x: Float[Array, "B T d"], rotation: Rotation, norm: _Norm = RMSNorm.__call__
     ) -> tuple[Float[Array, "B T H nope"], Float[Array, "B T H rope"]]:
         """Returns q^C and q^R of every head (Eq. 6-8)."""
         if self.config.q_lora_rank is not None:
-            x = self.q_a_norm(keep(self.q_a(x)))
+            x = norm(self.q_a_norm, keep(self.q_a(x)))
         plain, rope = jnp.split(self.q_b(x), [self.config.qk_nope_head_dim], axis=-1)
         return plain, rotate(rope, rotation)
 
     def _latents(
-        self, x: Float[Array, "B T d"], rotation: Rotation
+        self, x: Float[Array, "B T d"], rotation: Rotation, norm: _Norm = RMSNorm.__call__
     ) -> tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]]:
         """Returns the normed latent c^KV and the rotary key k^R, which has no norm and serves all heads (Eq. 1, 3)."""
         latent, rope = jnp.split(keep(self.kv_a(x)), [self.config.kv_lora_rank], axis=-1)
-        return self.kv_a_norm(latent), rotate(rope, rotation)
+        return norm(self.kv_a_norm, latent), rotate(rope, rotation)

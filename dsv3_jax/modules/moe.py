@@ -19,11 +19,20 @@ import pallas_kernels
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.balance import Routing, balance_terms
 from dsv3_jax.modules.devices import Devices, ExpertShapes, OneDevice
+from dsv3_jax.modules.expert_blocks import blocks_of_experts
 from dsv3_jax.modules.feed_forward import FeedForward
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.modules.router import Router
-from dsv3_jax.precision import Precision, grouped_linear, grouped_swiglu_linear, linear_by_row
+from dsv3_jax.precision import (
+    Precision,
+    grouped_linear,
+    grouped_swiglu_linear,
+    linear,
+    linear_by_row,
+    swiglu_linear,
+)
 from dsv3_jax.precision.keeping import keep
+from pallas_kernels.device import target_platform
 
 
 class RoutedExperts(Protocol):
@@ -31,8 +40,12 @@ class RoutedExperts(Protocol):
 
     def __call__(self, u: Float[Array, "N d"], gates: pallas_kernels.Gates) -> Float[Array, "N d"]: ...
 
-    def of_layer(
-        self, u: Float[Array, "N d"], gates: pallas_kernels.Gates, layer: Int[Array, ""]
+    def of_few(
+        self,
+        u: Float[Array, "N d"],
+        gates: pallas_kernels.Gates,
+        token_mask: Bool[Array, " N"],
+        layer: Int[Array, ""] | None,
     ) -> Float[Array, "N d"]: ...
 
 
@@ -98,28 +111,43 @@ class Experts(nnx.Module):
         hidden = grouped_linear(rows, gate_up.reshape(experts, 2 * width, d), **apply)
         return keep(grouped_swiglu_linear(hidden, down, **apply))
 
-    def of_layer(
-        self, u: Float[Array, "N d"], gates: pallas_kernels.Gates, layer: Int[Array, ""]
+    def of_few(
+        self,
+        u: Float[Array, "N d"],
+        gates: pallas_kernels.Gates,
+        token_mask: Bool[Array, " N"],
+        layer: Int[Array, ""] | None,
     ) -> Float[Array, "N d"]:
-        """Returns the same while decoding, where this module holds the weights of all layers on a leading axis.
+        """Returns the same while decoding; tokens where the mask is False get zeros.
 
-        A few tokens need the weights of a few experts: they are gathered from where they are stored, and neither a
-        layer's other experts nor an order by expert is touched. Many tokens are computed as in training.
+        Args:
+          layer: the layer, where this module holds the weights of all layers on a leading axis. Slicing one layer out
+            would copy all of its experts, of which few tokens use few.
         """
-        layers, experts, _, width, d = self.gate_up.shape
-        chosen = gates.expert_index.reshape(-1)
-        if chosen.size > experts:
-            return self._apply(u, gates, self.gate_up[...][layer], self.down[...][layer])
+        gate_up, down = self.gate_up[...], self.down[...]
+        experts, _, width, d = gate_up.shape[-4:]
+        tokens, chosen = u.shape[0], gates.expert_index.shape[-1]
+        in_blocks = isinstance(self.devices, OneDevice) and target_platform() == "cpu" and self.precision.fp8 is None
+        if not in_blocks and tokens * chosen > experts:
+            return self._apply(u, gates, *((gate_up, down) if layer is None else (gate_up[layer], down[layer])))
+        gate_up, down = gate_up.reshape(-1, 2 * width, d), down.reshape(-1, d, width)
+        index = gates.expert_index.reshape(tokens, chosen) + (0 if layer is None else layer * experts)
+        weights = jnp.where(token_mask[:, None], gates.gate.reshape(tokens, chosen), 0)
+        if in_blocks:
+            index = jnp.where(token_mask[:, None], index, jnp.iinfo(jnp.int32).max)
+
+            def product(rows: Float[Array, "R d"], expert: Int[Array, ""]) -> Float[Array, "R d"]:
+                hidden = linear(rows, gate_up[expert], self.precision).reshape(-1, 2, width)
+                return swiglu_linear(hidden, down[expert], self.precision)
+
+            return blocks_of_experts(u.astype(self.precision.dtype), index, weights, experts, product)
         dtype = self.precision.dtype
-        index = layer * experts + chosen
-        gate_up = self.gate_up[...].reshape(layers * experts, 2 * width, d)[index]
-        down = self.down[...].reshape(layers * experts, d, width)[index]
-        tokens = jnp.repeat(u, gates.expert_index.shape[-1], axis=0)
-        hidden = linear_by_row(tokens, gate_up, self.precision)
-        out = linear_by_row(hidden, down, self.precision, after_swiglu=True).reshape(u.shape[0], -1, d)
+        rows = jnp.repeat(u, chosen, axis=0)
+        hidden = linear_by_row(rows, gate_up[index.reshape(-1)], self.precision)
+        out = linear_by_row(hidden, down[index.reshape(-1)], self.precision, after_swiglu=True)
+        out = out.reshape(tokens, chosen, d)
         wide = jnp.promote_types(dtype, jnp.float32)
-        weights = gates.gate.reshape(u.shape[0], -1, 1).astype(wide)
-        return jnp.sum(out.astype(wide) * weights, axis=1).astype(dtype)
+        return jnp.sum(out.astype(wide) * weights[..., None].astype(wide), axis=1).astype(dtype)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -152,30 +180,39 @@ class MixtureOfExperts(nnx.Module):
             )
 
     def __call__(
-        self,
-        u: Float[Array, "B T d"],
-        token_mask: Bool[Array, "B T"] | None = None,
-        *,
-        expert_layer: Int[Array, ""] | None = None,
+        self, u: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T d"], Routing]:
         """Returns the layer's output and its routing statistics.
 
         Args:
           token_mask: False at tokens that are computed but not counted.
-          expert_layer: while decoding, the layer whose experts are read from the stack of all layers' weights.
         """
         gates = self.router(u, token_mask)
-        flat = u.reshape(-1, u.shape[-1])
         with jax.named_scope("routed_experts"):
-            if expert_layer is None:
-                routed = self.experts(flat, gates)
-            else:
-                routed = self.experts.of_layer(flat, gates, expert_layer)
-        y = routed.reshape(u.shape).astype(u.dtype)
-        if self.has_shared_experts:
-            with jax.named_scope("shared_experts"):
-                y = y + self.shared(u)
+            routed = self.experts(u.reshape(-1, u.shape[-1]), gates)
         sequence_balance, batch_balance = balance_terms(
             gates.selection_fraction, gates.affinity_mean, token_mask, sum_over_batch=self.devices.sum_over_batch
         )
-        return y, Routing(load=gates.load, sequence_balance=sequence_balance, batch_balance=batch_balance)
+        routing = Routing(load=gates.load, sequence_balance=sequence_balance, batch_balance=batch_balance)
+        return self._with_shared(u, routed), routing
+
+    def decode(
+        self, u: Float[Array, "B T d"], token_mask: Bool[Array, "B T"], layer: Int[Array, ""] | None
+    ) -> tuple[Float[Array, "B T d"], Int[Array, " E"]]:
+        """Returns the layer's output for a few tokens, and how many of them each expert was chosen for.
+
+        Args:
+          token_mask: False at padding, which no expert computes.
+          layer: the layer whose experts are read from the stack of all layers' weights, if they are stacked.
+        """
+        gates = self.router(u, token_mask)
+        with jax.named_scope("routed_experts"):
+            routed = self.experts.of_few(u.reshape(-1, u.shape[-1]), gates, token_mask.reshape(-1), layer)
+        return self._with_shared(u, routed), gates.load
+
+    def _with_shared(self, u: Float[Array, "B T d"], routed: Float[Array, "N d"]) -> Float[Array, "B T d"]:
+        y = routed.reshape(u.shape).astype(u.dtype)
+        if not self.has_shared_experts:
+            return y
+        with jax.named_scope("shared_experts"):
+            return y + self.shared(u)

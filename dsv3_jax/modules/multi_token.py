@@ -14,6 +14,7 @@ engines that speculate several tokens with the published module.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,7 +45,12 @@ class MultiTokenModule(nnx.Module):
         self.block = Block(config, moe=True, precision=precision, **make)
         self.output_norm = RMSNorm(d, epsilon, dtype=dtype)
 
-    def join(self, hidden: Float[Array, "B T d"], embedded: Float[Array, "B T d"]) -> Float[Array, "B T d"]:
+    def join(
+        self,
+        hidden: Float[Array, "B T d"],
+        embedded: Float[Array, "B T d"],
+        norm: Callable[[RMSNorm, Array], Array] = RMSNorm.__call__,
+    ) -> Float[Array, "B T d"]:
         """Returns the block's input h'^k (Eq. 21) from h^{k-1} and the embeddings of the tokens k positions later."""
-        joined = jnp.concatenate([self.embedding_norm(embedded), self.hidden_norm(hidden)], axis=-1)
+        joined = jnp.concatenate([norm(self.embedding_norm, embedded), norm(self.hidden_norm, hidden)], axis=-1)
         return self.projection(joined)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsv3_jax.modules.ordered_sum import ordered_sum
 from dsv3_jax.modules.parameter import ParameterShape
 
 
@@ -18,7 +19,14 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Returns y."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
-        gain = self.weight[...].astype(wide.dtype)
-        return (wide * scale * gain).astype(x.dtype)
+        return self._scaled(wide, jnp.mean(jnp.square(wide), axis=-1)).astype(x.dtype)
+
+    def decode(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Returns y; on a CPU a row's result is the same bits whatever the number of rows."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        return self._scaled(wide, ordered_sum(jnp.square(wide)) / x.shape[-1]).astype(x.dtype)
+
+    def _scaled(self, x: Float[Array, "*batch width"], mean_square: Float[Array, " *batch"]) -> Array:
+        return x * jax.lax.rsqrt(mean_square[..., None] + self.epsilon) * self.weight[...].astype(x.dtype)

@@ -6,7 +6,7 @@ import dataclasses
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from dsv3_jax.errors import ConfigError
@@ -40,12 +40,18 @@ class PlacedExperts(nnx.Module):
         """Returns sum_i g_i FFN_i(u) of every token."""
         return self.physical(u, _to_physical(gates, self.copies[...], self.counts[...]))
 
-    def of_layer(
-        self, u: Float[Array, "N d"], gates: pallas_kernels.Gates, layer: Int[Array, ""]
+    def of_few(
+        self,
+        u: Float[Array, "N d"],
+        gates: pallas_kernels.Gates,
+        token_mask: Bool[Array, " N"],
+        layer: Int[Array, ""] | None,
     ) -> Float[Array, "N d"]:
-        """Returns the same while decoding, where the arrays hold all layers."""
-        physical = _to_physical(gates, self.copies[...][layer], self.counts[...][layer])
-        return self.physical.of_layer(u, physical, layer)
+        """Returns the same while decoding, where the arrays may hold all layers."""
+        copies, counts = self.copies[...], self.counts[...]
+        if layer is not None:
+            copies, counts = copies[layer], counts[layer]
+        return self.physical.of_few(u, _to_physical(gates, copies, counts), token_mask, layer)
 
 
 def with_placed_experts(model: DeepSeekV3, placement: Placement) -> DeepSeekV3:

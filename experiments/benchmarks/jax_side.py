@@ -83,8 +83,8 @@ def prefill(request: dict[str, Any]) -> Callable[[], float]:
     @jax.jit
     def read(weights: Any, ids: jax.Array) -> Any:
         model = nnx.merge(graph, weights)
-        hidden, cache = model.prefill(ids, model.init_cache(*ids.shape))
-        return model.head(hidden[:, -1]), cache
+        read = model.prefill(ids, model.init_cache(*ids.shape))
+        return model.head(read.hidden[:, -1]), read.cache
 
     return lambda: float(jax.block_until_ready(read(weights, ids))[0].sum())
 

@@ -97,14 +97,14 @@ def test_greedy_text_by_absorbed_decoding(golden, model):
     @jax.jit
     def start(state, prompt):
         model = nnx.merge(graph, state)
-        hidden, cache = model.prefill(prompt, model.init_cache(1, expected.shape[1]))
-        return jnp.argmax(model.head(hidden[:, -1]), -1), cache
+        read = model.prefill(prompt, model.init_cache(1, expected.shape[1]))
+        return jnp.argmax(model.head(read.hidden[:, -1]), -1), read.cache
 
     @jax.jit
     def step(state, token, cache, position):
         model = nnx.merge(graph, state)
-        hidden, cache = model.decode(token[:, None], cache, position[None, None])
-        return jnp.argmax(model.head(hidden[:, -1]), -1), cache
+        read = model.decode(token[:, None], cache, position[None, None])
+        return jnp.argmax(model.head(read.hidden[:, -1]), -1), read.cache
 
     token, cache = start(state, expected[:, :16])
     written = [int(token[0])]

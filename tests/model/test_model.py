@@ -30,9 +30,19 @@ VARIANTS = {
 }
 BATCH, LENGTH = 2, 24
 
+
 # Compiled as whole programs: operation by operation the same tests take several times as long.
-prefill, decode = nnx.jit(DeepSeekV3.prefill), nnx.jit(DeepSeekV3.decode)
-draft = nnx.jit(DeepSeekV3.draft, static_argnames="depth")
+def hidden_and_cache(method):
+    def call(*arguments, **options):
+        read = method(*arguments, **options)
+        return read.hidden, read.cache
+
+    return call
+
+
+prefill = nnx.jit(hidden_and_cache(DeepSeekV3.prefill))
+decode = nnx.jit(hidden_and_cache(DeepSeekV3.decode))
+draft = nnx.jit(hidden_and_cache(DeepSeekV3.draft), static_argnames="depth")
 forward = nnx.jit(lambda model, tokens, **given: model(tokens, **given))
 features = nnx.jit(
     lambda model, tokens, isolate_segments=True, **given: model.features(
@@ -84,7 +94,7 @@ def test_mtp_drafts_agree_with_the_training_chain(tokens):
     previous = chain.hidden
     for depth, expected in enumerate(chain.mtp_hidden, start=1):
         count = LENGTH - depth
-        positions = jnp.broadcast_to(jnp.arange(count), (BATCH, count))
+        positions = jnp.broadcast_to(jnp.arange(depth, LENGTH), (BATCH, count))
         hidden, cache = draft(model, previous[:, :count], tokens[:, depth:], cache, positions, depth=depth)
         np.testing.assert_allclose(hidden, expected, atol=2e-5)
         previous = hidden

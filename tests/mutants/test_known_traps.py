@@ -40,7 +40,7 @@ def decoding_error(golden) -> float:
     model = golden_data.build_model(golden)
     ids = jnp.asarray(golden.io["ids"][:1], jnp.int32)
     with jax.disable_jit():
-        hidden, _ = model.decode(ids, model.init_cache(1, ids.shape[1]), jnp.arange(ids.shape[1])[None])
+        hidden = model.decode(ids, model.init_cache(1, ids.shape[1]), jnp.arange(ids.shape[1])[None]).hidden
         logits = model.head(hidden)
     theirs = golden.io["logits"][:1]
     return float(np.max(np.abs(np.asarray(logits) - theirs)) / np.std(theirs))

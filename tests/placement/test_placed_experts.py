@@ -28,7 +28,7 @@ def test_outputs_are_the_models():
     np.testing.assert_allclose(other.mtp_logits[0], one.mtp_logits[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(other.routing.load, one.routing.load)
     positions = jnp.zeros((2, 1), jnp.int32)
-    hidden = [each.decode(tokens[:, :1], each.init_cache(2, 4), positions)[0] for each in (model, placed)]
+    hidden = [each.decode(tokens[:, :1], each.init_cache(2, 4), positions).hidden for each in (model, placed)]
     np.testing.assert_allclose(hidden[1], hidden[0], rtol=1e-5, atol=1e-6)
 
 

@@ -61,14 +61,14 @@ def test_few_tokens_are_multiplied_as_many_are(precision: str) -> None:
     assert gates.expert_index.size <= CONFIG.n_routed_experts
     assert isinstance(mixture.experts, Experts)
     many = mixture.experts(u[0], gates)
-    few = blocks.feed_forward.experts.of_layer(u[0], gates, jnp.int32(0))
+    few = blocks.feed_forward.experts.of_few(u[0], gates, jnp.ones(2, bool), jnp.int32(0))
     # SwiGLU may move a number between two FP8 ones to the other: one of 2^-4 among the 32 terms of some outputs.
     close = np.abs(few - many) <= 1e-5 * np.abs(many).max()
     assert close.mean() > 0.9
     np.testing.assert_allclose(few, many, atol=2e-2 * np.abs(many).max())
     if precision != "float32":
         plain = small_model(CONFIG.replace(initializer_range=0.1), 0).moe_blocks.feed_forward.experts
-        other = plain.of_layer(u[0], gates, jnp.int32(0))
+        other = plain.of_few(u[0], gates, jnp.ones(2, bool), jnp.int32(0))
         assert (np.linalg.norm(few - other) > 1e-3 * np.linalg.norm(other)) == ("forward=none" not in precision)
 
 

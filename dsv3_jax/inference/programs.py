@@ -1,0 +1,323 @@
+"""The two compiled programs of the engine: one reads chunks of prompts, one writes tokens for running requests.
+
+Both read and write the pages. The second runs several steps before it returns to the host; rows that end in between
+wait as padding. With drafts, a step is: draft tokens with the MTP module, check them all in one pass of the main model,
+keep those that `check_draft` accepts. One more token than accepted drafts is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.inference.sampling import SamplerRows, TextSoFar, adjust, choose, draw_keys
+from dsv3_jax.inference.speculation import DRAFT, TOKEN, check_draft
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.modules.paged_cache import PagedCache, Pages
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """What stays on the device for each of the engine's S slots, besides the pages.
+
+    Attributes:
+      hidden: the main model's hidden states at the positions before the last W = 1 + drafts tokens, for the MTP module;
+        the newest last. Empty without drafts.
+      text: for penalties and logit bias; only slots whose sampler needs it are kept up to date.
+      load: tokens that chose each expert since the engine started, of the MoE layers, then of the MTP block.
+    """
+
+    hidden: Float[Array, "S W d"]
+    text: TextSoFar
+    load: Int[Array, "layers E"]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, slots: int, drafts: int, dtype: jnp.dtype) -> Slots:
+        """Returns slots without requests."""
+        shape = (slots, config.vocab_size)
+        window = 1 + drafts if drafts else 0
+        return cls(
+            hidden=jnp.zeros((slots, window, config.hidden_size), dtype),
+            text=TextSoFar(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)),
+            load=jnp.zeros((config.num_moe_layers + (1 if drafts else 0), config.n_routed_experts), jnp.int32),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """The next C tokens of prompts, padded on the right.
+
+    Attributes:
+      tokens, positions: ids and their positions; -1 at padding.
+      next_tokens: the token after each, which the MTP module reads with its hidden state.
+      table: pages of each sequence.
+      slot: of each sequence; the number of slots where a row is padding.
+    """
+
+    tokens: Int[Array, "B C"]
+    next_tokens: Int[Array, "B C"]
+    positions: Int[Array, "B C"]
+    table: Int[Array, "B N"]
+    slot: Int[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """The requests that get tokens; W = 1 + drafts.
+
+    Attributes:
+      tokens: the last W tokens of each sequence, the newest last. The cache ends before the newest.
+      valid: how many of them the MTP module has to read, counted from the newest: what the last step wrote.
+      position: of the newest.
+      remaining: number of tokens still to write; 0 marks padding.
+      stop_tokens: -1 where a row has fewer.
+      wants_logprobs: whether log-probabilities are reported.
+      table, slot: as in `Chunk`.
+    """
+
+    tokens: Int[Array, "B W"]
+    valid: Int[Array, " B"]
+    position: Int[Array, " B"]
+    remaining: Int[Array, " B"]
+    stop_tokens: Int[Array, "B stops"]
+    wants_logprobs: Bool[Array, " B"]
+    sampler: SamplerRows
+    table: Int[Array, "B N"]
+    slot: Int[Array, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What the steps wrote.
+
+    Attributes:
+      tokens: new tokens of each step and row.
+      count: number of them; 0 where the row had ended.
+      logprobs: log-probabilities of the tokens.
+      top_tokens, top_logprobs: the most likely tokens at their positions.
+    """
+
+    tokens: Int[Array, "steps B W"]
+    count: Int[Array, "steps B"]
+    logprobs: Float[Array, "steps B W"]
+    top_tokens: Int[Array, "steps B W top"]
+    top_logprobs: Float[Array, "steps B W top"]
+
+
+@functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("pages", "slots"))
+def read_chunk(graph: Any, weights: Any, pages: Pages, slots: Slots, chunk: Chunk) -> tuple[Pages, Slots]:
+    """Reads chunks of prompts into their pages; hidden states of the last tokens go to the slots."""
+    model: DeepSeekV3 = nnx.merge(graph, weights)
+    read = model.decode(chunk.tokens, PagedCache(pages, chunk.table), chunk.positions)
+    cache, hidden = read.cache, slots.hidden
+    load = read.load
+    if hidden.shape[1]:
+        at_next = jnp.where(chunk.positions < 0, -1, chunk.positions + 1)
+        drafted = model.draft(read.hidden, chunk.next_tokens, cache, at_next)
+        cache, load = drafted.cache, jnp.concatenate([load, drafted.load])
+        last = jnp.sum(chunk.positions >= 0, axis=1) - 1
+        newest = jnp.take_along_axis(read.hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
+        hidden = hidden.at[chunk.slot, -1].set(newest.astype(hidden.dtype), mode="drop")
+    return cache.pages, dataclasses.replace(slots, hidden=hidden, load=slots.load + load)
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def begin(
+    slots: Slots,
+    slot: Int[Array, ""],
+    in_prompt: Bool[Array, " V"],
+    count: Int[Array, " V"],
+    bias: Float[Array, " V"],
+) -> Slots:
+    """Sets what penalties and logit bias need of a request that is given a slot."""
+    text = slots.text
+    text = TextSoFar(
+        text.in_prompt.at[slot].set(in_prompt), text.count.at[slot].set(count), text.bias.at[slot].set(bias)
+    )
+    return dataclasses.replace(slots, text=text)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "most_steps", "top"), donate_argnames=("pages", "slots"))
+def write_tokens(
+    graph: Any,
+    weights: Any,
+    pages: Pages,
+    slots: Slots,
+    running: Running,
+    steps: Int[Array, ""],
+    *,
+    most_steps: int,
+    top: int,
+) -> tuple[Pages, Slots, Written]:
+    """Runs up to `steps` steps, fewer if all rows end before.
+
+    Args:
+      steps: at most `most_steps`.
+      top: number of most likely tokens to report.
+    """
+    model: DeepSeekV3 = nnx.merge(graph, weights)
+    batch, width = running.tokens.shape
+    vocabulary = model.config.vocab_size
+    text = jax.tree.map(lambda x: x.at[running.slot].get(mode="clip"), slots.text)
+    hidden = slots.hidden.at[running.slot].get(mode="clip")
+    shape = (most_steps, batch, width)
+    written = Written(
+        tokens=jnp.zeros(shape, jnp.int32),
+        count=jnp.zeros(shape[:2], jnp.int32),
+        logprobs=jnp.zeros(shape, jnp.float32),
+        top_tokens=jnp.zeros((*shape, min(top, vocabulary)), jnp.int32),
+        top_logprobs=jnp.zeros((*shape, min(top, vocabulary)), jnp.float32),
+    )
+    state = _State(jnp.zeros((), jnp.int32), running, pages, text, hidden, slots.load, written)
+    state = lax.while_loop(
+        lambda state: (state.step < steps) & jnp.any(state.running.remaining > 0),
+        lambda state: _step(model, state),
+        state,
+    )
+    text = jax.tree.map(lambda all_, own: all_.at[running.slot].set(own, mode="drop"), slots.text, state.text)
+    hidden = slots.hidden.at[running.slot].set(state.hidden, mode="drop")
+    return state.pages, Slots(hidden, text, state.load), state.written
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    step: Int[Array, ""]
+    running: Running
+    pages: Pages
+    text: TextSoFar
+    hidden: Float[Array, "B W d"]
+    load: Int[Array, "layers E"]
+    written: Written
+
+
+def _step(model: DeepSeekV3, state: _State) -> _State:
+    running = state.running
+    active = running.remaining > 0
+    width = running.tokens.shape[1]
+    drafts, draft_logits, cache, draft_load = _draft(model, state, PagedCache(state.pages, running.table))
+
+    tokens = jnp.concatenate([running.tokens[:, -1:], *(draft[:, None] for draft in drafts)], axis=1)
+    positions = jnp.where(active[:, None], running.position[:, None] + jnp.arange(width), -1)
+    read = model.decode(tokens, cache, positions)
+    logits = model.next_logits(read.hidden)
+    text, chosen, accepted = _check(logits, drafts, draft_logits, running, state.text)
+
+    count = jnp.where(active, jnp.minimum(accepted + 1, running.remaining), 0)
+    stops = jnp.any(chosen[..., None] == running.stop_tokens[:, None, :], axis=-1) & (
+        jnp.arange(width) < count[:, None]
+    )
+    first_stop = jnp.argmax(stops, axis=1)
+    stopped = jnp.any(stops, axis=1)
+    count = jnp.where(stopped, first_stop + 1, count)
+    remaining = jnp.where(stopped, 0, running.remaining - count)
+
+    # The newest W of the tokens so far, and the hidden states before them, with the newest last.
+    newest = count[:, None] + jnp.arange(width)
+    tokens = jnp.take_along_axis(jnp.concatenate([running.tokens, chosen], axis=1), newest, axis=1)
+    hidden = state.hidden
+    if drafts:
+        both = jnp.concatenate([hidden, read.hidden.astype(hidden.dtype)], axis=1)
+        hidden = jnp.take_along_axis(both, newest[..., None], axis=1)
+    after = dataclasses.replace(
+        running, tokens=tokens, valid=count, position=running.position + count, remaining=remaining
+    )
+    return _State(
+        step=state.step + 1,
+        running=after,
+        pages=read.cache.pages,
+        text=text,
+        hidden=hidden,
+        load=state.load + jnp.concatenate([read.load, *draft_load]),
+        written=_record(state, chosen, count, logits),
+    )
+
+
+def _draft(
+    model: DeepSeekV3, state: _State, cache: PagedCache
+) -> tuple[list[Int[Array, " B"]], list[Float[Array, "B V"]], PagedCache, list[Int[Array, "1 E"]]]:
+    """Drafts tokens by chaining the MTP module; returns them, the logits they were drawn from, cache and load.
+
+    The module first reads what the main model computed since it last ran; then each of its own drafts, with its own
+    hidden state in place of the main model's.
+    """
+    running = state.running
+    width = running.tokens.shape[1]
+    if width == 1:
+        return [], [], cache, []
+    active = running.remaining > 0
+    index = jnp.arange(width)
+    known = active[:, None] & (index >= width - running.valid[:, None])
+    positions = jnp.where(known, running.position[:, None] - (width - 1) + index, -1)
+    # Zeros for what is not known, so that not even a draft depends on what the slot was used for before.
+    hidden = jnp.where(known[..., None], state.hidden, 0)
+    drafted = model.draft(hidden, running.tokens, cache, positions)
+    load, text = drafted.load, state.text
+    drafts, logits = [], []
+    for number in range(1, width):
+        if number > 1:
+            at = jnp.where(active, running.position + number - 1, -1)[:, None]
+            drafted = model.draft(drafted.hidden[:, -1:], drafts[-1][:, None], drafted.cache, at)
+            load, text = load + drafted.load, text.with_token(drafts[-1], running.sampler.counts_tokens)
+        logits.append(adjust(model.next_logits(drafted.hidden[:, -1:])[:, 0], running.sampler, text))
+        keys = draw_keys(running.sampler, running.position + number, DRAFT)
+        drafts.append(choose(logits[-1], running.sampler, keys))
+    return drafts, logits, drafted.cache, [load]
+
+
+def _check(
+    logits: Float[Array, "B W V"],
+    drafts: list[Int[Array, " B"]],
+    draft_logits: list[Float[Array, "B V"]],
+    running: Running,
+    text: TextSoFar,
+) -> tuple[TextSoFar, Int[Array, "B W"], Int[Array, " B"]]:
+    """Returns the text so far, the new tokens (those after a rejected draft mean nothing), and the drafts accepted."""
+    sampler = running.sampler
+    going = running.remaining > 0
+    accepted = jnp.zeros(going.shape, jnp.int32)
+    chosen = []
+    for number in range(logits.shape[1]):
+        at = running.position + 1 + number
+        adjusted = adjust(logits[:, number], sampler, text)
+        if number < len(drafts):
+            right, token = check_draft(drafts[number], adjusted, draft_logits[number], sampler, at)
+        else:
+            right = jnp.zeros(going.shape, bool)
+            token = choose(adjusted, sampler, draw_keys(sampler, at, TOKEN))
+        chosen.append(token)
+        text = text.with_token(token, going & sampler.counts_tokens)
+        going &= right
+        accepted += going
+    return text, jnp.stack(chosen, axis=1), accepted
+
+
+def _record(
+    state: _State, chosen: Int[Array, "B W"], count: Int[Array, " B"], logits: Float[Array, "B W V"]
+) -> Written:
+    written, step = state.written, state.step
+
+    def scores(_: None) -> tuple[Array, Array, Array]:
+        logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+        own = jnp.take_along_axis(logprobs, chosen[..., None], axis=-1)[..., 0]
+        best, tokens = lax.top_k(logprobs, written.top_tokens.shape[-1])
+        return own, tokens.astype(jnp.int32), best
+
+    def none(_: None) -> tuple[Array, Array, Array]:
+        return tuple(jnp.zeros_like(x[0]) for x in (written.logprobs, written.top_tokens, written.top_logprobs))  # pyright: ignore[reportReturnType]
+
+    own, tokens, best = lax.cond(jnp.any(state.running.wants_logprobs), scores, none, None)
+    new = Written(chosen, count, own, tokens, best)
+    return jax.tree.map(lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, step, 0), written, new)

@@ -1,0 +1,124 @@
+"""What the engine is asked for, and what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import UserError
+from dsv3_jax.inference.sampling import GREEDY, Sampler
+
+MOST_STOP_TOKENS = 8
+FinishReason = Literal["length", "stop", "cancelled"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to continue.
+
+    Attributes:
+      prompt: token ids, at least one.
+      max_new_tokens: most tokens to write.
+      sampler: how each token is chosen.
+      seed: of this request's draws, 0 to 2^64 - 1. With the same seed and prompt the draws are the same in every batch.
+      stop_tokens: the text ends when one of these is written; it is the last of the result's tokens.
+      stop_strings: the text ends before one of these, wherever tokens begin and end. The engine needs a `to_bytes`.
+      top_logprobs: number of most likely tokens to report at each position besides the chosen one; None reports
+        no log-probabilities.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int = 64
+    sampler: Sampler = GREEDY
+    seed: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"seed must be from 0 to 2^64 - 1, not {self.seed}")
+        if len(self.stop_tokens) > MOST_STOP_TOKENS:
+            raise UserError(f"at most {MOST_STOP_TOKENS} stop tokens can be given, not {len(self.stop_tokens)}")
+        if any(not text for text in self.stop_strings):
+            raise UserError("a stop string is empty; leave it out")
+
+    def check(self, config: ModelConfig, context: int, name: str = "the prompt") -> None:
+        """Checks that a model can read the prompt and add `max_new_tokens` tokens within `context` tokens.
+
+        Raises:
+          UserError: it cannot; the message calls the prompt `name`.
+        """
+        length = len(self.prompt)
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if length < 1:
+            raise UserError(f"{name} is empty; give at least one token")
+        if length > context:
+            raise UserError(f"{name} has {length} tokens but the model's context is {context}; shorten the prompt")
+        if length + self.max_new_tokens > context:
+            raise UserError(
+                f"{name}'s {length} tokens and {self.max_new_tokens} new ones exceed the model's "
+                f"context of {context}; ask for at most {context - length} new tokens"
+            )
+        for token in (*self.prompt, *(token for token, _ in self.sampler.logit_bias)):
+            if not 0 <= token < config.vocab_size:
+                raise UserError(
+                    f"{name} holds token {token}, outside the model's vocabulary of {config.vocab_size}; "
+                    "use the tokenizer the model was trained with"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities of one written token, by the model's own distribution (temperature 1, nothing left out).
+
+    Attributes:
+      logprob: of the token.
+      top: the most likely tokens and theirs, most likely first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What one step of the engine added to a request.
+
+    Attributes:
+      request_id: number that `submit` returned.
+      tokens: the new tokens.
+      drafted: for each of them, whether it was an accepted draft of the MTP module.
+      logprobs: for each of them, if the request asked.
+      text: the new text, if the engine has a `to_bytes`. Text that may be the start of a stop string, or of a character
+        that is not complete, comes with a later output.
+      finished: why the request has ended; None if it has not.
+    """
+
+    request_id: int
+    tokens: tuple[int, ...]
+    drafted: tuple[bool, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    text: str
+    finished: FinishReason | None
+
+
+@dataclasses.dataclass
+class Result:
+    """A request's outputs together; fields as in `Output`."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    drafted: list[bool] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    text: str = ""
+    finished: FinishReason | None = None
+
+    def add(self, output: Output) -> None:
+        """Appends an output."""
+        self.tokens += output.tokens
+        self.drafted += output.drafted
+        self.logprobs += output.logprobs
+        self.text += output.text
+        self.finished = output.finished

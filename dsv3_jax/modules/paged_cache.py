@@ -1,0 +1,145 @@
+"""A latent cache in pages of a fixed number of tokens, which sequences of different lengths share.
+
+`Pages` holds the entries of all pages. `PagedCache` is a batch's view of them: a table names the pages of each
+sequence in the order of its positions. Which sequence has which page is decided by `dsv3_jax.inference.pages`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+
+FP8 = jnp.dtype(jnp.float8_e4m3fn)
+_LARGEST = float(jnp.finfo(FP8).max)
+_BLOCK = 128  # positions that attention reads at a time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """The entries of all pages: normed latents c^KV and rotated keys k^R of every layer.
+
+    Attributes:
+      latent: float32, bfloat16, or e4m3 with one float32 scale per token.
+      rope_key: in the dtype of `latent`, or bfloat16 beside e4m3 latents.
+      scale: latent = stored value * scale; None unless the latents are e4m3.
+    """
+
+    latent: Float[Array, "L P page kv_rank"]
+    rope_key: Float[Array, "L P page rope"]
+    scale: Float[Array, "L P page"] | None
+
+    @classmethod
+    def empty(cls, config: ModelConfig, pages: int, page_size: int, dtype: jnp.dtype, *, mtp: bool) -> Pages:
+        """Returns pages of zeros; with `mtp`, for the MTP blocks too."""
+        shape = (_layers(config, mtp), pages, page_size)
+        fp8 = dtype == FP8
+        return cls(
+            latent=jnp.zeros((*shape, config.kv_lora_rank), dtype),
+            rope_key=jnp.zeros((*shape, config.qk_rope_head_dim), jnp.bfloat16 if fp8 else dtype),
+            scale=jnp.zeros(shape, jnp.float32) if fp8 else None,
+        )
+
+    @property
+    def count(self) -> int:
+        """Number of pages."""
+        return self.latent.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        """Tokens per page."""
+        return self.latent.shape[2]
+
+
+def bytes_per_token(config: ModelConfig, dtype: jnp.dtype, *, mtp: bool) -> int:
+    """Returns the bytes that one token takes in the cache: every layer's latent, rotary key and, in FP8, scale."""
+    if dtype == FP8:
+        per_layer = config.kv_lora_rank + 2 * config.qk_rope_head_dim + 4
+    else:
+        per_layer = (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
+    return _layers(config, mtp) * per_layer
+
+
+def tokens_that_fit(memory: int, config: ModelConfig, dtype: jnp.dtype, page_size: int, *, mtp: bool) -> int:
+    """Returns how many tokens fit `memory` bytes of whole pages."""
+    return memory // (bytes_per_token(config, dtype, mtp=mtp) * page_size) * page_size
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagedCache:
+    """The pages as a batch of sequences sees them.
+
+    Attributes:
+      pages: the entries.
+      table: page of each sequence's positions 0 .. page_size - 1, and so on; the number of pages where it has none.
+    """
+
+    pages: Pages
+    table: Int[Array, "B N"]
+
+    @property
+    def block_length(self) -> int:
+        """Positions per block: a whole number of pages."""
+        return self._pages_per_block * self.pages.page_size
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks that the table covers."""
+        return -(-self.table.shape[1] // self._pages_per_block)
+
+    @property
+    def _pages_per_block(self) -> int:
+        return min(max(_BLOCK // self.pages.page_size, 1), self.table.shape[1])
+
+    def write(
+        self,
+        layer: Int[Array, ""] | int,
+        positions: Int[Array, "B T"],
+        latent: Float[Array, "B T kv_rank"],
+        rope_key: Float[Array, "B T rope"],
+    ) -> PagedCache:
+        """Returns the cache with new entries of one layer; negative positions and those without a page are dropped."""
+        pages, size = self.pages, self.pages.page_size
+        page = self.table.at[jnp.arange(len(positions))[:, None], positions // size].get(
+            mode="fill", fill_value=pages.count
+        )
+        index = (layer, jnp.where(positions < 0, pages.count, page), positions % size)
+        scale = pages.scale
+        if scale is not None:
+            wide = latent.astype(jnp.float32)
+            own = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), jnp.finfo(jnp.float32).tiny * _LARGEST) / _LARGEST
+            latent = jnp.clip(wide / own[..., None], -_LARGEST, _LARGEST)
+            scale = scale.at[index].set(own, mode="drop")
+        entries = Pages(
+            latent=pages.latent.at[index].set(latent.astype(pages.latent.dtype), mode="drop"),
+            rope_key=pages.rope_key.at[index].set(rope_key.astype(pages.rope_key.dtype), mode="drop"),
+            scale=scale,
+        )
+        return dataclasses.replace(self, pages=entries)
+
+    def read(
+        self, layer: Int[Array, ""] | int, block: Int[Array, ""] | int, dtype: jnp.dtype
+    ) -> tuple[Float[Array, "B S kv_rank"], Float[Array, "B S rope"]]:
+        """Returns a block of every sequence. Where a sequence has no page, the entries are those of another page."""
+        width = self._pages_per_block
+        table = jnp.pad(self.table, ((0, 0), (0, self.blocks * width - self.table.shape[1])))
+        own = jax.lax.dynamic_slice_in_dim(table, block * width, width, axis=1)
+
+        def gather(entries: Float[Array, "L P page ..."]) -> Float[Array, "B S ..."]:
+            found = entries.at[layer, own].get(mode="clip")
+            return found.reshape(found.shape[0], -1, *found.shape[3:])
+
+        latent = gather(self.pages.latent).astype(dtype)
+        if self.pages.scale is not None:
+            latent = (latent * gather(self.pages.scale)[..., None]).astype(dtype)
+        return latent, gather(self.pages.rope_key).astype(dtype)
+
+
+def _layers(config: ModelConfig, mtp: bool) -> int:
+    return config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)

@@ -1,0 +1,226 @@
+"""Checks the engine against the plain expanded model, and each request against itself alone."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_models import small_model
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import ConfigError, UserError
+from dsv3_jax.inference import Engine, EngineConfig, Request, Result, Sampler
+from dsv3_jax.model import DeepSeekV3
+
+VOCABULARY, CONTEXT = 12, 64
+SHAPES = {"context": CONTEXT, "page_size": 4, "chunk_sizes": (8,), "steps": 3, "top_logprobs": 3}
+SAMPLER = Sampler(temperature=1.2, top_p=0.9, repetition_penalty=1.2, presence_penalty=0.3)
+
+
+@pytest.fixture(scope="module")
+def model() -> DeepSeekV3:
+    """Returns a model with so few tokens that its untrained MTP module is often right and often wrong."""
+    config = ModelConfig.preset("tiny", vocab_size=VOCABULARY, initializer_range=0.25)
+    return small_model(config, 3)
+
+
+def prompts() -> list[tuple[int, ...]]:
+    random = np.random.default_rng(0)
+    return [tuple(random.integers(0, VOCABULARY, length).tolist()) for length in (1, 2, 9, 17, 30, 21)]
+
+
+@pytest.fixture(scope="module")
+def plain(model: DeepSeekV3) -> list[list[int]]:
+    """Returns the greedy text of each prompt by the expanded model, one whole pass per token."""
+    forward = nnx.jit(lambda model, ids: model(ids).logits)
+    texts = []
+    for prompt in prompts():
+        ids = np.zeros((1, CONTEXT), np.int32)
+        ids[0, : len(prompt)] = prompt
+        for at in range(len(prompt), len(prompt) + 20):
+            ids[0, at] = np.asarray(forward(model, jnp.asarray(ids)))[0, at - 1].argmax()
+        texts.append(ids[0, len(prompt) : len(prompt) + 20].tolist())
+    return texts
+
+
+@pytest.fixture(scope="module", params=[0, 2], ids=["plain", "two drafts"])
+def engine(model: DeepSeekV3, request: pytest.FixtureRequest) -> Engine:
+    return Engine(model, EngineConfig(max_sequences=4, drafts=request.param, **SHAPES))
+
+
+def requests(**settings) -> list[Request]:
+    own = {"max_new_tokens": 20, "top_logprobs": 2} | settings
+    return [Request(prompt=prompt, seed=seed, **own) for seed, prompt in enumerate(prompts())]
+
+
+def alone(engine: Engine, wanted: list[Request]) -> list[Result]:
+    return [engine.run([request])[0] for request in wanted]
+
+
+def test_greedy_text_is_that_of_the_expanded_model(engine: Engine, plain) -> None:
+    assert [result.tokens for result in engine.run(requests())] == plain
+    if engine.drafts:
+        first, second = np.divide(engine.statistics.accepted, engine.statistics.drafted)
+        assert 0 < first < 1
+        assert 0 < second < 1
+
+
+@pytest.mark.parametrize("sampler", [Sampler(temperature=0.0), SAMPLER], ids=["greedy", "drawn"])
+def test_a_request_gets_the_same_bits_in_any_company(engine: Engine, sampler: Sampler) -> None:
+    """Tokens and log-probabilities are equal alone, together, after others, and when requests are put back."""
+    wanted = requests(sampler=sampler)
+    first = alone(engine, wanted)
+    assert engine.run(wanted) == first
+    assert engine.run(wanted[::-1]) == first[::-1]
+
+
+def test_running_out_of_pages_puts_the_youngest_back(model: DeepSeekV3, plain) -> None:
+    engine = Engine(model, EngineConfig(max_sequences=4, drafts=2, cache_tokens=64, **SHAPES))
+    wanted = requests(sampler=SAMPLER)
+    together = engine.run(wanted)
+    assert engine.statistics.preemptions > 0
+    assert together == alone(engine, wanted)
+    assert [result.tokens for result in engine.run(requests())] == plain
+    assert engine.free_pages == 16
+
+
+def test_log_probabilities_are_those_of_the_expanded_model(engine: Engine, model: DeepSeekV3) -> None:
+    request = requests()[3]
+    result = engine.run([request])[0]
+    ids = jnp.asarray([*request.prompt, *result.tokens])[None]
+    want = jax.nn.log_softmax(nnx.jit(lambda model, ids: model(ids).logits)(model, ids)[0], axis=-1)
+    want = np.asarray(want)[len(request.prompt) - 1 : -1]
+    for row, token, got in zip(want, result.tokens, result.logprobs, strict=True):
+        np.testing.assert_allclose(got.logprob, row[token], atol=1e-4)
+        np.testing.assert_allclose([value for _, value in got.top], np.sort(row)[:-3:-1], atol=1e-4)
+        assert got.top[0][0] == row.argmax()
+
+
+def test_equal_beginnings_share_pages(engine: Engine) -> None:
+    long = tuple(np.random.default_rng(5).integers(0, VOCABULARY, 33).tolist())
+    first = engine.run([Request(prompt=long, max_new_tokens=8, top_logprobs=2)])
+    reused, read = engine.statistics.reused_tokens, engine.statistics.read_tokens
+    assert engine.run([Request(prompt=long, max_new_tokens=8, top_logprobs=2)]) == first
+    assert engine.statistics.reused_tokens == reused + 32
+    assert engine.statistics.read_tokens <= read + 1
+    branch = (*long[:20], *long[:13])
+    assert engine.run([Request(prompt=branch, top_logprobs=2, max_new_tokens=8)]) == engine.run(
+        [Request(prompt=branch, top_logprobs=2, max_new_tokens=8)]
+    )
+    assert engine.free_pages == engine._allocator.count
+
+
+def test_stop_tokens_and_stop_strings(model: DeepSeekV3, plain) -> None:
+    letters = "abcdefghijkl"
+    engine = Engine(
+        model,
+        EngineConfig(max_sequences=4, drafts=2, **SHAPES),
+        to_bytes=lambda tokens: "".join(letters[token] for token in tokens).encode(),
+    )
+    texts = ["".join(letters[token] for token in tokens) for tokens in plain]
+    stop = texts[2][5:8]
+    for result, text in zip(engine.run(requests(stop_strings=(stop,))), texts, strict=True):
+        assert result.text == text.split(stop)[0]
+        assert result.finished == ("stop" if stop in text else "length")
+    token = plain[3][6]
+    for result, tokens in zip(engine.run(requests(stop_tokens=(token,))), plain, strict=True):
+        assert result.tokens == (tokens[: tokens.index(token) + 1] if token in tokens else tokens)
+    with pytest.raises(UserError, match="to_bytes"):
+        Engine(model, EngineConfig(compile_at_start=False)).submit(Request(prompt=(1,), stop_strings=("a",)))
+
+
+def test_cancelling_frees_pages_at_once(engine: Engine, plain) -> None:
+    numbers = [engine.submit(request) for request in requests()]
+    engine.step()
+    for number in numbers[1:]:
+        engine.cancel(number)
+        engine.cancel(number)
+    assert engine.waiting == 0
+    assert engine.free_pages >= engine._allocator.count - 21
+    tokens: list[int] = []
+    while engine.has_work:
+        tokens += [token for output in engine.step() for token in output.tokens]
+    assert plain[0][-len(tokens) :] == tokens or plain[0] == tokens
+    assert engine.free_pages == engine._allocator.count
+
+
+def test_nothing_is_compiled_after_the_start(engine: Engine) -> None:
+    random = np.random.default_rng(7)
+    wanted = [
+        Request(
+            prompt=tuple(random.integers(0, VOCABULARY, random.integers(1, 40)).tolist()),
+            max_new_tokens=int(random.integers(1, 12)),
+            sampler=[Sampler(temperature=0.0), SAMPLER, Sampler(top_k=3)][number % 3],
+            seed=number,
+            top_logprobs=[None, 2][number % 2],
+        )
+        for number in range(200)
+    ]
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
+    )
+    jax.jit(lambda x: x + 17)(1)  # the listener notices a compilation
+    assert len(compiled) == 1
+    results = engine.run(wanted)
+    assert len(compiled) == 1
+    assert all(len(result.tokens) == request.max_new_tokens for request, result in zip(wanted, results, strict=True))
+
+
+def test_an_fp8_cache_gives_nearly_the_same_log_probabilities(model: DeepSeekV3) -> None:
+    request = Request(prompt=prompts()[4], max_new_tokens=1, top_logprobs=3)
+    scores = []
+    for dtype in ("float32", "float8_e4m3fn"):
+        engine = Engine(model, EngineConfig(max_sequences=1, drafts=0, cache_dtype=dtype, **SHAPES))
+        scores.append([value for _, value in engine.run([request])[0].logprobs[0].top])
+    error = np.abs(np.subtract(*scores)).max()
+    assert 0 < error < 0.1  # a latent's relative error is up to 2^-4, and averages out over the context
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(prompt=(), max_new_tokens=1), "is empty"),
+        (Request(prompt=(1,) * 65, max_new_tokens=1), "65 tokens but the model's context is 64"),
+        (Request(prompt=(1,) * 60, max_new_tokens=5), "at most 4 new tokens"),
+        (Request(prompt=(VOCABULARY,), max_new_tokens=1), "outside the model's vocabulary"),
+        (Request(prompt=(1,), max_new_tokens=0), "max_new_tokens"),
+        (Request(prompt=(1,), top_logprobs=9), "top_logprobs"),
+    ],
+)
+def test_bad_requests_are_refused_when_they_are_submitted(engine: Engine, request_: Request, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        engine.submit(request_)
+    assert not engine.has_work
+
+
+def test_a_request_larger_than_the_cache_is_refused(model: DeepSeekV3) -> None:
+    engine = Engine(model, EngineConfig(cache_tokens=16, compile_at_start=False, **SHAPES))
+    with pytest.raises(UserError, match="needs 6 pages of the cache, which has 4"):
+        engine.submit(Request(prompt=(1,) * 4, max_new_tokens=20))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_sequences": 0},
+        {"chunk_sizes": (8, 4)},
+        {"cache_dtype": "int8"},
+        {"context": 1000},
+        {"drafts": -1},
+        {"cache_tokens": 3},
+        {"cache_tokens": 64, "cache_memory": 64},
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused(model: DeepSeekV3, settings) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings)).split("_")[0]):
+        Engine(model, EngineConfig(compile_at_start=False, **settings))
+
+
+def test_drafts_need_an_mtp_module() -> None:
+    config = ModelConfig.preset("tiny", num_nextn_predict_layers=0)
+    with pytest.raises(ConfigError, match="MTP"):
+        Engine(small_model(config, 0), EngineConfig(drafts=1))
