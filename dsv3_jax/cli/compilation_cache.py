@@ -7,12 +7,18 @@ from pathlib import Path
 
 import jax
 
+from dsv3_jax.default_device import default_device
+
 
 def keep_compiled_programs() -> None:
     """Turns on JAX's compilation cache in the user's cache folder.
 
     Does nothing where a cache is configured already or the folder cannot be made.
+
+    Raises:
+      UserError: JAX finds no device to compile for.
     """
+    default_device()
     if jax.config.jax_compilation_cache_dir:
         return
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -12,6 +12,7 @@ import difflib
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.default_device import default_device
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe
 
@@ -64,7 +65,7 @@ class Precision:
         """
         name, *changes = name.split(",")
         if name == "auto":
-            name = "bfloat16" if _computes_fast_in_bfloat16(jax.devices()[0]) else "float32"
+            name = "bfloat16" if _computes_fast_in_bfloat16(default_device()) else "float32"
         if name not in PRECISIONS:
             near = difflib.get_close_matches(name, PRECISIONS, n=1) or [", ".join(["auto", *PRECISIONS])]
             raise ConfigError(f"precision '{name}' does not exist; choose {near[0]}")

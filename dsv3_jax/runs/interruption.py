@@ -46,7 +46,7 @@ class Interruption:
       unsaved: whether work would be lost if the process ended.
     """
 
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # clusters send the last one before the end of a job
 
     def __init__(self, last_words: Callable[[], str] = lambda: "") -> None:
         self.signal_number: int | None = None

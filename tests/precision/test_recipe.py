@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import types
 
 import jax
@@ -26,3 +29,13 @@ def test_auto(platform: str, capability: str | None, name: str, monkeypatch: pyt
     device = types.SimpleNamespace(platform=platform, **({"compute_capability": capability} if capability else {}))
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
     assert Precision.preset("auto").name == name
+
+
+def test_a_platform_that_is_absent_is_one_line() -> None:
+    command = [sys.executable, "-m", "dsv3_jax.cli.main", "generate", "nowhere"]
+    environment = os.environ | {"JAX_PLATFORMS": "nonsense"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=100)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("dsv3: JAX finds no device")
+    assert "JAX_PLATFORMS is 'nonsense'" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
