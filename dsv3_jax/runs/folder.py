@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,7 +115,11 @@ class RunFolder:
                     ) from None
                 except OSError as error:  # some network file systems lock files only, or nothing
                     if descriptor == locks[0]:
-                        raise UserError(f"{self.lock} cannot be locked: {reason_of(error)}") from error
+                        warnings.warn(
+                            f"{self.lock} cannot be locked ({reason_of(error)}), so nothing keeps a second dsv3 train out "
+                            "of the folder: start only one",
+                            stacklevel=3,
+                        )
             yield
         finally:
             for descriptor in locks:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 import re
 import struct
 import subprocess
@@ -50,6 +53,20 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path):
         other.stdin.close()
     with RunFolder(tmp_path / "run").locked():
         pass  # free again once the other process has ended
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int):
+    """Lustre without the option flock, and NFS without a lock daemon, refuse every lock."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    entered = []
+    with pytest.warns(UserWarning, match="cannot be locked") as said, RunFolder(tmp_path / "run").locked():
+        entered.append(True)
+    assert (len(said), entered) == (1, [True])
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path):
