@@ -116,8 +116,8 @@ class RunFolder:
                 except OSError as error:  # some network file systems lock files only, or nothing
                     if descriptor == locks[0]:
                         warnings.warn(
-                            f"{self.lock} cannot be locked ({reason_of(error)}), so nothing keeps a second dsv3 train out "
-                            "of the folder: start only one",
+                            f"{self.lock} cannot be locked ({reason_of(error)}), so nothing keeps a second dsv3 train "
+                            "out of the folder: start only one",
                             stacklevel=3,
                         )
             yield
