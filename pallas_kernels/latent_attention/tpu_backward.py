@@ -163,7 +163,8 @@ def _queries_kernel(first, end, q, k, v, gradient, log_sums, mean, *refs, form: 
 
 
 def _keys_kernel(first, end, q, k, v, gradient, log_sums, mean, *refs, form: Form, own: int, shared: bool):
-    *inputs, dk, dv, d_shared, to_k, to_v, to_shared = refs if shared else (*refs[:-2], None, *refs[-2:], None)
+    everything: list[Any] = list(refs) if shared else [*refs[:-2], None, *refs[-2:], None]
+    *inputs, dk, dv, d_shared, to_k, to_v, to_shared = everything
     k_shared, ids = (inputs[0], inputs[1:]) if shared else (None, inputs)
     b, i, h, j = (pl.program_id(axis) for axis in range(4))
     count = end[b, i] - first[b, i]
