@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,13 +12,10 @@ from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
-from dsv3_jax.inference import GREEDY, Sampler, complete, generate, speculate, stream
+from dsv3_jax.inference import GREEDY, Sampler, complete, generate, stream
+from dsv3_jax.inference.engine import Engine, EngineConfig
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import Precision
-
-# The package has a function of this name.
-generation = importlib.import_module("dsv3_jax.inference.generate")
-speculative = importlib.import_module("dsv3_jax.inference.speculative")
 
 GOLDEN = ("v3_yarn_small", "lite_small")  # all are decoded token by token in tests/model/test_golden.py
 PROMPTS = [[5, 9, 200], [17, 3, 3, 88, 41, 250, 7, 7, 12], list(range(30, 55))]
@@ -136,16 +131,9 @@ def test_every_step_draws_with_noise_of_its_own(model: DeepSeekV3) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_cache_has_the_models_dtype(precision: str) -> None:
-    """Traces what reads the prompts; nothing is computed."""
     model = small_model(ModelConfig.preset("tiny", num_hidden_layers=2), 0, precision=Precision.preset(precision))
-    ids, length, choice = jnp.zeros((1, 32), jnp.int32), jnp.ones(1, jnp.int32), generation._Choice(GREEDY, ())
-    graph, weights = nnx.split(model)
-    for start in (
-        lambda weights: generation._start(nnx.merge(graph, weights), ids, length, None, choice, 40),
-        lambda weights: speculative._start(nnx.merge(graph, weights), ids, length, 8, ()),
-    ):
-        cache = jax.eval_shape(start, weights).cache
-        assert cache.latent.dtype == cache.rope_key.dtype == precision
+    pages = Engine(model, EngineConfig(max_sequences=1))._pages
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(pages)} == {precision}
 
 
 def test_a_row_ends_at_its_stop_token(model: DeepSeekV3) -> None:
@@ -166,7 +154,6 @@ def test_a_row_ends_at_the_first_of_several_stop_tokens(model: DeepSeekV3) -> No
     stops = [free[1][4], free[0][2], 10**6]
     want = [text[: min((text.index(stop) for stop in stops if stop in text), default=NEW)] for text in free]
     assert complete(model, PROMPTS, NEW, stop_token=stops) == want
-    assert speculate(model, PROMPTS, NEW, stop_token=stops).tokens == want
     row = np.asarray(generate(model, np.array(PROMPTS[:1]), NEW, stop_token=stops))[0, len(PROMPTS[0]) :]
     last = free[0][len(want[0])]  # the token that ended the row stays; the rest is the first of them
     assert row.tolist() == want[0] + [last] + [stops[0]] * (NEW - len(want[0]) - 1)
