@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from command_line import CommandLine, whole_number
-from soak_trials import damage_and_load, import_malformed, published_model, reference_parameters
+from soak_trials import damage_and_load, damaged_checkpoints, import_malformed, published_model, reference_parameters
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,8 +145,8 @@ def fill_disk(bench: Bench) -> str:
             return f"{size}: exit code {code}, {len(lines)} lines: {lines[:2]}"
         if code and "space" not in lines[0]:
             return f"{size}: {lines[0]}"
-        saved = reference_parameters(disk / "run")
-        return "" if all(saved.values()) else f"{size}: a checkpoint is damaged"
+        damaged = damaged_checkpoints(disk / "run")
+        return f"{size}: {damaged}" if damaged else ""
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -251,6 +251,7 @@ def main() -> None:
         if count:
             found[name] = {"trials": count, "failures": failures}
             print(f"{name}: {len(failures)} of {count} failed, {time.monotonic() - began:.0f} s", flush=True)
+            options.out.write_text(json.dumps({"seed": options.seed, "found": found}, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         bench = Bench(Path(folder), random.Random(options.seed))
@@ -271,7 +272,6 @@ def main() -> None:
         trials("full disks", options.disks, lambda: fill_disk(bench))
         for name, fault in process_faults().items():
             trials(name, options.faults, lambda fault=fault: fault(bench))
-    options.out.write_text(json.dumps({"seed": options.seed, "found": found}, indent=1) + "\n")
     failed = sum(len(result["failures"]) for result in found.values())
     print(f"{failed} of {sum(result['trials'] for result in found.values())} trials failed; figures in {options.out}")
     sys.exit(1 if failed else 0)

@@ -28,14 +28,13 @@ _LONGEST = 60  # seconds that a malformed folder may take
 
 
 def reference_parameters(run: Path) -> dict[int, str]:
-    """Returns the digest of each checkpoint of a run by its step; the empty string for one that is damaged.
+    """Returns the digest of the parameters in each checkpoint of a run, by its step."""
+    return {int(path.name): _parameters_digest(run, int(path.name)) for path in list_checkpoints(RunFolder(run))}
 
-    A digest is of all files but those that orbax names at random or dates.
-    """
-    found = {}
-    for path in list_checkpoints(RunFolder(run)):
-        found[int(path.name)] = "" if find_damage(path) else _parameters_digest(run, int(path.name))
-    return found
+
+def damaged_checkpoints(run: Path) -> list[str]:
+    """Returns what is wrong with each checkpoint of a run that is damaged."""
+    return [damage for path in list_checkpoints(RunFolder(run)) if (damage := find_damage(path))]
 
 
 def _parameters_digest(run: Path, step: int) -> str:

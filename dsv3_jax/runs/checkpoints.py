@@ -10,6 +10,7 @@ writes its own shards of the arrays, and the first writes the other files. A che
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -62,7 +63,7 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
         self._arrays = ocp.StandardCheckpointer()
-        _silence_writers()
+        _silence_orbax()
 
     def save(
         self,
@@ -188,6 +189,7 @@ def _restore_arrays(path: Path, abstract: Tree, shardings: Tree) -> Tree:
     args = ocp.args.PyTreeRestore(
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
     )
+    _silence_orbax()
     try:
         with ocp.PyTreeCheckpointer() as arrays:
             restored = arrays.restore((path / "arrays").absolute(), args=args)
@@ -332,15 +334,15 @@ def _plain(leaf: Any) -> Any:
     return jax.random.key_data(leaf)
 
 
-def _silence_writers() -> None:
-    """Keeps the threads of orbax and tensorstore from printing pages about an error that `wait` raises."""
+@functools.cache
+def _silence_orbax() -> None:
+    """Keeps orbax and tensorstore from printing pages about an error that they raise as well."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     print_exception = sys.excepthook
 
     def print_others(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        late = str(error) == "Event loop is closed" and threading.current_thread() is not threading.main_thread()
-        if not late:  # a write that ended after another one had failed
+        if str(error) != "Event loop is closed":  # a read or write that ended after another one had failed
             print_exception(kind, error, trace)
 
     sys.excepthook = print_others
