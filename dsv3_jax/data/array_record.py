@@ -95,7 +95,7 @@ def read_array_record(path: str | Path, tokenizer: Tokenizer) -> Iterator[tuple[
 
 def _array_record() -> Any:
     """Returns the module that reads and writes ArrayRecord files. Training and import of weights do without it."""
-    from array_record.python import array_record_module  # pyright: ignore[reportMissingImports]
+    from array_record.python import array_record_module  # pyright: ignore
 
     return array_record_module
 
