@@ -12,7 +12,7 @@ from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
-from dsv3_jax.inference import GREEDY, Sampler, complete, generate, speculate, stream
+from dsv3_jax.inference import GREEDY, Sampler, complete, generate, stream
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import Precision
 
@@ -45,13 +45,13 @@ def test_cached_decoding_equals_the_full_forward_pass(name: str) -> None:
     golden = load_golden(name)
     model = build_model(golden)
     ids = jnp.asarray(golden.io["ids"][:2], jnp.int32)
-    hidden, cache = nnx.jit(lambda model, ids: model.prefill(ids, model.init_cache(2, 64)))(model, ids[:, :22])
-    logits = [model.head(hidden)]
+    read = nnx.jit(lambda model, ids: model.prefill(ids, model.init_cache(2, 64)))(model, ids[:, :22])
+    logits = [model.head(read.hidden)]
     decode = nnx.jit(lambda model, *arguments: model.decode(*arguments))
     for start, stop in [(22, 34), (34, 46), (46, 47), (47, 48)]:
         positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
-        hidden, cache = decode(model, ids[:, start:stop], cache, positions)
-        logits.append(model.head(hidden))
+        read = decode(model, ids[:, start:stop], read.cache, positions)
+        logits.append(model.head(read.hidden))
     want = golden.io["logits"][:2]
     # The two forms add up a few dozen float32 terms in different orders.
     np.testing.assert_allclose(np.concatenate(logits, axis=1), want, rtol=0, atol=1e-4 * want.std())
@@ -119,6 +119,15 @@ def test_one_key_per_row(model: DeepSeekV3) -> None:
     assert own == complete(model, prompts, NEW, DRAWN, keys)
 
 
+def test_every_step_draws_with_noise_of_its_own(model: DeepSeekV3) -> None:
+    """With equal logits a token depends on the noise alone: twelve equal draws would mean one noise for all steps."""
+    even = nnx.clone(model)
+    even.head.weight[...] = jnp.zeros_like(even.head.weight[...])
+    keys = jax.random.split(jax.random.key(2), 2)
+    for text in complete(even, PROMPTS[:2], NEW, Sampler(), keys):
+        assert len(set(text)) > NEW / 2
+
+
 def test_a_row_ends_at_its_stop_token(model: DeepSeekV3) -> None:
     free = complete(model, PROMPTS, NEW)
     stop = free[1][4]
@@ -137,10 +146,17 @@ def test_a_row_ends_at_the_first_of_several_stop_tokens(model: DeepSeekV3) -> No
     stops = [free[1][4], free[0][2], 10**6]
     want = [text[: min((text.index(stop) for stop in stops if stop in text), default=NEW)] for text in free]
     assert complete(model, PROMPTS, NEW, stop_token=stops) == want
-    assert speculate(model, PROMPTS, NEW, stop_token=stops).tokens == want
     row = np.asarray(generate(model, np.array(PROMPTS[:1]), NEW, stop_token=stops))[0, len(PROMPTS[0]) :]
     last = free[0][len(want[0])]  # the token that ended the row stays; the rest is the first of them
     assert row.tolist() == want[0] + [last] + [stops[0]] * (NEW - len(want[0]) - 1)
+
+
+def test_a_temperature_is_a_sampler(model: DeepSeekV3) -> None:
+    tokens, key = np.array(PROMPTS[:1]), jax.random.key(5)
+    drawn = generate(model, tokens, NEW, Sampler(temperature=1.3), key)
+    np.testing.assert_array_equal(generate(model, tokens, NEW, temperature=1.3, key=key), drawn)
+    with pytest.raises(UserError, match="not both"):
+        generate(model, tokens, NEW, GREEDY, temperature=1.0)
 
 
 def test_streaming_ends_when_all_rows_have_stopped(model: DeepSeekV3) -> None:
