@@ -20,6 +20,7 @@ StopTokens = int | Sequence[int] | None
 """A token that ends a row, or several, or none."""
 
 _MOST_SEQUENCES = 64  # of a batch that run at a time
+_CHUNK = 64  # tokens of a prompt that are read at a time
 _STEPS, _STREAMED_STEPS = 32, 1  # decoding steps between two visits to the host
 
 
@@ -176,7 +177,14 @@ def _engine(model: DeepSeekV3, requests: Sequence[Request], steps: int) -> Engin
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
     context = min(_power_of_two(max(longest, 128)), model.config.max_position_embeddings)
     config = EngineConfig(
-        max_sequences=rows, context=context, steps=steps, top_logprobs=0, compile_at_start=False, reuse_prefixes=False
+        max_sequences=rows,
+        context=context,
+        chunk_sizes=(_CHUNK,),
+        steps=steps,
+        drafts=0,
+        top_logprobs=0,
+        reuse_prefixes=False,
+        compile_at_start=False,
     )
     return Engine(model, config)
 

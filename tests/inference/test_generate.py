@@ -46,13 +46,13 @@ def test_cached_decoding_equals_the_full_forward_pass(name: str) -> None:
     golden = load_golden(name)
     model = build_model(golden)
     ids = jnp.asarray(golden.io["ids"][:2], jnp.int32)
-    hidden, cache = nnx.jit(lambda model, ids: model.prefill(ids, model.init_cache(2, 64)))(model, ids[:, :22])
-    logits = [model.head(hidden)]
+    read = nnx.jit(lambda model, ids: model.prefill(ids, model.init_cache(2, 64)))(model, ids[:, :22])
+    logits = [model.head(read.hidden)]
     decode = nnx.jit(lambda model, *arguments: model.decode(*arguments))
     for start, stop in [(22, 34), (34, 46), (46, 47), (47, 48)]:
         positions = jnp.broadcast_to(jnp.arange(start, stop), (2, stop - start))
-        hidden, cache = decode(model, ids[:, start:stop], cache, positions)
-        logits.append(model.head(hidden))
+        read = decode(model, ids[:, start:stop], read.cache, positions)
+        logits.append(model.head(read.hidden))
     want = golden.io["logits"][:2]
     # The two forms add up a few dozen float32 terms in different orders.
     np.testing.assert_allclose(np.concatenate(logits, axis=1), want, rtol=0, atol=1e-4 * want.std())

@@ -58,7 +58,7 @@ def test_the_kept_tokens_are_those_of_the_definition(seed: int, samplers: list[S
         want = promised(row, sampler)
         probabilities = np.asarray(jax.nn.softmax(own))
         # float32 and float64 may disagree about a token on a threshold; it is the least likely of those kept.
-        wrong = (probabilities > 0) != (want > 0)
+        wrong = np.isfinite(own) != (want > 0)
         assert wrong.sum() <= 1
         if not wrong.any():
             np.testing.assert_allclose(probabilities, want, atol=2e-6)
@@ -108,6 +108,15 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
     rows = SamplerRows.of([GREEDY] * 2, [0, 1])
     logits = jnp.asarray([[0.0, 2.0, 2.0], [5.0, -1.0, 3.0]])
     np.testing.assert_array_equal(choose(logits, rows, draw_keys(rows, jnp.zeros(2, jnp.int32), 0)), [1, 0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-40, 1e-37, 1e-31, 1e-29, 1e-20])
+def test_the_coldest_samplers_take_the_most_likely_token(temperature: float) -> None:
+    logits = jnp.asarray([[1.0, 3.0, 2.0, -50.0], [-1e4, -2e4, -9.9e3, -3e4]])
+    for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
+        rows = SamplerRows.of([Sampler(temperature=temperature, **options)] * 2, [0, 1])
+        adjusted = _adjust(logits, rows, no_text(2, 4))
+        assert _choose(adjusted, rows, draw_keys(rows, jnp.zeros(2, jnp.int32), 0)).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
