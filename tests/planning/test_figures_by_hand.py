@@ -175,6 +175,19 @@ def test_advice_costs_time_where_more_is_computed() -> None:
     )
 
 
+def test_advice_that_is_enough_comes_first_and_the_cheapest_of_it() -> None:
+    config = PlanConfig(
+        model=V3, target=Target.parse("h800:256"), mesh=MeshConfig(fsdp=4, expert=64), zero=False, micro_batch_size=2
+    )
+    advice = advise(make_plan(config))
+    fitting = [item for item in advice if item.fits]
+    others = [item for item in advice if not item.fits]
+    assert advice == fitting + others
+    assert [item.slower for item in fitting] == sorted(item.slower for item in fitting)
+    assert [item.saved for item in others] == sorted((item.saved for item in others), reverse=True)
+    assert len(others) > 2
+
+
 def test_memory_of_the_loss() -> None:
     """Logits, their exponentials and gradients in float32, of the tokens that are held at a time."""
     config = config_of()
