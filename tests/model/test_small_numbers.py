@@ -13,6 +13,7 @@ from flax import nnx
 
 import pallas_kernels as pk
 from dsv3_jax.config import ModelConfig, RopeScaling
+from dsv3_jax.counts import count_flops
 from dsv3_jax.modules.attention_core import causal_attention
 from dsv3_jax.modules.balance import balance_terms
 from dsv3_jax.modules.latent_cache import LatentCache
@@ -144,3 +145,9 @@ def test_yarn_by_its_published_code(context: int, theta: float, width: int, fast
         ramp = min(max((pair - low) / max(high - low, 0.001), 0.0), 1.0)
         wanted.append(plain / 40.0 * ramp + plain * (1 - ramp))
     np.testing.assert_allclose(rotary_frequencies(width, theta, scaling), wanted, rtol=1e-12)
+
+
+def test_operations_of_the_attention_core() -> None:
+    """A token attends to half of a sequence on average, by the convention of MFU: 2,048 keys of 4,096."""
+    terms = count_flops(ModelConfig.preset("v3-671b"), 4096).terms
+    assert terms["attention_core"] == 61 * 128 * 2 * (192 + 128) * 2048

@@ -175,6 +175,19 @@ def test_advice_costs_time_where_more_is_computed() -> None:
     )
 
 
+def test_advice_that_is_enough_comes_first_and_the_cheapest_of_it() -> None:
+    config = PlanConfig(
+        model=V3, target=Target.parse("h800:256"), mesh=MeshConfig(fsdp=4, expert=64), zero=False, micro_batch_size=2
+    )
+    advice = advise(make_plan(config))
+    fitting = [item for item in advice if item.fits]
+    others = [item for item in advice if not item.fits]
+    assert advice == fitting + others
+    assert [item.slower for item in fitting] == sorted(item.slower for item in fitting)
+    assert [item.saved for item in others] == sorted((item.saved for item in others), reverse=True)
+    assert len(others) > 2
+
+
 def test_memory_of_the_loss() -> None:
     """Logits, their exponentials and gradients in float32, of the tokens that are held at a time."""
     config = config_of()
@@ -227,3 +240,16 @@ def test_gathered_layers_of_the_671b_model() -> None:
     small = dataclasses.replace(config, model=V3.replace(vocab_size=1024))
     projection = 2 * 7168**2 * (2 * 2 + 4)  # of the MTP module, beside its layer
     assert make_plan(small).state.gathered_weights == of_layer + projection
+
+
+def test_a_tpu_sends_whole_rows_of_128_numbers() -> None:
+    """Beside a row, 16 numbers of 8 experts take 128; in FP8 together with the 56 scales: one row of lanes as well."""
+    for precision, there in (("bfloat16", 2 * 7168 + 128 * 4), ("fp8", 7168 + 128 * 4)):
+        config = PlanConfig(
+            model=V3, target=Target.parse("v5p:64"), mesh=MeshConfig(expert=64), precision=precision, average="none"
+        )
+        (flow,) = (flow for flow in make_plan(config).flows if flow.what == TOKENS)
+        gradients = 2 * 7168 if precision == "bfloat16" else 7168 + 128 * 4
+        row = 2 * there + 2 * 2 * 7168 + gradients + 128 * 4
+        # Four of eight groups and then eight experts; all ranks are in one node, whose links both hops use.
+        assert flow.sent == pytest.approx(4096 * 59 * row * (4 + 8) * 7 / 8)

@@ -22,7 +22,7 @@ from dsv3_jax.runs.evaluation import Evaluation, HeadResult, evaluate
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.hardware import peak_flops
 from dsv3_jax.runs.metrics import read_metrics
-from dsv3_jax.runs.plots import plot_expert_load
+from dsv3_jax.runs.plots import _smooth, plot_expert_load
 from dsv3_jax.runs.results import write_results
 from dsv3_jax.runs.saved_run import RunPosition
 from dsv3_jax.training.state import split_model
@@ -149,6 +149,28 @@ def test_records_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     last = records[-1]
     assert (last["mtp_loss"], last["max_violation"], last["tokens"]) == (2.5, 0.75, 128 * 23)
     assert last["mfu"] == pytest.approx(100.0 * 2e6 / (4 * 1e9))
+
+
+def test_records_of_evaluations(tmp_path: Path) -> None:
+    """Losses, bits per byte and accepted drafts stand each under its own name."""
+    config = small_run()
+    writing = reporter.Reporter(RunFolder(tmp_path), config, 0)
+    last = config.training.steps
+    writing.report_evaluation(last, RESULT, first=False)
+    writing.close()
+    (record,) = read_metrics(RunFolder(tmp_path).metrics)
+    assert record == {
+        "step": last,
+        "validation_loss": 2.0,
+        "validation_bits_per_byte": 1.5,
+        "validation_mtp_loss": 3.0,
+        "mtp_acceptance": 0.125,
+    }
+
+
+def test_smoothed_curves_follow_slowly() -> None:
+    """Nine tenths of the curve so far, one tenth of the new value, from the first value on."""
+    np.testing.assert_allclose(_smooth(np.array([2.0, 2.0, 12.0, 3.0])), [2.0, 2.0, 3.0, 3.0])
 
 
 def test_the_picture_of_the_load_is_relative_to_each_layers_mean(
