@@ -1,4 +1,4 @@
-"""Shuts the calling process in and runs a Python program there; `sandbox.py` starts this file, which imports none of ours.
+"""Shuts the calling process in and runs a Python program there. `sandbox.py` starts this file.
 
 The process gets its own network (without any device), process numbers, mounts and message queues; a root folder that
 holds Python and an empty /tmp in memory; limits of CPU time, memory, files and processes; and a user without rights.
