@@ -1,1 +1,1 @@
-"""Post-training (chapter 5 of the report): tasks with checkable answers, rewards, and the objectives that use them."""
+"""Post-training (chapter 5 of the report): tasks with checkable answers, rewards, and rejection sampling."""
