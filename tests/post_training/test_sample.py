@@ -81,7 +81,8 @@ def test_the_command_goes_on_where_it_was(run, monkeypatch, tmp_path: Path, caps
     ],
 )
 def test_mistakes_are_one_line(changes: list[str], said: str, tmp_path: Path, capsys) -> None:
-    line = ["sample", "somewhere", "--task", "arithmetic", "--out", str(tmp_path / "x.jsonl"), *changes]
+    out = [] if "--out" in changes else ["--out", str(tmp_path / "x.jsonl")]
+    line = ["sample", "somewhere", "--task", "arithmetic", *out, *changes]
     assert main(line) == 2
     error = capsys.readouterr().err
     assert said in error
