@@ -17,6 +17,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.devices import Devices
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.keeping import keep
+from dsv3_jax.precision.split_product import split_product
+from pallas_kernels.device import target_platform
 
 
 class RouterBias(nnx.Variable):
@@ -65,6 +67,8 @@ class Router(nnx.Module):
 
 def _logits(u: Float[Array, "B T d"], weight: Float[Array, "E d"]) -> Float[Array, "B T E"]:
     """Returns u_t^T e_i in float32 whatever the recipe: a bias step of 0.001 is far below bfloat16's spacing."""
+    if u.dtype == jnp.bfloat16 and target_platform() != "cpu":
+        return split_product(u, weight.astype(jnp.float32))
     wide = jnp.promote_types(u.dtype, jnp.float32)
     contract_last = (((2,), (1,)), ((), ()))
     return lax.dot_general(u.astype(wide), weight.astype(wide), contract_last, precision=lax.Precision.HIGHEST)

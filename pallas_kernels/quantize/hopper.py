@@ -72,7 +72,7 @@ def requantize_transposed(
         {
             "q_smem": _tile_smem(E4M3, columns),
             "scales_smem": plgpu.SMEM((TILE,), jnp.float32),
-            "x_smem": _tile_smem(jnp.float32, TILE),
+            "wide_smem": _tile_smem(jnp.float16, TILE),
             "values_smem": _tile_smem(E4M3, rows),
             "out_scales_smem": plgpu.SMEM((TILE,), jnp.float32),
             "arrived": plgpu.Barrier(num_arrivals=2),
@@ -198,13 +198,15 @@ def _requantize_kernel(
     *,
     q_smem,
     scales_smem,
-    x_smem,
+    wide_smem,
     values_smem,
     out_scales_smem,
     arrived,
     tiles,
     power_of_two,
 ):
+    """The program of one block. Values are transposed as float16, which holds e4m3 exactly and ldmatrix takes."""
+
     @plgpu.nd_loop(tiles, collective_axes="blocks")
     def _(loop):
         i, j = loop.index
@@ -214,14 +216,14 @@ def _requantize_kernel(
         plgpu.barrier_wait(arrived)
         for start in (0, HALF):
             half = pl.ds(start, HALF)
-            values = plgpu.load(q_smem.at[half], layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-            row_scales = plgpu.load(scales_smem.at[half], layout=plgpu.Layout.WGMMA.reduce(1))
-            x_smem[half] = values * lax.broadcast_in_dim(row_scales, values.shape, (0,))
+            wide_smem[half] = plgpu.load(q_smem.at[half], layout=plgpu.Layout.WGMMA_8BIT).astype(jnp.float16)
+        row_scales = plgpu.load(scales_smem, layout=plgpu.Layout.WGMMA.reduce(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.commit_smem()
         for start in (0, HALF):
             half = pl.ds(start, HALF)
-            part = plgpu.load(x_smem.at[:, half].transpose((1, 0)), layout=plgpu.Layout.WGMMA, optimized=False)
+            part = plgpu.load(wide_smem.at[:, half].transpose((1, 0)), layout=plgpu.Layout.WGMMA, optimized=False)
+            part = part.astype(jnp.float32) * lax.broadcast_in_dim(row_scales, part.shape, (1,))
             _quantize_rows(part, values_smem.at[half], out_scales_smem.at[half], power_of_two)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(values_smem, out.at[along_k, along_m])
