@@ -41,7 +41,7 @@ def mathematics(prompt: str, completion: str, answer: str) -> float:
     """
     if importlib.util.find_spec("math_verify") is None:
         raise UserError("the reward 'mathematics' needs math-verify: pip install 'dsv3-jax[post-training]'")
-    import math_verify
+    import math_verify  # pyright: ignore[reportMissingImports]
 
     found = final_answer(completion)
     if found is None:
