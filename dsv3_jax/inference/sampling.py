@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -100,20 +101,21 @@ class SamplerRows:
     def of(cls, samplers: Sequence[Sampler], seeds: Sequence[int]) -> SamplerRows:
         """Returns the rows of these samplers."""
 
-        def numbers(name: str) -> np.ndarray:
+        def numbers(name: str) -> Any:
             return np.asarray([getattr(sampler, name) for sampler in samplers], np.float32)
 
-        return cls(
-            temperature=np.asarray([0 if s.is_greedy else s.temperature for s in samplers], np.float32),
-            top_k=np.asarray([sampler.top_k or np.iinfo(np.int32).max for sampler in samplers], np.int32),
-            top_p=np.asarray([2.0 if s.top_p is None or s.top_p == 1 else s.top_p for s in samplers], np.float32),
-            min_p=numbers("min_p"),
-            repetition_penalty=numbers("repetition_penalty"),
-            presence_penalty=numbers("presence_penalty"),
-            frequency_penalty=numbers("frequency_penalty"),
-            counts_tokens=np.asarray([sampler.counts_tokens for sampler in samplers]),
-            key=np.asarray([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32),
-        )
+        arrays: dict[str, Any] = {
+            "temperature": np.asarray([0 if s.is_greedy else s.temperature for s in samplers], np.float32),
+            "top_k": np.asarray([sampler.top_k or np.iinfo(np.int32).max for sampler in samplers], np.int32),
+            "top_p": np.asarray([2.0 if s.top_p is None or s.top_p == 1 else s.top_p for s in samplers], np.float32),
+            "min_p": numbers("min_p"),
+            "repetition_penalty": numbers("repetition_penalty"),
+            "presence_penalty": numbers("presence_penalty"),
+            "frequency_penalty": numbers("frequency_penalty"),
+            "counts_tokens": np.asarray([sampler.counts_tokens for sampler in samplers]),
+            "key": np.asarray([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32),
+        }
+        return cls(**arrays)
 
 
 @jax.tree_util.register_dataclass
