@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,6 @@ from dsv3_jax.inference.stopping import StopStrings
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.paged_cache import Pages, tokens_that_fit
 
-_host: Any = np  # makes arrays that jit moves to the device
 CACHE_DTYPES = ("float32", "bfloat16", "float8_e4m3fn")
 
 
@@ -337,26 +335,28 @@ class Engine:
 
     def _empty_chunk(self, size: int) -> programs.Chunk:
         rows = self.config.chunk_rows
-        return programs.Chunk(
-            tokens=_host.zeros((rows, size), np.int32),
-            next_tokens=_host.zeros((rows, size), np.int32),
-            positions=_host.full((rows, size), -1, np.int32),
-            table=_host.full((rows, self._table_width), self._allocator.count, np.int32),
-            slot=_host.full(rows, self.config.max_sequences, np.int32),
-        )
+        arrays: dict[str, Any] = {
+            "tokens": np.zeros((rows, size), np.int32),
+            "next_tokens": np.zeros((rows, size), np.int32),
+            "positions": np.full((rows, size), -1, np.int32),
+            "table": np.full((rows, self._table_width), self._allocator.count, np.int32),
+            "slot": np.full(rows, self.config.max_sequences, np.int32),
+        }
+        return programs.Chunk(**arrays)
 
     def _empty_running(self, rows: int) -> programs.Running:
-        return programs.Running(
-            tokens=_host.zeros((rows, 1 + self.drafts), np.int32),
-            valid=_host.zeros(rows, np.int32),
-            position=_host.zeros(rows, np.int32),
-            remaining=_host.zeros(rows, np.int32),
-            stop_tokens=_host.full((rows, MOST_STOP_TOKENS), -1, np.int32),
-            wants_logprobs=_host.zeros(rows, bool),
-            sampler=SamplerRows.of([GREEDY] * rows, [0] * rows),
-            table=_host.full((rows, self._table_width), self._allocator.count, np.int32),
-            slot=_host.full(rows, self.config.max_sequences, np.int32),
-        )
+        arrays: dict[str, Any] = {
+            "tokens": np.zeros((rows, 1 + self.drafts), np.int32),
+            "valid": np.zeros(rows, np.int32),
+            "position": np.zeros(rows, np.int32),
+            "remaining": np.zeros(rows, np.int32),
+            "stop_tokens": np.full((rows, MOST_STOP_TOKENS), -1, np.int32),
+            "wants_logprobs": np.zeros(rows, bool),
+            "sampler": SamplerRows.of([GREEDY] * rows, [0] * rows),
+            "table": np.full((rows, self._table_width), self._allocator.count, np.int32),
+            "slot": np.full(rows, self.config.max_sequences, np.int32),
+        }
+        return programs.Running(**arrays)
 
     def _compile(self, progress: Callable[[int, int, str], None] | None) -> None:
         """Compiles every shape by running it on padding alone."""

@@ -9,7 +9,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.inference.sampling import GREEDY, Sampler
 
-MOST_STOP_TOKENS = 8
+MOST_STOP_TOKENS = 64
 FinishReason = Literal["length", "stop", "cancelled"]
 
 

@@ -30,7 +30,7 @@ class Sampler:
 
     The logits are divided by the temperature; the `top_k` largest are kept; of these, renormalised, the smallest set of
     most likely tokens whose probability reaches `top_p`; of these, tokens of at least `min_p` times the probability of
-    the most likely one. Tokens as likely as the last one kept are kept too. The most likely token is always kept.
+    the most likely one. Of equally likely tokens the first are kept. The most likely token is always kept.
 
     Attributes:
       temperature: divides the logits; 0, and anything below 1e-30, always takes the most likely token.
@@ -100,22 +100,22 @@ class SamplerRows:
     @classmethod
     def of(cls, samplers: Sequence[Sampler], seeds: Sequence[int]) -> SamplerRows:
         """Returns the rows of these samplers."""
-        host: Any = np  # jit moves these arrays to the device
 
         def numbers(name: str) -> Any:
-            return host.asarray([getattr(sampler, name) for sampler in samplers], np.float32)
+            return np.asarray([getattr(sampler, name) for sampler in samplers], np.float32)
 
-        return cls(
-            temperature=host.asarray([0 if s.is_greedy else s.temperature for s in samplers], np.float32),
-            top_k=host.asarray([sampler.top_k or np.iinfo(np.int32).max for sampler in samplers], np.int32),
-            top_p=host.asarray([2.0 if s.top_p is None or s.top_p == 1 else s.top_p for s in samplers], np.float32),
-            min_p=numbers("min_p"),
-            repetition_penalty=numbers("repetition_penalty"),
-            presence_penalty=numbers("presence_penalty"),
-            frequency_penalty=numbers("frequency_penalty"),
-            counts_tokens=host.asarray([sampler.counts_tokens for sampler in samplers]),
-            key=host.asarray([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32),
-        )
+        arrays: dict[str, Any] = {
+            "temperature": np.asarray([0 if s.is_greedy else s.temperature for s in samplers], np.float32),
+            "top_k": np.asarray([sampler.top_k or np.iinfo(np.int32).max for sampler in samplers], np.int32),
+            "top_p": np.asarray([2.0 if s.top_p is None or s.top_p == 1 else s.top_p for s in samplers], np.float32),
+            "min_p": numbers("min_p"),
+            "repetition_penalty": numbers("repetition_penalty"),
+            "presence_penalty": numbers("presence_penalty"),
+            "frequency_penalty": numbers("frequency_penalty"),
+            "counts_tokens": np.asarray([sampler.counts_tokens for sampler in samplers]),
+            "key": np.asarray([(seed >> 32, seed & 0xFFFFFFFF) for seed in seeds], np.uint32),
+        }
+        return cls(**arrays)
 
 
 @jax.tree_util.register_dataclass
@@ -159,31 +159,34 @@ def adjust(logits: Float[Array, "B V"], rows: SamplerRows, text: TextSoFar) -> F
     narrow = drawn & ((rows.top_k < logits.shape[1]) | (rows.top_p <= 1) | (rows.min_p > 0))
 
     def leave_out(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        least = jnp.where(narrow, _least_kept(logits, rows), -jnp.inf)
-        return jnp.where(logits >= least[:, None], logits, -jnp.inf)
+        least, number = _least_kept(logits, rows)
+        above, equal = logits > least[:, None], logits == least[:, None]
+        room = number - jnp.sum(above, axis=-1)
+        kept = above | (equal & (jnp.cumsum(equal, axis=-1) <= room[:, None]))
+        return jnp.where(kept | ~narrow[:, None], logits, -jnp.inf)
 
     return lax.cond(jnp.any(narrow), leave_out, lambda logits: logits, logits)
 
 
-def _least_kept(logits: Float[Array, "B V"], rows: SamplerRows) -> Float[Array, " B"]:
-    """Returns the smallest logit that top-k, top-p and min-p keep."""
+def _least_kept(logits: Float[Array, "B V"], rows: SamplerRows) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
+    """Returns the smallest logit that top-k, top-p and min-p keep, and how many tokens they keep."""
     vocabulary = logits.shape[1]
     total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     few = min(_CANDIDATES, vocabulary)
     largest = lax.top_k(logits, few)[0]
-    least, known = _least_of_sorted(largest, total, rows, vocabulary)
+    *found, known = _least_of_sorted(largest, total, rows, vocabulary)
 
-    def sort_all(least: Float[Array, " B"]) -> Float[Array, " B"]:
-        whole, _ = _least_of_sorted(-jnp.sort(-logits, axis=-1), total, rows, vocabulary)
-        return jnp.where(known, least, whole)
+    def sort_all(found: tuple[Array, Array]) -> tuple[Array, Array]:
+        least, number, _ = _least_of_sorted(-jnp.sort(-logits, axis=-1), total, rows, vocabulary)
+        return jnp.where(known, found[0], least), jnp.where(known, found[1], number)
 
-    return lax.cond(jnp.all(known), lambda least: least, sort_all, least)
+    return lax.cond(jnp.all(known), lambda found: found, sort_all, tuple(found))
 
 
 def _least_of_sorted(
     ordered: Float[Array, "B C"], total: Float[Array, "B 1"], rows: SamplerRows, vocabulary: int
-) -> tuple[Float[Array, " B"], Bool[Array, " B"]]:
-    """Returns the smallest kept of the C largest logits, and whether all kept ones are among them."""
+) -> tuple[Float[Array, " B"], Int[Array, " B"], Bool[Array, " B"]]:
+    """Returns the smallest kept of the C largest logits, the number kept, and whether the C hold all kept ones."""
     candidates = ordered.shape[1]
     rank = jnp.arange(candidates)
     kept = rank < rows.top_k[:, None]
@@ -197,7 +200,7 @@ def _least_of_sorted(
     number = jnp.sum(kept, axis=-1)
     complete = (number < candidates) & ((rows.top_k <= candidates) | (rows.top_k >= vocabulary))
     least = jnp.take_along_axis(ordered, number[:, None] - 1, axis=1)[:, 0]
-    return least, complete | (candidates == vocabulary)
+    return least, number, complete | (candidates == vocabulary)
 
 
 def draw_keys(rows: SamplerRows, positions: Int[Array, " B"], purpose: int) -> Key[Array, " B"]:
