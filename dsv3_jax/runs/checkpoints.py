@@ -20,7 +20,6 @@ import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -339,13 +338,13 @@ def _silence_orbax() -> None:
     """Keeps orbax and tensorstore from printing pages about an error that they raise as well."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    print_exception = sys.excepthook
+    report = sys.unraisablehook
 
-    def print_others(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if str(error) != "Event loop is closed":  # a read or write that ended after another one had failed
-            print_exception(kind, error, trace)
+    def report_others(raised: sys.UnraisableHookArgs) -> None:
+        if str(raised.exc_value) != "Event loop is closed":  # a read or write that ended after another one had failed
+            report(raised)
 
-    sys.excepthook = print_others
+    sys.unraisablehook = report_others
 
 
 def _save_error(folder: RunFolder, error: BaseException) -> UserError:
