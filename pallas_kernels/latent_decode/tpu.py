@@ -16,8 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import LANES, once_a_program
-from pallas_kernels.hopper_launch import pad_to
-from pallas_kernels.latent_attention.tpu_form import HIDDEN, LOWEST, VMEM_BYTES, Interpret, product
+from pallas_kernels.latent_attention.tpu_form import HIDDEN, LOWEST, VMEM_BYTES, Interpret, padded, product
 
 ROW_MULTIPLE = 16  # of query rows: the sublanes of a bfloat16 register
 
@@ -37,7 +36,7 @@ def decode(
     """Computes `reference.decode`."""
     batch, tokens, heads, width = q_latent.shape
     page, rope = latents.shape[1], q_rope.shape[-1]
-    queries = [pad_to(x.reshape(batch, tokens * heads, x.shape[-1]), ROW_MULTIPLE, 1) for x in (q_latent, q_rope)]
+    queries = [padded(x.reshape(batch, tokens * heads, x.shape[-1]), ROW_MULTIPLE, 1) for x in (q_latent, q_rope)]
     rows = queries[0].shape[1]
     last = jnp.repeat(positions.astype(jnp.int32), heads, axis=1)
     last = jnp.pad(last, ((0, 0), (0, rows - last.shape[1])), constant_values=-1)
