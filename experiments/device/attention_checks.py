@@ -23,6 +23,9 @@ GRADIENTS = 3 * BFLOAT16  # of all positions of a head: gradients of logits are 
 
 
 def cases(tiny: bool, form: str) -> Iterator[Case]:
+    if form == "decode":
+        yield from decode_cases(tiny)
+        return
     # batch, length, heads, widths of own keys, shared keys and values, segments, causal
     sizes = [
         (1, 1024, 4, 128, 64, 128, 0, True),
@@ -38,6 +41,53 @@ def cases(tiny: bool, form: str) -> Iterator[Case]:
         sizes = [(1, 140 if form == "forward" else 60, 1, 16, 16, 16, 2, True)]
     for size in sizes:
         yield (forward if form == "forward" else gradients)(*size)
+
+
+def decode_cases(tiny: bool) -> Iterator[Case]:
+    # tokens, heads, widths of latents and rotary keys, page, last positions of the sequences
+    lengths = (-1, 0, 1, 62, 63, 64, 700, 4095)
+    sizes = [
+        (1, 128, 512, 64, 64, lengths),
+        (2, 16, 512, 64, 16, lengths),
+        (4, 128, 512, 64, 128, lengths[3:]),
+        (1, 16, 128, 32, 8, lengths),
+    ]
+    if tiny:
+        complete_interpreter()
+        sizes = [(1, 2, 32, 16, 8, (-1, 20))]
+    for size in sizes:
+        yield decode(*size)
+
+
+def decode(tokens: int, heads: int, width: int, rope: int, page: int, lengths: tuple[int, ...]) -> Case:
+    """Returns absorbed decoding; sequences share a page, and pages after the last position do not exist."""
+    batch, each, scale = len(lengths), max(lengths) // page + 1, 0.05
+    positions = np.maximum(np.asarray(lengths)[:, None] - np.arange(tokens)[::-1], -1).astype("i4")
+    pages = batch * each
+    table = np.random.default_rng(6).permutation(pages).reshape(batch, each).astype("i4")
+    table[:, 0] = table[0, 0]
+    for row, last in zip(table, lengths, strict=True):
+        row[(last + page) // page :] = pages
+    queries = normal(batch, tokens, heads, width, seed=1), normal(batch, tokens, heads, rope, seed=2)
+    entries = normal(pages, page, width, seed=3), normal(pages, page, rope, seed=4)
+
+    def wanted() -> np.ndarray:
+        keys = np.concatenate([np.asarray(x, "f8") for x in entries], axis=-1)
+        q = np.concatenate([np.asarray(x, "f8") for x in queries], axis=-1)
+        out = np.zeros(queries[0].shape)
+        for b, t in np.ndindex(batch, tokens):
+            if seen := int(positions[b, t]) + 1:
+                used = keys[table[b, : -(-seen // page)]].reshape(-1, width + rope)[:seen]
+                logits = scale * q[b, t] @ used.T
+                weights = np.exp(logits - logits.max(-1, keepdims=True))
+                out[b, t] = weights @ used[:, :width] / weights.sum(-1, keepdims=True)
+        return out
+
+    def function(*x):
+        return pk.latent_decode(*x, scale=scale)
+
+    name = f"decode {tokens} tokens, {heads} heads, {width} + {rope}, pages of {page}"
+    return error_case(name, function, (*queries, *entries, table, positions), wanted, ATTENDED)
 
 
 def complete_interpreter() -> None:

@@ -56,7 +56,7 @@ CORRECTNESS = (
     *(Check(f"rows {dtype}", "routing_checks", {"form": dtype}) for dtype in ("bfloat16", "float32")),
     Check("gates", "routing_checks", {"form": "gates"}, limit=400, case_limit=60),
     Check("gradients", "gradient_checks", clusters=True),
-    *(Check(f"attention {form}", "attention_checks", {"form": form}) for form in ("forward", "gradients")),
+    *(Check(f"attention {form}", "attention_checks", {"form": form}) for form in ("forward", "gradients", "decode")),
 )
 
 TIMING = (

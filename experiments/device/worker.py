@@ -84,6 +84,7 @@ INTERPRETED = {
     "grouped_matmul.hopper": ("rows_by_weights", "rows_by_rows", "masked"),
     "latent_attention.hopper_forward": ("forward",),
     "latent_attention.hopper_backward": ("backward",),
+    "latent_decode.hopper": ("decode",),
     "routing.hopper_gate": ("gate",),
     "routing.hopper_rows": ("permute", "combine", "combine_gradient"),
 }

@@ -17,16 +17,17 @@ def attention(
 ) -> tuple[Float[Array, "B T H v"], Float[Array, "B H T"]]:
     """Returns the attended values and the natural logarithm of each row's sum of exponentials, at least in float32."""
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    own = k.shape[-1]
-    logits = jnp.einsum("bqhc,bkhc->bhqk", q[..., :own], k, preferred_element_type=wide)
+    own, dtype = k.shape[-1], v.dtype
+    q, k, v = (x.astype(wide) for x in (q, k, v))  # a CPU has no products of bfloat16 summed in float32
+    logits = jnp.einsum("bqhc,bkhc->bhqk", q[..., :own], k)
     if k_shared is not None:
-        logits += jnp.einsum("bqhc,bkc->bhqk", q[..., own:], k_shared, preferred_element_type=wide)
+        logits += jnp.einsum("bqhc,bkc->bhqk", q[..., own:], k_shared.astype(wide))
     logits = jnp.where(visible(q.shape[1], segment_ids, causal), scale * logits, -jnp.inf)
     largest = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - largest)
     total = weights.sum(axis=-1, keepdims=True)
-    out = jnp.einsum("bhqk,bkhv->bqhv", (weights / total).astype(v.dtype), v, preferred_element_type=wide)
-    return out.astype(v.dtype), (largest + jnp.log(total))[..., 0]
+    out = jnp.einsum("bhqk,bkhv->bqhv", weights / total, v)
+    return out.astype(dtype), (largest + jnp.log(total))[..., 0]
 
 
 def visible(length: int, segment_ids: Int[Array, "B T"] | None, causal: bool) -> Bool[Array, "B 1 T T"]:

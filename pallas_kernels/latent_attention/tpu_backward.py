@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import LANES, once_a_program
-from pallas_kernels.hopper_launch import pad_to
 from pallas_kernels.latent_attention.tiles import key_tiles, query_tiles
 from pallas_kernels.latent_attention.tpu_form import (
     VMEM_BYTES,
@@ -30,6 +29,7 @@ from pallas_kernels.latent_attention.tpu_form import (
     make_form,
     mask,
     masked_where_needed,
+    padded,
     product,
 )
 
@@ -53,9 +53,9 @@ def backward(
     batch, length = q.shape[:2]
     form = make_form(length, scale, causal)
     operands = [by_head(x, form) for x in (q, k, v, gradient.astype(q.dtype))]
-    operands += [pad_to(x, form.tile)[:, :, None] for x in (log_sums, mean)]
+    operands += [padded(x, form.tile, 2)[:, :, None] for x in (log_sums, mean)]
     if k_shared is not None:
-        operands.append(pad_to(k_shared, form.tile, 1))
+        operands.append(padded(k_shared, form.tile, 1))
     ids = ids_of(segment_ids, form)
     tables = key_tiles(segment_ids, batch, length, form.tile, form.tile, causal)
     (dq,) = _launch("queries", tables, operands, ids, form, k_shared is not None, interpret)

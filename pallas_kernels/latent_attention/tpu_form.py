@@ -11,7 +11,6 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import LANES
-from pallas_kernels.hopper_launch import pad_to
 
 LARGEST_TILE = 512  # positions; a tile of 512 x 512 logits takes 1 MB in float32
 VMEM_BYTES = 64 << 20
@@ -38,9 +37,15 @@ def make_form(length: int, scale: float, causal: bool) -> Form:
     return Form(length, min(LARGEST_TILE, -(-length // LANES) * LANES), scale, causal)
 
 
+def padded(x: Array, multiple: int, axis: int) -> Array:
+    """Returns the array padded with zeros to a multiple of `multiple` positions along `axis`."""
+    excess = -x.shape[axis] % multiple
+    return jnp.pad(x, [(0, excess if at == axis else 0) for at in range(x.ndim)])
+
+
 def by_head(x: Float[Array, "B T H c"], form: Form) -> Float[Array, "B H P c"]:
     """Returns the array with heads before positions, padded to whole tiles."""
-    return pad_to(x.transpose(0, 2, 1, 3), form.tile, 1)
+    return padded(x.transpose(0, 2, 1, 3), form.tile, 2)
 
 
 def by_position(x: Float[Array, "B H P c"], form: Form) -> Float[Array, "B T H c"]:
@@ -51,7 +56,7 @@ def ids_of(segment_ids: Int[Array, "B T"] | None, form: Form) -> list[Array]:
     """Returns the padded segment ids along lanes [B, 1, P] and along sublanes [B, P, 128]; [] for None."""
     if segment_ids is None:
         return []
-    ids = pad_to(segment_ids.astype(jnp.int32), form.tile)
+    ids = padded(segment_ids.astype(jnp.int32), form.tile, 1)
     return [ids[:, None, :], jnp.broadcast_to(ids[:, :, None], (*ids.shape, LANES))]
 
 

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import LANES, once_a_program
-from pallas_kernels.hopper_launch import pad_to
 from pallas_kernels.latent_attention.tiles import key_tiles
 from pallas_kernels.latent_attention.tpu_form import (
     LOWEST,
@@ -29,6 +28,7 @@ from pallas_kernels.latent_attention.tpu_form import (
     make_form,
     mask,
     masked_where_needed,
+    padded,
     product,
 )
 
@@ -66,7 +66,7 @@ def forward(
     operands = [by_head(x, form) for x in (q, k, v)]
     in_specs = [of_query(width), of_key(own), of_key(v.shape[-1])]
     if k_shared is not None:
-        operands.append(pad_to(k_shared, form.tile, 1))
+        operands.append(padded(k_shared, form.tile, 1))
         in_specs.append(
             pl.BlockSpec(
                 (None, form.tile, width - own), lambda b, h, i, j, first, end: (b, at_key(b, i, j, first, end), 0)
