@@ -36,7 +36,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser that raises UserError for wrong arguments."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+        raise UserError(f"{self.prog}: {message:.200}; see {self.prog} --help")
 
 
 def main(argv: list[str]) -> int:

@@ -69,6 +69,8 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.steps is not None:
             check_bounds(self, {"steps": (1, 10**7)}, "training.")
+        if self.context_factor is not None:
+            check_bounds(self, {"context_factor": (1.0, 1e6)})
 
 
 def main(argv: list[str]) -> int:

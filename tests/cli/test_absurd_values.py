@@ -31,7 +31,10 @@ ABSURD = {
 # Options of these commands are the fields of a dataclass, which is faster to walk than the command line.
 WITH_DATACLASSES = ("train", "plan", "eval")
 # What options of the other commands take that is not a number.
-NOT_NUMBERS = {"--help", "--prompt", "--dtype", "--ue8m0", "--dry-run", "--no-mtp", "--tokenizer"}
+NOT_NUMBERS = {
+    *("--help", "--prompt", "--dtype", "--ue8m0", "--dry-run", "--no-mtp", "--tokenizer"),
+    *("--task", "--problems", "--out", "--keep", "--reward", "--split"),
+}
 
 
 def fields(owner: Any, path: str = "") -> Iterator[tuple[str, Any, str, type]]:

@@ -82,7 +82,7 @@ def finished(experiment: ModuleType, tmp_path_factory: pytest.TempPathFactory) -
 
     def stopping(file: JsonLines, record: Record) -> None:
         write(file, record)
-        if file.path.parent.name == f"{STOPPED}-0" and "loss" in record:
+        if Path(file._file._path).parent.name == f"{STOPPED}-0" and "loss" in record:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -64,7 +64,8 @@ def test_greedy_text_is_that_of_the_expanded_model(engine: Engine, plain) -> Non
     if engine.drafts:
         first, second = np.divide(engine.statistics.accepted, engine.statistics.drafted)
         assert 0 < first < 1
-        assert 0 < second < 1
+        assert 0 <= second < 1  # of a random model
+        assert engine.statistics.drafted[1] > 0
 
 
 @pytest.mark.parametrize("sampler", [Sampler(temperature=0.0), SAMPLER], ids=["greedy", "drawn"])
@@ -187,7 +188,7 @@ def test_an_fp8_cache_gives_nearly_the_same_log_probabilities(model: DeepSeekV3)
         (Request(prompt=(1,) * 60, max_new_tokens=5), "at most 4 new tokens"),
         (Request(prompt=(VOCABULARY,), max_new_tokens=1), "outside the model's vocabulary"),
         (Request(prompt=(1,), max_new_tokens=0), "max_new_tokens"),
-        (Request(prompt=(1,), top_logprobs=9), "top_logprobs"),
+        (Request(prompt=(1,), max_new_tokens=1, top_logprobs=9), "top_logprobs"),
     ],
 )
 def test_bad_requests_are_refused_when_they_are_submitted(engine: Engine, request_: Request, message: str) -> None:

@@ -233,8 +233,8 @@ def test_broken_source_is_one_line_and_nothing_is_written(
         (["export-hf", "{none}", "{there}"], "is there already"),
         (["export-hf", "{none}", "{new}", "--dtype", "int4"], "invalid choice"),
         (["export-hf", "{none}", "{new}", "--ue8m0"], "needs --dtype fp8"),
-        (["export-hf", "{none}", "{new}", "--max-shard-gb", "0"], "between 0 and 1000"),
-        (["export-hf", "{none}", "{new}", "--max-shard-gb", "nan"], "between 0 and 1000"),
+        (["export-hf", "{none}", "{new}", "--max-shard-gb", "0"], "from 1e-06 to 1000"),
+        (["export-hf", "{none}", "{new}", "--max-shard-gb", "nan"], "from 1e-06 to 1000"),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:

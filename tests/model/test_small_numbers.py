@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from dsv3_jax.config import ModelConfig, RopeScaling
 from dsv3_jax.counts import count_flops
 from dsv3_jax.modules.attention_core import causal_attention
 from dsv3_jax.modules.balance import balance_terms
-from dsv3_jax.modules.latent_cache import LatentCache
+from dsv3_jax.modules.latent_cache import DenseCache
 from dsv3_jax.modules.moe import MixtureOfExperts
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import rotary_frequencies
@@ -95,7 +94,7 @@ def test_balance_of_padding_alone_is_zero() -> None:
 
 
 def test_entries_past_the_end_of_a_cache_are_dropped() -> None:
-    cache = LatentCache.empty(2, 2, 4, 3, 2, jnp.dtype(jnp.float32))
+    cache = DenseCache.empty(2, 2, 4, 3, 2, jnp.dtype(jnp.float32))
     entry, key = jnp.ones((2, 2, 3)), jnp.ones((2, 2, 2))
     written = cache.write(1, jnp.asarray([[3, 4], [1, 9]]), entry, key)
     for array in (written.latent, written.rope_key):
@@ -111,16 +110,13 @@ def test_few_tokens_are_decoded_with_gates_in_float32() -> None:
     experts: Any = layer.experts
     experts.gate_up[...] *= 100
     experts.down[...] *= 100
-    stacked = SimpleNamespace(
-        gate_up=experts.gate_up[...][None], down=experts.down[...][None], precision=precision, _apply=None
-    )
     u = jnp.asarray(normal(0, 1, config.hidden_size), jnp.bfloat16)
     index = jnp.asarray([[[5, 0, 3, 6]]], jnp.int32)
 
     def decoded(gate: np.ndarray) -> np.ndarray:
         zeros = jnp.zeros((1, 8))
         gates = pk.Gates(index, jnp.asarray(gate, jnp.float32)[None, None], jnp.zeros(8, jnp.int32), zeros, zeros)
-        return np.asarray(type(experts).of_layer(stacked, u, gates, jnp.int32(0)), np.float64)[0]  # pyright: ignore
+        return np.asarray(experts.of_few(u, gates, jnp.ones(1, bool), None), np.float64)[0]
 
     each = np.stack([decoded(row) for row in np.eye(4)])
     gate = np.array([0.337, 0.291, 0.203, 0.169])

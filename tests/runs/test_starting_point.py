@@ -94,7 +94,7 @@ def test_the_option_hands_the_weights_to_the_run(
     """The architecture comes from the source where it is not given; the model is loaded where the run asks for it."""
     given = []
 
-    def train(config, out, *, initial_model=None, timeout=0):
+    def train(config, out, *, initial_model=None, **_):
         assert initial_model is not None
         given.append((config, initial_model(OneDevice())))
         return loop.Outcome(0)
