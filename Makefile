@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 
 help:
 	@echo "make train      trains the 'nano' preset on Python's own source code and writes the run to $(RUN): 5 minutes on 2 cores"
-	@echo "make test       runs the linter, the type checker and all tests: about 10 minutes on 2 cores"
+	@echo "make test       runs the linter, the type checker and all tests: about 13 minutes on 2 cores"
 	@echo "make test-aot   compiles every kernel in every tiling and size and writes their resources: 4 minutes"
 	@echo "make test-oracle compares with torch and transformers, which it installs into .venv-oracle (the rest never imports them)"
 	@echo "make mutants    makes known mistakes one at a time and checks that the tests notice each: about an hour"
