@@ -242,7 +242,7 @@ def test_from_transformers_through_training_and_back(oracle: str, tmp_path: Path
         "--out": run,
         "--steps": 3,
         "--data.corpus": tmp_path / "corpus",
-        "--data.vocab-size": 300,
+        "--data.tokenizer": "byte",  # the folder has no tokenizer of its own
         "--data.sequence-length": 32,
         "--data.validation-sequences": 2,
         "--training.batch-size": 2,
