@@ -48,7 +48,7 @@ def forward(batch: int, length: int, heads: int) -> Problem:
 
 
 def backward(batch: int, length: int, heads: int) -> Problem:
-    """Of 2 (qk + v) + qk: dV, dP, dQ, dK and S, which is computed again. cuDNN's time includes its forward pass."""
+    """Returns the backward pass: dV, dP, dQ, dK and S, which is recomputed. cuDNN's time includes its forward pass."""
     inputs = ("q", "k", "v", "k_shared", "bar", "log_sums", "mean")
 
     def ours(q, k, v, k_shared, *others):

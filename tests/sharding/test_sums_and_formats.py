@@ -108,7 +108,7 @@ def test_one_stage_per_layer_is_allowed() -> None:
 
 
 def test_copies_of_an_expert_take_turns() -> None:
-    """Of an expert with one, two or three copies, each serves equally many of the tokens."""
+    """Checks that each copy of an expert, one to three, serves equally many of its tokens."""
     copies, counts = jnp.asarray([[0, -1, -1], [1, 2, -1], [3, 4, 5]]), jnp.asarray([1, 2, 3])
     index = jnp.broadcast_to(jnp.arange(3), (12, 3))
     zeros = jnp.zeros((1,))
