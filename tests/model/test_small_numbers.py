@@ -13,6 +13,7 @@ from flax import nnx
 import pallas_kernels as pk
 from dsv3_jax.config import ModelConfig, RopeScaling
 from dsv3_jax.counts import count_flops
+from dsv3_jax.modules import moe
 from dsv3_jax.modules.attention_core import causal_attention
 from dsv3_jax.modules.balance import balance_terms
 from dsv3_jax.modules.latent_cache import DenseCache
@@ -102,8 +103,13 @@ def test_entries_past_the_end_of_a_cache_are_dropped() -> None:
         assert not np.asarray(array[0]).any()
 
 
-def test_few_tokens_are_decoded_with_gates_in_float32() -> None:
-    """One token with four experts: their outputs in bfloat16 are weighted and added without further rounding."""
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_few_tokens_are_decoded_with_gates_in_float32(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token with four experts: their outputs in bfloat16 are weighted and added without further rounding.
+
+    A CPU computes experts in blocks of rows, other devices row by row.
+    """
+    monkeypatch.setattr(moe, "target_platform", lambda: platform)
     config = ModelConfig.preset("tiny", n_routed_experts=8, num_experts_per_tok=4, n_group=1, topk_group=1)
     precision = Precision.preset("bfloat16")
     layer = MixtureOfExperts(config, dtype=jnp.dtype("float32"), precision=precision, rngs=nnx.Rngs(0))
