@@ -8,6 +8,7 @@ import io
 import random
 import shutil
 import signal
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,14 +40,10 @@ def damaged_checkpoints(run: Path) -> list[str]:
 
 def _parameters_digest(run: Path, step: int) -> str:
     """Returns the digest of the parameters in one checkpoint."""
-    alone = run.parent / f".alone-{run.name}"
-    (alone / "checkpoints").mkdir(parents=True)
-    try:
-        shutil.copytree(run / "checkpoints" / f"{step:08d}", alone / "checkpoints" / f"{step:08d}")
+    with tempfile.TemporaryDirectory(dir=run.parent) as alone:
+        shutil.copytree(run / "checkpoints" / f"{step:08d}", Path(alone, "checkpoints", f"{step:08d}"))
         shutil.copy(run / "config.json", alone)
         return _digest(load_run(alone).model)
-    finally:
-        shutil.rmtree(alone)
 
 
 def _digest(model: DeepSeekV3) -> str:
