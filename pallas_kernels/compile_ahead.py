@@ -57,7 +57,7 @@ class Case:
 
     Attributes:
       arguments: trees of `jax.ShapeDtypeStruct`.
-      variant: whether its code differs from that of another case in sizes only; compiled with `--all`.
+      variant: whether its code differs from other cases' in sizes, or has less than one of them; compiled with `--all`.
     """
 
     name: str
@@ -212,7 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.compile_ahead", description=__doc__)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("operations", nargs="+", help="packages of pallas_kernels, for example blockwise_matmul")
-    parser.add_argument("--all", action="store_true", help="also the variants, whose code differs in sizes only")
+    parser.add_argument(
+        "--all", action="store_true", help="also the variants, whose code differs from other cases' in sizes"
+    )
     parser.add_argument("--out", type=pathlib.Path, help="file for the JSON; standard output unless given")
     options = parser.parse_args(arguments)
     if reason := why_unavailable(options.target):

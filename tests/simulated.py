@@ -24,6 +24,7 @@ sys.path[0] = os.path.dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 FLAGS = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {QUICK_TO_COMPILE}", "JAX_PLATFORMS": "cpu"}
+SIXTEEN = {"XLA_FLAGS": FLAGS["XLA_FLAGS"].replace("=8", "=16", 1)}
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -34,6 +35,6 @@ def environment(**changes: str) -> dict[str, str]:
 def run_simulated(script: Path, *arguments: str, **changes: str) -> Any:
     """Runs `script` with `changes` to its environment and returns the JSON on the last line that it prints."""
     command = [sys.executable, "-c", _START, str(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(**FLAGS, **changes), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(**FLAGS | changes), check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -43,7 +43,14 @@ _MOVES = (
     ("10 tokens of 768", 10, 2, 768, 24, jnp.bfloat16),
 )
 
-_VARIANTS = ("gate of Kimi-K2", "gate, 2 groups of 16", "V3, not padded", "V2-Lite, float32", "10 tokens of 768")
+_VARIANTS = (
+    "gate of Kimi-K2",
+    "gate, 2 groups of 8",
+    "gate, 2 groups of 16",
+    "V3, not padded",
+    "V2-Lite, float32",
+    "10 tokens of 768",
+)
 
 
 def _moves(kernels) -> list[Case]:

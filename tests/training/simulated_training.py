@@ -1,4 +1,4 @@
-"""Compares a training step on each given mesh of eight simulated devices with one device. Prints JSON."""
+"""Compares a training step on each given mesh of simulated devices with one device. Prints JSON."""
 
 from __future__ import annotations
 

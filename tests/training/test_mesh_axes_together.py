@@ -1,27 +1,15 @@
-"""Checks that a step on meshes in which each axis meets each other one, none of them stages, equals one device's."""
+"""Checks that a step on a mesh in which each axis meets each other one, none of them stages, equals one device's."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import pytest
-from simulated import run_simulated
+from simulated import SIXTEEN, run_simulated
 from test_mesh_axes_alone import check_equal
 
 _SCRIPT = Path(__file__).with_name("simulated_training.py")
-MESHES = (
-    "data=4,fsdp=2",
-    "data=2,expert=2,tensor=2",
-    "fsdp=2,expert=2,tensor=2",
-)
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    return run_simulated(_SCRIPT, "with_mtp", *MESHES)
-
-
-@pytest.mark.parametrize("mesh", MESHES)
-def test_step_equals_one_device(results: dict[str, dict[str, Any]], mesh: str) -> None:
-    check_equal(results[mesh])
+def test_step_equals_one_device() -> None:
+    (found,) = run_simulated(_SCRIPT, "with_mtp", "data=2,fsdp=2,expert=2,tensor=2", **SIXTEEN).values()
+    check_equal(found)
