@@ -16,6 +16,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.block import Block, BlockInputs
 from dsv3_jax.modules.embedding import Embedding, Head
 from dsv3_jax.modules.latent_cache import DenseCache, LatentCache
+from dsv3_jax.modules.moe import Choice
 from dsv3_jax.modules.multi_token import MultiTokenModule
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import make_rotation
@@ -23,9 +24,9 @@ from dsv3_jax.precision import Precision
 
 _CachedLayer = Callable[
     [Block, Float[Array, "B T d"], Any, Int[Array, ""], Int[Array, ""]],
-    tuple[Float[Array, "B T d"], Any, Int[Array, " E"] | None],
+    tuple[Float[Array, "B T d"], Any, Choice | None],
 ]
-"""(block, hidden states, cache, its layer in the cache, its layer in its stack) -> (hidden states, cache, load)."""
+"""(block, hidden states, cache, its layer in the cache, its layer in its stack) -> (hidden states, cache, choice)."""
 
 
 @jax.tree_util.register_dataclass
@@ -37,11 +38,13 @@ class Decoded[Cache: LatentCache]:
       hidden: hidden states ready for `head`.
       cache: the cache with the tokens' entries.
       load: tokens that chose each expert, of every MoE layer that was run; padding is not counted.
+      experts: int32, the experts of each token in every MoE layer that was run; None from `prefill`.
     """
 
     hidden: Float[Array, "B T d"]
     cache: Cache
     load: Int[Array, "layers E"]
+    experts: Int[Array, "layers B T K"] | None
 
 
 class CachedDecoding(nnx.Module):
@@ -84,10 +87,11 @@ class CachedDecoding(nnx.Module):
 
         def layer(
             block: Block, h: Array, cache: Cache, index: Array, index_in_stack: Array
-        ) -> tuple[Array, Cache, Array | None]:
+        ) -> tuple[Array, Cache, Choice | None]:
             del index_in_stack
             h, (latent, rope_key), routing = block.with_latents(h, inputs)
-            return h, cache.write(index, positions, latent, rope_key), None if routing is None else routing.load
+            choice = None if routing is None else Choice(routing.load, None)
+            return h, cache.write(index, positions, latent, rope_key), choice
 
         return self._scan_cached_layers(layer, self.embedding(tokens), cache, slice_experts=True)
 
@@ -113,7 +117,7 @@ class CachedDecoding(nnx.Module):
 
         def layer(
             block: Block, h: Array, cache: Cache, index: Array, index_in_stack: Array
-        ) -> tuple[Array, Cache, Array | None]:
+        ) -> tuple[Array, Cache, Choice | None]:
             return block.decode(h, rotation, cache, index, positions, expert_layer=index_in_stack)
 
         return self._scan_cached_layers(layer, self.embedding(tokens), cache, slice_experts=False)
@@ -148,9 +152,10 @@ class CachedDecoding(nnx.Module):
         layer = self.config.num_hidden_layers + depth - 1
         h = module.join(hidden, self.embedding(tokens), RMSNorm.decode)
         rotation = make_rotation(self.config, positions)
-        h, cache, load = module.block.decode(h, rotation, cache, layer, positions, first=depth)
-        assert load is not None
-        return Decoded(module.output_norm.decode(h), cache, load[None])
+        h, cache, choice = module.block.decode(h, rotation, cache, layer, positions, first=depth)
+        assert choice is not None
+        choice = jax.tree.map(lambda x: x[None], choice)
+        return Decoded(module.output_norm.decode(h), cache, choice.load, choice.experts)
 
     def next_logits(self, hidden: Float[Array, "B T d"]) -> Float[Array, "B T V"]:
         """Returns the logits; on a CPU a row's are the same bits whatever the number of rows."""
@@ -171,7 +176,8 @@ class CachedDecoding(nnx.Module):
         stacks = [self.dense_blocks] if config.num_dense_layers else []
         stacks += [self.moe_blocks] if config.num_moe_layers else []
         carry, first = (h, cache), 0
-        load = jnp.zeros((0, config.n_routed_experts), jnp.int32)
+        chosen = (0, *h.shape[:2], config.num_experts_per_tok)
+        choice = Choice(jnp.zeros((0, config.n_routed_experts), jnp.int32), jnp.zeros(chosen, jnp.int32))
         for blocks in stacks:
             unsliced = nnx.Nothing() if slice_experts else nnx.PathContains("experts")
             graph, experts, others = nnx.split(blocks, unsliced, ...)
@@ -182,18 +188,18 @@ class CachedDecoding(nnx.Module):
                 graph: Any = graph,
                 experts: nnx.State = experts,
                 first: int = first,
-            ) -> tuple[tuple[Array, Cache], Array | None]:
+            ) -> tuple[tuple[Array, Cache], Choice | None]:
                 index, state = item
                 own = jax.tree.map(lambda leaf: leaf, experts)  # Variables that this trace may bind
                 block = nnx.merge(graph, own, state)
-                h, cache, load = layer(block, *carry, first + index, index)
-                return (h, cache), load
+                h, cache, choice = layer(block, *carry, first + index, index)
+                return (h, cache), choice
 
             layers = _number_of_layers(blocks)
-            carry, loads = lax.scan(body, carry, (jnp.arange(layers), others))
-            load = load if loads is None else loads
+            carry, choices = lax.scan(body, carry, (jnp.arange(layers), others))
+            choice = choices or choice
             first += layers
-        return Decoded(self.final_norm.decode(carry[0]), carry[1], load)
+        return Decoded(self.final_norm.decode(carry[0]), carry[1], choice.load, choice.experts)
 
 
 def _number_of_layers(blocks: Block) -> int:
@@ -209,4 +215,5 @@ def _twice(x: Int[Array, "1 1"]) -> Int[Array, "1 2"]:
 
 
 def _first_of[Cache: LatentCache](twice: Decoded[Cache]) -> Decoded[Cache]:
-    return Decoded(twice.hidden[:, :1], twice.cache, twice.load // 2)
+    experts = None if twice.experts is None else twice.experts[:, :, :1]
+    return Decoded(twice.hidden[:, :1], twice.cache, twice.load // 2, experts)

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.inference.engine import Engine, EngineConfig
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.engine_config import EngineConfig
 from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.sampling import GREEDY, Sampler
 from dsv3_jax.model import DeepSeekV3

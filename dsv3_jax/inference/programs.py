@@ -105,12 +105,16 @@ class Written:
     Attributes:
       tokens: new tokens of each step and row.
       count: number of them; 0 where the row had ended.
+      accepted: how many of them, from the first, are accepted drafts.
+      experts: int16, the experts that the token before each chose; None unless the pages record them.
       logprobs: log-probabilities of the tokens.
       top_tokens, top_logprobs: the most likely tokens at their positions.
     """
 
     tokens: Int[Array, "steps B W"]
     count: Int[Array, "steps B"]
+    accepted: Int[Array, "steps B"]
+    experts: Int[Array, "steps B W layers K"] | None
     logprobs: Float[Array, "steps B W"]
     top_tokens: Int[Array, "steps B W top"]
     top_logprobs: Float[Array, "steps B W top"]
@@ -121,7 +125,7 @@ def read_chunk(graph: Any, weights: Any, pages: Pages, slots: Slots, chunk: Chun
     """Reads chunks of prompts into their pages; hidden states of the last tokens go to the slots."""
     model: DeepSeekV3 = nnx.merge(graph, weights)
     read = model.decode(chunk.tokens, PagedCache(pages, chunk.table), chunk.positions)
-    cache, hidden = read.cache, slots.hidden
+    cache, hidden = read.cache.with_experts(chunk.positions, read.experts), slots.hidden
     load = read.load
     if hidden.shape[1]:
         at_next = jnp.where(chunk.positions < 0, -1, chunk.positions + 1)
@@ -133,20 +137,16 @@ def read_chunk(graph: Any, weights: Any, pages: Pages, slots: Slots, chunk: Chun
     return cache.pages, dataclasses.replace(slots, hidden=hidden, load=slots.load + load)
 
 
+@jax.jit
+def experts_of(experts: Int[Array, "P page layers K"], table: Int[Array, " N"]) -> Int[Array, "positions layers K"]:
+    """Returns the experts recorded for every position of one sequence; those without a page are meaningless."""
+    return experts.at[table].get(mode="clip").reshape(-1, *experts.shape[2:])
+
+
 @functools.partial(jax.jit, donate_argnames=("slots",))
-def begin(
-    slots: Slots,
-    slot: Int[Array, ""],
-    in_prompt: Bool[Array, " V"],
-    count: Int[Array, " V"],
-    bias: Float[Array, " V"],
-) -> Slots:
-    """Sets what penalties and logit bias need of a request that is given a slot."""
-    text = slots.text
-    text = TextSoFar(
-        text.in_prompt.at[slot].set(in_prompt), text.count.at[slot].set(count), text.bias.at[slot].set(bias)
-    )
-    return dataclasses.replace(slots, text=text)
+def begin(slots: Slots, slot: Int[Array, ""], text: TextSoFar) -> Slots:
+    """Sets the text, without a batch axis, of a request that is given a slot."""
+    return dataclasses.replace(slots, text=jax.tree.map(lambda all_, own: all_.at[slot].set(own), slots.text, text))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "most_steps", "top"), donate_argnames=("pages", "slots"))
@@ -173,9 +173,12 @@ def write_tokens(
     text = jax.tree.map(lambda x: x.at[running.slot].get(mode="clip"), slots.text)
     hidden = slots.hidden.at[running.slot].get(mode="clip")
     shape = (most_steps, batch, width)
+    recorded = None if pages.experts is None else jnp.zeros((*shape, *pages.experts.shape[2:]), jnp.int16)
     written = Written(
         tokens=jnp.zeros(shape, jnp.int32),
         count=jnp.zeros(shape[:2], jnp.int32),
+        accepted=jnp.zeros(shape[:2], jnp.int32),
+        experts=recorded,
         logprobs=jnp.zeros(shape, jnp.float32),
         top_tokens=jnp.zeros((*shape, min(top, vocabulary)), jnp.int32),
         top_logprobs=jnp.zeros((*shape, min(top, vocabulary)), jnp.float32),
@@ -237,11 +240,11 @@ def _step(model: DeepSeekV3, state: _State) -> _State:
     return _State(
         step=state.step + 1,
         running=after,
-        pages=read.cache.pages,
+        pages=read.cache.with_experts(positions, read.experts).pages,
         text=text,
         hidden=hidden,
         load=state.load + jnp.concatenate([read.load, *draft_load]),
-        written=_record(state, chosen, count, logits),
+        written=_record(state, chosen, count, jnp.minimum(accepted, count), read.experts, logits),
     )
 
 
@@ -305,7 +308,12 @@ def _check(
 
 
 def _record(
-    state: _State, chosen: Int[Array, "B W"], count: Int[Array, " B"], logits: Float[Array, "B W V"]
+    state: _State,
+    chosen: Int[Array, "B W"],
+    count: Int[Array, " B"],
+    accepted: Int[Array, " B"],
+    experts: Int[Array, "layers B W K"] | None,
+    logits: Float[Array, "B W V"],
 ) -> Written:
     written, step = state.written, state.step
 
@@ -319,5 +327,9 @@ def _record(
         return tuple(jnp.zeros_like(x[0]) for x in (written.logprobs, written.top_tokens, written.top_logprobs))  # pyright: ignore[reportReturnType]
 
     own, tokens, best = lax.cond(jnp.any(state.running.wants_logprobs), scores, none, None)
-    new = Written(chosen, count, own, tokens, best)
+    if written.experts is not None and experts is not None:
+        experts = jnp.moveaxis(experts, 0, 2).astype(written.experts.dtype)
+    else:
+        experts = None
+    new = Written(chosen, count, accepted, experts, own, tokens, best)
     return jax.tree.map(lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, step, 0), written, new)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import numpy as np
+
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.inference.sampling import GREEDY, Sampler
@@ -72,7 +74,11 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities of one written token, by the model's own distribution (temperature 1, nothing left out).
+    """Natural log-probabilities of one written token, by the model's own distribution: the softmax of its logits.
+
+    Temperature, top-k, top-p, min-p, penalties and logit bias have no part in it. A request with `Sampler()`, that is
+    temperature 1 and nothing else, draws from this distribution, with drafts too: `logprob` is then the log-probability
+    with which the token was drawn, as a policy gradient needs it.
 
     Attributes:
       logprob: of the token.
@@ -91,6 +97,9 @@ class Output:
       request_id: number that `submit` returned.
       tokens: the new tokens.
       drafted: for each of them, whether it was an accepted draft of the MTP module.
+      experts: int32 [MoE layers, K] for each token that the model read for them: the experts it chose, best first. The
+        first output has the prompt's tokens first. The token a new one was predicted from belongs to that one, so that
+        there is one for each new token. Empty unless the engine has `record_experts`.
       logprobs: for each of them, if the request asked.
       text: the new text, if the engine has a `to_bytes`. Text that may be the start of a stop string, or of a character
         that is not complete, comes with a later output.
@@ -100,6 +109,7 @@ class Output:
     request_id: int
     tokens: tuple[int, ...]
     drafted: tuple[bool, ...]
+    experts: tuple[np.ndarray, ...] = dataclasses.field(compare=False)
     logprobs: tuple[TokenLogprobs, ...]
     text: str
     finished: FinishReason | None
@@ -107,10 +117,14 @@ class Output:
 
 @dataclasses.dataclass
 class Result:
-    """A request's outputs together; fields as in `Output`."""
+    """A request's outputs together; fields as in `Output`.
+
+    `experts` has one array for each token of the prompt and the text but the last, which the model never reads.
+    """
 
     tokens: list[int] = dataclasses.field(default_factory=list)
     drafted: list[bool] = dataclasses.field(default_factory=list)
+    experts: list[np.ndarray] = dataclasses.field(default_factory=list, compare=False)
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     text: str = ""
     finished: FinishReason | None = None
@@ -119,6 +133,7 @@ class Result:
         """Appends an output."""
         self.tokens += output.tokens
         self.drafted += output.drafted
+        self.experts += output.experts
         self.logprobs += output.logprobs
         self.text += output.text
         self.finished = output.finished

@@ -122,7 +122,14 @@ class Scheduler:
                     chosen.append(sequence)
                     break
                 self._put_back(self.running[-1])
+                self.preemptions += 1
         return [sequence for sequence in chosen if sequence in self.running], steps
+
+    def start_again(self) -> None:
+        """Puts all running requests back and withdraws all published pages: the weights have changed."""
+        while self.running:
+            self._put_back(self.running[-1])
+        self.allocator.clear()
 
     def finished_reading(self, sequence: Sequence) -> None:
         """Lets other requests share the pages of a prompt that has been read."""
@@ -137,7 +144,6 @@ class Scheduler:
 
     def _put_back(self, sequence: Sequence) -> None:
         self._leave(sequence)
-        self.preemptions += 1
         self.waiting.appendleft(sequence)
 
     def _leave(self, sequence: Sequence) -> None:

@@ -16,7 +16,7 @@ from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.feed_forward import FeedForward
 from dsv3_jax.modules.latent_attention import LatentAttention
 from dsv3_jax.modules.latent_cache import LatentCache
-from dsv3_jax.modules.moe import MixtureOfExperts
+from dsv3_jax.modules.moe import Choice, MixtureOfExperts
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import Rotation
 from dsv3_jax.precision import Precision
@@ -91,11 +91,11 @@ class Block(nnx.Module):
         *,
         first: int = 0,
         expert_layer: Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "B T d"], Cache, Int[Array, " E"] | None]:
+    ) -> tuple[Float[Array, "B T d"], Cache, Choice | None]:
         """Maps new tokens that follow a cache (see `LatentAttention.decode` and `MixtureOfExperts.decode`).
 
         Returns:
-          The hidden states, the cache, and how many tokens each expert was chosen for (None in a dense block).
+          The hidden states, the cache, and the experts that the tokens chose (None in a dense block).
         """
         with jax.named_scope("attention"):
             normed = self.attention_norm.decode(h)
@@ -104,8 +104,8 @@ class Block(nnx.Module):
         with jax.named_scope("feed_forward"):
             u = self.feed_forward_norm.decode(h)
             if isinstance(self.feed_forward, MixtureOfExperts):
-                y, load = self.feed_forward.decode(u, positions >= 0, expert_layer)
-                return h + y, cache, load
+                y, choice = self.feed_forward.decode(u, positions >= 0, expert_layer)
+                return h + y, cache, choice
             return h + self.feed_forward(u), cache, None
 
     def _feed_forward(

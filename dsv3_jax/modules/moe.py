@@ -8,6 +8,7 @@ follows the number of assignments and neither the number of experts nor their ba
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Protocol
 
 import jax
@@ -33,6 +34,20 @@ from dsv3_jax.precision import (
 )
 from dsv3_jax.precision.keeping import keep
 from pallas_kernels.device import target_platform
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The experts that a layer chose while decoding.
+
+    Attributes:
+      load: int32, how many tokens chose each expert; padding is not counted.
+      experts: int32, the experts of each token, best first; None where they are not kept.
+    """
+
+    load: Int[Array, " E"]
+    experts: Int[Array, "B T K"] | None
 
 
 class RoutedExperts(Protocol):
@@ -198,8 +213,8 @@ class MixtureOfExperts(nnx.Module):
 
     def decode(
         self, u: Float[Array, "B T d"], token_mask: Bool[Array, "B T"], layer: Int[Array, ""] | None
-    ) -> tuple[Float[Array, "B T d"], Int[Array, " E"]]:
-        """Returns the layer's output for a few tokens, and how many of them each expert was chosen for.
+    ) -> tuple[Float[Array, "B T d"], Choice]:
+        """Returns the layer's output for a few tokens, and the experts that they chose.
 
         Args:
           token_mask: False at padding, which no expert computes.
@@ -208,7 +223,7 @@ class MixtureOfExperts(nnx.Module):
         gates = self.router(u, token_mask)
         with jax.named_scope("routed_experts"):
             routed = self.experts.of_few(u.reshape(-1, u.shape[-1]), gates, token_mask.reshape(-1), layer)
-        return self._with_shared(u, routed), gates.load
+        return self._with_shared(u, routed), Choice(gates.load, gates.expert_index)
 
     def _with_shared(self, u: Float[Array, "B T d"], routed: Float[Array, "N d"]) -> Float[Array, "B T d"]:
         y = routed.reshape(u.shape).astype(u.dtype)

@@ -28,21 +28,27 @@ class Pages:
       latent: float32, bfloat16, or e4m3 with one float32 scale per token.
       rope_key: in the dtype of `latent`, or bfloat16 beside e4m3 latents.
       scale: latent = stored value * scale; None unless the latents are e4m3.
+      experts: int16, the experts that each token chose in the MoE layers of the main model; None unless recorded.
     """
 
     latent: Float[Array, "L P page kv_rank"]
     rope_key: Float[Array, "L P page rope"]
     scale: Float[Array, "L P page"] | None
+    experts: Int[Array, "P page layers K"] | None
 
     @classmethod
-    def empty(cls, config: ModelConfig, pages: int, page_size: int, dtype: jnp.dtype, *, mtp: bool) -> Pages:
-        """Returns pages of zeros; with `mtp`, for the MTP blocks too."""
+    def empty(
+        cls, config: ModelConfig, pages: int, page_size: int, dtype: jnp.dtype, *, mtp: bool, experts: bool = False
+    ) -> Pages:
+        """Returns pages of zeros; with `mtp`, for the MTP blocks too, and with `experts`, for the chosen experts."""
         shape = (_layers(config, mtp), pages, page_size)
+        chosen = (pages, page_size, config.num_moe_layers, config.num_experts_per_tok)
         fp8 = dtype == FP8
         return cls(
             latent=jnp.zeros((*shape, config.kv_lora_rank), dtype),
             rope_key=jnp.zeros((*shape, config.qk_rope_head_dim), jnp.bfloat16 if fp8 else dtype),
             scale=jnp.zeros(shape, jnp.float32) if fp8 else None,
+            experts=jnp.zeros(chosen, jnp.int16) if experts else None,
         )
 
     @property
@@ -56,18 +62,24 @@ class Pages:
         return self.latent.shape[2]
 
 
-def bytes_per_token(config: ModelConfig, dtype: jnp.dtype, *, mtp: bool) -> int:
-    """Returns the bytes that one token takes in the cache: every layer's latent, rotary key and, in FP8, scale."""
+def bytes_per_token(config: ModelConfig, dtype: jnp.dtype, *, mtp: bool, experts: bool = False) -> int:
+    """Returns the bytes that one token takes in the cache.
+
+    They are those of every layer's latent, rotary key and, in FP8, scale; with `experts`, of the chosen experts too.
+    """
     if dtype == FP8:
         per_layer = config.kv_lora_rank + 2 * config.qk_rope_head_dim + 4
     else:
         per_layer = (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
-    return _layers(config, mtp) * per_layer
+    chosen = 2 * config.num_moe_layers * config.num_experts_per_tok if experts else 0
+    return _layers(config, mtp) * per_layer + chosen
 
 
-def tokens_that_fit(memory: int, config: ModelConfig, dtype: jnp.dtype, page_size: int, *, mtp: bool) -> int:
+def tokens_that_fit(
+    memory: int, config: ModelConfig, dtype: jnp.dtype, page_size: int, *, mtp: bool, experts: bool = False
+) -> int:
     """Returns how many tokens fit `memory` bytes of whole pages."""
-    return memory // (bytes_per_token(config, dtype, mtp=mtp) * page_size) * page_size
+    return memory // (bytes_per_token(config, dtype, mtp=mtp, experts=experts) * page_size) * page_size
 
 
 @jax.tree_util.register_dataclass
@@ -105,23 +117,36 @@ class PagedCache:
         rope_key: Float[Array, "B T rope"],
     ) -> PagedCache:
         """Returns the cache with new entries of one layer; negative positions and those without a page are dropped."""
-        pages, size = self.pages, self.pages.page_size
-        page = self.table.at[jnp.arange(len(positions))[:, None], positions // size].get(
-            mode="fill", fill_value=pages.count
-        )
-        index = (layer, jnp.where(positions < 0, pages.count, page), positions % size)
+        pages = self.pages
+        index = (layer, *self._index(positions))
         scale = pages.scale
         if scale is not None:
             wide = latent.astype(jnp.float32)
             own = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1), jnp.finfo(jnp.float32).tiny * _LARGEST) / _LARGEST
             latent = jnp.clip(wide / own[..., None], -_LARGEST, _LARGEST)
             scale = scale.at[index].set(own, mode="drop")
-        entries = Pages(
+        entries = dataclasses.replace(
+            pages,
             latent=pages.latent.at[index].set(latent.astype(pages.latent.dtype), mode="drop"),
             rope_key=pages.rope_key.at[index].set(rope_key.astype(pages.rope_key.dtype), mode="drop"),
             scale=scale,
         )
         return dataclasses.replace(self, pages=entries)
+
+    def with_experts(self, positions: Int[Array, "B T"], experts: Int[Array, "layers B T K"] | None) -> PagedCache:
+        """Returns the cache with the experts that tokens chose, if its pages record them."""
+        if self.pages.experts is None or experts is None:
+            return self
+        chosen = jnp.moveaxis(experts, 0, 2).astype(jnp.int16)
+        recorded = self.pages.experts.at[self._index(positions)].set(chosen, mode="drop")
+        return dataclasses.replace(self, pages=dataclasses.replace(self.pages, experts=recorded))
+
+    def _index(self, positions: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+        """Returns the page of each position and its place in it; the number of pages where there is none."""
+        size, none = self.pages.page_size, self.pages.count
+        rows = jnp.arange(len(positions))[:, None]
+        page = self.table.at[rows, positions // size].get(mode="fill", fill_value=none)
+        return jnp.where(positions < 0, none, page), positions % size
 
     def read(
         self, layer: Int[Array, ""] | int, block: Int[Array, ""] | int, dtype: jnp.dtype

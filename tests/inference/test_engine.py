@@ -47,12 +47,24 @@ def plain(model: DeepSeekV3) -> list[list[int]]:
 
 @pytest.fixture(scope="module", params=[0, 2], ids=["plain", "two drafts"])
 def engine(model: DeepSeekV3, request: pytest.FixtureRequest) -> Engine:
-    return Engine(model, EngineConfig(max_sequences=4, drafts=request.param, **SHAPES))
+    return Engine(model, EngineConfig(max_sequences=4, drafts=request.param, record_experts=True, **SHAPES))
 
 
 def requests(**settings) -> list[Request]:
     own = {"max_new_tokens": 20, "top_logprobs": 2} | settings
     return [Request(prompt=prompt, seed=seed, **own) for seed, prompt in enumerate(prompts())]
+
+
+def compilations() -> list[str]:
+    """Returns a list to which every later compilation adds an entry."""
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
+    )
+    jax.jit(lambda x: x + 17)(1)
+    assert len(compiled) == 1
+    compiled.clear()
+    return compiled
 
 
 def alone(engine: Engine, wanted: list[Request]) -> list[Result]:
@@ -66,6 +78,70 @@ def test_greedy_text_is_that_of_the_expanded_model(engine: Engine, plain) -> Non
         assert 0 < first < 1
         assert 0 <= second < 1  # of a random model
         assert engine.statistics.drafted[1] > 0
+
+
+def test_a_token_is_drafted_if_the_module_had_guessed_it(engine: Engine, plain) -> None:
+    """The flags agree with the counts, and greedy drafts that are right are accepted wherever a text ends."""
+    before = sum(engine.statistics.accepted)
+    results = engine.run(requests())
+    assert sum(sum(result.drafted) for result in results) == sum(engine.statistics.accepted) - before
+    assert all(not result.drafted[0] or engine.drafts for result in results)
+    if engine.drafts:
+        for result, text in zip(results, plain, strict=True):
+            first = result.drafted.index(True)
+            cut = Request(prompt=prompts()[plain.index(text)], max_new_tokens=first + 1)
+            assert engine.run([cut])[0].drafted == result.drafted[: first + 1]  # the last is an accepted draft
+
+
+def test_experts_are_those_of_the_expanded_model(engine: Engine, model: DeepSeekV3) -> None:
+    """Each token's experts, also those of a prompt whose pages are shared and of requests that were put back."""
+    request = requests()[4]
+    results = engine.run([request]) + engine.run([request]) + engine.run(requests()[::-1])[1:2]
+    ids = jnp.asarray([*request.prompt, *results[0].tokens[:-1]])[None]
+
+    @nnx.jit
+    def one_hot(model: DeepSeekV3, ids: jax.Array) -> jax.Array:
+        """Returns the load of each token alone: all but one are marked as padding, which is not counted."""
+        alone = jnp.eye(ids.shape[1], dtype=jnp.int32)[:, None]
+        return jax.lax.map(
+            lambda mask: model.features(ids, segment_ids=mask, isolate_segments=False).routing.load, alone
+        )
+
+    want = np.asarray(one_hot(model, ids))[:, : model.config.num_moe_layers]
+    for result in results:
+        assert result.tokens == results[0].tokens
+        got = np.zeros_like(want)
+        np.put_along_axis(got, np.stack(result.experts), 1, axis=2)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_new_weights_replace_the_old_ones_without_compiling(engine: Engine, model: DeepSeekV3, plain) -> None:
+    """The text from then on is that of an engine of the new weights, also where a request began with the old ones."""
+    other = small_model(model.config, 4)
+    wanted = requests()
+    compiled = compilations()
+    engine.run(wanted)
+    engine.update(other)
+    assert engine.free_pages == engine._allocator.count
+    mine, own = (jax.tree.leaves(weights) for weights in (engine._weights, nnx.state(other)))
+    assert all(a is b for a, b in zip(mine, own, strict=True))
+    new = engine.run(wanted)
+    assert [result.tokens for result in new] != plain
+    number = engine.submit(wanted[3])
+    begun = [token for _ in range(4) for output in engine.step() for token in output.tokens]
+    assert 0 < len(begun) < 20
+    engine.update(model)
+    result = Result()
+    while engine.has_work:
+        for output in engine.step():
+            assert output.request_id == number
+            result.add(output)
+    continued = Request(prompt=(*wanted[3].prompt, *begun), max_new_tokens=20 - len(begun))
+    assert result.tokens == engine.run([continued])[0].tokens
+    assert [each.tokens for each in engine.run(wanted)] == plain
+    assert not compiled
+    with pytest.raises(ConfigError, match="make a new engine"):
+        engine.update(small_model(model.config.replace(vocab_size=VOCABULARY + 1), 4))
 
 
 @pytest.mark.parametrize("sampler", [Sampler(temperature=0.0), SAMPLER], ids=["greedy", "drawn"])
@@ -159,14 +235,9 @@ def test_nothing_is_compiled_after_the_start(engine: Engine) -> None:
         )
         for number in range(200)
     ]
-    compiled: list[str] = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
-    )
-    jax.jit(lambda x: x + 17)(1)  # the listener notices a compilation
-    assert len(compiled) == 1
+    compiled = compilations()
     results = engine.run(wanted)
-    assert len(compiled) == 1
+    assert not compiled
     assert all(len(result.tokens) == request.max_new_tokens for request, result in zip(wanted, results, strict=True))
 
 

@@ -12,8 +12,7 @@ from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
-from dsv3_jax.inference import GREEDY, Sampler, complete, generate, stream
-from dsv3_jax.inference.engine import Engine, EngineConfig
+from dsv3_jax.inference import GREEDY, Engine, EngineConfig, Sampler, complete, generate, stream
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.precision import Precision
 
