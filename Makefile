@@ -1,5 +1,5 @@
 # `make` or `make help` lists the commands.
-PYTHON ?= $(shell command -v python3.12 || command -v python3)
+PYTHON ?= $(shell command -v python3.12 || command -v python3.13 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 ORACLE_PYTHON ?= python3
@@ -30,6 +30,8 @@ setup-dev: $(VENV)/.installed-dev
 setup-aot: $(VENV)/aot/.installed
 
 $(BIN)/python:
+	@case "$$(uname -sm)" in "Darwin x86_64"|MINGW*|MSYS*|CYGWIN*) \
+	  echo "JAX has no version for this machine: use Linux (on Windows, WSL 2) or a Mac with an Apple processor"; exit 1;; esac
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python

@@ -19,6 +19,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from dsv3_jax.config import ModelConfig, RopeScaling
     from dsv3_jax.errors import ConfigError, UserError

@@ -20,5 +20,5 @@ def default_device() -> jax.Device:
     except (RuntimeError, AssertionError) as error:
         wanted = os.environ.get("JAX_PLATFORMS")
         reason = " ".join(str(error).split())[:200] or "no platform could be started"
-        hint = f"JAX_PLATFORMS is '{wanted}': install the extra cuda, cuda12 or tpu, or unset it"
+        hint = f"JAX_PLATFORMS is '{wanted}': install the extra cuda13, cuda12 or tpu, or unset it"
         raise UserError(f"JAX finds no device ({reason})" + (f"; {hint}" if wanted else "")) from error

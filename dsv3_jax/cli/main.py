@@ -9,7 +9,9 @@ import signal
 import sys
 from typing import NoReturn
 
+from dsv3_jax import __version__
 from dsv3_jax.errors import UserError, reason_of
+from dsv3_jax.operating_system import check_supported
 from dsv3_jax.runs.interruption import Interrupted, Interruption
 from dsv3_jax.terminal import replace_what_cannot_be_shown, say
 
@@ -32,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     replace_what_cannot_be_shown()
     try:
+        check_supported()
         with Interruption(lambda: "dsv3: stopped"):
             exit_code = _run(arguments)
             sys.stdout.flush()
@@ -65,6 +68,9 @@ def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
         return 0 if arguments else 2
+    if arguments == ["--version"]:
+        print(f"dsv3 {__version__}")
+        return 0
     name, *rest = arguments
     if name not in COMMANDS:
         from dsv3_jax.cli.options import suggest
@@ -92,7 +98,7 @@ def _drop_output() -> None:
 
 
 def _help() -> str:
-    lines = ["usage: dsv3 COMMAND ...    (dsv3 COMMAND --help shows its options)", ""]
+    lines = ["usage: dsv3 COMMAND ...    (dsv3 COMMAND --help shows its options, dsv3 --version the version)", ""]
     lines += [f"  {name:10s} {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join([*lines, "", f"example:  {_EXAMPLE}"])
 

@@ -98,7 +98,8 @@ def main(argv: list[str]) -> int:
         "init_from": options.init_from,
         **by_dotted_name(config.to_dict()),
     }
-    peers = join(options.processes, shared)
+    with notes():
+        peers = join(options.processes, shared)
     from dsv3_jax.cli.compilation_cache import keep_compiled_programs
     from dsv3_jax.precision import Precision
     from dsv3_jax.runs.loop import train

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import sys
 import time
 from typing import Any
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.operating_system import peak_memory_bytes
 from dsv3_jax.planning import topology
 from dsv3_jax.planning.collectives import read_collectives
 from dsv3_jax.planning.config import PlanConfig
@@ -35,11 +35,10 @@ def compile_step(config: PlanConfig) -> dict[str, Any]:
     peak = getattr(memory, "peak_memory_in_bytes", 0)
     together = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     together += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return {
         "lower_seconds": round(middle - start, 1),
         "compile_seconds": round(end - middle, 1),
-        "host_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "host_peak_bytes": peak_memory_bytes(),
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "alias_bytes": memory.alias_size_in_bytes,

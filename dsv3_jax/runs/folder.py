@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 
 from dsv3_jax.bounded_json import read_object
 from dsv3_jax.errors import UserError, reason_of
+from dsv3_jax.operating_system import lock_exclusively
 from dsv3_jax.sharding.mesh import AXES
 from dsv3_jax.training.config import RunConfig
 
@@ -29,6 +29,7 @@ _MAY_CHANGE = {
     "training.keep_checkpoints",
     "training.max_nonfinite_steps",
     "training.sample_tokens",
+    "training.stop_signal",
     "training.loss_chunk",
     "training.rematerialisation",
     "training.zero",
@@ -108,7 +109,7 @@ class RunFolder:
         try:
             for descriptor in locks:  # the folder too, because the file may be deleted
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock_exclusively(descriptor)
                 except BlockingIOError:
                     raise UserError(
                         f"{self.path} is in use by another dsv3 train; wait for it or choose another --out"

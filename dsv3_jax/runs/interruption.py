@@ -1,4 +1,4 @@
-"""Handling of Ctrl-C and SIGTERM.
+"""Handling of Ctrl-C, SIGTERM and the signals by which a cluster announces the end of a job.
 
 The first signal asks the program to stop, the second one ends it at once. Python runs a signal's handler only between
 two of its own instructions, so compiling or tokenising would delay it and two signals would count as one. Therefore a
@@ -14,6 +14,8 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
+
+from dsv3_jax.operating_system import NOTICES, Notice, nonblocking_pipe
 
 _GRACE = 2.0  # seconds for the main thread to end by itself, where nothing would be lost
 
@@ -39,6 +41,8 @@ class Interruption:
 
     Args:
       last_words: returns the line that is printed before the process ends without the main thread.
+      notice: the signal that is answered beside SIGINT and SIGTERM: "USR1" or "USR2". The other one of these is
+        ignored; with "none", both are.
 
     Attributes:
       signal_number: the signal received, or None.
@@ -46,12 +50,12 @@ class Interruption:
       unsaved: whether work would be lost if the process ended.
     """
 
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # clusters send the last one before the end of a job
-
-    def __init__(self, last_words: Callable[[], str] = lambda: "") -> None:
+    def __init__(self, last_words: Callable[[], str] = lambda: "", notice: Notice = "USR1") -> None:
         self.signal_number: int | None = None
         self.defer = False
         self.unsaved = False
+        self._signals = [signal.SIGTERM, signal.SIGINT, *(n for name, n in NOTICES.items() if name == notice)]
+        self._ignored = [number for name, number in NOTICES.items() if name != notice]
         self._last_words = last_words
         self._answered = threading.Event()
         self._previous: dict[int, object] = {}
@@ -59,9 +63,11 @@ class Interruption:
     def __enter__(self) -> Interruption:
         if threading.current_thread() is not threading.main_thread():
             return self  # signals are for the main thread, which may have other plans
-        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        for number in self._SIGNALS:
+        self._read, self._write = nonblocking_pipe()
+        for number in self._signals:
             self._previous[number] = signal.signal(number, self._handle)
+        for number in self._ignored:
+            self._previous[number] = signal.signal(number, signal.SIG_IGN)
         self._previous_pipe = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._watcher.start()
@@ -112,7 +118,7 @@ class Interruption:
             if not numbers:
                 return
             for number in numbers:
-                if number not in self._SIGNALS:
+                if number not in self._signals:
                     continue
                 received += 1
                 self.signal_number = self.signal_number or number

@@ -7,6 +7,7 @@ other GPUs would be idle.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 
 
@@ -14,7 +15,7 @@ def local_gpus(environment: Mapping[str, str], on_node: int) -> list[int] | None
     """Returns the numbers of the GPUs that this process uses, among those that it sees; None leaves it to JAX.
 
     A process that sees fewer GPUs than the node has was given its own by the launcher and uses them all. Otherwise the
-    processes of a node share the GPUs evenly.
+    processes of a node share the GPUs evenly, and a warning says how many are left over.
 
     Args:
       environment: the variables of this process.
@@ -30,7 +31,13 @@ def local_gpus(environment: Mapping[str, str], on_node: int) -> list[int] | None
         return None
     if seen < total or seen < processes:
         return list(range(seen))
-    share = seen // processes
+    share, left = divmod(seen, processes)
+    if left and not index:
+        warnings.warn(
+            f"{left} of this node's {seen} GPUs stay idle, because each of its {processes} processes uses {share}: "
+            "start another number of processes per node",
+            stacklevel=2,
+        )
     return list(range(index * share, (index + 1) * share))
 
 

@@ -94,7 +94,7 @@ def train(
             peers.end_all(interruption.exit_code, "it was told to stop")
         return f"dsv3: stopped; {how_to_resume()}"
 
-    interruption = Interruption(last_words)
+    interruption = Interruption(last_words, config.training.stop_signal)
     if peers is not None:
         peers.last_words = how_to_resume
     try:

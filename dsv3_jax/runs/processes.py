@@ -6,7 +6,6 @@ Every process runs the same program over its own devices.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import logging
@@ -21,13 +20,11 @@ import jax
 
 from dsv3_jax.bounds import check_bounds
 from dsv3_jax.errors import ConfigError, UserError, reason_of
+from dsv3_jax.operating_system import call_before_abortion
 from dsv3_jax.runs.local_gpus import local_gpus
 from dsv3_jax.runs.peers import PEERS_LOST, Peers, find_peers, say_last_words
 
 _LAUNCHERS = {"slurm": "slurm", "openmpi": "ompi", "kubernetes": "k8s", "tpu": "cloud_tpu"}
-
-
-_keep: list[Any] = []  # what C++ holds pointers to
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,9 +185,7 @@ def _without_abortion(peers: Peers) -> Iterator[None]:
         peers.lose(PEERS_LOST, "the connection with process 0 was lost")
 
     # jaxlib 0.11 cannot convert the status that it calls back with, and calls C++'s terminate handler instead.
-    _keep.append(ctypes.CFUNCTYPE(None)(lose))
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libstdc++.so.6")["_ZSt13set_terminatePFvvE"](_keep[-1])
+    call_before_abortion(lose)
     make = _jax.get_distributed_runtime_client
     _jax.get_distributed_runtime_client = functools.partial(make, missed_heartbeat_callback=lose)
     try:

@@ -10,6 +10,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.modules.rematerialisation import REMATERIALISATIONS
+from dsv3_jax.operating_system import Notice
 from dsv3_jax.pipeline.schedules import ScheduleName
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig
@@ -73,6 +74,8 @@ class TrainingConfig:
       checkpoint_every: save a checkpoint every so many steps; 0 for only at the end.
       keep_checkpoints: number of newest checkpoints to keep; older ones are deleted.
       max_nonfinite_steps: stop after this many steps in a row whose loss or gradient is infinite or NaN.
+      stop_signal: what a cluster sends before the end of a job: USR1, USR2 or none. The signal saves a checkpoint and
+        ends the run, as SIGINT (Ctrl-C) and SIGTERM do; the others of these are ignored.
       sample_tokens: number of tokens of sample text to generate at the end; 0 for none.
     """
 
@@ -99,6 +102,7 @@ class TrainingConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
     max_nonfinite_steps: int = 5
+    stop_signal: Notice = "USR1"
     sample_tokens: int = 128
 
     def __post_init__(self) -> None:
@@ -112,6 +116,10 @@ class TrainingConfig:
             raise ConfigError(f"training.balance must be one of {', '.join(get_args(Balance))}, not {self.balance!r}")
         if self.moment_dtype not in ("recipe", "float32", "bfloat16"):
             raise ConfigError(f"training.moment_dtype must be recipe, float32 or bfloat16, not {self.moment_dtype!r}")
+        if self.stop_signal not in get_args(Notice):
+            raise ConfigError(
+                f"training.stop_signal must be one of {', '.join(get_args(Notice))}, not {self.stop_signal!r}"
+            )
         if self.rematerialisation not in REMATERIALISATIONS:
             raise ConfigError(
                 f"training.rematerialisation must be one of {', '.join(REMATERIALISATIONS)}, "

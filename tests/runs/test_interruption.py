@@ -99,3 +99,22 @@ def test_a_signal_during_imports_is_one_line(tmp_path: Path):
     assert process.communicate(timeout=50)[1] == "dsv3: stopped\n"
     assert process.returncode == 130
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("notice", "sent", "code"), [("USR2", "USR2", 128 + signal.SIGUSR2), ("none", "USR1", 130)])
+def test_the_signal_before_the_end_of_a_job_can_be_chosen(notice: str, sent: str, code: int):
+    """A signal that is not chosen is ignored, so that the SIGINT that follows decides."""
+    process = start(
+        f"""
+        with Interruption(notice={notice!r}) as interruption:
+            interruption.defer = interruption.unsaved = True
+            print('ready', flush=True)
+            while not interruption.requested:
+                time.sleep(0.01)
+            print(interruption.exit_code)
+        """
+    )
+    process.send_signal(signal.Signals[f"SIG{sent}"])
+    if notice == "none":
+        process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=50) == (f"{code}\n", "")

@@ -43,3 +43,10 @@ def test_every_gpu_is_used_once(processes: int, share: int) -> None:
         local_gpus(names | {"OMPI_COMM_WORLD_LOCAL_RANK": str(index)}, processes * share) for index in range(processes)
     ]
     assert list(itertools.chain(*(gpus or [] for gpus in used))) == list(range(processes * share))
+
+
+def test_gpus_that_are_left_over_are_mentioned_once() -> None:
+    names = {"OMPI_COMM_WORLD_LOCAL_SIZE": "3"}
+    with pytest.warns(UserWarning, match="2 of this node's 8 GPUs stay idle") as said:
+        used = [local_gpus(names | {"OMPI_COMM_WORLD_LOCAL_RANK": str(index)}, 8) for index in range(3)]
+    assert (used, len(said)) == ([[0, 1], [2, 3], [4, 5]], 1)

@@ -1,0 +1,83 @@
+"""Everything that differs between operating systems: locks, pipes, signals, memory in use. Linux and macOS have it all.
+
+Each function has a fallback, so that a system that lacks a facility loses only what depends on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable
+from typing import Literal
+
+from dsv3_jax.errors import UserError
+
+Notice = Literal["USR1", "USR2", "none"]
+NOTICES = {name: number for name in ("USR1", "USR2") if (number := getattr(signal, f"SIG{name}", None)) is not None}
+"""Signals by which a cluster announces the end of a job, by name."""
+
+
+def check_supported(system: str = sys.platform, machine: str | None = None) -> None:
+    """Checks that there are versions of JAX and of the other packages for this operating system.
+
+    Args:
+      system: name of the system, as in `sys.platform`.
+      machine: name of the processor; that of this machine if not given.
+
+    Raises:
+      UserError: there are none; the message says what to use instead.
+    """
+    if system in ("win32", "cygwin"):
+        raise UserError("DSv3-JAX runs on Linux and macOS: on Windows, install WSL 2 (wsl --install) and use it there")
+    if system == "darwin" and (machine or platform.machine()) == "x86_64":
+        raise UserError(
+            "JAX has no version for Macs with an Intel processor: use Linux there (Docker will do), or a Mac with an "
+            "Apple processor and a Python made for it"
+        )
+
+
+def lock_exclusively(descriptor: int) -> None:
+    """Locks an open file or folder against other processes, until it is closed.
+
+    Raises:
+      BlockingIOError: another process has locked it.
+      OSError: the file system or the operating system has no such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP)) from None
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def nonblocking_pipe() -> tuple[int, int]:
+    """Returns the reading and the writing end of a pipe that never waits and that child processes do not get."""
+    ends = os.pipe()
+    for end in ends:
+        os.set_blocking(end, False)
+    return ends
+
+
+def peak_memory_bytes() -> int:
+    """Returns the largest amount of memory that this process has used, in bytes; 0 where that is not known."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def call_before_abortion(function: Callable[[], None]) -> None:
+    """Has `function` called where C++ code would abort the process; does nothing where that cannot be arranged."""
+    _kept.append(ctypes.CFUNCTYPE(None)(function))
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libstdc++.so.6")["_ZSt13set_terminatePFvvE"](_kept[-1])
+
+
+_kept: list[object] = []  # what C++ holds pointers to

@@ -1,0 +1,71 @@
+"""Checks that what only some operating systems have can be absent, and that users of others are told at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from simulated import environment
+
+from dsv3_jax.cli import main as command_line
+from dsv3_jax.errors import UserError
+from dsv3_jax.operating_system import check_supported
+
+# A Python without what Windows lacks (fcntl, resource, SIGUSR1) and what macOS lacks (pipe2, affinity, /proc).
+_HIDE = """
+import os, signal, sys
+sys.modules.update(fcntl=None, resource=None)
+for name in ("pipe2", "fork", "sched_getaffinity", "sched_setaffinity", "memfd_create"):
+    vars(os).pop(name, None)
+for name in ("SIGUSR1", "SIGUSR2"):
+    delattr(signal, name)
+def no_proc(event, arguments):
+    if event == "open" and str(arguments[0]).startswith("/proc"):
+        raise FileNotFoundError(arguments[0])
+sys.addaudithook(no_proc)
+"""
+_USE = """
+import importlib, pkgutil, warnings
+from pathlib import Path
+import dsv3_jax
+for module in pkgutil.walk_packages(dsv3_jax.__path__, "dsv3_jax."):
+    if module.name not in ("dsv3_jax.post_training.sandboxed_child",):  # runs in the sandbox, which is Linux's
+        importlib.import_module(module.name)
+from dsv3_jax.operating_system import call_before_abortion, peak_memory_bytes
+from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.runs.interruption import Interruption
+warnings.simplefilter("ignore")
+with Interruption() as interruption, RunFolder(Path(sys.argv[1])).locked():
+    interruption.defer = True
+    signal.raise_signal(signal.SIGINT)
+    while not interruption.requested:
+        pass
+    print(interruption.exit_code, peak_memory_bytes())
+"""
+
+
+def test_every_module_works_without_what_only_linux_has(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _HIDE + _USE, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)
+    assert (done.stdout, done.returncode) == ("130 0\n", 0), done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "named"),
+    [("win32", "AMD64", "WSL 2"), ("cygwin", "x86_64", "WSL 2"), ("darwin", "x86_64", "Intel")],
+)
+def test_users_of_other_systems_are_told(
+    system: str, machine: str, named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=named):
+        check_supported(system, machine)
+    monkeypatch.setattr(command_line, "check_supported", lambda: check_supported(system, machine))
+    assert command_line.main(["train"]) == 2
+    assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("system", "machine"), [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")])
+def test_others_are_not(system: str, machine: str) -> None:
+    check_supported(system, machine)
