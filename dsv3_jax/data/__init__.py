@@ -26,6 +26,7 @@ processes and rows per batch may change between saving a state and using it. Fil
     corpus_account                         what was read of a corpus and what was not
     splitting                              which documents are held out for validation
     tokenizer, token_bytes                 any byte-level tokenizer.json, checked; the bytes of each token
+    chat_template, template_process        chats as text and tokens, with untrusted templates
     tokenizer_training                     the report's BPE, trained on the corpus
     tokenising, token_store, array_record  the corpus as ids: made and cached, or tokenised beforehand
     fill_in_middle, punctuation_splitting  how an epoch changes documents
@@ -34,6 +35,7 @@ processes and rows per batch may change between saving a state and using it. Fil
 """
 
 from dsv3_jax.data.array_record import read_array_record, write_array_record
+from dsv3_jax.data.chat_template import ChatTemplate, ChatTokens, plain_template
 from dsv3_jax.data.config import DataConfig
 from dsv3_jax.data.document_files import Document
 from dsv3_jax.data.prepare import Data, prepare_data
@@ -41,11 +43,14 @@ from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.train_iterator import TrainIterator
 
 __all__ = [
+    "ChatTemplate",
+    "ChatTokens",
     "Data",
     "DataConfig",
     "Document",
     "Tokenizer",
     "TrainIterator",
+    "plain_template",
     "prepare_data",
     "read_array_record",
     "write_array_record",

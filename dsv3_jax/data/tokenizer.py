@@ -22,7 +22,7 @@ from jaxtyping import Int32
 from dsv3_jax.bounded_json import parse_object
 from dsv3_jax.data import control_tokens as control
 from dsv3_jax.data.token_bytes import bytes_of_tokens
-from dsv3_jax.data.tokenizer_settings import Companions, read_companions, read_settings
+from dsv3_jax.data.tokenizer_settings import CHAT_TEMPLATE, Companions, read_companions, read_settings
 from dsv3_jax.data.tokenizer_trial import try_tokenizer
 from dsv3_jax.errors import UserError, reason_of
 from dsv3_jax.regular_files import checked_file, open_regular
@@ -50,6 +50,7 @@ class Tokenizer:
       pad_id: padding; eos_id if the tokenizer has none.
       end_ids: ids that end a continuation: eos_id, and those that the files beside the tokenizer name.
       adds_bos: whether prompts of a published model begin with bos_id.
+      control_names: names of the control tokens.
       settings: what the files beside a published tokenizer say.
       companions: those files; `save` writes them too.
       fingerprint: SHA-256 of the definition, which does not depend on the file's formatting.
@@ -89,9 +90,10 @@ class Tokenizer:
         self._ids = vocabulary
         self.vocab_size = _checked_size(vocabulary, self._definition, source)
         self._bytes = bytes_of_tokens(vocabulary, self.vocab_size, self._definition, source)
-        special = [token["id"] for token in self._definition["added_tokens"] if _is_control(token)]
+        special = {token["content"]: token["id"] for token in self._definition["added_tokens"] if _is_control(token)}
+        self.control_names = tuple(special)
         self.token_bytes = np.array([len(part) for part in self._bytes], np.int32)
-        self.token_bytes[special] = 0
+        self.token_bytes[list(special.values())] = 0
         self.eos_id = self._require((*control.END_NAMES, self.settings.eos_token))
         self.bos_id = self._find((self.settings.bos_token, *control.BEGIN_NAMES), self.eos_id)
         self.pad_id = self._find((self.settings.pad_token, control.PADDING), self.eos_id)
@@ -156,6 +158,17 @@ class Tokenizer:
         with rust_errors(f"{self._source} fails on a text of {len(text)} characters"):
             return encoder.encode(text, add_special_tokens=False).ids
 
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Returns the ids of a text in which names stand for control tokens, and the character where each id begins.
+
+        Raises:
+          UserError: as of `encode`.
+        """
+        _check_utf8(text)
+        with rust_errors(f"{self._source} fails on a text of {len(text)} characters"):
+            encoding = self._control_encoder.encode(text, add_special_tokens=False)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
     def prompt_ids(self, text: str, *, control_tokens: bool = True) -> list[int]:
         """Returns the ids of a prompt: with the begin-of-text token where the model expects it, and never empty.
 
@@ -188,6 +201,10 @@ class Tokenizer:
     def control_id(self, name: str) -> int | None:
         """Returns the id of a control token by its name (`control_tokens`), or None where the tokenizer has none."""
         return self._ids.get(name)
+
+    def with_chat_template(self, template: str) -> Tokenizer:
+        """Returns a copy with another chat template, which `save` writes beside the tokenizer."""
+        return Tokenizer(self._text, self._source, {**self.companions, CHAT_TEMPLATE: template})
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[str, str, dict[str, str]]]:
         # Rebuilt from the definition, because the library's pickle forgets not to search text for control tokens.

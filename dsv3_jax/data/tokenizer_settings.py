@@ -20,7 +20,7 @@ MODEL_TOKENS = "model_tokens.json"
 """The begin, end and padding ids of the model's config.json; a file of ours, since a run has no such config.json."""
 
 _FILES = (TOKENIZER_CONFIG, GENERATION_CONFIG, MODEL_TOKENS, "special_tokens_map.json", "added_tokens.json")
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+CHAT_TEMPLATE, OLDER_CHAT_TEMPLATE = "chat_template.jinja", "chat_template.json"
 _TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LARGEST_FILE = 10_000_000  # bytes
 
@@ -36,6 +36,7 @@ class TokenizerSettings:
       add_bos: whether a prompt begins with the begin-of-text token.
       bos_token, eos_token, pad_token: names of tokens.
       end_ids: ids that end a continuation, such as the end of a text and the end of a turn.
+      chat_template: Jinja text that renders the messages of a chat.
       temperature, top_k, top_p: how the model's authors sample; a temperature of 0 takes the most likely token.
     """
 
@@ -44,6 +45,7 @@ class TokenizerSettings:
     eos_token: str | None = None
     pad_token: str | None = None
     end_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -57,7 +59,7 @@ def read_companions(folder: Path) -> dict[str, str]:
     """
     folder = checked_folder(folder)
     found = {}
-    for name in (*_FILES, *_TEMPLATES):
+    for name in (*_FILES, CHAT_TEMPLATE, OLDER_CHAT_TEMPLATE):
         if (folder / name).exists():
             raw = read_regular(checked_file(folder, name), max_bytes=_LARGEST_FILE)
             try:
@@ -111,10 +113,24 @@ def read_settings(companions: Companions, source: str) -> TokenizerSettings:
         eos_token=token("eos_token"),
         pad_token=token("pad_token"),
         end_ids=tuple(dict.fromkeys(ends)),
+        chat_template=_chat_template(companions, names, source),
         temperature=None if sampled is None else (1.0 if temperature is None else float(temperature)) * sampled,
         top_k=int(top_k) if sampled and top_k else None,  # 0 stands for all tokens
         top_p=float(top_p) if sampled and top_p is not None and top_p < 1 else None,
     )
+
+
+def _chat_template(companions: Companions, names: dict[str, Any], source: str) -> str | None:
+    """Returns the template in the file of its own, else the one in tokenizer_config.json, of several the default."""
+    if CHAT_TEMPLATE in companions:
+        return companions[CHAT_TEMPLATE]
+    template = names.get("chat_template", _object(companions, OLDER_CHAT_TEMPLATE, source).get("chat_template"))
+    if isinstance(template, list):
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{source}: beside it, chat_template is {template!r:.60}, which cannot be used")
+    return template
 
 
 def _object(companions: Companions, name: str, source: str) -> dict[str, Any]:
