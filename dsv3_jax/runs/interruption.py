@@ -68,6 +68,7 @@ class Interruption:
             self._previous[number] = signal.signal(number, self._handle)
         for number in self._ignored:
             self._previous[number] = signal.signal(number, signal.SIG_IGN)
+        self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._raised_in_vain
         self._previous_pipe = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._watcher.start()
@@ -82,6 +83,7 @@ class Interruption:
         for number, previous in self._previous.items():
             signal.signal(number, previous)  # pyright: ignore[reportArgumentType]
         signal.set_wakeup_fd(self._previous_pipe)
+        sys.unraisablehook = self._previous_hook
         os.close(self._write)
         self._watcher.join()
         os.close(self._read)
@@ -104,6 +106,13 @@ class Interruption:
         if not self.defer and not self._answered.is_set():
             self._answered.set()
             raise Interrupted(number)
+
+    def _raised_in_vain(self, ignored: sys.UnraisableHookArgs) -> None:
+        """Ends the process where Python ignored the exception: it was raised in a destructor or a garbage callback."""
+        if not isinstance(ignored.exc_value, Interrupted):
+            self._previous_hook(ignored)
+        elif not self.unsaved:  # else the program asks for `requested`
+            self._end(self.exit_code)
 
     def _watch(self) -> None:
         """Reads signals until the pipe is closed."""

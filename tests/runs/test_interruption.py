@@ -72,6 +72,24 @@ def test_native_code_with_nothing_to_save_is_ended(defer: bool):
     assert time.monotonic() - began < 10
 
 
+def test_a_signal_in_a_callback_whose_exceptions_python_ignores():
+    process = start(
+        """
+        import gc
+        def callback(phase, info):
+            print('ready', flush=True)
+            time.sleep(60)
+        with interruption:
+            gc.callbacks.append(callback)
+            gc.collect()
+            time.sleep(60)
+        """
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=50) == ("", "last words\n")
+    assert process.returncode == 143
+
+
 def test_two_signals_in_native_code_end_it_at_once():
     """Python counts signals that come while native code runs as one."""
     process = start(f"with interruption:\n    interruption.defer = interruption.unsaved = True\n    {_NATIVE}")
