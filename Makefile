@@ -10,14 +10,15 @@ MAKEFLAGS += --jobs=2
 # Python compiles modules to bytecode when they are first imported; compiling all of them at once takes half a minute.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help setup setup-dev setup-aot train test test-aot test-oracle mutants soak lint clean
+.PHONY: help setup setup-dev setup-aot train test test-slow test-aot test-oracle mutants soak lint clean
 
 help:
 	@echo "make train      trains the 'nano' preset on Python's own source code and writes the run to $(RUN): 5 minutes on 2 cores"
-	@echo "make test       runs the linter, the type checker and all tests: about 13 minutes on 2 cores"
+	@echo "make test       runs the linter, the type checker and the tests: under 10 minutes on 2 cores"
+	@echo "make test-slow  runs the tests of meshes, processes, notebooks and of compilers for absent hardware: 6 minutes"
 	@echo "make test-aot   compiles every kernel in every tiling and size and writes their resources: 4 minutes"
 	@echo "make test-oracle compares with torch and transformers, which it installs into .venv-oracle (the rest never imports them)"
-	@echo "make mutants    makes known mistakes one at a time and checks that the tests notice each: about an hour"
+	@echo "make mutants    makes known mistakes one at a time and checks that the tests notice each: 10 minutes"
 	@echo "make soak       kills runs, damages their files and mistreats their processes at random: hours"
 	@echo "make lint       runs the linter and the type checker only: 1 minute"
 	@echo "make setup      installs the package and the command dsv3 into $(VENV)"
@@ -58,8 +59,13 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test: setup-dev setup-aot lint
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q --durations=20
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q --durations=20
+
+test: setup-dev lint
+	$(PYTEST)
+
+test-slow: setup-dev setup-aot
+	$(PYTEST) -m 'slow or aot'
 
 test-aot: setup-dev setup-aot
 	$(BIN)/python experiments/kernel_resources.py

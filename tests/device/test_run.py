@@ -20,6 +20,7 @@ def run(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_every_failure_costs_its_own_case_only(run, tmp_path, monkeypatch):
     check = run.Check("bad", "injected", limit=60, case_limit=1, clusters=True)
     monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent))
@@ -43,6 +44,7 @@ def test_every_failure_costs_its_own_case_only(run, tmp_path, monkeypatch):
     assert report.splitlines()[-1].startswith("FAIL")
 
 
+@pytest.mark.slow
 def test_checks_and_timings_run_in_the_interpreter(run, tmp_path, capsys):
     """Runs the parent with checks of each kind; the others differ in their cases."""
     only = ["smoke", "quantise float32, powers", "timing, ceilings", "timing, masked"]

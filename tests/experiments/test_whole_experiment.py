@@ -17,6 +17,8 @@ import pytest
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.runs.metrics import JsonLines, Record, read_metrics
 
+pytestmark = pytest.mark.slow
+
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 STEPS = 2
 # Both arms have the same fields here, so that the first shows how the second should end.

@@ -78,6 +78,7 @@ def test_a_training_step_moves_all_but_the_kept_weights(tmp_path: Path, recipe: 
     assert jax.tree.structure(state.average) == jax.tree.structure(state.params)
 
 
+@pytest.mark.slow
 def test_logits_on_a_mesh_are_those_of_the_dequantized_model(tmp_path: Path) -> None:
     """Requantizing these weights gives their scales again, so the FP8 recipe multiplies by the same tiles."""
     folder = fp8_checkpoint(tmp_path, "v3_yarn_small", scale=2.0**-10)

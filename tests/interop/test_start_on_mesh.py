@@ -18,6 +18,7 @@ from checkpoint_on_mesh import account, check_shards, parameters_on_mesh  # noqa
 from synthetic_checkpoint import write  # noqa: E402
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process from /proc")
 def test_peak_memory(tmp_path: Path) -> None:
     """Beyond the state's own arrays: less than one device's parameters and one piece of a file."""

@@ -42,6 +42,7 @@ def test_form(path: Path) -> None:
     assert len(shown) < 150_000 * max(drawn, 1), "a figure is too large to keep"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs as a plain script in this process, with SHORT set after the cell of parameters, and draws no figures."""

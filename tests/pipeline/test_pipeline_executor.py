@@ -11,6 +11,8 @@ from simulated import run_simulated
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.pipeline.passes import check_passes
 
+pytestmark = pytest.mark.slow
+
 
 def test_pipelines_on_eight_devices_equal_one_device() -> None:
     """Covers layers that do not divide evenly, a dense layer, MTP, padding, fewer passes than DualPipe asks for."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from simulated import run_simulated
+
+pytestmark = pytest.mark.slow
 
 
 def test_restored_on_other_meshes(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import pytest
 from simulated import environment
 from small_runs import VOCABULARY, write_corpus
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 _OPTIONS = {
     "preset": "tiny",

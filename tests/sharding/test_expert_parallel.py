@@ -31,6 +31,7 @@ def test_experts_on_eight_devices_equal_one() -> None:
         assert found["gradient"] < TOLERANCE, mesh
 
 
+@pytest.mark.slow
 def test_experts_inside_the_stages_of_a_pipeline() -> None:
     """Stages take different branches, of which only one exchanges tokens, and no stage waits for another."""
     found = on_eight_devices("simulated_stage_experts.py")
@@ -44,6 +45,7 @@ def traffic() -> dict[str, Any]:
     return on_eight_devices("simulated_expert_traffic.py")
 
 
+@pytest.mark.slow
 def test_a_token_crosses_once_to_each_of_its_groups(traffic: dict[str, Any]) -> None:
     """A token's row is sent once to each other group that the routing chose, two at most, and not once per expert."""
     found = traffic["crossings"]
@@ -51,6 +53,7 @@ def test_a_token_crosses_once_to_each_of_its_groups(traffic: dict[str, Any]) -> 
     assert found["one row per expert"] > 1.5 * found["asked for"]
 
 
+@pytest.mark.slow
 def test_tokens_and_gradients_are_sent_in_fp8(traffic: dict[str, Any]) -> None:
     """They are rounded before dispatch as on one device; combined results are sent unrounded, forward and backward."""
     found = traffic["fp8"]
@@ -61,6 +64,7 @@ def test_tokens_and_gradients_are_sent_in_fp8(traffic: dict[str, Any]) -> None:
     assert found["moved"] == {"float8_e4m3fn": 2 * 3, "float32": 2 * 3}
 
 
+@pytest.mark.slow
 def test_halves_do_not_wait_for_each_other(traffic: dict[str, Any]) -> None:
     """No exchange of one half, forward or backward, depends on one of the other half."""
     assert traffic["halves"] == sorted(2 * traffic["whole"])

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from simulated import run_simulated
 
+pytestmark = pytest.mark.slow
+
 _SCRIPT = Path(__file__).with_name("simulated_training.py")
 MESHES = ("data=8", "fsdp=8", "expert=4", "tensor=2")
 

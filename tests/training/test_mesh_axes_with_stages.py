@@ -12,6 +12,8 @@ import pytest
 from simulated import run_simulated
 from test_mesh_axes_alone import check_equal
 
+pytestmark = pytest.mark.slow
+
 _SCRIPT = Path(__file__).with_name("simulated_training.py")
 MESHES = ("stage=2,data=2,expert=2",)
 
