@@ -37,7 +37,9 @@ class Answer:
     def piece(self, number: int, output: Output) -> dict[str, Any]:
         """Returns the chunk of a stream for what the engine added to completion `number`."""
         self._tokens += len(output.tokens)
-        choice = self._choice(number, {"delta": {"content": output.text}} if self._asked.is_chat else {"text": output.text})
+        choice = self._choice(
+            number, {"delta": {"content": output.text}} if self._asked.is_chat else {"text": output.text}
+        )
         choice |= {"finish_reason": output.finished, "logprobs": self._logprobs(number, output)}
         if self._asked.token_details:
             choice["token_details"] = self._details(number, output)
@@ -115,7 +117,8 @@ class Answer:
         return {
             "tokens": [self._word(token) for token in tokens],
             "token_logprobs": [of.logprob for _, of in scored],
-            "top_logprobs": [{self._word(other): logprob for other, logprob in of.top} for _, of in scored],
+            # Of tokens with the same text, such as parts of characters, the most likely counts.
+            "top_logprobs": [{self._word(other): logprob for other, logprob in reversed(of.top)} for _, of in scored],
             "text_offset": offsets,
         }
 
@@ -132,8 +135,8 @@ class Answer:
         """
         tokens = self._shown(number, output)
         experts = output.experts[-len(output.tokens) :] if output.experts else ()
-        decoder, to_bytes = self._decoders[number], self._model.tokenizer.to_bytes
-        return [
+        to_bytes, decoder = self._model.tokenizer.to_bytes, self._decoders[number]
+        details = [
             {
                 "text": decoder.decode(to_bytes([token])),
                 "drafted": drafted,
@@ -141,3 +144,6 @@ class Answer:
             }
             for at, (token, drafted) in enumerate(zip(tokens, output.drafted, strict=False))
         ]
+        if output.finished and details:
+            details[-1]["text"] += decoder.decode(b"", final=True)
+        return details

@@ -30,6 +30,9 @@ from dsv3_jax.serving.metrics import Metrics
 from dsv3_jax.serving.settings import ServedModel, ServerSettings
 
 _OPEN = ("/health", "/")  # paths that need no key
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+)
 _LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _SEND_GRACE = 10.0  # seconds for a client to take the end of an answer
 
@@ -59,9 +62,7 @@ def make_app(
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def chat_page(request: Request) -> Response:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-        headers = {"content-security-policy": policy, "x-frame-options": "DENY"}
-        return HTMLResponse(page, headers=headers)
+        return HTMLResponse(page, headers={"content-security-policy": _PAGE_POLICY, "x-frame-options": "DENY"})
 
     def endpoint(read: Callable[[bytes, ServedModel, int], Asked]) -> Callable[[Request], Any]:
         async def serve(request: Request) -> Any:
@@ -155,7 +156,7 @@ async def _body(request: Request, settings: ServerSettings) -> bytes:
 
 
 def _guarded(app: ASGIApp, settings: ServerSettings) -> ASGIApp:
-    """Returns the application behind the checks of host and key; errors of ours become a line on stderr and code 500."""
+    """Returns the application behind the checks of host and key. A bug of ours becomes a traceback and code 500."""
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -221,7 +221,9 @@ class _Fields:
         """Raises ApiError if the body has a field that was not read."""
         for name in self._values:
             if name not in self._known:
-                raise ApiError(f"there is no parameter {name!r:.60}; leave it out", param=name[:60], code="unknown_parameter")
+                raise ApiError(
+                    f"there is no parameter {name!r:.60}; leave it out", param=name[:60], code="unknown_parameter"
+                )
 
 
 def _sampler(fields: _Fields, default: Sampler) -> Sampler:

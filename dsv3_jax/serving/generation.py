@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator
@@ -49,10 +50,8 @@ class Generation:
         loop = asyncio.get_running_loop()
 
         def put(number: int, output: Output | None) -> None:
-            try:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server was stopped by force
                 loop.call_soon_threadsafe(self._news.put_nowait, (number, output))
-            except RuntimeError:  # the loop is closed: the server was stopped by force
-                pass
 
         receivers = [functools.partial(put, number) for number in range(len(requests))]
         future = self._engine.submit(requests, receivers)
@@ -83,9 +82,7 @@ class Generation:
                     news = await self._news.get()
             except TimeoutError:
                 self._end = "timeout"
-                raise ApiError(
-                    f"the request took more than {self._seconds:g} s", status=504, code="timeout"
-                ) from None
+                raise ApiError(f"the request took more than {self._seconds:g} s", status=504, code="timeout") from None
             if isinstance(news, ClientLeft):
                 self._end = "disconnected"
                 raise news

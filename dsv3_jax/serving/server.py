@@ -54,7 +54,7 @@ def serve(
     engine: Engine,
     model: ServedModel,
     listening: socket.socket,
-    settings: ServerSettings = ServerSettings(),
+    settings: ServerSettings,
     *,
     stop: Callable[[], bool] = lambda: False,
     started: Callable[[], None] = lambda: None,

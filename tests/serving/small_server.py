@@ -41,7 +41,11 @@ def running(engine: Engine, *, chat: bool = True, **settings: Any) -> Iterator[S
     """Serves until the block ends; then the requests that run are served to their end."""
     template = ChatTemplate(plain_template(TOKENIZER), TOKENIZER) if chat else None
     model = ServedModel(
-        name="small", note="step 7", tokenizer=TOKENIZER, template=template, sampler=Sampler(temperature=0.8, top_p=0.95)
+        name="small",
+        note="step 7",
+        tokenizer=TOKENIZER,
+        template=template,
+        sampler=Sampler(temperature=0.8, top_p=0.95),
     )
     listening = listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
