@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from dsv3_jax.bounds import LARGEST_SEED
-from dsv3_jax.cli.options import notes, number
+from dsv3_jax.cli.options import number
 from dsv3_jax.errors import UserError
-from dsv3_jax.terminal import printable, say
+from dsv3_jax.regular_files import read_regular
+from dsv3_jax.terminal import printable
 
 if TYPE_CHECKING:
     from dsv3_jax.data import Tokenizer
     from dsv3_jax.inference import Sampler
 
 _DEFAULT_NEW_TOKENS = 128
+_LARGEST_PROMPT = 2**26  # bytes
 _WAIT = 0.2  # seconds for text on standard input
 _DESCRIPTION = """Write text with the newest checkpoint of a run.
 
@@ -50,15 +52,15 @@ def main(argv: list[str]) -> int:
     # These imports are slow, so wrong arguments are reported before them.
     import jax
 
-    from dsv3_jax.cli.compilation_cache import keep_compiled_programs
+    from dsv3_jax.cli.models import load_model
     from dsv3_jax.inference import complete, stream
-    from dsv3_jax.runs.checkpoints import load_checkpoint
 
-    keep_compiled_programs()
-    with notes():
-        model, tokenizer, _ = load_checkpoint(arguments.run, dtype=arguments.dtype)
+    loaded = load_model(arguments.run, arguments.dtype)
+    model, tokenizer = loaded.model, loaded.tokenizer
     sampler = _sampler(arguments, tokenizer)
-    texts = [_standard_input() if text == "-" else text for text in arguments.prompt]
+    texts = [_standard_input() if text == "-" else text for text in arguments.prompt or []]
+    if arguments.prompt_file is not None:
+        texts.append(_text_of(read_regular(arguments.prompt_file, max_bytes=_LARGEST_PROMPT), arguments.prompt_file))
     prompts = [tokenizer.prompt_ids(text, control_tokens=arguments.control_tokens) for text in texts]
     space = model.config.max_position_embeddings - max(map(len, prompts))
     new_tokens = arguments.max_new_tokens or max(1, min(_DEFAULT_NEW_TOKENS, space))
@@ -91,6 +93,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="text to continue, or - for standard input; give the option several times to continue several texts "
         "(default: standard input if it is no terminal and holds text, else an empty text)",
     )
+    parser.add_argument("--prompt-file", type=Path, help="file with a text to continue (UTF-8)")
     parser.add_argument(
         "--control-tokens",
         action=argparse.BooleanOptionalAction,
@@ -111,7 +114,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--temperature",
         type=number(float, 0, 1e6),
         help="divides the logits before a token is drawn; 0 always takes the most likely token "
-        "(default: what the authors of an imported model say, else 0.7 with --top-p 0.95; 1 with --top-k or --top-p)",
+        "(default: what the authors of an imported model say, else 0.8 with --top-p 0.95; 1 with --top-k or --top-p)",
     )
     parser.add_argument(
         "--top-k", type=number(int, 1, 2**24), help="draw from the K most likely tokens (default: from all)"
@@ -131,7 +134,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="print tokens as they are generated (the default); with several prompts the texts are printed at the end",
     )
     arguments = parser.parse_args(argv)
-    if not arguments.prompt:
+    if not arguments.prompt and arguments.prompt_file is None:
         arguments.prompt = ["-"] if _is_given(sys.stdin) else [""]
     return arguments
 
@@ -147,26 +150,25 @@ def _is_given(stream: TextIO | None) -> bool:
 
 
 def _standard_input() -> str:
-    """Returns the text on standard input, without the line break that `echo` adds."""
+    return _text_of(sys.stdin.buffer.read(_LARGEST_PROMPT), "standard input")
+
+
+def _text_of(data: bytes, source: Path | str) -> str:
+    """Returns a text without the line break that `echo` and editors add at the end."""
     try:
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        return data.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"the text on standard input is not UTF-8 at byte {error.start}") from None
+        raise UserError(f"the text of {source} is not UTF-8 at byte {error.start}") from None
 
 
 def _sampler(arguments: argparse.Namespace, tokenizer: Tokenizer | None) -> Sampler:
     """Returns how tokens are chosen: as the options say, else as the authors of the checkpoint do."""
-    from dsv3_jax.inference.sampling import Sampler
+    from dsv3_jax.cli.models import default_sampler
+    from dsv3_jax.inference import DEFAULT, Sampler
 
     top_k, top_p, temperature = arguments.top_k, arguments.top_p, arguments.temperature
     if temperature is None and top_k is None and top_p is None:
-        theirs = None if tokenizer is None else tokenizer.settings
-        if theirs is None or theirs.temperature is None:
-            return Sampler(temperature=0.7, top_p=0.95)
-        temperature, top_k, top_p = theirs.temperature, theirs.top_k, theirs.top_p
-        sampled = f"temperature {temperature:g}" + (f", top-k {top_k}" if top_k else "")
-        sampled += f", top-p {top_p:g}" if top_p else ""
-        say(f"dsv3: note: {sampled}, as the checkpoint's generation_config.json says", to=sys.stderr)
+        return DEFAULT if tokenizer is None else default_sampler(tokenizer)
     return Sampler(temperature=1.0 if temperature is None else temperature, top_k=top_k, top_p=top_p)
 
 

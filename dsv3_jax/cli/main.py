@@ -19,6 +19,8 @@ from dsv3_jax.terminal import replace_what_cannot_be_shown, say
 COMMANDS = {
     "train": ("dsv3_jax.cli.train", "train a model, or resume a run"),
     "generate": ("dsv3_jax.cli.generate", "write text with a trained model"),
+    "chat": ("dsv3_jax.cli.chat", "chat with a trained model in the terminal"),
+    "serve": ("dsv3_jax.cli.serve", "serve a trained model over HTTP: OpenAI's API and a chat page"),
     "sample": ("dsv3_jax.cli.sample", "draw completions of problems, score them, and keep the good ones"),
     "eval": ("dsv3_jax.cli.evaluate", "evaluate a run: validation loss, bits per byte, MTP acceptance"),
     "import-hf": ("dsv3_jax.cli.import_hf", "turn a published checkpoint into a run folder"),

@@ -4,9 +4,10 @@ from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.engine_config import EngineConfig
 from dsv3_jax.inference.generate import complete, generate, stream
 from dsv3_jax.inference.requests import Output, Request, Result, TokenLogprobs
-from dsv3_jax.inference.sampling import GREEDY, Sampler
+from dsv3_jax.inference.sampling import DEFAULT, GREEDY, Sampler
 
 __all__ = [
+    "DEFAULT",
     "GREEDY",
     "Engine",
     "EngineConfig",

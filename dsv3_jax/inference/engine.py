@@ -110,6 +110,11 @@ class Engine:
         return len(self._scheduler.waiting)
 
     @property
+    def running(self) -> int:
+        """Number of requests that have a slot."""
+        return len(self._scheduler.running)
+
+    @property
     def free_pages(self) -> int:
         """Number of pages that no request holds."""
         return self._allocator.available

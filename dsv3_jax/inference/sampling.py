@@ -80,6 +80,8 @@ class Sampler:
 
 
 GREEDY = Sampler(temperature=0.0)
+DEFAULT = Sampler(temperature=0.8, top_p=0.95)
+"""How tokens are chosen where nobody says: greedy text repeats itself, and the unlikeliest tokens derail a text."""
 
 
 @jax.tree_util.register_dataclass

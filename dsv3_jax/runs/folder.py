@@ -126,6 +126,22 @@ class RunFolder:
             for descriptor in locks:
                 os.close(descriptor)
 
+    def is_in_training(self) -> bool:
+        """Returns whether another process trains in the folder now; False where the file system has no locks."""
+        try:
+            descriptor = os.open(self.lock, os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            lock_exclusively(descriptor)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return False
+
     @contextmanager
     def removed_if_no_run_starts(self) -> Iterator[None]:
         """Removes a folder that was new if the block fails by bad input before a run has started in it."""

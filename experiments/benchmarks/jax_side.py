@@ -20,6 +20,7 @@ import optax
 from flax import nnx
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Precision, default_run, generate
+from dsv3_jax.inference import GREEDY
 from dsv3_jax.runs.checkpoints import abstract_state, make_model
 from dsv3_jax.training.config import TrainingConfig
 from dsv3_jax.training.losses import cross_entropies
@@ -93,7 +94,7 @@ def decoding(request: dict[str, Any]) -> Callable[[], float]:
     """Returns a function that calls `dsv3.generate`: it reads the prompt and generates greedily, token by token."""
     model = build_model(ModelConfig.from_dict(request["config"]), request["dtype"])
     ids = random_ids(model.config.vocab_size, request["batch"], request["length"])
-    return lambda: float(generate(model, ids, request["new_tokens"])[:, ids.shape[1] :].sum())
+    return lambda: float(generate(model, ids, request["new_tokens"], GREEDY)[:, ids.shape[1] :].sum())
 
 
 TASKS = {"train": training_step, "prefill": prefill, "decode": decoding}

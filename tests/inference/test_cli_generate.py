@@ -12,6 +12,7 @@ from small_models import small_model
 
 from dsv3_jax.cli import generate as command
 from dsv3_jax.cli.main import main
+from dsv3_jax.cli.models import Loaded
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import Tokenizer
 from dsv3_jax.data.control_tokens import USER
@@ -37,11 +38,11 @@ def run() -> tuple[DeepSeekV3, Tokenizer]:
 @pytest.fixture
 def loaded(run, monkeypatch: pytest.MonkeyPatch):
     """Makes the command load the random model instead of a run."""
-    monkeypatch.setattr("dsv3_jax.runs.checkpoints.load_checkpoint", lambda folder, dtype: (*run, 7))
+    monkeypatch.setattr("dsv3_jax.cli.models.load_model", lambda folder, dtype: Loaded(*run, "step 7"))
     return run
 
 
-def expected(run, prompt: str, new: int, sampler: Sampler | None = None, seed: int = 0) -> str:
+def expected(run, prompt: str, new: int, sampler: Sampler = GREEDY, seed: int = 0) -> str:
     model, tokenizer = run
     ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
     written = complete(model, [ids], new, sampler, jax.random.key(seed), stop_token=tokenizer.eos_id)
@@ -74,7 +75,7 @@ def test_the_default_length_fits_the_context(loaded, capsys) -> None:
 
 def test_the_default_sampler_draws(loaded, capsys) -> None:
     assert main(["generate", "RUN", "--prompt", "def", "--max-new-tokens", "12"]) == 0
-    assert capsys.readouterr().out == expected(loaded, "def", 12, Sampler(temperature=0.7, top_p=0.95))
+    assert capsys.readouterr().out == expected(loaded, "def", 12, Sampler(temperature=0.8, top_p=0.95))
 
 
 def test_standard_input(loaded, capsys, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -86,6 +87,27 @@ def test_standard_input(loaded, capsys, monkeypatch: pytest.MonkeyPatch, tmp_pat
         assert capsys.readouterr().out == expected(loaded, "né", 12)
 
 
+def test_a_prompt_from_a_file(loaded, capsys, tmp_path) -> None:
+    (tmp_path / "prompt").write_text("né\n", encoding="utf-8")
+    words = [
+        "generate",
+        "RUN",
+        "--prompt-file",
+        str(tmp_path / "prompt"),
+        "--max-new-tokens",
+        "12",
+        "--temperature",
+        "0",
+    ]
+    assert main(words) == 0
+    assert capsys.readouterr().out == expected(loaded, "né", 12)
+    assert main(["generate", "RUN", "--prompt-file", str(tmp_path / "absent")]) == 2
+    assert "absent: No such file" in capsys.readouterr().err
+    (tmp_path / "prompt").write_bytes(b"a\xff")
+    assert main(words) == 2
+    assert "prompt is not UTF-8 at byte 1" in capsys.readouterr().err
+
+
 def test_an_open_pipe_without_text_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
     with reading, writing:
@@ -95,16 +117,16 @@ def test_an_open_pipe_without_text_is_not_waited_for(monkeypatch: pytest.MonkeyP
         assert command._is_given(reading)
 
 
-def published(run, **files: dict) -> tuple[DeepSeekV3, Tokenizer, int]:
+def published(run, **files: dict) -> tuple[DeepSeekV3, Tokenizer, str]:
     """Returns the run with the settings of a published checkpoint."""
     companions = {f"{name}.json": json.dumps(content) for name, content in files.items()}
-    return run[0], Tokenizer(byte_tokenizer(), companions=companions), 0
+    return run[0], Tokenizer(byte_tokenizer(), companions=companions), "step 0"
 
 
 def test_begin_turn_and_end_tokens_of_a_published_model(run, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     generation = {"temperature": 0.0, "do_sample": True, "eos_token_id": list(range(40))}
     it = published(run, tokenizer_config={"add_bos_token": True}, generation_config=generation)
-    monkeypatch.setattr("dsv3_jax.runs.checkpoints.load_checkpoint", lambda folder, dtype: it)
+    monkeypatch.setattr("dsv3_jax.cli.models.load_model", lambda folder, dtype: Loaded(*it))
     ids = [it[1].bos_id, it[1].control_id(USER), *it[1].encode("pears")]
     (written,) = complete(it[0], [ids], 60, GREEDY, stop_token=range(40))
     assert len(written) < 60

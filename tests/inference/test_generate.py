@@ -35,7 +35,7 @@ def test_golden_greedy_text(name: str) -> None:
     golden = load_golden(name)
     text = golden.io["greedy"]
     prompt = text[:, :16]
-    written = generate(build_model(golden), jnp.asarray(prompt, jnp.int32), text.shape[1] - 16)
+    written = generate(build_model(golden), jnp.asarray(prompt, jnp.int32), text.shape[1] - 16, GREEDY)
     np.testing.assert_array_equal(written, text)
 
 
@@ -81,7 +81,7 @@ def test_other_rows_change_nothing_in_any_precision(precision: str) -> None:
 
 def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass(model: DeepSeekV3) -> None:
     prompt = jnp.asarray([PROMPTS[2]])
-    written = generate(model, prompt, NEW)
+    written = generate(model, prompt, NEW, GREEDY)
     assert written.shape == (1, prompt.shape[1] + NEW)
     assert written.dtype == jnp.int32
     likeliest = nnx.jit(lambda model, ids: model(ids).logits)(model, written).argmax(-1)
@@ -166,6 +166,12 @@ def test_a_temperature_is_a_sampler(model: DeepSeekV3) -> None:
         generate(model, tokens, NEW, GREEDY, temperature=1.0)
 
 
+def test_the_default_draws_with_a_fixed_key(model: DeepSeekV3) -> None:
+    drawn = complete(model, PROMPTS, NEW, Sampler(temperature=0.8, top_p=0.95), jax.random.key(0))
+    assert complete(model, PROMPTS, NEW) == drawn
+    assert complete(model, PROMPTS, NEW, GREEDY) != drawn
+
+
 def test_streaming_ends_when_all_rows_have_stopped(model: DeepSeekV3) -> None:
     text = complete(model, PROMPTS[:1], NEW)[0]
     steps = list(stream(model, PROMPTS[:1], NEW, stop_token=text[3]))
@@ -200,7 +206,5 @@ def test_bad_arrays_and_keys_are_refused(model: DeepSeekV3) -> None:
         generate(model, jnp.zeros((4,), jnp.int32), 1)
     with pytest.raises(UserError, match="prompt_lengths"):
         generate(model, jnp.zeros((2, 4), jnp.int32), 1, prompt_lengths=[4, 5])
-    with pytest.raises(UserError, match="needs a random key"):
-        complete(model, [[1]], 1, Sampler())
     with pytest.raises(UserError, match="2 such keys"):
         complete(model, [[1], [2]], 1, Sampler(), jax.random.split(jax.random.key(0), 3))
