@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
 
     keep_compiled_programs()
     with notes():
-        model, tokenizer, _ = load_checkpoint(arguments.run, dtype=arguments.dtype)
+        model, tokenizer, _ = load_checkpoint(arguments.run, step=arguments.step, dtype=arguments.dtype)
     sampler = _sampler(arguments, tokenizer)
     texts = [_standard_input() if text == "-" else text for text in arguments.prompt]
     prompts = [tokenizer.prompt_ids(text, control_tokens=arguments.control_tokens) for text in texts]
@@ -97,6 +97,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=True,
         help="names of control tokens in a prompt, such as <｜User｜>, stand for these tokens (the default)",
     )
+    parser.add_argument("--step", type=number(int, 0, 10**18), help="step of the checkpoint (default: the newest)")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
