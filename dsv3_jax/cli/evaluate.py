@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 from typing import Literal
 
+from dsv3_jax.bounds import check_bounds
 from dsv3_jax.cli.options import notes, parse
 from dsv3_jax.errors import UserError
 
@@ -28,13 +29,19 @@ class EvaluateOptions:
     Attributes:
       corpus: a file or folder of texts to evaluate on, of which the run's fraction is held out; the run's own corpus if
         not given.
+      step: step of the checkpoint; the newest if not given.
       dtype: dtype of the weights in memory; bfloat16 takes half of the memory.
       json: print the result as JSON.
     """
 
     corpus: str | None = None
+    step: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.step is not None:
+            check_bounds(self, {"step": (0, 10**18)}, "--")
 
 
 def main(argv: list[str]) -> int:
@@ -44,7 +51,7 @@ def main(argv: list[str]) -> int:
       argv: the run's folder, and options.
     """
     positional, flags = _divided(argv)
-    options = parse(EvaluateOptions, flags, prog="dsv3 eval RUN", description=_DESCRIPTION, default=EvaluateOptions())
+    options = parse(flags, prog="dsv3 eval RUN", description=_DESCRIPTION, default=EvaluateOptions())
     if len(positional) != 1:
         raise UserError("give one run folder, such as: dsv3 eval runs/nano")
     from dsv3_jax.cli.compilation_cache import keep_compiled_programs
@@ -52,7 +59,7 @@ def main(argv: list[str]) -> int:
 
     keep_compiled_programs()
     with notes():
-        step, result = evaluate_run(Path(positional[0]), options.corpus, dtype=options.dtype)
+        step, result = evaluate_run(Path(positional[0]), options.corpus, step=options.step, dtype=options.dtype)
     if options.json:
         import json
 
@@ -71,5 +78,5 @@ def _divided(argv: list[str]) -> tuple[list[str], list[str]]:
         if not word.startswith("-"):
             positional.append(word)
         else:
-            flags += [word, *itertools.islice(words, 1 if word in ("--corpus", "--dtype") else 0)]
+            flags += [word, *itertools.islice(words, 1 if word in ("--corpus", "--step", "--dtype") else 0)]
     return positional, flags

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
     from dsv3_jax.runs.checkpoints import load_run
 
     with notes():
-        loaded = load_run(options.run, dtype="bfloat16" if options.dtype == "bfloat16" else None)
+        loaded = load_run(options.run, step=options.step, dtype="bfloat16" if options.dtype == "bfloat16" else None)
     model, saved, step = loaded.model, loaded.saved, loaded.saved.position.step
     imported = not (options.dtype or step)  # an imported run that was not trained has its checkpoint's dtypes
     save_hf(
@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     parser.add_argument("target", metavar="DST", type=Path, help="new folder")
+    parser.add_argument("--step", type=number(int, 0, 10**18), help="step of the checkpoint (default: the newest)")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "fp8"],

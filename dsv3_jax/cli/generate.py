@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     from dsv3_jax.cli.models import load_model
     from dsv3_jax.inference import complete, stream
 
-    loaded = load_model(arguments.run, arguments.dtype)
+    loaded = load_model(arguments.run, arguments.dtype, arguments.step)
     model, tokenizer = loaded.model, loaded.tokenizer
     sampler = _sampler(arguments, tokenizer)
     texts = [_standard_input() if text == "-" else text for text in arguments.prompt or []]
@@ -100,6 +100,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=True,
         help="names of control tokens in a prompt, such as <｜User｜>, stand for these tokens (the default)",
     )
+    parser.add_argument("--step", type=number(int, 0, 10**18), help="step of the checkpoint (default: the newest)")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],

@@ -29,6 +29,7 @@ The folder works like that of a training run: dsv3 generate, dsv3 eval, dsv3 exp
 _OTHER_TOKENIZERS = ("tiktoken.model", "tokenizer.model", "vocab.json")
 _EXAMPLES = """examples:
   dsv3 import-hf ~/Moonlight-16B-A3B runs/moonlight
+  dsv3 import-hf moonshotai/Moonlight-16B-A3B runs/moonlight
   dsv3 import-hf ~/DeepSeek-R1 --dry-run          check every tensor; config.json and the index are enough
 """
 
@@ -41,11 +42,17 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str]) -> int:
     """Imports a checkpoint, or with --dry-run prints what each tensor is used for; returns the exit code."""
     options = _parser().parse_args(argv)
-    if options.dry_run:
-        return _dry_run(options.source, mtp=options.mtp)
-    if options.target is None:
+    if options.target is None and not options.dry_run:
         raise UserError("DST is missing: the run folder to make (or give --dry-run)")
-    _import(options.source, options.target, mtp=options.mtp, tokenizer=options.tokenizer)
+    if options.target is not None and (options.target.is_symlink() or options.target.exists()):
+        raise UserError(f"{options.target}: is there already; choose a new folder")
+    from dsv3_jax.interop.hub_checkpoint import checkpoint_path
+
+    source = checkpoint_path(options.source, weights=not options.dry_run)
+    if options.dry_run:
+        return _dry_run(source, mtp=options.mtp)
+    assert options.target is not None  # checked above
+    _import(source, options.target, mtp=options.mtp, tokenizer=options.tokenizer)
     return 0
 
 
@@ -57,7 +64,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and safetensors")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        help="folder with config.json and safetensors, or OWNER/NAME[@REVISION] on the Hugging Face hub (extra hf)",
+    )
     parser.add_argument("target", metavar="DST", type=Path, nargs="?", help="the run folder to make")
     parser.add_argument(
         "--dry-run",
@@ -84,8 +95,6 @@ def _dry_run(source: Path, *, mtp: bool) -> int:
 
 
 def _import(source: Path, target: Path, *, mtp: bool, tokenizer: str | None) -> None:
-    if target.is_symlink() or target.exists():
-        raise UserError(f"{target}: is there already; choose a new folder")
     from dsv3_jax.interop.account import take_account
     from dsv3_jax.interop.importer import load_hf, original_format
     from dsv3_jax.interop.published_checkpoint import open_published

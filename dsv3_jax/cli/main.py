@@ -23,6 +23,7 @@ COMMANDS = {
     "serve": ("dsv3_jax.cli.serve", "serve a trained model over HTTP: OpenAI's API and a chat page"),
     "sample": ("dsv3_jax.cli.sample", "draw completions of problems, score them, and keep the good ones"),
     "eval": ("dsv3_jax.cli.evaluate", "evaluate a run: validation loss, bits per byte, MTP acceptance"),
+    "inspect": ("dsv3_jax.cli.inspect", "show what a run or a published checkpoint is"),
     "import-hf": ("dsv3_jax.cli.import_hf", "turn a published checkpoint into a run folder"),
     "export-hf": ("dsv3_jax.cli.export_hf", "write a run as a checkpoint in the published layout"),
     "plan": ("dsv3_jax.cli.plan", "estimate memory, time and cost of a run on a cluster before starting it"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3_jax.cli.options import notes
+from dsv3_jax.errors import UserError
 from dsv3_jax.terminal import say
 
 if TYPE_CHECKING:
@@ -27,20 +28,23 @@ class Loaded:
     note: str
 
 
-def load_model(folder: Path, dtype: str | None) -> Loaded:
-    """Loads the newest undamaged checkpoint of a run, or a folder in the published layout.
+def load_model(folder: Path, dtype: str | None, step: int | None = None) -> Loaded:
+    """Loads a checkpoint of a run, or a folder in the published layout.
 
     Args:
       dtype: float32 or bfloat16; that of the checkpoint if None.
+      step: the step of the run's checkpoint; the newest undamaged one if None.
 
     Raises:
-      UserError: the folder holds neither, or what it holds cannot be used.
+      UserError: the folder holds neither, what it holds cannot be used, or a published checkpoint is to have steps.
     """
     from dsv3_jax.cli.compilation_cache import keep_compiled_programs
 
     keep_compiled_programs()
     with notes():
         if any((folder / name).exists() for name in _PUBLISHED):
+            if step is not None:
+                raise UserError(f"{folder} is a published checkpoint, which has no steps; leave --step out")
             from dsv3_jax.interop import architecture_of, load_hf
             from dsv3_jax.interop.tokenizer_files import read_tokenizer
             from dsv3_jax.precision import Precision
@@ -51,7 +55,7 @@ def load_model(folder: Path, dtype: str | None) -> Loaded:
         from dsv3_jax.runs.checkpoints import load_run
         from dsv3_jax.runs.folder import RunFolder
 
-        loaded = load_run(folder, dtype=dtype)
+        loaded = load_run(folder, step=step, dtype=dtype)
     note = f"step {loaded.saved.position.step}"
     if RunFolder(folder).is_in_training():
         note += ", the newest whole checkpoint of a run that is still training"

@@ -1,12 +1,10 @@
-"""Command lines made from dataclasses by tyro, with errors in one line."""
+"""Command lines made from dataclasses, with errors in one line. tyro prints the help."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import difflib
-import io
 import re
 import sys
 import warnings
@@ -14,8 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import tyro
-
+from dsv3_jax.cli.fields import kinds_of_fields, read_value, with_fields
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.terminal import say
 
@@ -32,37 +29,57 @@ _SHORT_FORMS = {
 }
 
 
-def parse[Options](
-    kind: type[Options], argv: list[str], *, prog: str, description: str, default: Options | None = None
-) -> Options:
-    """Parses `argv` into the dataclass `kind`. The fields of nested dataclasses are `--section.field VALUE`.
+def parse[Options](argv: list[str], *, prog: str, description: str, default: Options) -> Options:
+    """Parses `argv` into a dataclass. The fields of nested dataclasses are `--section.field VALUE`.
 
     Args:
       prog: the command's name, for messages.
       description: text at the top of --help.
-      default: values of the options that `argv` does not give.
+      default: the dataclass, with the values of the options that `argv` does not give.
 
     Raises:
       UserError: an option does not exist, or its value is not of its type.
       SystemExit: after --help.
     """
-    printed = io.StringIO()
-    arguments: dict[str, Any] = {"prog": prog, "description": description}
-    if default is not None:
-        arguments["default"] = default
     if any(word in ("-h", "--help") for word in argv):
-        return tyro.cli(tyro.conf.AvoidSubcommands[kind], args=["--help"], **arguments)
-    if default is not None:
-        _check_names(argv, default)
+        import tyro
+
+        arguments: dict[str, Any] = {"prog": prog, "description": description, "default": default}
+        return tyro.cli(tyro.conf.AvoidSubcommands[type(default)], args=["--help"], **arguments)
     try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            return tyro.cli(tyro.conf.AvoidSubcommands[kind], args=argv, **arguments)
+        return with_fields(default, _given(argv, kinds_of_fields(default)))
     except ConfigError:
         raise
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise UserError(f"{_one_line(printed.getvalue())}; see {prog} --help") from None
+    except UserError as error:
+        raise UserError(f"{error}; see {prog} --help") from None
+
+
+def _given(argv: list[str], kinds: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values that a command line gives to fields, by dotted name."""
+    given: dict[str, Any] = {}
+    words = iter(argv)
+    for word in words:
+        if not word.startswith("--"):
+            raise UserError(f"the word {word!r:.80} belongs to no option")
+        option, has_value, text = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        kind, positive = kinds.get(name), re.sub(r"(^|\.)no_", r"\1", name)
+        if kind is None and kinds.get(positive) is bool and not has_value:
+            given[positive] = False
+        elif kind is None:
+            known = [f"--{known.replace('_', '-')}" for known in kinds]
+            near = _nearest(option.replace("_", "-"), known)
+            raise UserError(
+                f"option {option} does not exist; {f'did you mean {near}?' if near else 'all options are in the help'}"
+            )
+        elif kind is bool and not has_value:
+            given[name] = True
+        else:
+            value = text if has_value else next(words, None)
+            if value is None or (not has_value and value.startswith("--")):
+                raise UserError(f"option {option} needs a value")
+            given[name] = read_value(kind, value, option)
+    return given
 
 
 @contextlib.contextmanager
@@ -110,41 +127,11 @@ def suggest(name: str, choices: list[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(choices)}"
 
 
-def _check_names(argv: list[str], default: object) -> None:
-    known = [f"--{name}" for name in _names(default)]
-    for word in argv:
-        name = word.split("=")[0].replace("_", "-")
-        if word.startswith("--") and name not in known and name.replace("--no-", "--") not in known:
-            near = _nearest(name, known)
-            hint = f"did you mean {near}?" if near else "see --help for all options"
-            raise UserError(f"option {word} does not exist; {hint}")
-
-
 def _nearest(name: str, known: list[str]) -> str | None:
     """Returns the option that was probably meant: the whole name counts, or its last part, or a usual short form."""
     last = name.lstrip("-").rpartition(".")[2]
     last = _SHORT_FORMS.get(last, last)
     endings = {option.lstrip("-").rpartition(".")[2]: option for option in reversed(known)}
-    whole = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    whole = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     near = difflib.get_close_matches(last, endings, n=1, cutoff=0.6)
-    return endings[last] if last in endings else whole[0] if whole else endings[near[0]] if near else None
-
-
-def _names(value: object, prefix: str = "") -> list[str]:
-    names = []
-    for field in dataclasses.fields(value):  # pyright: ignore[reportArgumentType]
-        name = f"{prefix}{field.name.replace('_', '-')}"
-        inner = getattr(value, field.name)
-        nested = dataclasses.is_dataclass(inner)
-        names += _names(inner, f"{name}.") if nested else [name, f"{prefix}no-{field.name.replace('_', '-')}"]
-    return names
-
-
-def _one_line(text: str) -> str:
-    """Returns tyro's boxed message as one line, without the box, its title and the option's help text."""
-    words = re.sub(r"[│╭╮╰╯─┌┐└┘|]+|-{5,}", " ", text).split()
-    sentence = re.sub(r"^(Parsing error|Value error|Invalid choice|Missing argument)\s*", "", " ".join(words))
-    sentence = re.sub(r"^Error parsing (?=--)", "", sentence)  # where a field is wrong
-    sentence = re.sub(r"^Error parsing \S+: ", "", sentence)
-    ending = r"(?: Argument helptext| For full helptext| Full helptext|see .* --help)"
-    return re.split(ending, sentence)[0].strip().rstrip(".") or "bad arguments"
+    return endings[last] if last in endings else " or ".join(whole) if whole else endings[near[0]] if near else None

@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
             "--layout is gone: a plan is of this project's training step; the report's own run is calculated by "
             "`python experiments/report_run.py`"
         )
-    options = parse(PlanOptions, argv, prog="dsv3 plan", description=_DESCRIPTION, default=PlanOptions())
+    options = parse(argv, prog="dsv3 plan", description=_DESCRIPTION, default=PlanOptions())
     if options.search and options.mesh:
         raise UserError("--search chooses the mesh itself: leave out --mesh")
     if options.search:

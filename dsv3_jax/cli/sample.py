@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
 
     keep_compiled_programs()
     with notes():
-        model, tokenizer, step = load_checkpoint(arguments.run)
+        model, tokenizer, step = load_checkpoint(arguments.run, step=arguments.step)
     say(f"sampling {arguments.samples} completions of {len(problems)} problems from step {step}", to=sys.stderr)
     engine = Engine(model, EngineConfig(max_sequences=min(32, arguments.samples * _PROBLEMS_AT_A_TIME)))
     config = SamplingConfig(
@@ -145,6 +145,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, help="folder of a training run")
+    parser.add_argument("--step", type=number(int, 0, 10**18), help="step of the checkpoint (default: the newest)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--task", choices=list(TASKS), help="generate problems of this kind")
     source.add_argument("--problems", type=Path, help="file of JSON lines with prompt, answer and reward")

@@ -13,17 +13,20 @@ from typing import Annotated, Any
 import tyro
 
 from dsv3_jax.bounds import check_bounds
+from dsv3_jax.cli.fields import read_toml, with_table
 from dsv3_jax.cli.options import notes, parse
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.data.corpus import STDLIB
-from dsv3_jax.errors import UserError
+from dsv3_jax.data.hub import HUB
+from dsv3_jax.data.mixture import MIXTURE, parse_mixture
+from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.model_presets import presets
 from dsv3_jax.runs.folder import RunFolder, by_dotted_name
 from dsv3_jax.runs.processes import Processes, ending_together, join, leave
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.terminal import say
-from dsv3_jax.training.config import RunConfig, TrainingConfig
+from dsv3_jax.training.config import RunConfig, TrackerName, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 
 _DESCRIPTION = """Train a DeepSeek-V3 model. If the folder --out already holds the same run, it is resumed.
@@ -34,6 +37,8 @@ Examples:
   dsv3 train --preset mini --out runs/wide --model.n-routed-experts 64 --training.batch-size 32
   dsv3 train --preset 1b --out runs/1b --mesh.expert 4 --mesh.fsdp 2
   dsv3 train --preset nano --out runs/long --init-from runs/nano --context-factor 40 --data.sequence-length 2048
+  dsv3 train --out runs/more --continue-from runs/nano --step 200 --steps 800 --data.corpus ~/my-project
+  dsv3 train --config runs/nano/run.toml --out runs/again --training.seed 1
   dsv3 train --preset 1b --out /shared/1b --processes.coordinator node0:1234 --processes.count 2 --processes.index 0
 """
 _PRESET_HELP = (
@@ -48,17 +53,27 @@ class TrainOptions:
     Attributes:
       out: folder of the run.
       steps: number of optimizer steps, the same as --training.steps.
+      tracker: tensorboard, wandb, trackio or none, the same as --training.tracker.
       precision: float32, bfloat16, fp8 (report section 3.3; single choices can be changed: "fp8,promotion=false") or
         auto (bfloat16 where the device computes fast in it, float32 elsewhere).
-      init_from: folder of a run or of a published checkpoint, whose weights and architecture a new run starts from.
+      init_from: folder of a run or of a published checkpoint, whose weights and architecture a new run starts from, at
+        step 0 with a new optimizer.
+      continue_from: folder of a run that a new run goes on from, with its optimizer and schedules, at its step; --steps
+        can make it longer, and with another --data.corpus the new one is read from its start.
+      step: step of the checkpoint that --init-from or --continue-from takes.
+      config: a TOML file of options, such as the run.toml of another run; options of the command line win over it.
       context_factor: extend the context of the model's pre-training this many times by YaRN (report section 4.3: 40).
     """
 
     out: Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")] = ""
     preset: Annotated[str, tyro.conf.arg(help=_PRESET_HELP)] = "nano"
     steps: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: the preset's number)")] = None
+    tracker: Annotated[TrackerName | None, tyro.conf.arg(help_behavior_hint="(default: the run's)")] = None
     precision: str = "auto"
     init_from: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: random weights)")] = ""
+    continue_from: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: nothing)")] = ""
+    step: Annotated[int | None, tyro.conf.arg(help_behavior_hint="(default: the newest)")] = None
+    config: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: no file)")] = ""
     context_factor: Annotated[float | None, tyro.conf.arg(help_behavior_hint="(default: the model's context)")] = None
     model: ModelConfig
     data: DataConfig
@@ -69,6 +84,12 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.steps is not None:
             check_bounds(self, {"steps": (1, 10**7)}, "training.")
+        if self.step is not None:
+            check_bounds(self, {"step": (0, 10**18)})
+            if not (self.init_from or self.continue_from):
+                raise ConfigError("--step needs --init-from or --continue-from: a run in --out goes on from its newest")
+        if self.init_from and self.continue_from:
+            raise ConfigError("--init-from takes only weights, --continue-from the optimizer too: give one of them")
         if self.context_factor is not None:
             check_bounds(self, {"context_factor": (1.0, 1e6)})
 
@@ -76,12 +97,14 @@ class TrainOptions:
 def main(argv: list[str]) -> int:
     """Parses the options, trains, and returns the exit code."""
     defaults = _defaults(argv)
-    options = parse(TrainOptions, argv, prog="dsv3 train", description=_DESCRIPTION, default=defaults)
+    options = parse(argv, prog="dsv3 train", description=_DESCRIPTION, default=defaults)
     if not options.out:
         raise UserError("--out is missing: give the folder of the run, such as --out runs/nano")
     training = options.training
     if options.steps is not None:
         training = dataclasses.replace(training, steps=options.steps)
+    if options.tracker is not None:
+        training = dataclasses.replace(training, tracker=options.tracker)
     model = options.model
     if options.context_factor is not None:
         model = model.with_context_factor(options.context_factor)
@@ -96,6 +119,8 @@ def main(argv: list[str]) -> int:
     shared = {
         "out": str(Path(options.out).absolute()),
         "init_from": options.init_from,
+        "continue_from": options.continue_from,
+        "step": options.step,
         **by_dotted_name(config.to_dict()),
     }
     with notes():
@@ -107,25 +132,36 @@ def main(argv: list[str]) -> int:
     with ending_together(peers), notes():
         Precision.preset(options.precision)
         keep_compiled_programs()
-        initial_model = _initial_model(options.init_from, config)
-        exit_code = train(config, Path(options.out), initial_model=initial_model, peers=peers).exit_code
+        started = _started(options, config)
+        exit_code = train(config, Path(options.out), peers=peers, **started).exit_code
     return leave(peers, exit_code)
 
 
 def _defaults(argv: list[str]) -> TrainOptions:
     """Returns the options before `argv` changes them: those of the run that is resumed, else of the preset."""
     preset, out = _value(argv, "--preset"), _value(argv, "--out")
-    run = default_run(preset or "nano")
-    source = _value(argv, "--init-from")
+    file = _value(argv, "--config")
+    table = read_toml(Path(file)) if file else {}
+    if preset and table.get("preset", preset) != preset:
+        raise UserError(f"{file} is of preset {table['preset']}, not {preset}: leave out --preset, or that line")
+    preset, out = preset or table.get("preset"), out or table.get("out")
+    run = default_run(str(preset or "nano"))
+    source = _value(argv, "--init-from") or table.get("init_from")
+    origin = _value(argv, "--continue-from") or table.get("continue_from")
+    if origin and not (out and RunFolder(Path(out)).holds_run):
+        run = RunFolder(Path(origin)).read_config()
+        if preset and preset != run.preset:
+            raise UserError(f"{origin} holds a run of preset {run.preset}, not {preset}; leave out --preset")
     if out and RunFolder(Path(out)).holds_run:
         started = RunFolder(Path(out)).read_config()
         if preset and preset != started.preset:
             raise UserError(f"{out} holds a run of preset {started.preset}, not {preset}; choose another --out")
         run = started
-        if source:
-            say(f"dsv3: note: {out} holds a run, which goes on: --init-from has no effect", to=sys.stderr)
+        for option, given in (("--init-from", source), ("--continue-from", origin)):
+            if given:
+                say(f"dsv3: note: {out} holds a run, which goes on: {option} has no effect", to=sys.stderr)
         source = None
-    return TrainOptions(
+    defaults = TrainOptions(
         out=out or "",
         preset=run.preset,
         precision=run.precision,
@@ -135,6 +171,8 @@ def _defaults(argv: list[str]) -> TrainOptions:
         mesh=run.mesh,
         processes=Processes(),
     )
+    options = with_table(defaults, table, f"{file}: ")
+    return dataclasses.replace(options, data=_with_absolute_paths(options.data, run.data))
 
 
 def _value(argv: list[str], option: str) -> str | None:
@@ -167,16 +205,28 @@ def _with_absolute_paths(data: DataConfig, defaults: DataConfig) -> DataConfig:
     named = {"corpus": (STDLIB, defaults.corpus), "tokenizer": ("train", "byte", defaults.tokenizer)}
     values = {name: getattr(data, name) for name in named}
     paths = {name: os.path.abspath(value) for name, value in values.items() if value and value not in named[name]}
+    if data.corpus.startswith(HUB):
+        paths.pop("corpus", None)
+    if data.corpus.startswith(MIXTURE):
+        parts = [
+            (_with_absolute_paths(dataclasses.replace(data, corpus=name), defaults).corpus, count)
+            for name, count in parse_mixture(data.corpus)
+        ]
+        paths["corpus"] = MIXTURE + "+".join(f"{count / 1000:g}*{name}" for name, count in parts)
     return dataclasses.replace(data, **paths)
 
 
-def _initial_model(source: str, config: RunConfig) -> Any:
-    """Returns a function that loads the model which a new run starts from, or None for random weights."""
-    if not source:
-        return None
+def _started(options: TrainOptions, config: RunConfig) -> dict[str, Any]:
+    """Returns the arguments of `train` that say what a new run starts from; none for random weights."""
+    if options.continue_from:
+        from dsv3_jax.runs.start import Continuation
+
+        return {"continuation": Continuation(RunFolder(Path(options.continue_from)), options.step)}
+    if not options.init_from:
+        return {}
     from dsv3_jax.runs.starting_point import load_starting_point
 
-    return functools.partial(load_starting_point, Path(source), config)
+    return {"initial_model": functools.partial(load_starting_point, Path(options.init_from), config, step=options.step)}
 
 
 if __name__ == "__main__":

@@ -32,13 +32,16 @@ processes and rows per batch may change between saving a state and using it. Fil
     fill_in_middle, punctuation_splitting  how an epoch changes documents
     epoch, packing                         (seed, epoch, index) -> row
     train_iterator, worker_processes       rows in order, prepared in this process or in others
+    prepare, prepared                      all of this together
+    mixture, hub, token_bins               several corpora; data sets of the hub; files that other programs tokenised
 """
 
 from dsv3_jax.data.array_record import read_array_record, write_array_record
 from dsv3_jax.data.chat_template import ChatTemplate, ChatTokens, plain_template
 from dsv3_jax.data.config import DataConfig
 from dsv3_jax.data.document_files import Document
-from dsv3_jax.data.prepare import Data, prepare_data
+from dsv3_jax.data.prepare import prepare_data
+from dsv3_jax.data.prepared import Data
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.train_iterator import TrainIterator
 

@@ -9,6 +9,7 @@ from dsv3_jax.bounds import LARGEST_COUNT, LARGEST_SEED, check_bounds
 from dsv3_jax.errors import ConfigError
 
 _BOUNDS = {
+    "hub_documents": (0, LARGEST_COUNT),
     "vocab_size": (1, 2**24),
     "sequence_length": (1, 2**24),
     "fill_in_middle_rate": (0.0, 1.0),
@@ -27,8 +28,11 @@ class DataConfig:
     Attributes:
       corpus: "stdlib" (the source code of Python's standard library), or a path: a text file, a file of JSON lines
         (named .jsonl, .ndjson or .json) with a field text and an optional field domain, a .parquet file with such
-        columns, an .arrayrecord file of tokenised documents (`write_array_record`), or a folder of such files. Texts
-        and JSON lines may be compressed (.gz, .bz2, .xz, .zst). A folder must not mix .arrayrecord files with others.
+        columns, an .arrayrecord file of tokenised documents (`write_array_record`), a .bin file of ids as nanoGPT and
+        Megatron-LM write it, or a folder of such files. Texts and JSON lines may be compressed (.gz, .bz2, .xz, .zst).
+        A folder must not mix files of ids with others. hf:NAME[:CONFIG[:SPLIT]] is a data set that the library
+        `datasets` loads. mix:0.7*CORPUS+0.3*CORPUS mixes corpora by their share of the rows, in steps of 0.001.
+      hub_documents: largest number of documents that are read of an hf: data set; 0 for all of them.
       null_texts: what to do with rows whose text is null: "skip" (they are counted and the first is named) or "refuse".
       tokenizer: "train" (a byte-level BPE, trained on the corpus), "byte" (one id per byte), or the path of a
         tokenizer.json, of a gzipped one, or of a folder that holds one.
@@ -48,6 +52,7 @@ class DataConfig:
     """
 
     corpus: str = "stdlib"
+    hub_documents: int = 0
     null_texts: Literal["skip", "refuse"] = "skip"
     tokenizer: str = "train"
     vocab_size: int = 4096

@@ -12,7 +12,7 @@ from pathlib import Path
 from dsv3_jax.data.config import DataConfig
 from dsv3_jax.data.corpus_account import CorpusAccount, described
 from dsv3_jax.data.document_files import Document, count_documents, read_documents, sha256_of_file
-from dsv3_jax.data.file_kinds import PRETOKENISED, SIDECAR, FileKind, kind_of, why_left_out
+from dsv3_jax.data.file_kinds import PRETOKENISED, SIDECAR, TOKEN_BIN, FileKind, kind_of, why_left_out
 from dsv3_jax.errors import UserError
 
 STDLIB = "stdlib"
@@ -109,8 +109,11 @@ def open_corpus(config: DataConfig) -> Corpus:
         if path.is_dir():
             files, left_out = _walk(path, _FOLDERS_SKIPPED)
             root = path
+            if not files:  # beside texts, a .bin file is something else
+                bins = sorted(path.rglob(f"*{TOKEN_BIN}"))
+                files = {file: FileKind(TOKEN_BIN, "tokens") for file in bins if file.is_file()}
         elif path.is_file():
-            kind = kind_of(path)
+            kind = FileKind(TOKEN_BIN, "tokens") if path.suffix == TOKEN_BIN else kind_of(path)
             if kind is None:
                 raise UserError(f"the corpus {path} cannot be read: it is {why_left_out(path)}")
             files, root = {path: kind}, path.parent

@@ -14,6 +14,7 @@ from typing import BinaryIO, Literal, cast
 from dsv3_jax.regular_files import open_regular
 
 PRETOKENISED, SIDECAR = ".arrayrecord", ".json"
+TOKEN_BIN = ".bin"
 Form = Literal["lines", "parquet", "text", "tokens"]
 
 _LINES = {".jsonl", ".ndjson"}

@@ -1,37 +1,29 @@
-"""Prepares the data of a run: tokenizer, tokenised corpus (cached), training rows and the fixed validation set."""
+"""Prepares the data of a run: tokenizer and tokenised corpus (both cached), of one corpus or of several."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
-
-import numpy as np
-from jaxtyping import Bool, Int32, Int64
 
 from dsv3_jax.data.config import DataConfig
 from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.data.corpus_account import CorpusAccount
-from dsv3_jax.data.document_files import Document
-from dsv3_jax.data.epoch import RowSettings
-from dsv3_jax.data.fill_in_middle import FillInMiddle
-from dsv3_jax.data.packing import pack_row
-from dsv3_jax.data.punctuation_splitting import PunctuationSplitting
-from dsv3_jax.data.splitting import enough_held_out, name_hash, split_documents
-from dsv3_jax.data.text_statistics import byte_entropy, gzip_bits_per_byte
+from dsv3_jax.data.hub import HUB, streamed
+from dsv3_jax.data.mixture import MIXTURE, MixedData, parse_mixture
+from dsv3_jax.data.prepared import PACK_VERSION, Data
+from dsv3_jax.data.splitting import split_documents
 from dsv3_jax.data.token_store import TokenStore
 from dsv3_jax.data.tokenising import TokenisedDocument, tokenise
 from dsv3_jax.data.tokenizer import Tokenizer
 from dsv3_jax.data.tokenizer_training import byte_tokenizer, sample_text, train_bpe
-from dsv3_jax.data.train_iterator import TrainIterator
 from dsv3_jax.errors import UserError
 
 _SECONDS_BETWEEN_LINES = 5.0
-PACK_VERSION = "1"  # of everything between text and rows; changing it invalidates old caches and iterator states
 
 
 def prepare_data(
@@ -58,151 +50,40 @@ def prepare_data(
       UserError: the corpus or the tokenizer cannot be used; the message says what and where.
     """
     say = progress or (lambda _: None)
-    corpus = open_corpus(config)
-    corpus_fingerprint = corpus.fingerprint()
-    tokenizer = tokenizer or _tokenizer(config, corpus, corpus_fingerprint, cache_folder, say)
-    store = _token_store(config, corpus, corpus_fingerprint, tokenizer, cache_folder, say)
-    return Data(config, tokenizer, store, corpus_fingerprint, shard_index, shard_count)
+    mixed = parse_mixture(config.corpus) if config.corpus.startswith(MIXTURE) else []
+    configs = [_of_part(config, name, count) for name, count in mixed] or [config]
+    with tempfile.TemporaryDirectory() as unkept:
+        corpora = [_open(each, cache_folder or Path(unkept), say) for each in configs]
+        digests = [corpus.fingerprint() for corpus in corpora]
+        tokenizer = tokenizer or _tokenizer(config, corpora, digests, cache_folder, say)
+        parts = []
+        for each, corpus, digest in zip(configs, corpora, digests, strict=True):
+            store = _token_store(each, corpus, digest, tokenizer, cache_folder, say)
+            parts.append(Data(each, tokenizer, store, digest, shard_index, shard_count))
+    if not mixed:
+        return parts[0]
+    whole = dataclasses.replace(parts[0], config=config)
+    return MixedData.of(whole, parts, [count for _, count in mixed])
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Data:
-    """A prepared corpus. `prepare_data` makes it.
+def _of_part(config: DataConfig, name: str, count: int) -> DataConfig:
+    """Returns the configuration of a corpus that gives `count` of every 1,000 rows of a mixture."""
+    rows = max(1, config.validation_sequences * count // 1000)
+    return dataclasses.replace(config, corpus=name, validation_sequences=rows)
 
-    Attributes:
-      config: the configuration.
-      tokenizer: the tokenizer.
-      store: all documents as token ids.
-      corpus_fingerprint: SHA-256 of the corpus.
-      shard_index: number of this host's part of the training rows, from 0.
-      shard_count: number of parts of the training rows.
-    """
 
-    config: DataConfig
-    tokenizer: Tokenizer
-    store: TokenStore
-    corpus_fingerprint: str
-    shard_index: int = 0
-    shard_count: int = 1
-
-    def __post_init__(self) -> None:
-        for split, count in (("training", self.num_train_tokens), ("validation", self._validation_borders[-1])):
-            if count < self.config.sequence_length + 1:
-                raise UserError(
-                    f"the corpus {self.config.corpus} is too small: its {count} {split} tokens do not fill one "
-                    f"sequence of {self.config.sequence_length}; give more text or a smaller data.sequence_length"
-                )
-        _ = self.row_settings  # raises now if the tokenizer has no fill-in-middle tokens
-
-    @property
-    def fingerprint(self) -> dict[str, str]:
-        """Everything that decides the training rows, by name. Numbers of workers, shards and rows per batch do not."""
-        config = self.config
-        return {
-            "corpus": self.corpus_fingerprint,
-            "tokenizer": self.tokenizer.fingerprint,
-            "sequence_length": str(config.sequence_length),
-            "fill_in_middle_rate": repr(float(config.fill_in_middle_rate)),
-            "punctuation_split_rate": repr(float(config.punctuation_split_rate)),
-            "validation_fraction": repr(float(config.validation_fraction)),
-            "seed": str(config.seed),
-            "pack_version": PACK_VERSION,
-        }
-
-    @cached_property
-    def num_train_tokens(self) -> int:
-        """Number of tokens of the training documents, with end-of-text tokens, without those of fill-in-middle."""
-        return int((self.store.lengths[self._train_documents] + 1).sum())
-
-    def train_iterator(self) -> TrainIterator:
-        """Returns an iterator over this shard's rows, at the start. Over all shards an epoch has each row once."""
-        return TrainIterator(
-            self.row_settings, self.fingerprint, self.shard_index, self.shard_count, self.config.worker_count
-        )
-
-    def validation_rows(self) -> tuple[Int32[np.ndarray, "N T_plus_1"], Int32[np.ndarray, "N T_plus_1"]]:
-        """Returns tokens and segment ids of the validation set: full rows, evenly spaced over the held-out text."""
-        return self._validation
-
-    def documents(self, split: str = "train") -> Iterator[Document]:
-        """Yields the documents of `split`, "train" or "validation", decoded from their tokens."""
-        wanted = {"train": self._train_documents, "validation": self._validation_documents}[split]
-        for index in wanted:
-            text = self.tokenizer.decode(self.store.document(int(index)))
-            yield Document(self.store.names[index], self.store.domains[index], text)
-
-    @cached_property
-    def validation_entropy_bits_per_byte(self) -> float:
-        """Baseline: bits per byte of the validation targets for a code that knows only how frequent each byte is."""
-        return byte_entropy(self._validation_text)
-
-    @cached_property
-    def validation_gzip_bits_per_byte(self) -> float:
-        """Baseline: bits per byte of the validation targets compressed by gzip -9."""
-        return gzip_bits_per_byte(self._validation_text)
-
-    @cached_property
-    def _held_out(self) -> Bool[np.ndarray, " D"]:
-        store = self.store
-        return enough_held_out(store.names, store.lengths + 1, store.held_out, self.config.sequence_length + 1)
-
-    @cached_property
-    def _train_documents(self) -> Int64[np.ndarray, " D"]:
-        return np.flatnonzero(~self._held_out)
-
-    @cached_property
-    def _validation_documents(self) -> Int64[np.ndarray, " D"]:
-        """Held-out documents in the order of their hashes, which mixes them and does not depend on other documents."""
-        held_out = np.flatnonzero(self._held_out)
-        return np.array(sorted(held_out, key=lambda index: name_hash(self.store.names[index])), np.int64)
-
-    @cached_property
-    def _validation_borders(self) -> Int64[np.ndarray, " D_plus_1"]:
-        lengths = self.store.lengths[self._validation_documents] + 1
-        return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-
-    @cached_property
-    def _validation(self) -> tuple[np.ndarray, np.ndarray]:
-        length, borders = self.config.sequence_length, self._validation_borders
-        full = (int(borders[-1]) - 1) // length
-        count = min(full, self.config.validation_sequences)
-        eos = self.tokenizer.eos_id
-
-        def read(position: int, start: int, stop: int) -> np.ndarray:
-            ids = self.store.document(int(self._validation_documents[position]))
-            return np.append(ids[start:stop], [eos] * (stop - max(start, len(ids))))
-
-        rows = [pack_row(index * full // count, borders, read, length, self.tokenizer.pad_id) for index in range(count)]
-        tokens, segment_ids = zip(*rows, strict=True)
-        return np.stack(tokens), np.stack(segment_ids)
-
-    @cached_property
-    def _validation_text(self) -> bytes:
-        """The text of the validation targets, row after row, as bytes."""
-        targets = self._validation[0][:, 1:].ravel()
-        return self.tokenizer.to_bytes(targets[self.tokenizer.token_bytes[targets] > 0])
-
-    @cached_property
-    def row_settings(self) -> RowSettings:
-        config, tokenizer = self.config, self.tokenizer
-        return RowSettings(
-            store=self.store,
-            documents=self._train_documents,
-            sequence_length=config.sequence_length,
-            seed=config.seed,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            fill_in_middle_rate=config.fill_in_middle_rate,
-            fill_in_middle=FillInMiddle(tokenizer) if config.fill_in_middle_rate else None,
-            splitting_rate=config.punctuation_split_rate,
-            splitting=PunctuationSplitting(tokenizer) if config.punctuation_split_rate else None,
-        )
+def _open(config: DataConfig, cache_folder: Path, say: Callable[[str], None]) -> Corpus:
+    """Returns the files of a corpus; those of a data set of the hub are written first."""
+    if not config.corpus.startswith(HUB):
+        return open_corpus(config)
+    file = streamed(config.corpus, config.hub_documents, cache_folder, say)
+    return dataclasses.replace(open_corpus(dataclasses.replace(config, corpus=str(file))), name=config.corpus)
 
 
 def _tokenizer(
     config: DataConfig,
-    corpus: Corpus,
-    corpus_fingerprint: str,
+    corpora: list[Corpus],
+    fingerprints: list[str],
     cache_folder: Path | None,
     say: Callable[[str], None],
 ) -> Tokenizer:
@@ -210,17 +91,15 @@ def _tokenizer(
         return Tokenizer(byte_tokenizer(), "the byte tokenizer")
     if config.tokenizer != "train":
         return Tokenizer.load(config.tokenizer)
-    if corpus.pretokenised:
-        raise UserError(
-            f"the corpus {corpus.name} holds token ids; set data.tokenizer to the tokenizer it was made with"
-        )
-    key = _key(corpus_fingerprint, str(config.vocab_size), repr(config.validation_fraction))
+    if named := [corpus.name for corpus in corpora if corpus.pretokenised]:
+        raise UserError(f"the corpus {named[0]} holds token ids; set data.tokenizer to the tokenizer it was made with")
+    key = _key(*fingerprints, str(config.vocab_size), repr(config.validation_fraction))
     folder = cache_folder / f"tokenizer-{key}" if cache_folder else None
     if folder is not None and folder.is_dir():
         return Tokenizer.load(folder)
     say(f"training a tokenizer of {config.vocab_size} ids")
-    split = split_documents(corpus, config.validation_fraction)
-    sample = sample_text((document.name, document.text) for document, held_out in split if not held_out)
+    splits = (split for corpus in corpora for split in split_documents(corpus, config.validation_fraction))
+    sample = sample_text((document.name, document.text) for document, held_out in splits if not held_out)
     tokenizer = Tokenizer(train_bpe(sample, config.vocab_size), "the trained tokenizer")
     if folder is not None:
         tokenizer.save(folder)

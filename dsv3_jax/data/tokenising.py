@@ -11,7 +11,9 @@ import numpy as np
 from dsv3_jax.data.array_record import read_array_record
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.corpus_account import CorpusAccount
+from dsv3_jax.data.file_kinds import TOKEN_BIN
 from dsv3_jax.data.splitting import name_hash, split_documents
+from dsv3_jax.data.token_bins import is_held_out, read_token_bin
 from dsv3_jax.data.tokenizer import Tokenizer
 
 TokenisedDocument = tuple[str, str, bool, np.ndarray]  # name, domain, held out, ids
@@ -35,9 +37,7 @@ def tokenise(
       UserError: a file cannot be used; the message names the file and the place in it.
     """
     if corpus.pretokenised:
-        for file in corpus.files:
-            for name, domain, ids in read_array_record(file, tokenizer):
-                yield name, domain, name_hash(name) < validation_fraction, ids
+        yield from _read_tokens(corpus, validation_fraction, tokenizer)
         return
     for batch in batched(split_documents(corpus, validation_fraction, account), _DOCUMENTS_PER_BATCH):
         pieces = [cut_text(document.text) for document, _ in batch]
@@ -45,6 +45,22 @@ def tokenise(
         for (document, held_out), cut in zip(batch, pieces, strict=True):
             ids = np.concatenate([next(encoded) for _ in cut])
             yield document.name, document.domain, held_out, ids
+
+
+def _read_tokens(corpus: Corpus, validation_fraction: float, tokenizer: Tokenizer) -> Iterator[TokenisedDocument]:
+    """Yields the documents of files that hold ids. If some files say that they are held out, nothing else is."""
+    bins = [file for file, kind in corpus.files.items() if kind.name == TOKEN_BIN]
+    chosen = any(is_held_out(file) for file in bins)
+    for file in corpus.files:
+        if file not in bins:
+            for name, domain, ids in read_array_record(file, tokenizer):
+                yield name, domain, name_hash(name) < validation_fraction, ids
+            continue
+        label = file.relative_to(corpus.root).as_posix()
+        for number, ids in enumerate(read_token_bin(file, tokenizer)):
+            name = f"{label}:{number}"
+            held_out = is_held_out(file) if chosen else name_hash(name) < validation_fraction
+            yield name, file.stem, held_out, ids
 
 
 def cut_text(text: str, size: int = _PIECE) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from jaxtyping import Int32
@@ -22,8 +22,18 @@ from dsv3_jax.errors import UserError
 if TYPE_CHECKING:
     import grain
 
-_ENDLESS = 2**62
+ENDLESS = 2**62
 _ATTEMPTS = 3  # at reading a batch, each with new worker processes
+
+
+class Rows(Protocol):
+    """The rows of a run in order, by their number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Row:
+        """Returns row `index` of the run: tokens and segment ids, int32 [T + 1] each."""
+        ...
 
 
 class EndlessRows:
@@ -35,7 +45,7 @@ class EndlessRows:
         self._epochs: dict[int, Epoch] = {}
 
     def __len__(self) -> int:
-        return _ENDLESS
+        return ENDLESS
 
     def __getitem__(self, index: int) -> Row:
         epoch, row = self.locate(index)
@@ -65,7 +75,7 @@ class TrainIterator:
 
     def __init__(
         self,
-        settings: RowSettings,
+        source: Rows,
         fingerprint: Mapping[str, str],
         shard_index: int,
         shard_count: int,
@@ -73,7 +83,7 @@ class TrainIterator:
     ) -> None:
         if not 0 <= shard_index < shard_count:
             raise ValueError(f"shard_index ({shard_index}) must be at least 0 and below shard_count ({shard_count})")
-        self._source = EndlessRows(settings)
+        self._source = source
         self._fingerprint = dict(fingerprint)
         self._shard_index, self._shard_count = shard_index, shard_count
         self._worker_count = worker_count
@@ -111,7 +121,7 @@ class TrainIterator:
             raise UserError(
                 "the saved state of the data iterator is damaged: it lacks rows_taken or fingerprint"
             ) from None
-        if not isinstance(taken, int) or isinstance(taken, bool) or not 0 <= taken < _ENDLESS:
+        if not isinstance(taken, int) or isinstance(taken, bool) or not 0 <= taken < ENDLESS:
             raise UserError(f"the saved state of the data iterator is damaged: rows_taken is {taken!r}")
         now = self._fingerprint
         changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]

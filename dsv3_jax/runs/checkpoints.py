@@ -218,7 +218,11 @@ class LoadedRun:
 
 
 def load_run(
-    folder: str | Path, *, devices: Devices = OneDevice(), dtype: jax.typing.DTypeLike | None = None
+    folder: str | Path,
+    *,
+    step: int | None = None,
+    devices: Devices = OneDevice(),
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> LoadedRun:
     """Loads the newest undamaged checkpoint of a run. A warning names each newer checkpoint that is damaged.
 
@@ -226,6 +230,7 @@ def load_run(
 
     Args:
       folder: the run's folder.
+      step: the checkpoint to load; the newest that is undamaged if not given.
       devices: where the parameters are kept: `OneDevice()`, or `OnMesh(mesh)`. They are read straight to there.
       dtype: dtype of the parameters, such as "bfloat16"; that of the checkpoint, float32, if not given.
 
@@ -242,7 +247,7 @@ def load_run(
         restored = _restore_arrays(saved.path, wanted, devices.shardings(wanted))
         return LoadedRun(skeleton.model(restored[weights], restored["router_biases"]), saved)
 
-    loaded = use_newest(run, warnings.warn, load)
+    loaded = use_newest(run, warnings.warn, load, step)
     if loaded is None:
         run.read_config()  # raises where the folder holds no run at all
         raise UserError(f"{run.path} holds no checkpoint yet; wait until dsv3 train has saved its first one")
@@ -275,10 +280,14 @@ def _warn_of_changes(run: RunFolder, saved: RunConfig) -> None:
 
 
 def load_checkpoint(
-    folder: str | Path, *, devices: Devices = OneDevice(), dtype: jax.typing.DTypeLike | None = None
+    folder: str | Path,
+    *,
+    step: int | None = None,
+    devices: Devices = OneDevice(),
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[DeepSeekV3, Tokenizer, int]:
-    """Loads the newest undamaged checkpoint of a run as `load_run` does; returns model, tokenizer and step."""
-    loaded = load_run(folder, devices=devices, dtype=dtype)
+    """Loads a checkpoint of a run as `load_run` does; returns model, tokenizer and step."""
+    loaded = load_run(folder, step=step, devices=devices, dtype=dtype)
     return loaded.model, loaded.saved.tokenizer, loaded.saved.position.step
 
 

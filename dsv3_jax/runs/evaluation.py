@@ -114,11 +114,14 @@ def evaluate(
     )
 
 
-def evaluate_run(path: Path, corpus: str | None = None, *, dtype: str | None = None) -> tuple[int, Evaluation]:
-    """Evaluates the newest undamaged checkpoint of a run.
+def evaluate_run(
+    path: Path, corpus: str | None = None, *, step: int | None = None, dtype: str | None = None
+) -> tuple[int, Evaluation]:
+    """Evaluates a checkpoint of a run.
 
     Args:
       corpus: another corpus than the run's (see `DataConfig`), whose held-out part is used.
+      step: the checkpoint's step; the newest undamaged one if not given.
       dtype: dtype of the weights in memory; float32 if not given.
 
     Returns:
@@ -127,7 +130,7 @@ def evaluate_run(path: Path, corpus: str | None = None, *, dtype: str | None = N
     Raises:
       UserError: the folder holds no run or no checkpoint that can be used, or the corpus is missing or has changed.
     """
-    loaded, data = load_run_with_data(path, corpus, dtype=dtype)
+    loaded, data = load_run_with_data(path, corpus, step=step, dtype=dtype)
     config = loaded.saved.config
     skeleton, params, biases = split_model(loaded.model)
     evaluation_step = make_evaluation_step(skeleton, config)
@@ -136,18 +139,22 @@ def evaluate_run(path: Path, corpus: str | None = None, *, dtype: str | None = N
     return loaded.saved.position.step, result
 
 
-def load_run_with_data(path: Path, corpus: str | None = None, *, dtype: str | None = None) -> tuple[LoadedRun, Data]:
-    """Returns the newest undamaged checkpoint of a run, and the run's corpus or another, tokenised by its tokenizer.
+def load_run_with_data(
+    path: Path, corpus: str | None = None, *, step: int | None = None, dtype: str | None = None
+) -> tuple[LoadedRun, Data]:
+    """Returns a checkpoint of a run, and the run's corpus or another, tokenised by its tokenizer.
 
     Raises:
       UserError: the folder holds no run or no checkpoint that can be used, or the corpus is missing or has changed.
     """
-    loaded = load_run(path, dtype=dtype)
+    loaded = load_run(path, step=step, dtype=dtype)
     saved = loaded.saved
+    imported = not saved.position.data  # and not trained here, so that it has seen no data of ours
     if corpus is not None:
         config = dataclasses.replace(saved.config.data, corpus=corpus, fill_in_middle_rate=0.0)
-        return loaded, prepare_data(config, None, tokenizer=saved.tokenizer)
-    data = prepare_data(saved.config.data, RunFolder(path).cache, tokenizer=saved.tokenizer)
-    if saved.position.data:  # an imported model that was not trained has seen no data
-        data.train_iterator().set_state(saved.position.data)
-    return loaded, data
+        data = prepare_data(config, None, tokenizer=saved.tokenizer)
+    else:
+        data = prepare_data(saved.config.data, RunFolder(path).cache, tokenizer=saved.tokenizer)
+        if not imported:
+            data.train_iterator().set_state(saved.position.data)
+    return loaded, dataclasses.replace(data, begins_rows=imported and saved.tokenizer.adds_bos)

@@ -14,6 +14,7 @@ from typing import Any
 from dsv3_jax.bounded_json import read_object
 from dsv3_jax.errors import UserError, reason_of
 from dsv3_jax.operating_system import lock_exclusively
+from dsv3_jax.runs.run_toml import to_toml
 from dsv3_jax.sharding.mesh import AXES
 from dsv3_jax.training.config import RunConfig
 
@@ -30,6 +31,7 @@ _MAY_CHANGE = {
     "training.max_nonfinite_steps",
     "training.sample_tokens",
     "training.stop_signal",
+    "training.tracker",
     "training.loss_chunk",
     "training.rematerialisation",
     "training.zero",
@@ -41,8 +43,8 @@ _MAY_CHANGE = {
 
 
 class RunFolder:
-    """The files of a run: config.json, tokenizer/, metrics.jsonl, tensorboard/, checkpoints/<step>/, loss.png,
-    expert_load.png, sample.txt, summary.json, cache/ (the tokenised corpus) and lock.
+    """The files of a run: config.json, run.toml (the same for users), tokenizer/, metrics.jsonl, tensorboard/,
+    checkpoints/<step>/, loss.png, expert_load.png, sample.txt, summary.json, cache/ (the tokenised corpus) and lock.
 
     Args:
       path: the folder; it need not exist.
@@ -51,6 +53,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.config = path / "config.json"
+        self.toml = path / "run.toml"
         self.tokenizer = path / "tokenizer"
         self.metrics = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
@@ -78,7 +81,8 @@ class RunFolder:
         return read_config_file(self.config)
 
     def write_config(self, config: RunConfig) -> None:
-        """Writes the configuration of a new run."""
+        """Writes the configuration of a run, as run.toml for users too."""
+        write_atomically(self.toml, to_toml(config))
         write_atomically(self.config, json.dumps(config.to_dict(), indent=1) + "\n")
 
     def check_same_run(self, config: RunConfig) -> None:

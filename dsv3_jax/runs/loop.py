@@ -25,7 +25,7 @@ from dsv3_jax.runs.peers import Peers
 from dsv3_jax.runs.reporter import Reporter
 from dsv3_jax.runs.results import write_results
 from dsv3_jax.runs.sample import sample_text, whole_model
-from dsv3_jax.runs.start import RunStart, run_layout, start_or_resume
+from dsv3_jax.runs.start import Continuation, RunStart, run_layout, start_or_resume
 from dsv3_jax.runs.step_inputs import StepInputs, step_settings
 from dsv3_jax.terminal import say
 from dsv3_jax.training.config import RunConfig
@@ -56,6 +56,7 @@ def train(
     out: Path | str | None = None,
     *,
     initial_model: Callable[[Devices], DeepSeekV3] | None = None,
+    continuation: Continuation | None = None,
     peers: Peers | None = None,
 ) -> Outcome:
     """Trains a model, as the command `dsv3 train` does, and writes everything about the run into the folder `out`.
@@ -73,6 +74,8 @@ def train(
       out: folder of the run; `runs/<preset>` in the current folder if not given.
       initial_model: returns the model that a new run starts from, given the devices that keep its parameters; random
         weights if not given.
+      continuation: the checkpoint of another run that a new run goes on from: with its optimizer, at its step, and at
+        its place in the data if these are the same.
       peers: the other processes, which `runs.processes.join` returns; a process that loses them exits.
 
     Returns:
@@ -103,7 +106,7 @@ def train(
             if folder.holds_run:
                 folder.check_same_run(config)
             with folder.removed_if_no_run_starts() if is_first() else contextlib.nullcontext():
-                start = start_or_resume(config, folder, layout, initial_model)
+                start = start_or_resume(config, folder, layout, initial_model, continuation)
                 runs.append(_Run(config, folder, layout, start, interruption, watchdog))
             stack.callback(runs[0].close)
             interruption.defer = True

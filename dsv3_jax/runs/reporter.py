@@ -14,8 +14,9 @@ from dsv3_jax.runs.agreement import is_first
 from dsv3_jax.runs.evaluation import Evaluation
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.hardware import peak_flops
-from dsv3_jax.runs.metrics import JsonLines, Record, TensorBoard, Terminal
+from dsv3_jax.runs.metrics import JsonLines, Record, Terminal
 from dsv3_jax.runs.saved_run import RunPosition
+from dsv3_jax.runs.trackers import Tracker, open_tracker
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.schedules import ScheduledValues
@@ -26,7 +27,7 @@ _RECENT_STEPS = 20  # steps whose expert loads are summed for the picture at the
 
 
 class Reporter:
-    """Writes metrics.jsonl and TensorBoard files and prints lines. Only the first process of a run does so.
+    """Writes metrics.jsonl, tells the tracker, and prints lines. Only the first process of a run does so.
 
     Args:
       step: the step the run starts or resumes from; records of later steps, from an earlier start, are dropped.
@@ -36,12 +37,12 @@ class Reporter:
         self._config, self._step = config, step
         self._terminal: Terminal | None = None
         self._lines: JsonLines | None = None
-        self._board: TensorBoard | None = None
+        self._tracker: Tracker | None = None
         if is_first():
             self._terminal = Terminal(config.training.steps, step, config.training.log_every)
             last_kept = step or -1  # a run that starts over writes the evaluation of step 0 again
             self._lines = JsonLines(folder.metrics, last_kept, self.say)
-            self._board = TensorBoard(folder.tensorboard, last_kept)
+            self._tracker = open_tracker(config.training.tracker, folder, config, last_kept)
         self._recent_loads: deque[np.ndarray] = deque(maxlen=_RECENT_STEPS)
         self._flops = count_flops(config.model, config.data.sequence_length).training_with_mtp
         self._peak = peak_flops(jax.devices()[0])
@@ -124,21 +125,21 @@ class Reporter:
 
     def flush(self) -> None:
         """Waits until all records are on the disk."""
-        for file in (self._lines, self._board):
+        for file in (self._lines, self._tracker):
             if file is not None:
                 file.flush()
 
     def close(self) -> None:
         """Closes the files and the progress bar."""
-        for writer in (self._lines, self._board, self._terminal):
+        for writer in (self._lines, self._tracker, self._terminal):
             if writer is not None:
                 writer.close()
 
     def _write(self, record: Record) -> None:
-        if self._lines is None or self._board is None or self._lines.holds(record):
+        if self._lines is None or self._tracker is None or self._lines.holds(record):
             return
         self._lines.write(record)
-        self._board.write(record)
+        self._tracker.write(record)
 
 
 def _devices(layout: StateLayout) -> str:

@@ -74,7 +74,9 @@ def list_checkpoints(folder: RunFolder) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name))
 
 
-def use_newest[T](folder: RunFolder, report: Callable[[str], None], use: Callable[[SavedRun], T]) -> T | None:
+def use_newest[T](
+    folder: RunFolder, report: Callable[[str], None], use: Callable[[SavedRun], T], step: int | None = None
+) -> T | None:
     """Calls `use` with the newest checkpoint that is undamaged and returns its result; None where there is none.
 
     All processes of a run call this together. Where `use` raises DamagedCheckpoint on any of them, the checkpoint
@@ -82,13 +84,14 @@ def use_newest[T](folder: RunFolder, report: Callable[[str], None], use: Callabl
 
     Args:
       report: is called, on the first process, with a line about each checkpoint that cannot be used.
+      step: the only checkpoint that may be used.
 
     Raises:
-      UserError: there are checkpoints, but none can be used.
+      UserError: there are checkpoints, but none can be used, or none of `step`.
     """
     damaged: set[str] = set()
     for _ in range(_LOOKS):
-        name = share(lambda: _newest_undamaged(folder, damaged, report))
+        name = share(lambda: _newest_undamaged(folder, damaged, report) if step is None else _of_step(folder, step))
         if not name:
             return None
         path = folder.checkpoints / name
@@ -96,6 +99,8 @@ def use_newest[T](folder: RunFolder, report: Callable[[str], None], use: Callabl
         try:
             found.append(use(_read(path)))
         except DamagedCheckpoint as error:
+            if step is not None:
+                raise UserError(f"checkpoint {path} cannot be used: {error}") from error
             problem = error
         if not any_process(problem is not None):
             return found[0]
@@ -118,6 +123,17 @@ def _newest_undamaged(folder: RunFolder, damaged: set[str], report: Callable[[st
     if list_checkpoints(folder):
         raise UserError(f"all checkpoints in {folder.checkpoints} are damaged; start a new run with another --out")
     return ""
+
+
+def _of_step(folder: RunFolder, step: int) -> str:
+    """Returns the name of the checkpoint of a step."""
+    present = {int(path.name): path for path in list_checkpoints(folder)}
+    if step not in present:
+        steps = ", ".join(map(str, present)) or "none"
+        raise UserError(f"{folder.path} has no checkpoint of step {step}; its checkpoints: {steps}")
+    if damage := find_damage(present[step]):
+        raise UserError(f"checkpoint {present[step]} cannot be used: {damage}")
+    return present[step].name
 
 
 def _note_damage(folder: RunFolder, path: Path, damaged: set[str], report: Callable[[str], None], reason: str) -> None:

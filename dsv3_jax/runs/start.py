@@ -28,6 +28,19 @@ _MANY_EPOCHS = 40  # more repetitions add almost nothing (Muennighoff et al., 20
 
 
 @dataclasses.dataclass(frozen=True)
+class Continuation:
+    """The checkpoint that a new run goes on from, with its optimizer and at its step, in a folder of its own.
+
+    Attributes:
+      folder: the run that the checkpoint belongs to.
+      step: the checkpoint's step; None for the newest.
+    """
+
+    folder: RunFolder
+    step: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class RunStart:
     """What a run starts or resumes from.
 
@@ -70,21 +83,32 @@ def run_layout(config: RunConfig) -> StateLayout:
 
 
 def start_or_resume(
-    config: RunConfig, folder: RunFolder, layout: StateLayout, initial_model: Callable[[Devices], DeepSeekV3] | None
+    config: RunConfig,
+    folder: RunFolder,
+    layout: StateLayout,
+    initial_model: Callable[[Devices], DeepSeekV3] | None,
+    continuation: Continuation | None = None,
 ) -> RunStart:
     """Prepares the data, then restores the newest whole checkpoint or makes a new state.
+
+    Args:
+      initial_model: returns the model that a new run starts from.
+      continuation: what a new run goes on from instead.
 
     Raises:
       UserError: the data or all checkpoints cannot be used.
     """
+    source = folder
 
     def resume(saved: SavedRun) -> tuple[SavedRun, tuple[Skeleton, TrainState]]:
         if not saved.position.data:
             raise UserError(
-                f"{folder.path} holds an imported model, which has no training state: start a new run from it with "
-                f"--init-from {folder.path} and another --out"
+                f"{source.path} holds an imported model, which has no training state: start a new run from it with "
+                f"--init-from {source.path} and another --out"
             )
-        if difference := first_difference(saved.config, config):
+        if source is not folder:
+            _check_continued(saved, config)
+        elif difference := first_difference(saved.config, config):
             name, then, now = difference
             raise UserError(
                 f"{saved.path} was saved with {name} = {then!r}, not {now!r}: restore that value (in {folder.config}, "
@@ -93,13 +117,22 @@ def start_or_resume(
         return saved, restore(saved.path, config, functools.partial(distributed_model, config, layout), layout)
 
     found = use_newest(folder, say, resume)
+    if found is None and continuation is not None:
+        source = continuation.folder
+        found = use_newest(source, say, resume, continuation.step)
+        if found is None:
+            raise UserError(f"{source.path} holds no checkpoint to go on from")
     saved = found[0] if found else None
     data = first_process_first(lambda: _prepare_data(config, folder, layout, saved and saved.tokenizer))
     _check_same_data(data)
     rows = data.train_iterator()
     if found:
         (skeleton, state), position = found[1], found[0].position
-        rows.set_state(position.data)
+        if source is folder or position.data.get("fingerprint") == data.fingerprint:
+            rows.set_state(position.data)
+        else:
+            say("the data are not those of the run that this one goes on from, so they are read from their start")
+            position = dataclasses.replace(position, data=rows.state(), validation_at_start=None)
     else:
         skeleton, state = starting_state(config, layout, initial_model)
         position = RunPosition(step=0, tokens=0, data=rows.state())
@@ -107,7 +140,9 @@ def start_or_resume(
         say(_epochs(config, layout, data))
         if position.step >= config.training.steps:
             say(f"the run has taken all of its {config.training.steps} steps; a larger --steps makes it longer")
-        if found and config.training.steps > found[0].config.training.steps:
+        if source is not folder:
+            say(f"going on from step {position.step} of {source.path}")
+        elif found and config.training.steps > found[0].config.training.steps:
             say(
                 f"the run is made longer, from {found[0].config.training.steps} to {config.training.steps} steps: all "
                 "schedules are fractions of the whole run, so they go on from where a run of that length would be"
@@ -115,7 +150,27 @@ def start_or_resume(
         # Written last, so that a start that fails leaves no run in the folder.
         if not folder.holds_run or _is_extended(folder.read_config(), config):
             folder.write_config(config)
-    return RunStart(data, rows, skeleton, state, position, position.step if found else -1)
+    saved_step = position.step if found and source is folder else -1
+    return RunStart(data, rows, skeleton, state, position, saved_step)
+
+
+def _check_continued(saved: SavedRun, config: RunConfig) -> None:
+    """Checks that a run can go on from a checkpoint of another: its arrays and the meaning of its ids are the same.
+
+    Raises:
+      UserError: it cannot; the message names what differs.
+    """
+    then = saved.config
+    for name, before, now in (
+        *((f"model.{name}", value, config.model.to_dict()[name]) for name, value in then.model.to_dict().items()),
+        ("data.tokenizer", then.data.tokenizer, config.data.tokenizer),
+        ("training.moment_dtype", then.moment_dtype, config.moment_dtype),
+        ("training.ema_decay above 0", then.training.ema_decay > 0, config.training.ema_decay > 0),
+    ):
+        if before != now:
+            raise UserError(f"{saved.path} was saved with {name} = {before!r}, not {now!r}: give that value to go on")
+    if saved.position.step >= config.training.steps:
+        raise UserError(f"{saved.path} has taken all of the {config.training.steps} steps: give a larger --steps")
 
 
 def _is_extended(started: RunConfig, config: RunConfig) -> bool:
@@ -125,9 +180,11 @@ def _is_extended(started: RunConfig, config: RunConfig) -> bool:
 
 def _epochs(config: RunConfig, layout: StateLayout, data: Data) -> str:
     """Returns a line that says how often the run reads its corpus."""
-    epochs = config.total_tokens(layout.batch_ranks) / data.num_train_tokens
-    line = f"the corpus has {data.num_train_tokens:,} training tokens, which the run reads {epochs:,.3g} times"
-    return f"{line}; give a larger --data.corpus or fewer --steps" if epochs > _MANY_EPOCHS else line
+    readings = data.readings(config.total_tokens(layout.batch_ranks))
+    times = ", ".join(f"{times:,.3g} times" + f" {name}" * (len(readings) > 1) for name, times in readings.items())
+    line = f"the corpus has {data.num_train_tokens:,} training tokens, which the run reads {times}"
+    many = max(readings.values()) > _MANY_EPOCHS
+    return f"{line}; give a larger --data.corpus or fewer --steps" if many else line
 
 
 def _prepare_data(config: RunConfig, folder: RunFolder, layout: StateLayout, tokenizer: Tokenizer | None) -> Data:

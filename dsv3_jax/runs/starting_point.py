@@ -46,19 +46,20 @@ def tokenizer_of_source(source: Path) -> Path:
     return source.resolve()
 
 
-def load_starting_point(source: Path, config: RunConfig, devices: Devices) -> DeepSeekV3:
+def load_starting_point(source: Path, config: RunConfig, devices: Devices, *, step: int | None = None) -> DeepSeekV3:
     """Returns the model of a run's folder, or of a checkpoint in the published layout, with float32 parameters.
 
     Args:
       config: the run that starts from the model.
       devices: where the parameters are kept; they are read straight to there.
+      step: the checkpoint of the run's folder; the newest if not given.
 
     Raises:
       UserError: the folder is neither, or its architecture is not the run's; the context alone may differ.
     """
     _check_architecture(source, architecture_of_source(source), config)
     if RunFolder(source).checkpoints.is_dir():
-        model, tokenizer, _ = load_checkpoint(source, devices=devices)
+        model, tokenizer, _ = load_checkpoint(source, step=step, devices=devices)
         _check_architecture(source, model.config, config)
         compare_tokenizers(source, tokenizer, config)
         return model

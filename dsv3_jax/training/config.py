@@ -17,6 +17,7 @@ from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.training.schedules import TrainingSchedule, tokens_of_run
 
 Balance = Literal["sequence", "batch", "none"]
+TrackerName = Literal["tensorboard", "wandb", "trackio", "none"]
 
 _BOUNDS = {
     "steps": (1, 10**7),
@@ -74,6 +75,8 @@ class TrainingConfig:
       checkpoint_every: save a checkpoint every so many steps; 0 for only at the end.
       keep_checkpoints: number of newest checkpoints to keep; older ones are deleted.
       max_nonfinite_steps: stop after this many steps in a row whose loss or gradient is infinite or NaN.
+      tracker: where the numbers of each step are recorded beside metrics.jsonl: tensorboard (files in the run's
+        folder), wandb, trackio or none.
       stop_signal: what a cluster sends before the end of a job: USR1, USR2 or none. The signal saves a checkpoint and
         ends the run, as SIGINT (Ctrl-C) and SIGTERM do; the others of these are ignored.
       sample_tokens: number of tokens of sample text to generate at the end; 0 for none.
@@ -102,6 +105,7 @@ class TrainingConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 3
     max_nonfinite_steps: int = 5
+    tracker: TrackerName = "tensorboard"
     stop_signal: Notice = "USR1"
     sample_tokens: int = 128
 
@@ -116,10 +120,11 @@ class TrainingConfig:
             raise ConfigError(f"training.balance must be one of {', '.join(get_args(Balance))}, not {self.balance!r}")
         if self.moment_dtype not in ("recipe", "float32", "bfloat16"):
             raise ConfigError(f"training.moment_dtype must be recipe, float32 or bfloat16, not {self.moment_dtype!r}")
-        if self.stop_signal not in get_args(Notice):
-            raise ConfigError(
-                f"training.stop_signal must be one of {', '.join(get_args(Notice))}, not {self.stop_signal!r}"
-            )
+        for name, kind in (("stop_signal", Notice), ("tracker", TrackerName)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(
+                    f"training.{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}"
+                )
         if self.rematerialisation not in REMATERIALISATIONS:
             raise ConfigError(
                 f"training.rematerialisation must be one of {', '.join(REMATERIALISATIONS)}, "

@@ -33,7 +33,7 @@ WITH_DATACLASSES = ("train", "plan", "eval")
 # What options of the other commands take that is not a number.
 NOT_NUMBERS = {
     *("--help", "--prompt", "--dtype", "--ue8m0", "--dry-run", "--no-mtp", "--tokenizer"),
-    *("--task", "--problems", "--out", "--keep", "--reward", "--split"),
+    *("--task", "--problems", "--text-file", "--json", "--out", "--keep", "--reward", "--split"),
 }
 
 
@@ -92,7 +92,8 @@ def test_every_number_of_a_command_line_has_bounds(
     flags = {f"--{name}" for name in re.findall(r"--no-([\w-]+)", shown)}
     for option in sorted(options - NOT_NUMBERS - flags):
         for value in ("1" * 20, "-" + "1" * 20, "nan", "inf", "-inf", "1e308", "9" * 5000, "", "\N{DIGIT ONE}x"):
-            assert main([command, "nowhere", *(["new"] if command != "generate" else []), f"{option}={value}"]) == 2
+            folders = ["nowhere", "new"][: 1 if command in ("generate", "inspect") else 2]
+            assert main([command, *folders, f"{option}={value}"]) == 2
             line = capsys.readouterr().err
             assert line.count("\n") == 1
             assert option in line, f"{option} takes {value!r:.20}"

@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from refusals import refused
 from small_runs import small_run, write_corpus
 
 from dsv3_jax.cli.main import main
@@ -22,34 +23,6 @@ from dsv3_jax.data.tokenizer_training import byte_tokenizer, train_bpe
 from dsv3_jax.model_presets import presets
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.starting_point import compare_tokenizers
-
-
-@pytest.fixture
-def no_training(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Replaces training by a function that collects the configurations it is called with."""
-    calls: list = []
-
-    def train(config, out, *, initial_model=None, peers=None):
-        from dsv3_jax.runs.loop import Outcome
-
-        calls.append((config, out))
-        return Outcome(0)
-
-    monkeypatch.setattr("dsv3_jax.runs.loop.train", train)
-    return calls
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """Returns the one line on stderr of a command that exits with code 2."""
-    assert main(list(words)) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = captured.err.splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("dsv3: ")
-    assert "---" not in lines[0]
-    assert "helptext" not in lines[0]
-    return lines[0]
 
 
 @pytest.mark.parametrize(

@@ -236,3 +236,19 @@ def test_default_corpus_end_to_end() -> None:
     assert (tokens == data.tokenizer.control_id(control.FIM_BEGIN)).any()
     names = {document.name.split("/")[0] for document in data.documents("validation")}
     assert len(names) >= 3
+
+
+def test_validation_rows_of_a_published_model_begin_with_its_token(folder: Path):
+    """Each row holds the same tokens but the last, so every token of the held-out text is a target exactly once."""
+    data = prepare(folder, validation_sequences=1000)
+    tokens, segments = data.validation_rows()
+    begun, begun_segments = dataclasses.replace(data, begins_rows=True).validation_rows()
+    assert (begun[:, 0] == data.tokenizer.bos_id).all()
+    np.testing.assert_array_equal(begun[:, 1:], tokens[:, :-1])
+    np.testing.assert_array_equal(begun_segments[:, 1:], segments[:, :-1])
+    assert begun.shape == tokens.shape
+    targets = begun[:, 1:].ravel()
+    wanted = np.concatenate(
+        [[*data.tokenizer.encode(d.text), data.tokenizer.eos_id] for d in data.documents("validation")]
+    )
+    np.testing.assert_array_equal(targets, wanted[: targets.size])
