@@ -22,9 +22,9 @@ from dsv3_jax.terminal import say
 from dsv3_jax.training.config import RunConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 
-_DESCRIPTION = """Fine-tune the model in folder RUN (a run or a published checkpoint) on conversations. This makes a run.
+_DESCRIPTION = """Fine-tune the model in folder RUN (a run or a published checkpoint) on conversations.
 
-If the folder --out already holds the same run, it is resumed. A line of the data is one of
+The result is a run. If the folder --out already holds the same run, it is resumed. A line of the data is one of
 
   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
   {"prompt": "...", "completion": "..."}        as `dsv3 sample` writes; both may be lists of messages

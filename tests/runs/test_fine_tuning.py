@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from small_runs import assert_trees_equal, final_state, small_run
 
+from dsv3_jax.cli import sft
 from dsv3_jax.cli.main import main
 from dsv3_jax.data.splitting import name_hash
 from dsv3_jax.errors import UserError
@@ -57,7 +58,7 @@ def tuned(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_two_epochs_with_the_reports_schedule(tuned: tuple[Path, list[str]]):
     run = RunFolder(tuned[0])
     config, steps = run.read_config(), [record for record in read_metrics(run.metrics) if "loss" in record]
-    assert len(steps) == config.training.steps == len(list(steps))
+    assert len(steps) == config.training.steps
     rows = int(config.training.steps) * config.training.batch_size
     assert 2 * 29 / 3 <= rows < 2 * 29 + 4  # samples of 12 to 14 tokens in rows of 33
     progress = np.arange(len(steps)) / len(steps)
@@ -108,10 +109,8 @@ def test_its_result_is_a_run(tuned: tuple[Path, list[str]], tmp_path: Path, caps
         (["RUN", "--data", "DATA", "--out", "NEW", "--sequence-length", "9"], "too long.*--drop-overlong"),
     ],
 )
-def test_mistakes_are_one_line(tuned, uninterrupted, tmp_path, capsys, arguments: list[str], message: str):
+def test_mistakes_are_one_line(tuned, uninterrupted, tmp_path, arguments: list[str], message: str):
     names = {"RUN": str(uninterrupted), "DATA": tuned[1][3], "NEW": str(tmp_path / "new")}
     with pytest.raises(UserError, match=message):
-        from dsv3_jax.cli.sft import main as sft
-
-        sft([names.get(word, word) for word in arguments])
+        sft.main([names.get(word, word) for word in arguments])
     assert not (tmp_path / "new").exists()
