@@ -31,6 +31,7 @@ from dsv3_jax.modules.parameter import LAYERS
 from dsv3_jax.modules.rematerialisation import rematerialise
 from dsv3_jax.modules.rope import make_rotation
 from dsv3_jax.modules.router import RouterBias
+from dsv3_jax.modules.segments import positions_in_segments
 from dsv3_jax.precision import PRECISIONS, Precision
 
 MOST_UNROLLED_LAYERS = 8
@@ -166,15 +167,13 @@ class DeepSeekV3(CachedDecoding):
 
         Args:
           tokens: int32.
-          positions: int32 RoPE positions; 0 .. T-1 unless given. The causal mask follows the order of the tokens, not
-            their positions.
-          segment_ids: int32; 0 marks padding, which routing statistics leave out.
+          positions: int32 RoPE positions; unless given, those in each segment where segments are isolated, else
+            0 .. T-1. The causal mask follows the order of the tokens, not their positions.
+          segment_ids: int32; 0 marks padding, which routing statistics leave out. The sign does not matter.
           isolate_segments: whether attention stays inside equal segment ids. With False the ids mark padding only
             (the report packs documents without a mask between them).
         """
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        inputs = self.block_inputs(positions, segment_ids, isolate_segments=isolate_segments)
+        inputs = self.block_inputs(tokens, positions, segment_ids, isolate_segments=isolate_segments)
         with jax.named_scope("embedding"):
             embedded = self.embedding(tokens)
         stream, routing = self._main_blocks(embedded, inputs)
@@ -186,12 +185,22 @@ class DeepSeekV3(CachedDecoding):
         return Features(hidden, mtp_hidden, Routing.join(parts) if parts else None)
 
     def block_inputs(
-        self, positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None, *, isolate_segments: bool
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+        *,
+        isolate_segments: bool,
     ) -> BlockInputs:
         """Returns what every block is given besides the hidden state; arguments as in `features`."""
+        isolated = jnp.abs(segment_ids) if isolate_segments and segment_ids is not None else None
+        if positions is None and isolated is not None:
+            positions = positions_in_segments(isolated)
+        elif positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         return BlockInputs(
             rotation=make_rotation(self.config, positions),
-            segment_ids=segment_ids if isolate_segments else None,
+            segment_ids=isolated,
             token_mask=None if segment_ids is None else segment_ids != 0,
         )
 

@@ -82,6 +82,20 @@ def random_batch(seed: int, passes: int, rows: int, *, padded: bool = False) -> 
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
 
 
+def packed_batch(seed: int, passes: int, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Returns tokens and segment ids [A, B, T+1] of packed samples, each a prompt that is read only and an answer."""
+    random = np.random.default_rng(seed)
+    tokens, segments = (np.array(array) for array in random_batch(seed, passes, rows))
+    for row in segments.reshape(-1, LENGTH + 1):
+        cuts = np.sort(random.choice(np.arange(1, LENGTH + 1), 7, replace=False))
+        row[:] = 0  # behind the last cut
+        for sample, (start, middle, end) in enumerate(
+            zip([0, *cuts[1::2]], cuts[::2], cuts[1::2], strict=False), start=1
+        ):
+            row[start:middle], row[middle:end] = -sample, sample
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """A model before its first step. `step` donates its state: give it a copy (`fresh`)."""

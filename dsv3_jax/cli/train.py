@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,16 +12,14 @@ import tyro
 
 from dsv3_jax.bounds import check_bounds
 from dsv3_jax.cli.fields import read_toml, with_table
-from dsv3_jax.cli.options import notes, parse
+from dsv3_jax.cli.options import parse
+from dsv3_jax.cli.run_options import train_together, value_of, with_absolute_paths
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
-from dsv3_jax.data.corpus import STDLIB
-from dsv3_jax.data.hub import HUB
-from dsv3_jax.data.mixture import MIXTURE, parse_mixture
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.model_presets import presets
-from dsv3_jax.runs.folder import RunFolder, by_dotted_name
-from dsv3_jax.runs.processes import Processes, ending_together, join, leave
+from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.runs.processes import Processes
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.terminal import say
 from dsv3_jax.training.config import RunConfig, TrackerName, TrainingConfig
@@ -111,43 +107,26 @@ def main(argv: list[str]) -> int:
     config = RunConfig(
         preset=options.preset,
         model=model,
-        data=_with_absolute_paths(options.data, defaults.data),
+        data=with_absolute_paths(options.data, defaults.data),
         training=training,
         precision=options.precision,
         mesh=options.mesh,
     )
-    shared = {
-        "out": str(Path(options.out).absolute()),
-        "init_from": options.init_from,
-        "continue_from": options.continue_from,
-        "step": options.step,
-        **by_dotted_name(config.to_dict()),
-    }
-    with notes():
-        peers = join(options.processes, shared)
-    from dsv3_jax.cli.compilation_cache import keep_compiled_programs
-    from dsv3_jax.precision import Precision
-    from dsv3_jax.runs.loop import train
-
-    with ending_together(peers), notes():
-        Precision.preset(options.precision)
-        keep_compiled_programs()
-        started = _started(options, config)
-        exit_code = train(config, Path(options.out), peers=peers, **started).exit_code
-    return leave(peers, exit_code)
+    named = {"init_from": options.init_from, "continue_from": options.continue_from, "step": options.step}
+    return train_together(config, options.out, options.processes, named, lambda: _started(options, config))
 
 
 def _defaults(argv: list[str]) -> TrainOptions:
     """Returns the options before `argv` changes them: those of the run that is resumed, else of the preset."""
-    preset, out = _value(argv, "--preset"), _value(argv, "--out")
-    file = _value(argv, "--config")
+    preset, out = value_of(argv, "--preset"), value_of(argv, "--out")
+    file = value_of(argv, "--config")
     table = read_toml(Path(file)) if file else {}
     if preset and table.get("preset", preset) != preset:
         raise UserError(f"{file} is of preset {table['preset']}, not {preset}: leave out --preset, or that line")
     preset, out = preset or table.get("preset"), out or table.get("out")
     run = default_run(str(preset or "nano"))
-    source = _value(argv, "--init-from") or table.get("init_from")
-    origin = _value(argv, "--continue-from") or table.get("continue_from")
+    source = value_of(argv, "--init-from") or table.get("init_from")
+    origin = value_of(argv, "--continue-from") or table.get("continue_from")
     if origin and not (out and RunFolder(Path(out)).holds_run):
         run = RunFolder(Path(origin)).read_config()
         if preset and preset != run.preset:
@@ -172,17 +151,7 @@ def _defaults(argv: list[str]) -> TrainOptions:
         processes=Processes(),
     )
     options = with_table(defaults, table, f"{file}: ")
-    return dataclasses.replace(options, data=_with_absolute_paths(options.data, run.data))
-
-
-def _value(argv: list[str], option: str) -> str | None:
-    """Returns the value of one option before all are parsed; None where it is not given."""
-    for word, following in itertools.zip_longest(argv, argv[1:]):
-        if word == option:
-            return following
-        if word.startswith(f"{option}="):
-            return word.split("=", 1)[1]
-    return None
+    return dataclasses.replace(options, data=with_absolute_paths(options.data, run.data))
 
 
 def _architecture(source: str) -> ModelConfig:
@@ -195,25 +164,9 @@ def _with_tokenizer_of(source: str, argv: list[str], data: DataConfig) -> DataCo
     """Returns the data with the tokenizer that belongs to the weights, if the user names no other."""
     from dsv3_jax.runs.starting_point import tokenizer_of_source
 
-    if _value(argv, "--data.tokenizer") is not None:
+    if value_of(argv, "--data.tokenizer") is not None:
         return data
     return dataclasses.replace(data, tokenizer=str(tokenizer_of_source(Path(source))))
-
-
-def _with_absolute_paths(data: DataConfig, defaults: DataConfig) -> DataConfig:
-    """Returns the data with paths that are right in any folder, from which the run is resumed or evaluated."""
-    named = {"corpus": (STDLIB, defaults.corpus), "tokenizer": ("train", "byte", defaults.tokenizer)}
-    values = {name: getattr(data, name) for name in named}
-    paths = {name: os.path.abspath(value) for name, value in values.items() if value and value not in named[name]}
-    if data.corpus.startswith(HUB):
-        paths.pop("corpus", None)
-    if data.corpus.startswith(MIXTURE):
-        parts = [
-            (_with_absolute_paths(dataclasses.replace(data, corpus=name), defaults).corpus, count)
-            for name, count in parse_mixture(data.corpus)
-        ]
-        paths["corpus"] = MIXTURE + "+".join(f"{count / 1000:g}*{name}" for name, count in parts)
-    return dataclasses.replace(data, **paths)
 
 
 def _started(options: TrainOptions, config: RunConfig) -> dict[str, Any]:

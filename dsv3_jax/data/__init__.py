@@ -31,6 +31,8 @@ processes and rows per batch may change between saving a state and using it. Fil
     tokenising, token_store, array_record  the corpus as ids: made and cached, or tokenised beforehand
     fill_in_middle, punctuation_splitting  how an epoch changes documents
     epoch, packing                         (seed, epoch, index) -> row
+    conversation, sample_tokens            samples to fine-tune on: read and checked, then encoded with a loss mask
+    conversation_data, best_fit            rows of whole samples
     train_iterator, worker_processes       rows in order, prepared in this process or in others
     prepare, prepared                      all of this together
     mixture, hub, token_bins               several corpora; data sets of the hub; files that other programs tokenised

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from dsv3_jax.bounds import LARGEST_COUNT, LARGEST_SEED, check_bounds
 from dsv3_jax.errors import ConfigError
+
+LossOn = Literal["assistant", "last", "all"]
 
 _BOUNDS = {
     "hub_documents": (0, LARGEST_COUNT),
@@ -47,6 +49,14 @@ class DataConfig:
         corpus has fewer than 1 / validation_fraction documents, the end of each document is held out instead.
       validation_sequences: largest number of rows of the validation set, evenly spaced over the held-out text.
       seed: random seed of the order of documents and rows, of fill-in-middle and of token splitting.
+      form: "text", or "conversations": JSON lines or Parquet files of samples to fine-tune on (`dsv3 sft --help`).
+      loss_on: which tokens of a conversation the model learns to write: those of the "assistant", of the assistant's
+        "last" turn, or "all".
+      drop_unknown_roles: leave out conversations with a role that is not system, user or assistant; otherwise they are
+        an error.
+      drop_empty_turns: leave out conversations that are empty, or in which a turn is.
+      drop_without_target: leave out conversations in which there is nothing to learn to write.
+      drop_overlong: leave out conversations of more than sequence_length + 1 tokens.
       worker_count: number of processes that prepare rows, which does not change the rows. With 0 the training process
         prepares them itself.
     """
@@ -63,6 +73,12 @@ class DataConfig:
     validation_fraction: float = 0.02
     validation_sequences: int = 64
     seed: int = 0
+    form: Literal["text", "conversations"] = "text"
+    loss_on: LossOn = "assistant"
+    drop_unknown_roles: bool = False
+    drop_empty_turns: bool = False
+    drop_without_target: bool = False
+    drop_overlong: bool = False
     worker_count: int = 0
 
     def __post_init__(self) -> None:
@@ -72,4 +88,9 @@ class DataConfig:
             raise ConfigError("data.tokenizer is empty: give 'train', 'byte' or the path of a tokenizer.json")
         if self.null_texts not in ("skip", "refuse"):
             raise ConfigError(f"data.null_texts must be skip or refuse, not {self.null_texts!r}")
+        for name, choices in (("form", ("text", "conversations")), ("loss_on", get_args(LossOn))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"data.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if self.form == "conversations" and self.tokenizer == "train":
+            raise ConfigError("data.tokenizer is train, but conversations need a tokenizer that exists: give its path")
         check_bounds(self, _BOUNDS, "data.")

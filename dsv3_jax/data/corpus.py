@@ -6,12 +6,12 @@ import dataclasses
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dsv3_jax.data.config import DataConfig
 from dsv3_jax.data.corpus_account import CorpusAccount, described
-from dsv3_jax.data.document_files import Document, count_documents, read_documents, sha256_of_file
+from dsv3_jax.data.document_files import Document, FileRow, count_documents, read_documents, read_rows, sha256_of_file
 from dsv3_jax.data.file_kinds import PRETOKENISED, SIDECAR, TOKEN_BIN, FileKind, kind_of, why_left_out
 from dsv3_jax.errors import UserError
 
@@ -84,6 +84,12 @@ class Corpus:
                 elif self.refuses_nulls:
                     raise UserError(f"{document.where}: the text is null; data.null_texts is refuse")
 
+    def rows(self, needed: Sequence[str], others: Sequence[str]) -> Iterator[tuple[str, FileRow]]:
+        """Yields the name and the row of each row of JSON lines and Parquet files; arguments as for `read_rows`."""
+        for file, kind in self.files.items():
+            for row in read_rows(file, kind, needed, others):
+                yield f"{self._label(file)}:{row.number}", row
+
     def _label(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix()
 
@@ -93,8 +99,12 @@ class Corpus:
         return parts[0] if len(parts) > 1 else file.suffix.lstrip(".") or "text"
 
 
-def open_corpus(config: DataConfig) -> Corpus:
+def open_corpus(config: DataConfig, fields: Sequence[str] = ("text",), *, rows_only: bool = False) -> Corpus:
     """Finds the files of `config.corpus`.
+
+    Args:
+      fields: a .json file whose first object has one of these fields holds JSON lines.
+      rows_only: whether only JSON lines and Parquet files are read.
 
     Raises:
       UserError: the path does not exist or cannot be read, or holds no text, or mixes text with tokenised files.
@@ -107,13 +117,13 @@ def open_corpus(config: DataConfig) -> Corpus:
             raise UserError(f"the corpus {path} does not exist; give 'stdlib' or the path of a file or folder")
         left_out: dict[str, list[str]] = {}
         if path.is_dir():
-            files, left_out = _walk(path, _FOLDERS_SKIPPED)
+            files, left_out = _walk(path, _FOLDERS_SKIPPED, fields)
             root = path
             if not files:  # beside texts, a .bin file is something else
                 bins = sorted(path.rglob(f"*{TOKEN_BIN}"))
                 files = {file: FileKind(TOKEN_BIN, "tokens") for file in bins if file.is_file()}
         elif path.is_file():
-            kind = FileKind(TOKEN_BIN, "tokens") if path.suffix == TOKEN_BIN else kind_of(path)
+            kind = FileKind(TOKEN_BIN, "tokens") if path.suffix == TOKEN_BIN else kind_of(path, fields)
             if kind is None:
                 raise UserError(f"the corpus {path} cannot be read: it is {why_left_out(path)}")
             files, root = {path: kind}, path.parent
@@ -121,9 +131,15 @@ def open_corpus(config: DataConfig) -> Corpus:
             raise UserError(f"the corpus {path} is neither a file nor a folder")
     except OSError as error:
         raise UserError(f"cannot read the corpus {path}: {error.strerror}") from error
+    if rows_only:
+        others = [file for file, kind in files.items() if kind.form not in ("lines", "parquet")]
+        if others:
+            left_out["neither JSON lines nor Parquet"] = [file.relative_to(root).as_posix() for file in others]
+        files = {file: kind for file, kind in files.items() if file not in others}
     if not files:
+        wanted = "JSON lines or Parquet" if rows_only else "text"
         found = "; ".join(described(reason, names) for reason, names in left_out.items())
-        raise UserError(f"the corpus {path} is empty: it holds no text file" + (f" ({found})" if found else ""))
+        raise UserError(f"the corpus {path} is empty: it holds no {wanted} file" + (f" ({found})" if found else ""))
     if len({kind.form == "tokens" for kind in files.values()}) > 1:
         raise UserError(f"the corpus {path} mixes {PRETOKENISED} files with text files; put them in separate folders")
     return Corpus(config.corpus, root, files, left_out, config.null_texts == "refuse")
@@ -142,7 +158,9 @@ def _is_same_on_every_machine(file: Path) -> bool:
     return file.suffix == ".py" and not file.parts[0].startswith(_GENERATED)
 
 
-def _walk(root: Path, skipped: set[str]) -> tuple[dict[Path, FileKind], dict[str, list[str]]]:
+def _walk(
+    root: Path, skipped: set[str], fields: Sequence[str] = ("text",)
+) -> tuple[dict[Path, FileKind], dict[str, list[str]]]:
     """Returns the files of texts below `root`, sorted by name, and the names of what is left out, by the reason."""
 
     def fail(error: OSError) -> None:
@@ -176,7 +194,7 @@ def _walk(root: Path, skipped: set[str]) -> tuple[dict[Path, FileKind], dict[str
     files: dict[Path, FileKind] = {}
     # Sorted by the path below the root as a string, which gives the same order on every machine.
     for file in sorted(found, key=lambda file: file.relative_to(root).as_posix()):
-        if (kind := kind_of(file)) is not None:
+        if (kind := kind_of(file, fields)) is not None:
             files[file] = kind
         elif not file.name.endswith(PRETOKENISED + SIDECAR):
             leave_out(f"{file.suffix.lower()}: {why_left_out(file)}", file)

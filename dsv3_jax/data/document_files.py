@@ -1,4 +1,4 @@
-"""The documents in one file: JSON lines, Parquet or text, perhaps compressed."""
+"""The documents or rows in one file: JSON lines, Parquet or text, perhaps compressed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import lzma
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,41 @@ class NullText:
     where: str
 
 
+@dataclasses.dataclass(frozen=True)
+class FileRow:
+    """A row of a file of JSON lines or a Parquet file.
+
+    Attributes:
+      number: number of the line or row, from 1.
+      where: the file and the line or row, for messages.
+      values: its fields.
+    """
+
+    number: int
+    where: str
+    values: dict[str, Any]
+
+
+_OF_DOCUMENTS = ("text", "domain")
+
+
+def read_rows(file: Path, kind: FileKind, needed: Sequence[str], others: Sequence[str] = ()) -> Iterator[FileRow]:
+    """Yields the rows of a file of JSON lines, or of a Parquet file.
+
+    Args:
+      needed: fields of which each file must have at least one column if it is Parquet.
+      others: further columns that are read from a Parquet file; JSON lines are read whole.
+
+    Raises:
+      UserError: the file cannot be read, is not UTF-8, or is malformed; the message gives the line or row.
+    """
+    with reading(file):
+        if kind.form == "lines":
+            yield from _json_rows(file, kind, needed)
+        else:
+            yield from _parquet_rows(file, needed, others)
+
+
 def read_documents(file: Path, kind: FileKind, name: str, domain: str) -> Iterator[Document | NullText]:
     """Yields the documents of a file. Those of JSON lines and Parquet files are named `name:row`.
 
@@ -53,10 +88,9 @@ def read_documents(file: Path, kind: FileKind, name: str, domain: str) -> Iterat
     """
     with reading(file):
         match kind.form:
-            case "lines":
-                yield from _read_lines(file, kind, name, domain)
-            case "parquet":
-                yield from _read_parquet(file, name, domain)
+            case "lines" | "parquet":
+                for row in read_rows(file, kind, _OF_DOCUMENTS[:1], _OF_DOCUMENTS[1:]):
+                    yield _document(row.values, f"{name}:{row.number}", domain, row.where)
             case _:
                 with open_decompressed(file, kind.compression) as stream:
                     yield Document(name, domain, decode_utf8(_without_mark(stream.read()), file))
@@ -70,7 +104,7 @@ def count_documents(file: Path, kind: FileKind) -> int:
                 with open_decompressed(file, kind.compression) as lines:
                     return sum(1 for line in lines if line.strip())
             case "parquet":
-                return _open_parquet(file).metadata.num_rows
+                return _open_parquet(file, _OF_DOCUMENTS[:1]).metadata.num_rows
             case _:
                 return 1
 
@@ -110,7 +144,7 @@ def _without_mark(raw: bytes) -> bytes:
     return raw.removeprefix(BYTE_ORDER_MARK)
 
 
-def _read_lines(file: Path, kind: FileKind, name: str, domain: str) -> Iterator[Document | NullText]:
+def _json_rows(file: Path, kind: FileKind, needed: Sequence[str]) -> Iterator[FileRow]:
     offset = 0
     with open_decompressed(file, kind.compression) as lines:
         for number, raw in enumerate(lines, start=1):
@@ -123,28 +157,28 @@ def _read_lines(file: Path, kind: FileKind, name: str, domain: str) -> Iterator[
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}, line {number}: not JSON: {_one_line(error)}") from None
             if not isinstance(row, dict):
-                raise UserError(f"{file}, line {number}: expected an object with a field 'text'")
-            yield _document(row, f"{name}:{number}", domain, f"{file}, line {number}")
+                raise UserError(f"{file}, line {number}: expected an object with a field {_either(needed)}")
+            yield FileRow(number, f"{file}, line {number}", row)
 
 
-def _read_parquet(file: Path, name: str, domain: str) -> Iterator[Document | NullText]:
+def _parquet_rows(file: Path, needed: Sequence[str], others: Sequence[str]) -> Iterator[FileRow]:
     from pyarrow import ArrowException
 
-    table = _open_parquet(file)
-    columns = [column for column in ("text", "domain") if column in table.schema_arrow.names]
+    table = _open_parquet(file, needed)
+    columns = [column for column in (*needed, *others) if column in table.schema_arrow.names]
     row = 0
     try:
         for batch in table.iter_batches(batch_size=_ROWS_PER_READ, columns=columns):
             for values in batch.to_pylist():
                 row += 1
-                yield _document(values, f"{name}:{row}", domain, f"{file}, row {row}")
+                yield FileRow(row, f"{file}, row {row}", values)
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 at byte {error.start} of a text after row {row}") from None
     except ArrowException as error:
         raise UserError(f"{file} is damaged after row {row}: {_one_line(error)}") from error
 
 
-def _open_parquet(file: Path) -> Any:
+def _open_parquet(file: Path, needed: Sequence[str]) -> Any:
     import pyarrow.parquet as parquet
     from pyarrow import ArrowException
 
@@ -153,10 +187,15 @@ def _open_parquet(file: Path) -> Any:
         opened = parquet.ParquetFile(file)
     except ArrowException as error:
         raise UserError(f"{file} is not a Parquet file: {_one_line(error)}") from error
-    if "text" not in opened.schema_arrow.names:
+    if not set(needed) & set(opened.schema_arrow.names):
         columns = ", ".join(opened.schema.column(index).path for index in range(len(opened.schema)))
-        raise UserError(f"{file} has no column 'text'; its columns are {columns}")
+        raise UserError(f"{file} has no column {_either(needed)}; its columns are {columns}")
     return opened
+
+
+def _either(names: Sequence[str]) -> str:
+    *rest, last = map(repr, names)
+    return f"{', '.join(rest)} or {last}" if rest else last
 
 
 def _document(row: dict[str, Any], name: str, domain: str, where: str) -> Document | NullText:

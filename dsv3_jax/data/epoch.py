@@ -48,6 +48,10 @@ class RowSettings:
     splitting_rate: float = 0.0
     splitting: PunctuationSplitting | None = None
 
+    def epoch(self, number: int) -> Epoch:
+        """Returns one pass over the documents."""
+        return Epoch(self, number)
+
 
 class Epoch:
     """The rows of one epoch, in shuffled order.

@@ -8,6 +8,7 @@ import gzip
 import io
 import json
 import lzma
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
@@ -47,8 +48,11 @@ class FileKind:
     compression: str = ""
 
 
-def kind_of(file: Path) -> FileKind | None:
+def kind_of(file: Path, fields: Sequence[str] = ("text",)) -> FileKind | None:
     """Returns how the documents of a file are stored, or None where it is no file of texts.
+
+    Args:
+      fields: a .json file whose first object has one of these fields holds JSON lines.
 
     Raises:
       UserError: the file is a .json that cannot be read. (JSON lines are often called so; see `is_json_lines`.)
@@ -67,7 +71,7 @@ def kind_of(file: Path) -> FileKind | None:
     name = last + compression or "no suffix"
     if last == ".parquet":
         return FileKind(name, "parquet")
-    if last in _LINES or (last == ".json" and is_json_lines(file, compression)):
+    if last in _LINES or (last == ".json" and is_json_lines(file, fields, compression)):
         return FileKind(name, "lines", compression)
     return FileKind(name, "text", compression)
 
@@ -82,8 +86,8 @@ def why_left_out(file: Path) -> str:
     return "not text"
 
 
-def is_json_lines(file: Path, compression: str = "") -> bool:
-    """Returns whether the first line of a file that is not blank is a JSON object with a field `text`."""
+def is_json_lines(file: Path, fields: Sequence[str], compression: str = "") -> bool:
+    """Returns whether the first line of a file that is not blank is a JSON object with one of the fields."""
     try:
         with open_decompressed(file, compression) as stream:
             while raw := stream.readline(_LONGEST_FIRST_LINE):
@@ -95,7 +99,7 @@ def is_json_lines(file: Path, compression: str = "") -> bool:
         row = json.loads(raw.removeprefix(BYTE_ORDER_MARK))
     except (ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and "text" in row
+    return isinstance(row, dict) and any(field in row for field in fields)
 
 
 def open_decompressed(file: Path, compression: str) -> BinaryIO:

@@ -143,7 +143,7 @@ class MixedData(Data):
 
     def train_iterator(self) -> TrainIterator:
         """Returns an iterator over this shard's rows, at the start."""
-        rows = MixedRows([EndlessRows(part.row_settings) for part in self.parts], self.counts, self.config.seed)
+        rows = MixedRows([EndlessRows(part.row_source) for part in self.parts], self.counts, self.config.seed)
         return TrainIterator(rows, self.fingerprint, self.shard_index, self.shard_count, self.config.worker_count)
 
     def documents(self, split: str = "train") -> Iterator[Document]:

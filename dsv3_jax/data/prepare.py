@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dsv3_jax.data.config import DataConfig
+from dsv3_jax.data.conversation_data import prepare_conversations
 from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.data.corpus_account import CorpusAccount
 from dsv3_jax.data.hub import HUB, streamed
 from dsv3_jax.data.mixture import MIXTURE, MixedData, parse_mixture
-from dsv3_jax.data.prepared import PACK_VERSION, Data
+from dsv3_jax.data.prepared import Data, cache_key
 from dsv3_jax.data.splitting import split_documents
 from dsv3_jax.data.token_store import TokenStore
 from dsv3_jax.data.tokenising import TokenisedDocument, tokenise
@@ -50,6 +49,8 @@ def prepare_data(
       UserError: the corpus or the tokenizer cannot be used; the message says what and where.
     """
     say = progress or (lambda _: None)
+    if config.form == "conversations":
+        return prepare_conversations(config, cache_folder, tokenizer, shard_index, shard_count, say)
     mixed = parse_mixture(config.corpus) if config.corpus.startswith(MIXTURE) else []
     configs = [_of_part(config, name, count) for name, count in mixed] or [config]
     with tempfile.TemporaryDirectory() as unkept:
@@ -93,7 +94,7 @@ def _tokenizer(
         return Tokenizer.load(config.tokenizer)
     if named := [corpus.name for corpus in corpora if corpus.pretokenised]:
         raise UserError(f"the corpus {named[0]} holds token ids; set data.tokenizer to the tokenizer it was made with")
-    key = _key(*fingerprints, str(config.vocab_size), repr(config.validation_fraction))
+    key = cache_key(*fingerprints, str(config.vocab_size), repr(config.validation_fraction))
     folder = cache_folder / f"tokenizer-{key}" if cache_folder else None
     if folder is not None and folder.is_dir():
         return Tokenizer.load(folder)
@@ -114,7 +115,7 @@ def _token_store(
     cache_folder: Path | None,
     say: Callable[[str], None],
 ) -> TokenStore:
-    key = _key(corpus_fingerprint, tokenizer.fingerprint, repr(config.validation_fraction))
+    key = cache_key(corpus_fingerprint, tokenizer.fingerprint, repr(config.validation_fraction))
     folder = cache_folder / f"tokens-{key}" if cache_folder else None
     if folder is not None and (cached := TokenStore.load(folder)) is not None:
         return cached
@@ -138,7 +139,3 @@ def _announced(documents: Iterator[TokenisedDocument], say: Callable[[str], None
             said = time.monotonic()
             say(f"tokenised {count:,} documents, {tokens:,} tokens so far")
         yield document
-
-
-def _key(*parts: str) -> str:
-    return hashlib.sha256(json.dumps([PACK_VERSION, *parts]).encode()).hexdigest()[:24]

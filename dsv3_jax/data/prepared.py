@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -19,7 +21,7 @@ from dsv3_jax.data.splitting import enough_held_out, name_hash
 from dsv3_jax.data.text_statistics import byte_entropy, gzip_bits_per_byte
 from dsv3_jax.data.token_store import TokenStore
 from dsv3_jax.data.tokenizer import Tokenizer
-from dsv3_jax.data.train_iterator import EndlessRows, TrainIterator
+from dsv3_jax.data.train_iterator import EndlessRows, RowSource, TrainIterator
 from dsv3_jax.errors import UserError
 
 PACK_VERSION = "1"  # of everything between text and rows; changing it invalidates old caches and iterator states
@@ -55,7 +57,7 @@ class Data:
                     f"the corpus {self.config.corpus} is too small: its {count} {split} tokens do not fill one "
                     f"sequence of {self.config.sequence_length}; give more text or a smaller data.sequence_length"
                 )
-        _ = self.row_settings  # raises now if the tokenizer has no fill-in-middle tokens
+        _ = self.row_source  # raises now if the tokenizer has no fill-in-middle tokens
 
     @property
     def fingerprint(self) -> dict[str, str]:
@@ -77,13 +79,20 @@ class Data:
         """Number of tokens of the training documents, with end-of-text tokens, without those of fill-in-middle."""
         return int((self.store.lengths[self._train_documents] + 1).sum())
 
+    def rows_of(self, epochs: float) -> int:
+        """Returns the number of training rows of the first so many epochs, at least 1."""
+        rows = EndlessRows(self.row_source)
+        whole, part = int(epochs), epochs % 1.0
+        starts = [rows.start_of(number) for number in (whole, whole + 1)]
+        return max(1, round(starts[0] + part * (starts[1] - starts[0])))
+
     def readings(self, tokens: int) -> dict[str, float]:
         """Returns how often the corpus is read by a run of so many tokens, by its name."""
         return {self.config.corpus: tokens / self.num_train_tokens}
 
     def train_iterator(self) -> TrainIterator:
         """Returns an iterator over this shard's rows, at the start. Over all shards an epoch has each row once."""
-        rows, config = EndlessRows(self.row_settings), self.config
+        rows, config = EndlessRows(self.row_source), self.config
         return TrainIterator(rows, self.fingerprint, self.shard_index, self.shard_count, config.worker_count)
 
     def validation_rows(self) -> tuple[Int32[np.ndarray, "N T_plus_1"], Int32[np.ndarray, "N T_plus_1"]]:
@@ -148,11 +157,13 @@ class Data:
     @cached_property
     def _validation_text(self) -> bytes:
         """The text of the validation targets, row after row, as bytes."""
-        targets = self._validation[0][:, 1:].ravel()
+        tokens, segment_ids = self._validation
+        targets = tokens[:, 1:][segment_ids[:, 1:] > 0]
         return self.tokenizer.to_bytes(targets[self.tokenizer.token_bytes[targets] > 0])
 
     @cached_property
-    def row_settings(self) -> RowSettings:
+    def row_source(self) -> RowSource:
+        """The training rows of every epoch."""
         config, tokenizer = self.config, self.tokenizer
         return RowSettings(
             store=self.store,
@@ -166,3 +177,8 @@ class Data:
             splitting_rate=config.punctuation_split_rate,
             splitting=PunctuationSplitting(tokenizer) if config.punctuation_split_rate else None,
         )
+
+
+def cache_key(*parts: str) -> str:
+    """Returns a name for what is made of these parts, in which `PACK_VERSION` counts too."""
+    return hashlib.sha256(json.dumps([PACK_VERSION, *parts]).encode()).hexdigest()[:24]

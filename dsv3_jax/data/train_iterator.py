@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from jaxtyping import Int32
 
-from dsv3_jax.data.epoch import Epoch, RowSettings
 from dsv3_jax.data.packing import Row
 from dsv3_jax.data.worker_processes import is_death_of_worker, read_ahead
 from dsv3_jax.errors import UserError
@@ -36,13 +35,35 @@ class Rows(Protocol):
         ...
 
 
+class EpochOfRows(Protocol):
+    """One pass over the training data, in shuffled order.
+
+    Attributes:
+      row_count: number of rows.
+    """
+
+    row_count: int
+
+    def row(self, index: int) -> Row:
+        """Returns row `index`: tokens and segment ids, int32 [T + 1] each."""
+        ...
+
+
+class RowSource(Protocol):
+    """The training rows of every epoch, which can be pickled for worker processes."""
+
+    def epoch(self, number: int) -> EpochOfRows:
+        """Returns the rows of one epoch."""
+        ...
+
+
 class EndlessRows:
     """The rows of all epochs, one epoch after another, as a source for `grain.MapDataset`."""
 
-    def __init__(self, settings: RowSettings) -> None:
-        self._settings = settings
+    def __init__(self, source: RowSource) -> None:
+        self._source = source
         self._starts = [0]  # number of the first row of each epoch; one entry more than the epochs counted
-        self._epochs: dict[int, Epoch] = {}
+        self._epochs: dict[int, EpochOfRows] = {}
 
     def __len__(self) -> int:
         return ENDLESS
@@ -54,16 +75,21 @@ class EndlessRows:
     def locate(self, index: int) -> tuple[int, int]:
         """Returns the epoch of row `index` of the run, and its number within that epoch."""
         while self._starts[-1] <= index:
-            count = self._epoch(len(self._starts) - 1).row_count
-            self._starts.append(self._starts[-1] + count)
+            self.start_of(len(self._starts))
         epoch = int(np.searchsorted(self._starts, index, side="right")) - 1
         return epoch, index - self._starts[epoch]
 
-    def _epoch(self, number: int) -> Epoch:
+    def start_of(self, epoch: int) -> int:
+        """Returns the number of the first row of an epoch."""
+        while len(self._starts) <= epoch:
+            self._starts.append(self._starts[-1] + self._epoch(len(self._starts) - 1).row_count)
+        return self._starts[epoch]
+
+    def _epoch(self, number: int) -> EpochOfRows:
         if number not in self._epochs:
             while len(self._epochs) > 1:  # two are kept: near the end of an epoch, rows of both are read
                 self._epochs.pop(min(self._epochs))
-            self._epochs[number] = Epoch(self._settings, number)
+            self._epochs[number] = self._source.epoch(number)
         return self._epochs[number]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -244,10 +244,11 @@ class StageComputation:
         """Returns tokens, segment ids and block inputs of micro-batch `m`; of any one if `m` is -1."""
         m = jnp.maximum(m, 0)
         tokens, segment_ids = (lax.dynamic_index_in_dim(x, m, keepdims=False) for x in (self.tokens, self.segment_ids))
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1] - 1), (tokens.shape[0], tokens.shape[1] - 1))
-        isolate = self.objective.isolate_documents
         model = self._shared_model(self.shared[0])
-        return tokens, segment_ids, model.block_inputs(positions, segment_ids[:, :-1], isolate_segments=isolate)
+        inputs = model.block_inputs(
+            tokens[:, :-1], None, segment_ids[:, :-1], isolate_segments=self.objective.isolate_documents
+        )
+        return tokens, segment_ids, inputs
 
     @jax.named_scope("embedding_and_dense_layers")
     def _before_layers(

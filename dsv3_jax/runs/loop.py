@@ -57,9 +57,10 @@ def train(
     *,
     initial_model: Callable[[Devices], DeepSeekV3] | None = None,
     continuation: Continuation | None = None,
+    epochs: float | None = None,
     peers: Peers | None = None,
 ) -> Outcome:
-    """Trains a model, as the command `dsv3 train` does, and writes everything about the run into the folder `out`.
+    """Trains a model, as `dsv3 train` and `dsv3 sft` do, and writes everything about the run into the folder `out`.
 
     If the folder already holds the same run, training resumes from its newest checkpoint. Several processes
     (`runs.processes.join`) train together when each calls this function with the same arguments and `out` is on a file
@@ -76,6 +77,7 @@ def train(
         weights if not given.
       continuation: the checkpoint of another run that a new run goes on from: with its optimizer, at its step, and at
         its place in the data if these are the same.
+      epochs: passes over the data, which set the number of steps of a new run; that of `config` if not given.
       peers: the other processes, which `runs.processes.join` returns; a process that loses them exits.
 
     Returns:
@@ -105,9 +107,10 @@ def train(
             share(lambda: stack.enter_context(folder.locked()) and None)
             if folder.holds_run:
                 folder.check_same_run(config)
+                epochs = None
             with folder.removed_if_no_run_starts() if is_first() else contextlib.nullcontext():
-                start = start_or_resume(config, folder, layout, initial_model, continuation)
-                runs.append(_Run(config, folder, layout, start, interruption, watchdog))
+                start = start_or_resume(config, folder, layout, initial_model, continuation, epochs)
+                runs.append(_Run(folder, layout, start, interruption, watchdog))
             stack.callback(runs[0].close)
             interruption.defer = True
             return runs[0].train()
@@ -121,13 +124,13 @@ class _Run:
 
     def __init__(
         self,
-        config: RunConfig,
         folder: RunFolder,
         layout: StateLayout,
         start: RunStart,
         interruption: Interruption,
         watchdog: PeerWatchdog,
     ):
+        config = start.config
         self.config, self.folder, self.layout = config, folder, layout
         self.interruption, self.watchdog = interruption, watchdog
         self.data, self.rows = start.data, start.rows

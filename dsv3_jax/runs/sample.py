@@ -34,9 +34,14 @@ def whole_model(skeleton: Skeleton, state: TrainState, config: RunConfig, layout
 
 
 def sample_text(model: DeepSeekV3, data: Data, config: RunConfig) -> str:
-    """Returns the first 24 tokens of a validation text, then `|`, then the model's continuation, as text."""
+    """Returns a prompt from the validation set, then `|`, then the model's continuation, as text.
+
+    The prompt is the first 24 tokens of a text; of a sample with a prompt of its own, that.
+    """
     tokens, segment_ids = data.validation_rows()
-    prompt = tokens[0][segment_ids[0] == segment_ids[0][0]][:24].tolist()
+    first = tokens[0][abs(segment_ids[0]) == abs(segment_ids[0][0])]
+    read_only = int((segment_ids[0] < 0).argmin())  # 0 if the first token is a target
+    prompt = first[: min(read_only or 24, config.model.max_position_embeddings - 1)].tolist()
     space = config.model.max_position_embeddings - len(prompt)
     new = complete(
         model,

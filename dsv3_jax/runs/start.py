@@ -45,6 +45,7 @@ class RunStart:
     """What a run starts or resumes from.
 
     Attributes:
+      config: the run's configuration, with its number of steps.
       data: the tokenised corpus and its tokenizer.
       rows: this process's training rows, at the next row to read.
       skeleton: the model without its parameters.
@@ -53,6 +54,7 @@ class RunStart:
       saved_step: step of the newest checkpoint; -1 where there is none.
     """
 
+    config: RunConfig
     data: Data
     rows: TrainIterator
     skeleton: Skeleton
@@ -88,12 +90,14 @@ def start_or_resume(
     layout: StateLayout,
     initial_model: Callable[[Devices], DeepSeekV3] | None,
     continuation: Continuation | None = None,
+    epochs: float | None = None,
 ) -> RunStart:
     """Prepares the data, then restores the newest whole checkpoint or makes a new state.
 
     Args:
       initial_model: returns the model that a new run starts from.
       continuation: what a new run goes on from instead.
+      epochs: passes over the data, which set the number of steps of a run that is not resumed.
 
     Raises:
       UserError: the data or all checkpoints cannot be used.
@@ -134,6 +138,9 @@ def start_or_resume(
             say("the data are not those of the run that this one goes on from, so they are read from their start")
             position = dataclasses.replace(position, data=rows.state(), validation_at_start=None)
     else:
+        if epochs is not None:
+            steps = -(-data.rows_of(epochs) // config.training.batch_size)
+            config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=steps))
         skeleton, state = starting_state(config, layout, initial_model)
         position = RunPosition(step=0, tokens=0, data=rows.state())
     if is_first():
@@ -151,7 +158,7 @@ def start_or_resume(
         if not folder.holds_run or _is_extended(folder.read_config(), config):
             folder.write_config(config)
     saved_step = position.step if found and source is folder else -1
-    return RunStart(data, rows, skeleton, state, position, saved_step)
+    return RunStart(config, data, rows, skeleton, state, position, saved_step)
 
 
 def _check_continued(saved: SavedRun, config: RunConfig) -> None:

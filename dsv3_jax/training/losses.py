@@ -14,7 +14,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.balance import Routing
@@ -41,7 +41,7 @@ class BatchTargets:
     """The numbers of targets of a whole batch, all its passes together.
 
     Attributes:
-      real: targets that are not padding.
+      real: tokens to predict that are not padding, those that no loss counts included.
       divisors: what the sums of the cross-entropies of the main head and of every MTP depth are divided by.
     """
 
@@ -52,17 +52,17 @@ class BatchTargets:
     def count(cls, segment_ids: Int[Array, "*A B T1"], depths: int, *, isolate_segments: bool) -> BatchTargets:
         """Counts the targets of a batch; a count of zero is replaced by one.
 
-        The divisor is the number of real targets at every depth, as Eq. 24 divides a sum of T-k terms by T. Where
-        targets stay inside a segment each depth is divided by the number of its own: segments may be so short that few
-        of the real targets count.
+        The divisor is the number of targets of the main head at every depth, as Eq. 24 divides a sum of T-k terms by T.
+        Where targets stay inside a segment each depth is divided by the number of its own: segments may be so short
+        that few of the targets of the main head count.
 
         Args:
           depths: number of MTP depths.
         """
         real = jnp.sum(segment_ids[..., 1:] != 0)
-        counts = [real] * (depths + 1)
+        counts = [jnp.sum(is_target(segment_ids, 1, isolate_segments=False))] * (depths + 1)
         if isolate_segments:
-            counts = [jnp.sum(target_weights(segment_ids, k, isolate_segments=True)) for k in range(1, depths + 2)]
+            counts = [jnp.sum(is_target(segment_ids, k, isolate_segments=True)) for k in range(1, depths + 2)]
         real, divisors = (jnp.maximum(count, 1).astype(jnp.float32) for count in (real, jnp.stack(counts)))
         return cls(real, divisors)
 
@@ -87,15 +87,21 @@ class LossTerms:
     load: Int[Array, "layers E"]
 
 
+def is_target(segment_ids: Int[Array, "*B T1"], ahead: int, *, isolate_segments: bool) -> Bool[Array, "*B T1-ahead"]:
+    """Returns True where the token `ahead` positions later is a target.
+
+    Its segment id is positive (neither padding nor read only) and, if asked, it is of the same segment.
+    """
+    targets = segment_ids[..., ahead:]
+    counted = targets > 0
+    return counted & (targets == jnp.abs(segment_ids[..., :-ahead])) if isolate_segments else counted
+
+
 def target_weights(
     segment_ids: Int[Array, "*B T1"], ahead: int, *, isolate_segments: bool
 ) -> Float[Array, "*B T1-ahead"]:
-    """Returns 1 where the token `ahead` positions later is a target: no padding and, if asked, of the same segment."""
-    targets = segment_ids[..., ahead:]
-    counted = targets != 0
-    if isolate_segments:
-        counted = counted & (targets == segment_ids[..., :-ahead])
-    return counted.astype(jnp.float32)
+    """Returns 1 where `is_target` is True, else 0."""
+    return is_target(segment_ids, ahead, isolate_segments=isolate_segments).astype(jnp.float32)
 
 
 def cross_entropies(
@@ -140,7 +146,8 @@ def objective(
     """Returns the loss of one pass and its terms.
 
     Args:
-      tokens, segment_ids: int32, T+1 tokens per row: inputs are the first T, targets the last T; segment 0 is padding.
+      tokens, segment_ids: int32, T+1 tokens per row: inputs are the first T, targets the last T. Segment 0 is padding;
+        tokens with a negative id are no targets (`modules.segments`).
       weights: alpha and lambda.
       targets: the numbers of targets of the whole batch, by which sums are divided.
       balance: which balance term is used.

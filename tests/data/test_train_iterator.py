@@ -140,7 +140,7 @@ def test_each_third_is_as_long_as_the_others_on_average(folder: Path) -> None:
     texts = [document.text for document in data.documents("train")]
     thirds, seen = [], set()
     for number in range(8):
-        epoch = Epoch(data.row_settings, number)
+        epoch = Epoch(data.row_source, number)
         for index, text in enumerate(texts):
             ids = epoch.document(index).tolist()
             assert (ids[0], ids[-1]) == (begin, data.tokenizer.eos_id)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from small_models import small_model
-from small_runs import SETTINGS, random_batch, small_run
+from small_runs import SETTINGS, packed_batch, random_batch, small_run
 
 from dsv3_jax import model as model_module
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
@@ -27,7 +27,13 @@ RATE = float(SETTINGS.learning_rate)
 
 def run_of(kind: str) -> RunConfig:
     """Returns a run of one MoE layer ("small"), also with an MTP module ("with_mtp"), of two in four passes ("staged"),
-    or of four, one of them in the first stage ("uneven")."""
+    or of four, one of them in the first stage ("uneven").
+
+    With "masked-" before it, rows are packed samples of which only the answers are learned.
+    """
+    if kind.startswith("masked-"):
+        run = run_of(kind.removeprefix("masked-"))
+        return dataclasses.replace(run, data=dataclasses.replace(run.data, isolate_documents=True))
     if kind in ("staged", "uneven"):
         run = small_run(batch_size=16, micro_batch_size=4)
         dense, layers = (2, 6) if kind == "uneven" else (0, run.model.num_hidden_layers)
@@ -42,7 +48,10 @@ def run_of(kind: str) -> RunConfig:
 def step_on(config: RunConfig, layout: StateLayout) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Returns every leaf of the state after one step and of the metrics, by name, and the result of `divided`."""
     rows = config.training.rows_per_pass
-    batch = [np.asarray(x) for x in random_batch(0, config.training.batch_size // rows, rows, padded=True)]
+    passes = config.training.batch_size // rows
+    masked = config.data.isolate_documents
+    batch = packed_batch(0, passes, rows) if masked else random_batch(0, passes, rows, padded=True)
+    batch = [np.asarray(x) for x in batch]
     skeleton, state = starting_state(config, layout, lambda devices: small_model(config.model, 0))
     biases = 0.05 * np.arange(state.router_biases.size, dtype=np.float32).reshape(state.router_biases.shape)
     state = dataclasses.replace(state, router_biases=jax.device_put(biases, state.router_biases.sharding))
