@@ -16,7 +16,6 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from ablation import BYTES, Options, new_figure, parse_options, run_arm, run_of, show, smoothed, spread, write_results
@@ -29,9 +28,9 @@ from dsv3_jax.post_training.rollouts import RolloutConfig
 from dsv3_jax.post_training.tasks import Problem, TaskSize, generate_problems
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.metrics import Record, read_metrics
+from dsv3_jax.runs.policy_run import policy_run
 from dsv3_jax.runs.reinforcement import reinforce
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.schedules import TrainingSchedule
 
 SIZE = TaskSize(operands=3, largest=9)
 TEXTS = 60_000
@@ -89,27 +88,14 @@ def _train(options: Options, seed: int) -> list[Record]:
     """Trains the base model and the policy of a seed, or reads what is there; returns the records of the policy."""
     base, policy = options.runs / f"base-{seed}", options.runs / f"policy-{seed}"
     run_arm(_base(options, seed), base)
-    source = RunFolder(base).read_config()
     settings = ReinforcementConfig(
         rollout=RolloutConfig(task="arithmetic", size=SIZE, prompts=16, group=16, max_new_tokens=NEW_TOKENS, seed=seed),
         objective=GRPOConfig(kl_weight=0.0),
         held_out=200,
     )
-    training = dataclasses.replace(
-        source.training,
-        steps=options.steps or 150,
-        batch_size=settings.rows_per_update,
-        ema_decay=0.0,
-        weight_decay=0.0,
-        schedule=TrainingSchedule(
-            learning_rate=1e-3, warmup_until=0.05, constant_until=0.7, cosine_until=1.0, final_until=1.0
-        ),
-        evaluate_every=10,
-        checkpoint_every=50,
-        log_every=10,
+    config = policy_run(
+        base, settings, steps=options.steps or 150, learning_rate=1e-3, evaluate_every=10, checkpoint_every=50
     )
-    data = dataclasses.replace(source.data, tokenizer=str(RunFolder(base).tokenizer.absolute()))
-    config = dataclasses.replace(source, training=training, data=data)
     if not RunFolder(policy).summary.exists() and (exit_code := reinforce(config, settings, base, policy)):
         sys.exit(exit_code)
     return read_metrics(RunFolder(policy).metrics)
@@ -117,9 +103,7 @@ def _train(options: Options, seed: int) -> list[Record]:
 
 def _base(options: Options, seed: int) -> RunConfig:
     """Returns the run of the base model."""
-    schedule: dict[str, Any] = {"learning_rate": 4e-3} if options.scale == "tiny" else {}
-    run = run_of(options, seed, steps=1500, schedule=schedule)
-    steps = 1500 if options.scale == "tiny" else run.training.steps
+    run = run_of(options, seed, steps=2500)
     data = DataConfig(
         corpus=str(write_texts(options.runs / "texts.jsonl")),
         tokenizer="byte",
@@ -129,7 +113,7 @@ def _base(options: Options, seed: int) -> RunConfig:
         isolate_documents=True,
         seed=seed,
     )
-    return dataclasses.replace(run, data=data, training=dataclasses.replace(run.training, steps=steps, batch_size=32))
+    return dataclasses.replace(run, data=data, model=run.model.replace(num_nextn_predict_layers=0))
 
 
 def write_texts(path: Path, count: int = TEXTS) -> Path:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -17,11 +17,7 @@ from dsv3_jax.post_training.config import ReinforcementConfig
 from dsv3_jax.post_training.grpo import GRPOConfig
 from dsv3_jax.post_training.rollouts import RolloutConfig
 from dsv3_jax.post_training.tasks import TASKS, TaskSize
-from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.defaults import default_run
-from dsv3_jax.training.schedules import TrainingSchedule
 
 _DESCRIPTION = f"""Train a model by reward: group relative policy optimization (report section 5.2.2).
 
@@ -122,31 +118,12 @@ class GRPOOptions:
             **{name: getattr(self, name) for name in _OF_UPDATES},
         )
 
-    def config(self, source: RunConfig, settings: ReinforcementConfig) -> RunConfig:
-        """Returns the configuration of the run.
-
-        Args:
-          source: configuration of the run that the policy starts from.
-        """
-        changes: dict[str, Any] = {
-            "batch_size": settings.rows_per_update,
-            "ema_decay": 0.0,
-            "sample_tokens": 0,
-            "schedule": TrainingSchedule(
-                learning_rate=self.learning_rate,
-                warmup_until=self.warmup,
-                **dict.fromkeys(("constant_until", "cosine_until", "final_until", "ramp_from"), 1.0),
-            ),
-        }
-        changes |= {name: getattr(self, name) for name in _OF_TRAINING}
-        training = dataclasses.replace(source.training, **changes)
-        return dataclasses.replace(source, training=training, precision=self.precision, mesh=self.mesh)
-
 
 _OF_ROLLOUTS = ("reward", "prompts", "group", "max_new_tokens", "overlong_penalty", "seed")
 _OF_UPDATES = ("epochs", "minibatches", "replay_experts", "one_step_behind", "reference_every", "held_out")
 _OF_TRAINING = (
-    *("steps", "micro_batch_size", "weight_decay", "evaluate_every", "checkpoint_every", "log_every", "seed"),
+    *("steps", "micro_batch_size", "learning_rate", "warmup", "weight_decay"),
+    *("evaluate_every", "checkpoint_every", "log_every", "seed", "precision"),
 )
 
 
@@ -166,33 +143,20 @@ def main(argv: list[str]) -> int:
     # These imports are slow, so wrong arguments are reported before them.
     from dsv3_jax.cli.compilation_cache import keep_compiled_programs
     from dsv3_jax.precision import Precision
+    from dsv3_jax.runs.policy_run import policy_run
     from dsv3_jax.runs.reinforcement import reinforce
 
     Precision.preset(options.precision)
     keep_compiled_programs()
     with notes():
-        return reinforce(options.config(_source_run(source), settings), settings, source, out)
+        config = policy_run(source, settings, **{name: getattr(options, name) for name in _OF_TRAINING})
+        return reinforce(dataclasses.replace(config, mesh=options.mesh), settings, source, out)
 
 
 def _defaults(argv: list[str]) -> GRPOOptions:
     """Returns the options before `argv` changes them; the run's folder is the first word that is no option."""
     run = argv[0] if argv and not argv[0].startswith("-") else ""
     return GRPOOptions(run=run)
-
-
-def _source_run(source: Path) -> RunConfig:
-    """Returns the configuration of the run that the policy starts from, with the tokenizer of its weights.
-
-    Raises:
-      UserError: the folder holds neither a run nor a published checkpoint.
-    """
-    from dsv3_jax.runs.starting_point import architecture_of_source, tokenizer_of_source
-
-    run = RunFolder(source)
-    model = architecture_of_source(source)
-    config = run.read_config() if run.holds_run else dataclasses.replace(default_run("nano"), model=model)
-    data = dataclasses.replace(config.data, tokenizer=str(tokenizer_of_source(source)))
-    return dataclasses.replace(config, data=data)
 
 
 if __name__ == "__main__":

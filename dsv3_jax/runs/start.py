@@ -108,8 +108,8 @@ def start_or_resume(
             )
         if "problems" in saved.position.data:
             raise UserError(
-                f"{folder.path} holds a run of reinforcement learning: resume it with dsv3 grpo, or start a new run "
-                f"from it with --init-from {folder.path} and another --out"
+                f"{source.path} holds a run of reinforcement learning: resume it with dsv3 grpo, or start a new run "
+                f"from it with --init-from {source.path} and another --out"
             )
         if source is not folder:
             _check_continued(saved, config)

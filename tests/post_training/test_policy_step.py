@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from simulated import run_simulated
 from small_models import small_model
 from small_runs import VOCABULARY, small_run
 
@@ -116,9 +118,7 @@ def test_one_positive_member_without_kl_is_weighted_fine_tuning(micro: int) -> N
     step = make_policy_step(skeleton, CONFIG, GRPOConfig(kl_weight=0.0), longest=8, donate=False)
     after, metrics = step(policy_state(state, reference=False), texts, completions, jnp.float32(0.0))
     moments = optax.tree_utils.tree_get(after.optimizer, "mu")
-    for (path, leaf), moment in zip(
-        jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(moments), strict=True
-    ):
+    for (path, leaf), moment in zip(jax.tree_util.tree_leaves_with_path(wanted), jax.tree.leaves(moments), strict=True):
         scale = float(jnp.max(jnp.abs(leaf))) or 1.0
         np.testing.assert_allclose(
             np.asarray(moment) / (1 - CONFIG.training.beta1) / scale,
@@ -166,3 +166,10 @@ def test_rows_of_a_rollout() -> None:
     # The drawn tokens are targets: position t predicts token t + 1.
     np.testing.assert_array_equal(completions.mask[0, 3, :6], [False, True, True, True, False, False])
     np.testing.assert_allclose(completions.advantages[0], [0.5, -0.5, 0, 0])
+
+
+def test_an_update_on_a_mesh_is_that_on_one_device() -> None:
+    found = run_simulated(Path(__file__).parent / "simulated_policy.py")
+    assert found["norm"] > 1e-3
+    assert max(found["log_probs"], found["terms"], found["entropy"]) < 2e-5
+    assert found["moments"] < 2e-3
