@@ -1,9 +1,10 @@
 """Does reasoning grow from rewards alone? DeepSeek-R1-Zero (R1 report, section 2.2) at a size that a laptop trains.
 
-A base model is trained on problems of arithmetic with two kinds of answers. Three quarters of the texts guess, and are
-almost always wrong: "7 + 3 * 9 = \\boxed{51}". The others work the answer out: "7 + 3 * 9 = 3 * 9 = 27, 7 + 27 = 34.
-\\boxed{34}". So the base model knows the form, guesses when asked, and is seldom right. GRPO then rewards right numbers
-and nothing else: no example is shown, and no reward says that thinking is good.
+A base model is trained on problems of arithmetic with two kinds of answers. Three quarters of the texts answer at once
+with the first two numbers of the problem side by side, which is almost never right: "4 + 3 * 5 = \\boxed{43}". The rest
+work the answer out: "4 + 3 * 5 = 3 * 5 = 15, 4 + 15 = 19. \\boxed{19}". So the base model knows both forms, prefers the
+first, and is seldom right. GRPO then rewards right numbers and nothing else: no example is shown, and no reward says
+that working an answer out is good.
 
 R1-Zero's curves are looked for: accuracy on held-out problems rises, and so does the length of the answers.
 
@@ -32,7 +33,7 @@ from dsv3_jax.runs.policy_run import policy_run
 from dsv3_jax.runs.reinforcement import reinforce
 from dsv3_jax.training.config import RunConfig
 
-SIZE = TaskSize(operands=3, largest=9)
+SIZE = TaskSize(operands=3, largest=5)
 TEXTS = 60_000
 WORKED = 0.25  # share of the base model's texts that work the answer out
 NEW_TOKENS = 48
@@ -117,7 +118,7 @@ def _base(options: Options, seed: int) -> RunConfig:
 
 
 def write_texts(path: Path, count: int = TEXTS) -> Path:
-    """Writes problems with guessed and worked answers as JSON lines, unless `path` exists; returns it."""
+    """Writes problems with quick and worked answers as JSON lines, unless `path` exists; returns it."""
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,10 +128,16 @@ def write_texts(path: Path, count: int = TEXTS) -> Path:
     for _ in range(count):
         problem = next(problems)
         worked = random.random() < WORKED
-        answer = worked_answer(problem) if worked else f"\\boxed{{{random.integers(-20, 100)}}}"
+        answer = worked_answer(problem) if worked else quick_answer(problem)
         texts.append(json.dumps({"text": problem.prompt + answer}) + "\n")
     path.write_text("".join(texts))
     return path
+
+
+def quick_answer(problem: Problem) -> str:
+    """Returns the first two numbers of the problem side by side, in a box."""
+    first, _, second, *_ = problem.prompt.split()
+    return f"\\boxed{{{first}{second}}}"
 
 
 def worked_answer(problem: Problem) -> str:
