@@ -95,7 +95,7 @@ def _train(options: Options, seed: int) -> list[Record]:
         held_out=200,
     )
     config = policy_run(
-        base, settings, steps=options.steps or 150, learning_rate=1e-3, evaluate_every=10, checkpoint_every=50
+        base, settings, steps=options.steps or 120, learning_rate=3e-4, evaluate_every=10, checkpoint_every=50
     )
     if not RunFolder(policy).summary.exists() and (exit_code := reinforce(config, settings, base, policy)):
         sys.exit(exit_code)
@@ -104,7 +104,7 @@ def _train(options: Options, seed: int) -> list[Record]:
 
 def _base(options: Options, seed: int) -> RunConfig:
     """Returns the run of the base model."""
-    run = run_of(options, seed, steps=2500)
+    run = run_of(options, seed, steps=8000)
     data = DataConfig(
         corpus=str(write_texts(options.runs / "texts.jsonl")),
         tokenizer="byte",

@@ -84,7 +84,8 @@ class PolicyUpdates:
         for epoch in range(settings.epochs):
             for rows in self._minibatches(step, epoch):
                 batch = jax.tree.map(lambda leaf, rows=rows: leaf[:, rows], (texts, completions))
-                state, each = self._take_step(state, *self._in_passes(batch), jnp.float32(learning_rate))
+                texts_of, completions_of = self._in_passes(batch)
+                state, each = self._take_step(state, texts_of, completions_of, jnp.float32(learning_rate))
                 metrics.append(jax.device_get(each))
         if settings.reference_every and (step + 1) % settings.reference_every == 0:
             state = dataclasses.replace(state, reference=jax.tree.map(jnp.copy, state.params))
