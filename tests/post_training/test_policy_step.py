@@ -168,6 +168,7 @@ def test_rows_of_a_rollout() -> None:
     np.testing.assert_allclose(completions.advantages[0], [0.5, -0.5, 0, 0])
 
 
+@pytest.mark.slow
 def test_an_update_on_a_mesh_is_that_on_one_device() -> None:
     found = run_simulated(Path(__file__).parent / "simulated_policy.py")
     assert found["norm"] > 1e-3

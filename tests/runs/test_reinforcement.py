@@ -72,6 +72,7 @@ def run(source: Path, out: Path, *more: str) -> list[dict[str, Any]]:
         pytest.param(
             ["--one-step-behind", "--objective.largest-correction", "2", "--minibatches", "2", "--replay-experts"],
             id="behind",
+            marks=pytest.mark.slow,
         ),
     ],
 )
