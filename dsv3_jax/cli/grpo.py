@@ -38,10 +38,9 @@ Examples:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GRPOOptions:
-    """The options of `dsv3 grpo`.
+    """The options of `dsv3 grpo` after the run, or checkpoint in the published layout, that the policy starts from.
 
     Attributes:
-      run: folder of a run, or of a checkpoint in the published layout, that the policy starts from.
       out: folder of the new run.
       task: kind of generated problems, or a file of JSON lines with prompt, answer and reward.
       reward: sum of rewards, such as "numeric+0.1*format".
@@ -72,7 +71,6 @@ class GRPOOptions:
       mesh: number of devices along each mesh axis.
     """
 
-    run: tyro.conf.Positional[str]
     out: Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")] = ""
     task: str = "arithmetic"
     reward: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: each problem's own)")] = ""
@@ -133,11 +131,14 @@ def main(argv: list[str]) -> int:
     Raises:
       UserError: the options are wrong, or source, task or folder cannot be used.
     """
-    options = parse(GRPOOptions, argv, prog="dsv3 grpo", description=_DESCRIPTION, default=_defaults(argv))
+    run, *rest = argv if argv and not argv[0].startswith("-") else ["", *argv]
+    options = parse(rest, prog="dsv3 grpo RUN", description=_DESCRIPTION, default=GRPOOptions())
+    if not run:
+        raise UserError("the run is missing: name it first, such as dsv3 grpo runs/base --out runs/reasoning")
     if not options.out:
         raise UserError("--out is missing: give the folder of the new run, such as --out runs/reasoning")
     settings = options.settings()
-    source, out = Path(options.run), Path(options.out)
+    source, out = Path(run), Path(options.out)
     if source.resolve() == out.resolve():
         raise UserError("--out must be another folder than that of the run that the policy starts from")
     # These imports are slow, so wrong arguments are reported before them.
@@ -151,12 +152,6 @@ def main(argv: list[str]) -> int:
     with notes():
         config = policy_run(source, settings, **{name: getattr(options, name) for name in _OF_TRAINING})
         return reinforce(dataclasses.replace(config, mesh=options.mesh), settings, source, out)
-
-
-def _defaults(argv: list[str]) -> GRPOOptions:
-    """Returns the options before `argv` changes them; the run's folder is the first word that is no option."""
-    run = argv[0] if argv and not argv[0].startswith("-") else ""
-    return GRPOOptions(run=run)
 
 
 if __name__ == "__main__":

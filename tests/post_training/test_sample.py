@@ -19,7 +19,7 @@ from dsv3_jax.post_training.tasks import generate_problems
 
 
 def completion(text: str, tokens: int, reward: float) -> Completion:
-    return Completion(text, tokens, False, {"reward": reward})
+    return Completion(text, (1,) * tokens, (), (), False, {"reward": reward})
 
 
 @pytest.mark.parametrize(("rule", "kept"), [("shortest-right", ["c"]), ("best", ["b"]), ("all", ["a", "b", "c", "d"])])
