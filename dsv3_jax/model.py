@@ -162,6 +162,7 @@ class DeepSeekV3(CachedDecoding):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         isolate_segments: bool = True,
+        experts: Int[Array, "layers B T K"] | None = None,
     ) -> Features:
         """Returns the hidden states before the output head, for losses that never hold all logits.
 
@@ -172,11 +173,13 @@ class DeepSeekV3(CachedDecoding):
           segment_ids: int32; 0 marks padding, which routing statistics leave out. The sign does not matter.
           isolate_segments: whether attention stays inside equal segment ids. With False the ids mark padding only
             (the report packs documents without a mask between them).
+          experts: int32, the experts of every token in the MoE layers of the main model, instead of those that the
+            routers choose. Gates are computed from the affinities as ever, and so are the routing statistics.
         """
         inputs = self.block_inputs(tokens, positions, segment_ids, isolate_segments=isolate_segments)
         with jax.named_scope("embedding"):
             embedded = self.embedding(tokens)
-        stream, routing = self._main_blocks(embedded, inputs)
+        stream, routing = self._main_blocks(embedded, inputs, experts)
         hidden = self.final_norm(stream)
         with jax.named_scope("multi_token_prediction"):
             mtp_hidden, mtp_routing = self.multi_token(stream, hidden, embedded, inputs)
@@ -205,26 +208,33 @@ class DeepSeekV3(CachedDecoding):
         )
 
     def _main_blocks(
-        self, h: Float[Array, "B T d"], inputs: BlockInputs
+        self, h: Float[Array, "B T d"], inputs: BlockInputs, experts: Int[Array, "layers B T K"] | None
     ) -> tuple[Float[Array, "B T d"], Routing | None]:
         """Applies all layers of the main model; returns the residual stream and the stacked routing statistics."""
         routing = None
         if self.config.num_dense_layers:
             h, _ = self.scan_blocks(self.dense_blocks, h, inputs)
         if self.config.num_moe_layers:
-            h, routing = self.scan_blocks(self.moe_blocks, h, inputs)
+            h, routing = self.scan_blocks(self.moe_blocks, h, inputs, experts)
         return h, routing
 
     def scan_blocks(
-        self, blocks: Block, h: Float[Array, "B T d"], inputs: BlockInputs
+        self,
+        blocks: Block,
+        h: Float[Array, "B T d"],
+        inputs: BlockInputs,
+        experts: Int[Array, "layers B T K"] | None = None,
     ) -> tuple[Float[Array, "B T d"], Routing | None]:
-        """Applies stacked blocks one after the other."""
+        """Applies stacked blocks one after the other; `experts` as in `features`."""
         graph, stacked = nnx.split(blocks)
 
-        def layer(h: Float[Array, "B T d"], state: nnx.State) -> tuple[Float[Array, "B T d"], Routing | None]:
-            return nnx.merge(graph, state)(h, inputs)
+        def layer(
+            h: Float[Array, "B T d"], item: tuple[nnx.State, Int[Array, "B T K"] | None]
+        ) -> tuple[Float[Array, "B T d"], Routing | None]:
+            state, experts = item
+            return nnx.merge(graph, state)(h, inputs, experts)
 
-        return lax.scan(rematerialise(layer, self.remat), h, stacked, unroll=self._unroll(stacked))
+        return lax.scan(rematerialise(layer, self.remat), h, (stacked, experts), unroll=self._unroll(stacked))
 
     def _unroll(self, stacked: nnx.State) -> int:
         """Returns how many layers are unrolled in one iteration of the compiled loop: all of a few, or one.

@@ -18,7 +18,7 @@ from pallas_kernels.quantize import (
     quantize_both,
     requantize_transposed,
 )
-from pallas_kernels.routing import Gates, Permutation, combine, gate, permute
+from pallas_kernels.routing import Gates, Permutation, combine, gate, gates_of_experts, permute
 
 __all__ = [
     "PROMOTION_INTERVAL",
@@ -30,6 +30,7 @@ __all__ = [
     "combine",
     "dequantize",
     "gate",
+    "gates_of_experts",
     "grouped_matmul",
     "grouped_weight_gradient",
     "has_attention_kernel",

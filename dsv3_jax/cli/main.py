@@ -23,6 +23,7 @@ COMMANDS = {
     "chat": ("dsv3_jax.cli.chat", "chat with a trained model in the terminal"),
     "serve": ("dsv3_jax.cli.serve", "serve a trained model over HTTP: OpenAI's API and a chat page"),
     "sample": ("dsv3_jax.cli.sample", "draw completions of problems, score them, and keep the good ones"),
+    "grpo": ("dsv3_jax.cli.grpo", "train a model by reward: reinforcement learning on problems that a rule checks"),
     "eval": ("dsv3_jax.cli.evaluate", "evaluate a run: validation loss, bits per byte, MTP acceptance"),
     "inspect": ("dsv3_jax.cli.inspect", "show what a run or a published checkpoint is"),
     "import-hf": ("dsv3_jax.cli.import_hf", "turn a published checkpoint into a run folder"),

@@ -28,6 +28,7 @@ Examples:
   dsv3 plan --target h800:2048 --mesh stage=16,expert=64,data=2 --precision fp8 --batch-size 15360 --average none
   dsv3 plan --preset v3-671b --target h200:2048 --mesh fsdp=32,expert=64 --compile --out plans/h200
   dsv3 plan --preset ablation-16b --target h100:64 --search 10
+  dsv3 plan --target h800:512 --mesh fsdp=8,expert=64 --batch-size 512 --sequence-length 8192 --average none --grpo 512
 """
 
 
@@ -51,6 +52,9 @@ class PlanOptions:
       tokens: tokens of the whole run, such as 14.8e12.
       compile: compile the real training step for the target and compare.
       search: rank this many mesh shapes; with --compile the best are compiled and ranked again.
+      grpo: plan reinforcement learning by dsv3 grpo too, with an engine that writes this many sequences at a time; 0
+        for training alone.
+      grpo_reference: with --grpo, whether there is a reference (a KL weight above 0).
       json: print JSON instead of tables.
       out: folder for plan.json, plan.txt and plan.png.
     """
@@ -70,11 +74,18 @@ class PlanOptions:
     tokens: float = 14.8e12
     compile: bool = False
     search: int = 0
+    grpo: int = 0
+    grpo_reference: bool = True
     json: bool = False
     out: str = ""
 
     def __post_init__(self) -> None:
-        bounds = {"sequence_length": (0, 2**24), "search": (0, 10**4), "tokens": (1.0, 1e18)}
+        bounds = {
+            "sequence_length": (0, 2**24),
+            "search": (0, 10**4),
+            "tokens": (1.0, 1e18),
+            "grpo": (0, LARGEST_COUNT),
+        }
         given = [name for name in ("batch_size", "micro_batch_size") if getattr(self, name) is not None]
         check_bounds(self, bounds | dict.fromkeys(given, (0, LARGEST_COUNT)), "--")
 
@@ -87,6 +98,8 @@ def main(argv: list[str]) -> int:
             "`python experiments/report_run.py`"
         )
     options = parse(argv, prog="dsv3 plan", description=_DESCRIPTION, default=PlanOptions())
+    if options.search and options.grpo:
+        raise UserError("--grpo is planned for one mesh: leave out --search")
     if options.search and options.mesh:
         raise UserError("--search chooses the mesh itself: leave out --mesh")
     if options.search:
@@ -138,12 +151,20 @@ def _deliver(plan: Plan, compiled: Any, options: PlanOptions) -> None:
     values = plan_as_dict(plan)
     if compiled is not None:
         values["compiled"] = compiled.as_dict()
+    reinforcement = None
+    if options.grpo:
+        from dsv3_jax.planning.reinforcement import ReinforcementMemory
+
+        reinforcement = ReinforcementMemory.of(plan, options.grpo, reference=options.grpo_reference)
+        values["reinforcement_learning"] = reinforcement.as_dict()
     text = json.dumps(values, indent=1)
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 110)
     if options.json:
         print(text)
     else:
         show(plan, console, compiled)
+        if reinforcement is not None:
+            console.print(reinforcement.table())
     if options.out:
         from dsv3_jax.planning.picture import draw_plan
 
@@ -151,6 +172,8 @@ def _deliver(plan: Plan, compiled: Any, options: PlanOptions) -> None:
         (folder / "plan.json").write_text(text + "\n", encoding="utf-8")
         with (folder / "plan.txt").open("w", encoding="utf-8") as file:
             show(plan, Console(file=file, width=110), compiled)
+            if reinforcement is not None:
+                Console(file=file, width=110).print(reinforcement.table())
         draw_plan(plan, folder / "plan.png")
 
 

@@ -124,15 +124,12 @@ def _prompts_in(path: Path) -> set[str]:
 
 
 def _problems(arguments: argparse.Namespace) -> list[Problem]:
-    from dsv3_jax.post_training.tasks import TaskSize, generate_problems, read_problems
+    from dsv3_jax.post_training.tasks import TaskSize, distinct, generate_problems, read_problems
 
     if arguments.problems is not None:
         return read_problems(arguments.problems)[: arguments.count]
     size = TaskSize(operands=arguments.operands, largest=arguments.largest)
-    endless = generate_problems(arguments.task, arguments.split, arguments.seed, size)
-    # A small task has few problems: equal ones count once, and the search for new ones ends.
-    tries = itertools.islice(endless, 20 * arguments.count)
-    return list({problem.prompt: problem for problem in tries}.values())[: arguments.count]
+    return distinct(generate_problems(arguments.task, arguments.split, arguments.seed, size), arguments.count)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

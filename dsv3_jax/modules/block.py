@@ -67,18 +67,24 @@ class Block(nnx.Module):
                 config.hidden_size, config.intermediate_size, scale=config.initializer_range, **make
             )
 
-    def __call__(self, h: Float[Array, "B T d"], inputs: BlockInputs) -> tuple[Float[Array, "B T d"], Routing | None]:
-        """Maps whole sequences; the routing statistics are None for a dense block."""
-        h, _, routing = self.with_latents(h, inputs)
+    def __call__(
+        self, h: Float[Array, "B T d"], inputs: BlockInputs, experts: Int[Array, "B T K"] | None = None
+    ) -> tuple[Float[Array, "B T d"], Routing | None]:
+        """Maps whole sequences; the routing statistics are None for a dense block.
+
+        Args:
+          experts: the experts of each token, instead of those that the router chooses.
+        """
+        h, _, routing = self.with_latents(h, inputs, experts)
         return h, routing
 
     def with_latents(
-        self, h: Float[Array, "B T d"], inputs: BlockInputs
+        self, h: Float[Array, "B T d"], inputs: BlockInputs, experts: Int[Array, "B T K"] | None = None
     ) -> tuple[Float[Array, "B T d"], tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]], Routing | None]:
         """Maps whole sequences, and also returns what a cache would hold of them: c^KV and k^R."""
         with jax.named_scope("attention"):
             attended, latent, rope_key = self.attention(self.attention_norm(h), inputs.rotation, inputs.segment_ids)
-        h, routing = self._feed_forward(h + attended, inputs.token_mask)
+        h, routing = self._feed_forward(h + attended, inputs.token_mask, experts)
         return h, (latent, rope_key), routing
 
     def decode[Cache: LatentCache](
@@ -109,11 +115,11 @@ class Block(nnx.Module):
             return h + self.feed_forward(u), cache, None
 
     def _feed_forward(
-        self, h: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None
+        self, h: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None, experts: Int[Array, "B T K"] | None
     ) -> tuple[Float[Array, "B T d"], Routing | None]:
         with jax.named_scope("feed_forward"):
             u = self.feed_forward_norm(h)
             if isinstance(self.feed_forward, MixtureOfExperts):
-                y, routing = self.feed_forward(u, token_mask)
+                y, routing = self.feed_forward(u, token_mask, experts)
                 return h + y, routing
             return h + self.feed_forward(u), None

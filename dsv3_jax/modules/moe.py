@@ -195,14 +195,18 @@ class MixtureOfExperts(nnx.Module):
             )
 
     def __call__(
-        self, u: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None = None
+        self,
+        u: Float[Array, "B T d"],
+        token_mask: Bool[Array, "B T"] | None = None,
+        experts: Int[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T d"], Routing]:
         """Returns the layer's output and its routing statistics.
 
         Args:
           token_mask: False at tokens that are computed but not counted.
+          experts: the experts of each token, instead of those that the router chooses.
         """
-        gates = self.router(u, token_mask)
+        gates = self.router(u, token_mask, experts)
         with jax.named_scope("routed_experts"):
             routed = self.experts(u.reshape(-1, u.shape[-1]), gates)
         sequence_balance, batch_balance = balance_terms(

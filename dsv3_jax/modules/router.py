@@ -6,11 +6,13 @@ selection only; gates come from the affinities without it.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from dsv3_jax.config import ModelConfig
@@ -42,8 +44,17 @@ class Router(nnx.Module):
         if config.has_router_bias:
             self.bias = RouterBias(jnp.zeros((config.n_routed_experts,), jnp.float32))
 
-    def __call__(self, u: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None = None) -> pallas_kernels.Gates:
-        """Returns experts and gates of every token, with the balance statistics of every sequence."""
+    def __call__(
+        self,
+        u: Float[Array, "B T d"],
+        token_mask: Bool[Array, "B T"] | None = None,
+        experts: Int[Array, "B T K"] | None = None,
+    ) -> pallas_kernels.Gates:
+        """Returns experts and gates of every token, with the balance statistics of every sequence.
+
+        Args:
+          experts: the experts of each token. The statistics remain those of the experts that this router chooses.
+        """
         config = self.config
         with jax.named_scope("router_logits"):
             weight = self.weight[...]
@@ -51,8 +62,9 @@ class Router(nnx.Module):
                 _logits, u, weight, self.shape, batch_axes=2, in_axes=1, gather_dtype=weight.dtype
             )
         with jax.named_scope("gate"):
-            return self.devices.gate(
-                keep(logits),
+            logits = keep(logits)
+            gates = self.devices.gate(
+                logits,
                 self.bias[...] if config.has_router_bias else None,
                 token_mask,
                 num_experts_per_tok=config.num_experts_per_tok,
@@ -63,6 +75,16 @@ class Router(nnx.Module):
                 norm_topk_prob=config.norm_topk_prob,
                 routed_scaling_factor=config.routed_scaling_factor,
             )
+            if experts is None:
+                return gates
+            weights = pallas_kernels.gates_of_experts(
+                logits,
+                experts,
+                scoring_func=config.scoring_func,
+                norm_topk_prob=config.norm_topk_prob,
+                routed_scaling_factor=config.routed_scaling_factor,
+            )
+            return dataclasses.replace(gates, expert_index=experts, gate=weights)
 
 
 def _logits(u: Float[Array, "B T d"], weight: Float[Array, "E d"]) -> Float[Array, "B T E"]:

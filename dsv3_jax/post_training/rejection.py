@@ -6,13 +6,17 @@ What is kept is data for fine-tuning. With a stronger model as the one that samp
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import numpy as np
+
 from dsv3_jax.data import Tokenizer
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.inference import Engine, Request, Sampler
+from dsv3_jax.inference.requests import Result
 from dsv3_jax.post_training.rewards import Reward
 from dsv3_jax.post_training.tasks import Problem
 
@@ -26,13 +30,18 @@ class Completion:
 
     Attributes:
       text: without the token that ended it.
-      tokens: number of tokens, that one included.
+      ids: its tokens, that one included.
+      logprobs: log-probability with which each token was drawn; empty unless asked for.
+      experts: int32 [MoE layers, K] for each token that the model read, those of the prompt first: the experts it
+        chose. Empty unless the engine records them.
       cut: whether it was cut at the length limit.
       scores: each part of the reward, unweighted, and "reward", their weighted sum.
     """
 
     text: str
-    tokens: int
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    experts: tuple[np.ndarray, ...] = dataclasses.field(compare=False)
     cut: bool
     scores: dict[str, float]
 
@@ -46,6 +55,7 @@ class SamplingConfig:
       max_new_tokens: most tokens of a completion.
       sampler: how tokens are chosen.
       seed: of all draws; the draws of a completion depend on it, the prompt and the completion's number alone.
+      logprobs: whether completions come with the log-probabilities of their tokens.
       reward: parts and weights; without any, a problem's own reward counts.
     """
 
@@ -53,6 +63,7 @@ class SamplingConfig:
     max_new_tokens: int = 64
     sampler: Sampler = dataclasses.field(default_factory=Sampler)
     seed: int = 0
+    logprobs: bool = False
     reward: Reward | None = None
 
     def __post_init__(self) -> None:
@@ -70,28 +81,40 @@ def sample(
     Raises:
       UserError: a prompt does not fit the engine, or a reward cannot be computed on this machine.
     """
-    requests = [
+    results = engine.run(requests_for(tokenizer, problems, config))
+    for problem, some in zip(problems, itertools.batched(results, config.samples), strict=True):
+        yield problem, [score(tokenizer, problem, result, config.reward) for result in some]
+
+
+def requests_for(tokenizer: Tokenizer, problems: Sequence[Problem], config: SamplingConfig) -> list[Request]:
+    """Returns the requests for `config.samples` completions of each problem, one problem after the other."""
+    return [
         Request(
             prompt=tuple(tokenizer.prompt_ids(problem.prompt)),
             max_new_tokens=config.max_new_tokens,
             sampler=config.sampler,
             seed=_seed(config.seed, problem.prompt, number),
             stop_tokens=tuple(tokenizer.end_ids),
+            top_logprobs=0 if config.logprobs else None,
         )
         for problem in problems
         for number in range(config.samples)
     ]
-    results = iter(engine.run(requests))
-    for problem in problems:
-        completions = []
-        for _ in range(config.samples):
-            result = next(results)
-            ended = result.finished == "stop"
-            text = tokenizer.decode(result.tokens[:-1] if ended else result.tokens)
-            reward = config.reward or Reward(((problem.reward, 1.0),))
-            scores = reward.score(problem.prompt, text, problem.answer)
-            completions.append(Completion(text, len(result.tokens), not ended, scores))
-        yield problem, completions
+
+
+def score(tokenizer: Tokenizer, problem: Problem, result: Result, reward: Reward | None) -> Completion:
+    """Returns what the engine wrote for a problem with its scores; without a `reward`, the problem's own counts."""
+    ended = result.finished == "stop"
+    text = tokenizer.decode(result.tokens[:-1] if ended else result.tokens)
+    reward = reward or Reward(((problem.reward, 1.0),))
+    return Completion(
+        text=text,
+        ids=tuple(result.tokens),
+        logprobs=tuple(each.logprob for each in result.logprobs),
+        experts=tuple(result.experts),
+        cut=not ended,
+        scores=reward.score(problem.prompt, text, problem.answer),
+    )
 
 
 def keep(completions: Sequence[Completion], rule: Keep, least: float) -> list[Completion]:
@@ -105,8 +128,8 @@ def keep(completions: Sequence[Completion], rule: Keep, least: float) -> list[Co
     if not good:
         return []
     if rule == "shortest-right":
-        return [min(good, key=lambda completion: completion.tokens)]
-    return [max(good, key=lambda completion: (completion.scores["reward"], -completion.tokens))]
+        return [min(good, key=lambda completion: len(completion.ids))]
+    return [max(good, key=lambda completion: (completion.scores["reward"], -len(completion.ids)))]
 
 
 def _seed(seed: int, prompt: str, number: int) -> int:

@@ -7,6 +7,7 @@ problem belongs to follows from its prompt's checksum.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -119,6 +120,56 @@ def generate_problems(task: str, split: Split, seed: int, size: TaskSize | None 
         problem = TASKS[task](random, size)
         if split_of(problem.prompt) == split:
             yield problem
+
+
+class ProblemSource:
+    """The problems of a run: of a generated task, or of a file whose problems are shuffled anew for every epoch.
+
+    Args:
+      task: the name of a task, or the path of a file of problems.
+      seed: of the problems or their order.
+      size: how hard generated problems are.
+
+    Raises:
+      UserError: there is no such task or file, or all problems of a file are in the same split.
+    """
+
+    def __init__(self, task: str, seed: int, size: TaskSize | None = None):
+        self._task, self._seed, self._size = task, seed, size
+        self._files: dict[Split, list[Problem]] = {}
+        if task not in TASKS:
+            if not Path(task).is_file():
+                raise UserError(f"there is no task or file '{task}'; choose of {', '.join(TASKS)}, or give a file")
+            problems = read_problems(Path(task))
+            for split in ("train", "held-out"):
+                self._files[split] = [problem for problem in problems if split_of(problem.prompt) == split]
+                if not self._files[split]:
+                    raise UserError(
+                        f"{task} has too few problems: none of its {len(problems)} is for {split}; add some"
+                    )
+
+    def training(self, first: int) -> Iterator[Problem]:
+        """Yields problems to train on without end, from number `first` on."""
+        if not self._files:
+            return itertools.islice(generate_problems(self._task, "train", self._seed, self._size), first, None)
+        return itertools.islice(self._shuffled(self._files["train"]), first, None)
+
+    def held_out(self, count: int) -> list[Problem]:
+        """Returns up to `count` different problems that are never trained on."""
+        if self._files:
+            return self._files["held-out"][:count]
+        return distinct(generate_problems(self._task, "held-out", self._seed, self._size), count)
+
+    def _shuffled(self, problems: list[Problem]) -> Iterator[Problem]:
+        for epoch in itertools.count():
+            for index in np.random.default_rng([self._seed, epoch]).permutation(len(problems)).tolist():
+                yield problems[index]
+
+
+def distinct(problems: Iterator[Problem], count: int) -> list[Problem]:
+    """Returns up to `count` problems with different prompts; a small task has few, and the search for more ends."""
+    tries = itertools.islice(problems, 20 * count)
+    return list({problem.prompt: problem for problem in tries}.values())[:count]
 
 
 def split_of(prompt: str) -> Split:

@@ -175,11 +175,15 @@ def restore(
       DamagedCheckpoint: the arrays cannot be read.
     """
     skeleton, abstract = abstract_state(config, make_model)
-    return skeleton, _restore_arrays(path, abstract, (layout or StateLayout()).of_state(abstract))
+    return skeleton, restore_arrays(path, abstract, (layout or StateLayout()).of_state(abstract))
 
 
-def _restore_arrays(path: Path, abstract: Tree, shardings: Tree) -> Tree:
-    """Restores the arrays whose shapes are in `abstract`: a state, or part of one, of which nothing else is read."""
+def restore_arrays(path: Path, abstract: Tree, shardings: Tree) -> Tree:
+    """Returns the arrays of a checkpoint whose shapes are in `abstract`: a state, or the part of one that is read.
+
+    Raises:
+      DamagedCheckpoint: the arrays cannot be read.
+    """
     by_name = _to_arrays(shardings)
     wanted = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_name[name])
@@ -244,7 +248,7 @@ def load_run(
         weights = "params" if state.average is None else "average"
         kept = _in_dtype(getattr(state, weights), dtype)
         wanted = {weights: kept, "router_biases": state.router_biases}
-        restored = _restore_arrays(saved.path, wanted, devices.shardings(wanted))
+        restored = restore_arrays(saved.path, wanted, devices.shardings(wanted))
         return LoadedRun(skeleton.model(restored[weights], restored["router_biases"]), saved)
 
     loaded = use_newest(run, warnings.warn, load, step)

@@ -45,6 +45,7 @@ _MAY_CHANGE = {
 class RunFolder:
     """The files of a run: config.json, run.toml (the same for users), tokenizer/, metrics.jsonl, tensorboard/,
     checkpoints/<step>/, loss.png, expert_load.png, sample.txt, summary.json, cache/ (the tokenised corpus) and lock.
+    A run of reinforcement learning has grpo.json, samples/ and reward.png too.
 
     Args:
       path: the folder; it need not exist.
@@ -64,6 +65,9 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.cache = path / "cache"
         self.lock = path / "lock"
+        self.grpo = path / "grpo.json"
+        self.samples = path / "samples"
+        self.reward_plot = path / "reward.png"
 
     @property
     def holds_run(self) -> bool:
@@ -163,13 +167,19 @@ def first_difference(ours: RunConfig, theirs: RunConfig) -> tuple[str, Any, Any]
 
     A run may be made longer: `theirs` may have more steps.
     """
-    left, right = by_dotted_name(ours.to_dict()), by_dotted_name(theirs.to_dict())
-    for name in (*left, *(right.keys() - left.keys())):
-        if name in _MAY_CHANGE or left.get(name) == right.get(name):
-            continue
-        if name != "training.steps" or theirs.training.steps < ours.training.steps:
-            return name, left.get(name), right.get(name)
+    for name, left, right in differences(ours.to_dict(), theirs.to_dict()):
+        longer = name == "training.steps" and theirs.training.steps > ours.training.steps
+        if name not in _MAY_CHANGE and not longer:
+            return name, left, right
     return None
+
+
+def differences(left: dict[str, Any], right: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yields the dotted name and both values of each field in which two nested dictionaries differ."""
+    left, right = by_dotted_name(left), by_dotted_name(right)
+    for name in (*left, *(right.keys() - left.keys())):
+        if left.get(name) != right.get(name):
+            yield name, left.get(name), right.get(name)
 
 
 def read_config_file(path: Path) -> RunConfig:

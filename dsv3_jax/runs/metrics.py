@@ -21,6 +21,8 @@ from dsv3_jax.terminal import printable
 
 Record = dict[str, Any]
 
+_WIDE = 1000  # characters of a line that is not shown in a terminal
+
 
 class JsonLines:
     """Writes metrics.jsonl: all numbers at full precision, so that two runs can be compared bit for bit.
@@ -113,11 +115,13 @@ class Terminal:
       steps: number of steps of the whole run.
       start: step that the run starts or resumes from.
       log_every: steps between lines; 0 for no lines.
+      describe: returns the numbers of a step as a line of at most so many characters.
     """
 
-    def __init__(self, steps: int, start: int, log_every: int):
+    def __init__(self, steps: int, start: int, log_every: int, describe: Callable[[Record, int], str]):
         self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._steps, self._start, self._log_every = steps, start, log_every
+        self._describe = describe
         self._began = time.monotonic()
         self._bar = None
         if self.console.is_terminal:
@@ -138,9 +142,9 @@ class Terminal:
         """Shows the numbers of a step."""
         step = record["step"]
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, text=describe(record, self._room))
+            self._bar.update(self._task, completed=step, text=self._describe(record, self._room))
         elif self._log_every and (step % self._log_every == 0 or step in (self._start + 1, self._steps)):
-            self.say(f"step {step}/{self._steps}  {describe(record)}  {self._time_left(step)} left")
+            self.say(f"step {step}/{self._steps}  {self._describe(record, _WIDE)}  {self._time_left(step)} left")
 
     def say(self, text: str) -> None:
         """Prints a line of text, above the progress bar if there is one."""
@@ -157,7 +161,7 @@ class Terminal:
         return f"{seconds // 60}:{seconds % 60:02d}"
 
 
-def describe(record: Record, room: int = 1000) -> str:
+def describe(record: Record, room: int) -> str:
     """Returns the numbers of one step as a line of text of at most `room` characters, the most important ones first."""
     # The main loss, because the total loss jumps where the schedule lowers the weight of the MTP loss.
     parts = [f"main loss {record['main_loss']:.3f}"]
@@ -170,8 +174,13 @@ def describe(record: Record, room: int = 1000) -> str:
     ]
     if "mfu" in record:
         parts.append(f"MFU {record['mfu']:.1%}")
+    return joined(parts, room)
+
+
+def joined(parts: list[str], room: int) -> str:
+    """Returns as many of the parts, from the first, as fit in a line of `room` characters; the first always does."""
     while len(parts) > 1 and len("  ".join(parts)) > room:
-        parts.pop()
+        parts = parts[:-1]
     return "  ".join(parts)
 
 
@@ -217,7 +226,7 @@ def _record(line: bytes) -> Record | None:
 
 def _kind(record: Record) -> tuple[int, bool]:
     """Returns what a run records once: a step, or the evaluation after a step."""
-    return record["step"], "validation_loss" in record
+    return record["step"], any(name.startswith("validation_") for name in record)
 
 
 def json_value(value: Any) -> Any:

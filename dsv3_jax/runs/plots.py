@@ -43,6 +43,32 @@ def plot_losses(records: list[Record], path: Path, title: str) -> None:
     _save(figure, path)
 
 
+def plot_rewards(records: list[Record], path: Path, title: str) -> None:
+    """Draws reward and held-out accuracy, length, entropy, and the difference of engine and trainer over the steps.
+
+    Args:
+      records: of metrics.jsonl.
+      path: the PNG file to write.
+    """
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    panels = figure.subplots(2, 2).reshape(-1)
+    curves = (("reward", "mean reward"), ("length", "tokens of a completion"), ("entropy", "entropy, nats per token"))
+    for axes, (name, label) in zip(panels, (*curves, ("drawn_difference", "|engine - trainer|, nats")), strict=True):
+        steps, values = _column(records, name)
+        axes.plot(steps, values, color=_BLUE, alpha=0.3, linewidth=1)
+        axes.plot(steps, _smooth(values), color=_BLUE, linewidth=1.8, label=label)
+        axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.25)
+    for axes, name, label in (
+        (panels[0], "validation_accuracy", "held-out accuracy"),
+        (panels[1], "validation_length", "held-out, most likely tokens"),
+    ):
+        axes.plot(*_column(records, name), "o--", color=_ORANGE, markersize=4, linewidth=1, label=label)
+        axes.legend(frameon=False)
+    figure.suptitle(title)
+    _save(figure, path)
+
+
 def plot_expert_load(
     records: list[Record], load: Int[np.ndarray, "layers E"], labels: list[str], path: Path, title: str
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from dsv3_jax.runs.agreement import is_first
 from dsv3_jax.runs.evaluation import Evaluation
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.hardware import peak_flops
-from dsv3_jax.runs.metrics import JsonLines, Record, Terminal
+from dsv3_jax.runs.metrics import JsonLines, Record, Terminal, describe
 from dsv3_jax.runs.saved_run import RunPosition
 from dsv3_jax.runs.trackers import Tracker, open_tracker
 from dsv3_jax.sharding.mesh import MeshConfig
@@ -26,23 +27,61 @@ from dsv3_jax.training.step import StepMetrics
 _RECENT_STEPS = 20  # steps whose expert loads are summed for the picture at the end
 
 
-class Reporter:
+class Records:
     """Writes metrics.jsonl, tells the tracker, and prints lines. Only the first process of a run does so.
 
     Args:
       step: the step the run starts or resumes from; records of later steps, from an earlier start, are dropped.
+      describe: returns the numbers of a step as a line of at most so many characters.
     """
 
-    def __init__(self, folder: RunFolder, config: RunConfig, step: int):
+    def __init__(self, folder: RunFolder, config: RunConfig, step: int, describe: Callable[[Record, int], str]):
         self._config, self._step = config, step
         self._terminal: Terminal | None = None
         self._lines: JsonLines | None = None
         self._tracker: Tracker | None = None
         if is_first():
-            self._terminal = Terminal(config.training.steps, step, config.training.log_every)
+            self._terminal = Terminal(config.training.steps, step, config.training.log_every, describe)
             last_kept = step or -1  # a run that starts over writes the evaluation of step 0 again
             self._lines = JsonLines(folder.metrics, last_kept, self.say)
             self._tracker = open_tracker(config.training.tracker, folder, config, last_kept)
+
+    def write_step(self, record: Record) -> None:
+        """Records the numbers of a step and shows them."""
+        self.write(record)
+        if self._terminal is not None:
+            self._terminal.write(record)
+
+    def write(self, record: Record) -> None:
+        """Records the numbers of a step or of the evaluation after it, unless they are recorded already."""
+        if self._lines is None or self._tracker is None or self._lines.holds(record):
+            return
+        self._lines.write(record)
+        self._tracker.write(record)
+
+    def say(self, text: str) -> None:
+        """Prints a line, on the first process only."""
+        if self._terminal is not None:
+            self._terminal.say(text)
+
+    def flush(self) -> None:
+        """Waits until all records are on the disk."""
+        for file in (self._lines, self._tracker):
+            if file is not None:
+                file.flush()
+
+    def close(self) -> None:
+        """Closes the files and the progress bar."""
+        for writer in (self._lines, self._tracker, self._terminal):
+            if writer is not None:
+                writer.close()
+
+
+class Reporter(Records):
+    """Reports the steps and evaluations of a training run; arguments as of `Records`."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig, step: int):
+        super().__init__(folder, config, step, describe)
         self._recent_loads: deque[np.ndarray] = deque(maxlen=_RECENT_STEPS)
         self._flops = count_flops(config.model, config.data.sequence_length).training_with_mtp
         self._peak = peak_flops(jax.devices()[0])
@@ -88,9 +127,7 @@ class Reporter:
             record["mtp_loss"] = float(np.mean(metrics.mtp_loss))
         if self._peak:
             record["mfu"] = tokens_per_second * self._flops / (self._peak * jax.device_count())
-        self._write(record)
-        if self._terminal is not None:
-            self._terminal.write(record)
+        self.write_step(record)
         if not metrics.applied:
             self.say(
                 f"step {position.step}: loss {record['loss']}, gradient norm {record['gradient_norm']}: "
@@ -116,30 +153,7 @@ class Reporter:
         if result.mtp:
             record["validation_mtp_loss"] = result.mtp[0].loss
             record["mtp_acceptance"] = result.mtp_acceptance[0]
-        self._write(record)
-
-    def say(self, text: str) -> None:
-        """Prints a line, on the first process only."""
-        if self._terminal is not None:
-            self._terminal.say(text)
-
-    def flush(self) -> None:
-        """Waits until all records are on the disk."""
-        for file in (self._lines, self._tracker):
-            if file is not None:
-                file.flush()
-
-    def close(self) -> None:
-        """Closes the files and the progress bar."""
-        for writer in (self._lines, self._tracker, self._terminal):
-            if writer is not None:
-                writer.close()
-
-    def _write(self, record: Record) -> None:
-        if self._lines is None or self._tracker is None or self._lines.holds(record):
-            return
-        self._lines.write(record)
-        self._tracker.write(record)
+        self.write(record)
 
 
 def _devices(layout: StateLayout) -> str:

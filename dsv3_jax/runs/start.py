@@ -110,6 +110,11 @@ def start_or_resume(
                 f"{source.path} holds an imported model, which has no training state: start a new run from it with "
                 f"--init-from {source.path} and another --out"
             )
+        if "problems" in saved.position.data:
+            raise UserError(
+                f"{source.path} holds a run of reinforcement learning: resume it with dsv3 grpo, or start a new run "
+                f"from it with --init-from {source.path} and another --out"
+            )
         if source is not folder:
             _check_continued(saved, config)
         elif difference := first_difference(saved.config, config):

@@ -10,6 +10,7 @@ The balance loss L_Bal (Eq. 17-20) is described in `dsv3_jax.modules.balance`; h
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -107,29 +108,44 @@ def target_weights(
 def cross_entropies(
     model: DeepSeekV3, hidden: Float[Array, "B T d"], targets: Int[Array, "B T"], chunk: int
 ) -> Float[Array, "B T"]:
-    """Returns -log P(target) of every position in float32, computing the logits of about `chunk` tokens at a time.
-
-    Each piece is a range of positions of all sequences, so that every device of a mesh, which has whole sequences,
-    takes part in each piece.
-    """
+    """Returns -log P(target) of every position in float32, computing the logits of about `chunk` tokens at a time."""
 
     def of(hidden: Float[Array, "*N d"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
-        logits = model.head(hidden)
-        # One comparison per column instead of a gather: its gradient is a comparison too, not a scatter.
-        at_target = jnp.where(targets[..., None] == jnp.arange(logits.shape[-1]), logits, 0.0)
-        return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(at_target, axis=-1)
+        return cross_entropy(model.head(hidden), targets)
 
+    return in_pieces(of, hidden, targets, chunk)
+
+
+def cross_entropy(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
+    """Returns -log P(target) of every token from its logits."""
+    # One comparison per column instead of a gather: its gradient is a comparison too, not a scatter.
+    at_target = jnp.where(targets[..., None] == jnp.arange(logits.shape[-1]), logits, 0.0)
+    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(at_target, axis=-1)
+
+
+def in_pieces[Values](
+    of: Callable[[Float[Array, "*N d"], Int[Array, "*N"]], Values],
+    hidden: Float[Array, "B T d"],
+    targets: Int[Array, "B T"],
+    chunk: int,
+) -> Values:
+    """Returns of(hidden, targets), whose arrays have the shape of `targets`, computed for `chunk` tokens at a time.
+
+    Each piece is a range of positions of all sequences, so that every device of a mesh, which has whole sequences,
+    takes part in each piece. The backward pass computes each piece again.
+    """
     rows, length = targets.shape
     pieces = min(-(-rows * length // chunk), length)
     if pieces == 1:
-        return of(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)).reshape(targets.shape)
+        values = of(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
+        return jax.tree.map(lambda value: value.reshape(targets.shape), values)
     size = -(-length // pieces)
     padding = -(-length // size) * size - length
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, -1, size, hidden.shape[-1])
     targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(rows, -1, size)
     by_piece = (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0))
-    losses = lax.map(jax.checkpoint(lambda pair: of(*pair)), by_piece)
-    return jnp.moveaxis(losses, 0, 1).reshape(rows, -1)[:, :length]
+    values = lax.map(jax.checkpoint(lambda pair: of(*pair)), by_piece)
+    return jax.tree.map(lambda value: jnp.moveaxis(value, 0, 1).reshape(rows, -1)[:, :length], values)
 
 
 def objective(

@@ -75,13 +75,13 @@ class StateLayout:
         """The devices to give to the model whose state this is."""
         return OneDevice() if self.mesh is None else OnMesh(self.mesh, self.layers, self.overlap)
 
-    def of_state(self, state: TrainState) -> TrainState:
+    def of_state[State: TrainState](self, state: State) -> State:
         """Returns the Sharding of each leaf.
 
         Args:
           state: arrays or their shapes.
         """
-        found: TrainState = self.devices.shardings(state)
+        found: State = self.devices.shardings(state)
         if self.mesh is None or not self.zero:
             return found
         rules = rules_over_stages(self.layers, zero=True)
@@ -97,7 +97,7 @@ class StateLayout:
         """Returns the state sharded, from arrays that every process has whole."""
         return state if self.mesh is None else jax.device_put(state, self.of_state(state))
 
-    def constrain_state(self, state: TrainState) -> TrainState:
+    def constrain_state[State: TrainState](self, state: State) -> State:
         """Inside a compiled step: constrains the new state to the sharding of the old one."""
         return state if self.mesh is None else jax.lax.with_sharding_constraint(state, self.of_state(state))
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -147,22 +148,10 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(terms.total) & jnp.isfinite(norm)
 
-        trained, kept = split_trained(state.params)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
-        trained = jax.tree.map(lambda p, u: p - settings.learning_rate * u.astype(p.dtype), trained, updates)
-        params = nnx.merge_state(trained, kept)
-        average = state.average
-        if average is not None:
-            average = update_average(split_trained(average)[0], trained, training.ema_decay, state.step)
-            average = nnx.merge_state(average, kept)
         biases = state.router_biases
         if biases.shape[0]:
             biases = update_biases(biases, terms.load, settings.bias_update_speed)
-
-        new = (params, optimizer_state, average, biases)
-        old = (state.params, state.optimizer, state.average, state.router_biases)
-        params, optimizer_state, average, biases = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-        nonfinite = jnp.where(finite, 0, state.nonfinite_steps + 1)
+        new_state = updated(state, gradients, biases, finite, settings.learning_rate, optimizer, training.ema_decay)
         metrics = StepMetrics(
             loss=terms.total,
             main_loss=terms.main,
@@ -173,20 +162,48 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
             dead_experts=jnp.sum(dead_experts(terms.load)),
             load=terms.load,
             applied=finite,
-            nonfinite_steps=nonfinite,
-        )
-        new_state = TrainState(
-            params=params,
-            optimizer=optimizer_state,
-            average=average,
-            router_biases=biases,
-            key=state.key,
-            step=state.step + 1,
-            nonfinite_steps=nonfinite,
+            nonfinite_steps=new_state.nonfinite_steps,
         )
         return layout.constrain_state(new_state), layout.replicate(metrics)
 
     return train_step
+
+
+def updated[State: TrainState](
+    state: State,
+    gradients: nnx.State,
+    biases: Float[Array, "layers E"],
+    finite: Bool[Array, ""],
+    learning_rate: Float[Array, ""],
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+) -> State:
+    """Returns the state after a step; where it is not `finite`, only the counts of steps differ from the old state.
+
+    Args:
+      gradients: of the parameters that training changes.
+      biases: the new router biases.
+    """
+    trained, kept = split_trained(state.params)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
+    trained = jax.tree.map(lambda p, u: p - learning_rate * u.astype(p.dtype), trained, updates)
+    params = nnx.merge_state(trained, kept)
+    average = state.average
+    if average is not None:
+        average = update_average(split_trained(average)[0], trained, ema_decay, state.step)
+        average = nnx.merge_state(average, kept)
+    new = (params, optimizer_state, average, biases)
+    old = (state.params, state.optimizer, state.average, state.router_biases)
+    params, optimizer_state, average, biases = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    return dataclasses.replace(
+        state,
+        params=params,
+        optimizer=optimizer_state,
+        average=average,
+        router_biases=biases,
+        step=state.step + 1,
+        nonfinite_steps=jnp.where(finite, 0, state.nonfinite_steps + 1),
+    )
 
 
 def make_pipelined_gradients(
@@ -231,21 +248,22 @@ def make_pipelined_gradients(
     return differentiate
 
 
-def accumulate(
-    one_pass: Callable[..., tuple[nnx.State, LossTerms]],
-    tokens: Int[Array, "A B T1"],
-    segment_ids: Int[Array, "A B T1"],
-) -> tuple[nnx.State, LossTerms]:
-    """Returns gradients, loss terms and loads summed over the passes, which are divided by the whole batch already."""
-    if tokens.shape[0] == 1:
-        return one_pass(tokens[0], segment_ids[0])
+def accumulate[Sums](one_pass: Callable[..., Sums], *batch: Any) -> Sums:
+    """Returns what one_pass(*pass) returns (gradients, loss terms, loads), summed over the passes of a batch.
 
-    def add(total: tuple, batch: tuple) -> tuple[tuple, None]:
-        return jax.tree.map(jnp.add, total, one_pass(*batch)), None
+    Args:
+      batch: pytrees of arrays whose first axis is the passes.
+    """
+    first = jax.tree.map(lambda leaf: leaf[0], batch)
+    if jax.tree.leaves(batch)[0].shape[0] == 1:
+        return one_pass(*first)
 
-    shapes = jax.eval_shape(one_pass, tokens[0], segment_ids[0])
+    def add(total: Sums, one: tuple) -> tuple[Sums, None]:
+        return jax.tree.map(jnp.add, total, one_pass(*one)), None
+
+    shapes = jax.eval_shape(one_pass, *first)
     start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = lax.scan(add, start, (tokens, segment_ids))
+    total, _ = lax.scan(add, start, batch)
     return total
 
 

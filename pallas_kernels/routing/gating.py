@@ -100,6 +100,22 @@ def gate(
     )
 
 
+def gates_of_experts(
+    logits: Float[Array, "*S T E"],
+    experts: Int[Array, "*S T K"],
+    *,
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid",
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+) -> Float[Array, "*S T K"]:
+    """Returns g_{i,t} (Eq. 13) of experts that were chosen elsewhere; arguments as of `gate`."""
+    parameters = GateParameters(experts.shape[-1], 1, 1, scoring_func, "max", norm_topk_prob, routed_scaling_factor)
+    scores = reference.affinities(logits, scoring_func)
+    # A comparison with every expert instead of a gather: its gradient is a comparison too, not a scatter.
+    chosen = experts[..., None] == jnp.arange(logits.shape[-1])
+    return reference.gates_of(jnp.sum(jnp.where(chosen, scores[..., None, :], 0.0), axis=-1), parameters)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _gate(logits, bias, mask, parameters: GateParameters, implementation: Implementation) -> tuple[jax.Array, ...]:
     outputs, _ = _gate_forward(logits, bias, mask, parameters, implementation)

@@ -219,3 +219,22 @@ def test_wrong_arguments_of_permute_and_combine_are_named():
         pk.combine(rows, jnp.zeros((4, 3)), permutation)
     with pytest.raises(ValueError, match="rows must be"):
         pk.combine(rows[:-1], jnp.zeros((4, 2)), permutation)
+
+
+@pytest.mark.parametrize(("scoring", "normed"), [("sigmoid", True), ("softmax", False)])
+def test_gates_of_experts_chosen_elsewhere(scoring: str, normed: bool) -> None:
+    """For the gate's own choice they are the gate's, and so is their gradient."""
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(2, 5, 16)), jnp.float32)
+    settings = {"scoring_func": scoring, "norm_topk_prob": normed, "routed_scaling_factor": 2.5}
+    gates = pk.gate(logits, None, num_experts_per_tok=3, **settings)
+    weights = jnp.asarray(np.random.default_rng(4).normal(size=(2, 5, 3)), jnp.float32)
+    found, pull = jax.vjp(lambda x: pk.gates_of_experts(x, gates.expert_index, **settings), logits)
+    np.testing.assert_allclose(found, gates.gate, rtol=1e-6)
+    _, pull_gate = jax.vjp(lambda x: pk.gate(x, None, num_experts_per_tok=3, **settings).gate, logits)
+    np.testing.assert_allclose(pull(weights)[0], pull_gate(weights)[0], rtol=1e-5, atol=1e-7)
+    # Experts of the same number in another order or of another choice have the gates of their affinities.
+    index = jnp.broadcast_to(jnp.asarray([7, 0, 2]), (2, 5, 3))
+    scores = jax.nn.sigmoid(logits) if scoring == "sigmoid" else jax.nn.softmax(logits)
+    wanted = np.asarray(scores)[..., [7, 0, 2]]
+    wanted = 2.5 * (wanted / wanted.sum(-1, keepdims=True) if normed else wanted)
+    np.testing.assert_allclose(pk.gates_of_experts(logits, index, **settings), wanted, rtol=1e-6)

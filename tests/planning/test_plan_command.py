@@ -78,3 +78,24 @@ def test_mistakes_are_one_line(line: str, said: str, capsys: pytest.CaptureFixtu
     message = capsys.readouterr().err
     assert said in message
     assert message.count("\n") == 1
+
+
+def test_reinforcement_learning_of_671b_on_512_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    line = (
+        "plan --target h800:512 --mesh fsdp=8,expert=64 --batch-size 512 --sequence-length 4096 --average none --json"
+    )
+    assert main([*line.split(), "--grpo", "1000"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    found = values["reinforcement_learning"]
+    assert found["policy_bytes_a_device"] == values["bytes_a_device"]["total"]
+    assert found["reference_bytes_a_device"] == values["bytes_a_device"]["masters"]
+    # 2 sequences on each of 512 ranks; 61 layers keep 512 + 64 numbers of a token in bfloat16.
+    assert found["cache_bytes_a_device"] == 2 * 4096 * 61 * (512 + 64) * 2
+    assert found["logits_bytes_a_device"] == 2 * 129280 * 4
+    parts = ("policy", "reference", "cache", "logits")
+    assert found["total_bytes_a_device"] == sum(found[f"{part}_bytes_a_device"] for part in parts)
+    assert found["fits"] == (found["total_bytes_a_device"] <= values["target"]["memory_bytes"])
+    assert main([*line.split(), "--grpo", "8", "--no-grpo-reference"]) == 0
+    assert json.loads(capsys.readouterr().out)["reinforcement_learning"]["reference_bytes_a_device"] == 0
+    assert main(["plan", "--target", "h800:512", "--mesh", "fsdp=8,expert=64", "--grpo", "8"]) == 2
+    assert "--average none" in capsys.readouterr().err

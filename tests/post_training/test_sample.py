@@ -19,7 +19,7 @@ from dsv3_jax.post_training.tasks import generate_problems
 
 
 def completion(text: str, tokens: int, reward: float) -> Completion:
-    return Completion(text, tokens, False, {"reward": reward})
+    return Completion(text, (1,) * tokens, (), (), False, {"reward": reward})
 
 
 @pytest.mark.parametrize(("rule", "kept"), [("shortest-right", ["c"]), ("best", ["b"]), ("all", ["a", "b", "c", "d"])])
@@ -47,7 +47,7 @@ def test_draws_depend_on_seed_prompt_and_number_alone(run) -> None:
     ((problem, alone),) = sample(engine, tokenizer, problems[1:2], config)
     assert [c.text for c in alone] == together[problem.prompt]
     assert len(set(together[problem.prompt])) == 3
-    assert all(0 <= c.scores["numeric"] <= 1 and c.tokens <= 6 for c in alone)
+    assert all(0 <= c.scores["numeric"] <= 1 and len(c.ids) <= 6 for c in alone)
 
 
 def test_the_command_goes_on_where_it_was(run, monkeypatch, tmp_path: Path, capsys) -> None:

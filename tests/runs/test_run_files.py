@@ -22,7 +22,7 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.runs.folder import RunFolder
-from dsv3_jax.runs.metrics import JsonLines, TensorBoard, Terminal, read_metrics
+from dsv3_jax.runs.metrics import JsonLines, TensorBoard, Terminal, describe, read_metrics
 from dsv3_jax.runs.plots import plot_expert_load, plot_losses
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.defaults import default_run
@@ -275,7 +275,7 @@ def test_the_line_of_a_step_leaves_room_for_bar_and_time(
 ):
     for name, value in (("FORCE_COLOR", "1"), ("COLUMNS", str(width)), ("TERM", "xterm"), ("NO_COLOR", "1")):
         monkeypatch.setenv(name, value)
-    terminal = Terminal(steps=14_800, start=0, log_every=10)
+    terminal = Terminal(steps=14_800, start=0, log_every=10, describe=describe)
     numbers = {"main_loss": 10.123, "mtp_loss": 10.5, "tokens_per_second": 123_456.0, "gradient_norm": 12.34}
     terminal.write({"step": 9_000, **numbers, "max_violation": 1.23, "mfu": 0.345})
     terminal.close()

@@ -1,0 +1,168 @@
+"""One optimizer step of GRPO, and the log-probabilities that it compares, as pure functions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.errors import ConfigError
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.post_training.grpo import Completions, GRPOConfig, GRPOTerms, grpo_terms
+from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.losses import cross_entropy, in_pieces
+from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.state import Skeleton, TrainState, split_trained
+from dsv3_jax.training.state_layout import StateLayout
+from dsv3_jax.training.step import accumulate, updated
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PolicyState(TrainState):
+    """A train state with the reference that the policy is held close to.
+
+    Attributes:
+      reference: parameters of the reference model, whose router biases are those of the policy; None without one.
+    """
+
+    reference: nnx.State | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Prompts with their completions, padded on the right; every array has a first axis of passes A.
+
+    Attributes:
+      tokens: int32 ids.
+      lengths: int32, number of tokens that are not padding; 0 in a row that only fills up the pass.
+      experts: the experts that the engine chose for each of the first T tokens in the MoE layers of the main model,
+        rows first; None where the trainer's routers choose.
+    """
+
+    tokens: Int[Array, "A N T1"]
+    lengths: Int[Array, "A N"]
+    experts: Int[Array, "A N T layers K"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PolicyMetrics:
+    """The metrics of one optimizer step.
+
+    Attributes:
+      terms: the objective and its parts.
+      entropy: mean over the drawn tokens of the entropy of the policy's distribution, in nats.
+      gradient_norm: norm of the whole gradient before clipping.
+      applied: whether the step was applied, which it is if loss and gradient are finite.
+      nonfinite_steps: how many steps in a row, this one included, were not applied.
+    """
+
+    terms: GRPOTerms
+    entropy: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    applied: Bool[Array, ""]
+    nonfinite_steps: Int[Array, ""]
+
+
+def log_probs_and_entropies(
+    model: DeepSeekV3, texts: Texts, chunk: int
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+    """Returns the log-probability of each token after the first, and the entropy (nats) it was drawn with.
+
+    Args:
+      texts: one pass, without the axis of passes.
+      chunk: about how many tokens' logits are held at a time.
+    """
+    inside = jnp.arange(texts.tokens.shape[1] - 1) < texts.lengths[:, None]
+    experts = None if texts.experts is None else jnp.moveaxis(texts.experts.astype(jnp.int32), 2, 0)
+    features = model.features(
+        texts.tokens[:, :-1], segment_ids=inside.astype(jnp.int32), isolate_segments=False, experts=experts
+    )
+
+    def of(hidden: Float[Array, "*M d"], targets: Int[Array, "*M"]) -> tuple[Float[Array, "*M"], Float[Array, "*M"]]:
+        logits = model.head(hidden)
+        logs = jax.nn.log_softmax(jax.lax.stop_gradient(logits), axis=-1)
+        return -cross_entropy(logits, targets), -jnp.sum(jnp.exp(logs) * logs, axis=-1)
+
+    return in_pieces(of, features.hidden, texts.tokens[:, 1:], chunk)
+
+
+def make_log_probs(
+    skeleton: Skeleton, config: RunConfig, layout: StateLayout
+) -> Callable[[nnx.State, Float[Array, "layers E"], Texts], Float[Array, "A N T"]]:
+    """Returns the jitted function (params, router biases, texts) -> log-probability of each token after the first."""
+    chunk = config.training.loss_chunk * layout.batch_ranks
+
+    @jax.jit
+    def log_probs(params: nnx.State, biases: Float[Array, "layers E"], texts: Texts) -> Float[Array, "A N T"]:
+        model = skeleton.model(params, biases)
+        return jax.lax.map(lambda one: log_probs_and_entropies(model, one, chunk)[0], texts)
+
+    return log_probs
+
+
+def make_policy_step(
+    skeleton: Skeleton,
+    config: RunConfig,
+    objective: GRPOConfig,
+    *,
+    longest: int,
+    layout: StateLayout | None = None,
+    donate: bool = True,
+) -> Callable[[PolicyState, Texts, Completions, Float[Array, ""]], tuple[PolicyState, PolicyMetrics]]:
+    """Returns the jitted step: (state, texts, completions, learning rate) -> (state, metrics).
+
+    The gradients of the A passes are accumulated in float32. If the loss or the gradient is not finite, nothing is
+    applied. Router biases and MTP modules stay as they are.
+
+    Args:
+      objective: the objective, of which every pass is a part.
+      longest: the most tokens that a completion may have.
+      layout: the sharding of the state and of the batch; one device unless given.
+      donate: whether the old state is overwritten, and not readable any more.
+
+    Raises:
+      ConfigError: the layout has pipeline stages.
+    """
+    layout = layout or StateLayout()
+    if layout.stages > 1:
+        raise ConfigError("reinforcement learning has no pipeline: give a mesh without mesh.stage")
+    chunk = config.training.loss_chunk * layout.batch_ranks
+    optimizer = make_optimizer(config.training, config.moment_dtype)
+
+    def step(
+        state: PolicyState, texts: Texts, completions: Completions, learning_rate: Float[Array, ""]
+    ) -> tuple[PolicyState, PolicyMetrics]:
+        counts = {
+            "batch_completions": jnp.maximum(jnp.sum(texts.lengths > 0), 1).astype(jnp.float32),
+            "batch_tokens": jnp.maximum(jnp.sum(completions.mask), 1).astype(jnp.float32),
+        }
+
+        def loss_of(
+            trained: nnx.State, kept: nnx.State, texts: Texts, completions: Completions
+        ) -> tuple[Float[Array, ""], tuple[GRPOTerms, Float[Array, ""]]]:
+            model = skeleton.model(nnx.merge_state(trained, kept), state.router_biases)
+            log_probs, entropies = log_probs_and_entropies(model, texts, chunk)
+            terms = grpo_terms(log_probs, completions, objective, longest=longest, **counts)
+            entropy = jnp.sum(entropies * completions.mask) / counts["batch_tokens"]
+            return terms.loss, (terms, entropy)
+
+        def one_pass(texts: Texts, completions: Completions) -> tuple[nnx.State, tuple[GRPOTerms, Float[Array, ""]]]:
+            return jax.grad(loss_of, has_aux=True)(*split_trained(state.params), texts, completions)
+
+        gradients, (terms, entropy) = accumulate(one_pass, texts, completions)
+        gradients = layout.constrain_gradients(gradients)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(terms.loss) & jnp.isfinite(norm)
+        new = updated(state, gradients, state.router_biases, finite, learning_rate, optimizer, ema_decay=0.0)
+        metrics = PolicyMetrics(terms, entropy, norm, finite, new.nonfinite_steps)
+        return layout.constrain_state(new), layout.replicate(metrics)
+
+    return jax.jit(step, donate_argnums=0 if donate else ())
