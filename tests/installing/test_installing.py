@@ -99,6 +99,7 @@ def test_the_version_is_written_once() -> None:
 
 def test_the_address_of_the_repository_is_the_same_everywhere() -> None:
     pages = [ROOT / "README.md", ROOT / "CITATION.cff", *(ROOT / "notebooks").glob("*.ipynb")]
+    pages += [ROOT / "docs" / "first_hour.md", ROOT / "docs" / "how_to" / "one_gpu.md"]
     for page in pages:
         found = set(re.findall(r"https://[\w./-]+/dsv3-jax\b", page.read_text()))
         assert found <= {ADDRESS}, f"{page} has another address than pyproject.toml"
