@@ -10,7 +10,7 @@ MAKEFLAGS += --jobs=2
 # Python compiles modules to bytecode when they are first imported; compiling all of them at once takes half a minute.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help setup setup-dev setup-aot train test test-slow test-aot test-oracle mutants soak lint clean
+.PHONY: help setup setup-dev setup-aot train test test-slow test-aot test-oracle mutants soak docs lint clean
 
 help:
 	@echo "make train      trains the 'nano' preset on Python's own source code and writes the run to $(RUN): 5 minutes on 2 cores"
@@ -24,6 +24,7 @@ help:
 	@echo "make setup      installs the package and the command dsv3 into $(VENV)"
 	@echo "make setup-dev  installs the tools of the tests and notebooks as well"
 	@echo "make setup-aot  installs the compilers for GPUs and TPUs that this machine does not have"
+	@echo "make docs       builds the manual in docs/_build"
 	@echo "make clean      deletes $(VENV), compiled programs and build files; runs and data stay"
 
 setup: $(VENV)/.installed
@@ -87,5 +88,9 @@ mutants: setup-dev
 soak: setup-dev
 	$(BIN)/python experiments/soak.py $(SOAK)
 
+docs: setup-dev
+	$(PIP) -e '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
 clean:
-	rm -rf $(VENV) .jax_cache build *.egg-info
+	rm -rf $(VENV) .jax_cache build docs/_build *.egg-info

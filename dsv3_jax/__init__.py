@@ -23,12 +23,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dsv3_jax.config import ModelConfig, RopeScaling
+    from dsv3_jax.data import DataConfig, Tokenizer, prepare_data
     from dsv3_jax.errors import ConfigError, UserError
     from dsv3_jax.inference.generate import generate
     from dsv3_jax.inference.sampling import Sampler
     from dsv3_jax.interop import load_hf, save_hf
     from dsv3_jax.model import DeepSeekV3, ModelOutput, router_biases, set_router_biases
     from dsv3_jax.model_presets import presets
+    from dsv3_jax.modules.devices import OneDevice
     from dsv3_jax.precision import Precision
     from dsv3_jax.runs.checkpoints import load_checkpoint
     from dsv3_jax.runs.loop import train
@@ -36,17 +38,21 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ConfigError": "dsv3_jax.errors",
+    "DataConfig": "dsv3_jax.data",
     "DeepSeekV3": "dsv3_jax.model",
     "ModelConfig": "dsv3_jax.config",
     "ModelOutput": "dsv3_jax.model",
+    "OneDevice": "dsv3_jax.modules.devices",
     "Precision": "dsv3_jax.precision",
     "RopeScaling": "dsv3_jax.config",
     "Sampler": "dsv3_jax.inference.sampling",
+    "Tokenizer": "dsv3_jax.data",
     "UserError": "dsv3_jax.errors",
     "default_run": "dsv3_jax.training.defaults",
     "generate": "dsv3_jax.inference.generate",
     "load_checkpoint": "dsv3_jax.runs.checkpoints",
     "load_hf": "dsv3_jax.interop",
+    "prepare_data": "dsv3_jax.data",
     "presets": "dsv3_jax.model_presets",
     "router_biases": "dsv3_jax.model",
     "save_hf": "dsv3_jax.interop",
@@ -56,17 +62,21 @@ _HOMES = {
 
 __all__ = [
     "ConfigError",
+    "DataConfig",
     "DeepSeekV3",
     "ModelConfig",
     "ModelOutput",
+    "OneDevice",
     "Precision",
     "RopeScaling",
     "Sampler",
+    "Tokenizer",
     "UserError",
     "default_run",
     "generate",
     "load_checkpoint",
     "load_hf",
+    "prepare_data",
     "presets",
     "router_biases",
     "save_hf",

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dsv3_jax.bounds import check_bounds
 from dsv3_jax.cli.options import notes, parse
 from dsv3_jax.errors import UserError
+from dsv3_jax.terminal import say
+
+if TYPE_CHECKING:
+    from dsv3_jax.data import Data
+    from dsv3_jax.runs.checkpoints import LoadedRun
 
 _DESCRIPTION = """Evaluate the newest checkpoint of the run in folder RUN on its validation set.
 
@@ -19,6 +25,7 @@ that are accepted: the positions where the MTP head's most likely token is also 
 Examples:
   dsv3 eval runs/nano
   dsv3 eval runs/nano --corpus ~/other-texts
+  dsv3 eval runs/nano --details runs/nano/details
 """
 
 
@@ -31,12 +38,15 @@ class EvaluateOptions:
         not given.
       step: step of the checkpoint; the newest if not given.
       dtype: dtype of the weights in memory; bfloat16 takes half of the memory.
+      details: folder that details.json and details.png are written to: bits per byte by domain and by position in the
+        context, and the experts that each two domains share. A table is printed too.
       json: print the result as JSON.
     """
 
     corpus: str | None = None
     step: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
+    details: str = ""
     json: bool = False
 
     def __post_init__(self) -> None:
@@ -55,19 +65,48 @@ def main(argv: list[str]) -> int:
     if len(positional) != 1:
         raise UserError("give one run folder, such as: dsv3 eval runs/nano")
     from dsv3_jax.cli.compilation_cache import keep_compiled_programs
-    from dsv3_jax.runs.evaluation import evaluate_run
+    from dsv3_jax.runs.evaluation import evaluate_loaded, load_run_with_data
 
     keep_compiled_programs()
+    path = Path(positional[0])
     with notes():
-        step, result = evaluate_run(Path(positional[0]), options.corpus, step=options.step, dtype=options.dtype)
+        loaded, data = load_run_with_data(path, options.corpus, step=options.step, dtype=options.dtype)
+    step, result = loaded.saved.position.step, evaluate_loaded(loaded, data)
     if options.json:
         import json
 
         print(json.dumps({"step": step, **dataclasses.asdict(result)}))
-        return 0
-    print(f"step {step}: {result.describe()}")
-    print(result.describe_baselines())
+    else:
+        print(f"step {step}: {result.describe()}")
+        print(result.describe_baselines())
+    if options.details:
+        said = _details(loaded, data, Path(options.details), f"{path.name}, step {step}")
+        say(said, to=sys.stderr if options.json else sys.stdout)
     return 0
+
+
+def _details(loaded: LoadedRun, data: Data, folder: Path, title: str) -> str:
+    """Writes the results by domain and position as JSON and as a picture, and returns them as a table."""
+    import json
+
+    from dsv3_jax.evaluation.by_domain import evaluate_domains
+    from dsv3_jax.evaluation.picture import draw_domains
+    from dsv3_jax.runs.folder import write_atomically, writing
+
+    results = evaluate_domains(
+        loaded.model,
+        data.tokenizer,
+        data.documents("validation"),
+        length=data.config.sequence_length,
+        most_rows=data.config.validation_sequences,
+        begins_rows=data.begins_rows,
+        chunk=loaded.saved.config.training.loss_chunk,
+    )
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "details.json", json.dumps(results.to_dict()) + "\n")
+    write_atomically(folder / "details.png", draw_domains(results, title))
+    return f"{results.describe()}\nwritten to {folder}: details.json, details.png"
 
 
 def _divided(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -78,5 +117,5 @@ def _divided(argv: list[str]) -> tuple[list[str], list[str]]:
         if not word.startswith("-"):
             positional.append(word)
         else:
-            flags += [word, *itertools.islice(words, 1 if word in ("--corpus", "--step", "--dtype") else 0)]
+            flags += [word, *itertools.islice(words, 0 if word == "--json" or "=" in word else 1)]
     return positional, flags

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dsv3_jax.bounds import LARGEST_COUNT, check_bounds
 from dsv3_jax.cli.options import parse
 from dsv3_jax.errors import UserError
+from dsv3_jax.modules.rematerialisation import Rematerialisation
 
 if TYPE_CHECKING:
     from dsv3_jax.planning.plan import Plan
@@ -66,7 +67,7 @@ class PlanOptions:
     batch_size: int | None = None
     micro_batch_size: int | None = None
     precision: str | None = None
-    rematerialisation: str | None = None
+    rematerialisation: Rematerialisation | None = None
     moment_dtype: Literal["recipe", "float32", "bfloat16"] | None = None
     zero: bool = True
     average: Literal["device", "none"] | None = None

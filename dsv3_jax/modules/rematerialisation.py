@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -20,6 +20,7 @@ _POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+Rematerialisation = Literal["none", "report", "products", "full"]
 REMATERIALISATIONS = tuple(_POLICIES)
 """The policies.
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.modules.rematerialisation import Rematerialisation
 from dsv3_jax.pipeline.schedules import ScheduleName
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.hardware import Accelerator, Target
@@ -53,7 +54,7 @@ class PlanConfig:
     batch_size: int = 0
     micro_batch_size: int = 1
     precision: str = "auto"
-    rematerialisation: str = "report"
+    rematerialisation: Rematerialisation = "report"
     moment_dtype: MomentDtype = "recipe"
     zero: bool = True
     average: Average = "device"

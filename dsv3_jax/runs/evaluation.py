@@ -114,29 +114,14 @@ def evaluate(
     )
 
 
-def evaluate_run(
-    path: Path, corpus: str | None = None, *, step: int | None = None, dtype: str | None = None
-) -> tuple[int, Evaluation]:
-    """Evaluates a checkpoint of a run.
-
-    Args:
-      corpus: another corpus than the run's (see `DataConfig`), whose held-out part is used.
-      step: the checkpoint's step; the newest undamaged one if not given.
-      dtype: dtype of the weights in memory; float32 if not given.
-
-    Returns:
-      The checkpoint's step, and the result.
-
-    Raises:
-      UserError: the folder holds no run or no checkpoint that can be used, or the corpus is missing or has changed.
-    """
-    loaded, data = load_run_with_data(path, corpus, step=step, dtype=dtype)
+def evaluate_loaded(loaded: LoadedRun, data: Data) -> Evaluation:
+    """Evaluates a loaded run on the validation set of its data, or of others."""
     config = loaded.saved.config
     skeleton, params, biases = split_model(loaded.model)
     evaluation_step = make_evaluation_step(skeleton, config)
     result = evaluate(evaluation_step, params, biases, data, config.training.rows_per_pass)
     assert result is not None
-    return loaded.saved.position.step, result
+    return result
 
 
 def load_run_with_data(

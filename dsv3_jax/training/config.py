@@ -9,7 +9,7 @@ from dsv3_jax.bounds import LARGEST_COUNT, LARGEST_SEED, check_bounds
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.modules.rematerialisation import REMATERIALISATIONS
+from dsv3_jax.modules.rematerialisation import REMATERIALISATIONS, Rematerialisation
 from dsv3_jax.operating_system import Notice
 from dsv3_jax.pipeline.schedules import ScheduleName
 from dsv3_jax.precision import Precision
@@ -95,7 +95,7 @@ class TrainingConfig:
     gradient_clip: float = 1.0
     moment_dtype: Literal["recipe", "float32", "bfloat16"] = "recipe"
     ema_decay: float = 0.99
-    rematerialisation: str = "none"
+    rematerialisation: Rematerialisation = "none"
     loss_chunk: int = 8192
     overlap_exchange: bool = False
     pipeline_schedule: ScheduleName = "dualpipe"

@@ -78,9 +78,8 @@ def quantize_both(
     """Returns `x` quantized along its rows and along its columns; a kernel reads it once.
 
     Returns:
-      along_rows: [M, K] in 1x128 tiles.
-      along_columns: the transposed matrix [K, M] in 1x128 tiles, each over 128 rows of `x`. A weight gradient
-        contracts over the rows, and the tensor cores need the contraction to be contiguous.
+      `x` [M, K] in 1x128 tiles, and the transposed matrix [K, M] in 1x128 tiles, each over 128 rows of `x`. A weight
+      gradient contracts over the rows, and the tensor cores need the contraction to be contiguous.
     """
     _check_input(x)
     if x.ndim != 2:

@@ -29,11 +29,12 @@ ABSURD = {
     float: (float("inf"), float("-inf"), float("nan"), 1e308, -1e308),
 }
 # Options of these commands are the fields of a dataclass, which is faster to walk than the command line.
-WITH_DATACLASSES = ("train", "plan", "eval")
+WITH_DATACLASSES = ("train", "sft", "grpo", "plan", "eval")
 # What options of the other commands take that is not a number.
 NOT_NUMBERS = {
     *("--help", "--prompt", "--dtype", "--ue8m0", "--dry-run", "--no-mtp", "--tokenizer"),
     *("--task", "--problems", "--text-file", "--json", "--out", "--keep", "--reward", "--split"),
+    *("--prompt-file", "--system", "--api-key-file", "--host", "--model-name", "--experts"),
 }
 
 
@@ -92,7 +93,7 @@ def test_every_number_of_a_command_line_has_bounds(
     flags = {f"--{name}" for name in re.findall(r"--no-([\w-]+)", shown)}
     for option in sorted(options - NOT_NUMBERS - flags):
         for value in ("1" * 20, "-" + "1" * 20, "nan", "inf", "-inf", "1e308", "9" * 5000, "", "\N{DIGIT ONE}x"):
-            folders = ["nowhere", "new"][: 1 if command in ("generate", "inspect") else 2]
+            folders = ["nowhere", "new"][: 2 if command in ("import-hf", "export-hf") else 1]
             assert main([command, *folders, f"{option}={value}"]) == 2
             line = capsys.readouterr().err
             assert line.count("\n") == 1

@@ -270,3 +270,8 @@ def test_every_option_of_training_says_what_it_is(capsys: pytest.CaptureFixture[
     assert [name for name, text in ends.items() if "of the run's tokens" not in text] == []
     for preset in presets():
         assert preset in texts["--preset"]
+    named = {lines[start].split()[0].rstrip(","): lines[start] for start in starts}
+    for name in ("balance", "moment-dtype", "rematerialisation", "pipeline-schedule", "tracker", "stop-signal"):
+        assert "{" in named[f"--training.{name}"], f"{name} does not show its choices"
+    for name in ("--tracker", "--data.null-texts", "--model.scoring-func", "--model.topk-method"):
+        assert "{" in named[name], f"{name} does not show its choices"

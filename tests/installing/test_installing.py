@@ -61,9 +61,8 @@ def test_the_wheel_holds_every_file_of_the_packages(built: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         packed = {name for name in file.namelist() if ".dist-info" not in name}
     packages = [path for package in ("dsv3_jax", "pallas_kernels") for path in (ROOT / package).rglob("*")]
-    assert packed == {
-        path.relative_to(ROOT).as_posix() for path in packages if path.suffix == ".py" or path.name == "py.typed"
-    }
+    files = [path for path in packages if path.is_file() and path.suffix not in (".md", ".pyc")]
+    assert packed == {path.relative_to(ROOT).as_posix() for path in files}
 
 
 def test_the_installed_command_trains_plans_and_writes_elsewhere(built: Path, tmp_path: Path) -> None:
@@ -99,6 +98,7 @@ def test_the_version_is_written_once() -> None:
 
 def test_the_address_of_the_repository_is_the_same_everywhere() -> None:
     pages = [ROOT / "README.md", ROOT / "CITATION.cff", *(ROOT / "notebooks").glob("*.ipynb")]
+    pages += [ROOT / "docs" / "first_hour.md", ROOT / "docs" / "how_to" / "one_gpu.md"]
     for page in pages:
         found = set(re.findall(r"https://[\w./-]+/dsv3-jax\b", page.read_text()))
         assert found <= {ADDRESS}, f"{page} has another address than pyproject.toml"

@@ -95,3 +95,18 @@ def test_wandb_itself_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     content = file.read_bytes()
     assert b"main_loss" in content
     assert b"2.25" in content
+
+
+@pytest.mark.timeout(120)
+def test_trackio_itself_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes a database of its own, to which a resumed run adds."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio", reason="trackio comes with the extra `trackio`")
+    run = RunFolder(tmp_path / "run")
+    for first in (0, 2):
+        tracker = open_tracker("trackio", run, small_run(), first)
+        for record in RECORDS:
+            tracker.write(record | {"step": first + record["step"]})
+        tracker.close()
+    (name,) = trackio.Api().runs("dsv3-jax")
+    assert str(name.name) == str(run.path)
