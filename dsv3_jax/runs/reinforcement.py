@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.data import Tokenizer
+from dsv3_jax.errors import UserError
 from dsv3_jax.inference import Engine, EngineConfig
 from dsv3_jax.post_training.config import ReinforcementConfig
 from dsv3_jax.post_training.policy_step import PolicyMetrics
@@ -322,8 +323,8 @@ def _check_lengths(config: RunConfig, settings: ReinforcementConfig, problems: P
     context = config.model.max_position_embeddings
     if longest + rollout.max_new_tokens > context:
         raise UserError(
-            f"a prompt of {longest} tokens and {rollout.max_new_tokens} new ones exceed the model's context of {context}; "
-            "give a smaller --max-new-tokens or shorter prompts"
+            f"a prompt of {longest} tokens and {rollout.max_new_tokens} new ones exceed the model's context of "
+            f"{context}; give a smaller --max-new-tokens or shorter prompts"
         )
 
 
