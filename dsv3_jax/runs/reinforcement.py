@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.data import Tokenizer
+from dsv3_jax.errors import UserError
 from dsv3_jax.inference import Engine, EngineConfig
 from dsv3_jax.post_training.config import ReinforcementConfig
 from dsv3_jax.post_training.policy_step import PolicyMetrics
@@ -67,6 +69,7 @@ def reinforce(config: RunConfig, settings: ReinforcementConfig, source: Path, ou
             stack.enter_context(folder.locked())
             with folder.removed_if_no_run_starts():
                 problems = ProblemSource(settings.rollout.task, settings.rollout.seed, settings.rollout.size)
+                _check_lengths(config, settings, problems)
                 start = start_or_resume(config, settings, folder, layout, source)
                 runs.append(_Run(config, settings, folder, layout, problems, start, interruption))
             stack.callback(runs[0].close)
@@ -310,6 +313,19 @@ class _Run:
             "that was not finite; try a lower --learning-rate"
         )
         return NOT_FINITE
+
+
+def _check_lengths(config: RunConfig, settings: ReinforcementConfig, problems: ProblemSource) -> None:
+    """Checks that held-out problems and those of the first step fit the model's context with their completions."""
+    tokenizer, rollout = Tokenizer.load(config.data.tokenizer), settings.rollout
+    some = [*problems.held_out(settings.held_out), *itertools.islice(problems.training(0), rollout.prompts)]
+    longest = max(len(tokenizer.prompt_ids(problem.prompt)) for problem in some)
+    context = config.model.max_position_embeddings
+    if longest + rollout.max_new_tokens > context:
+        raise UserError(
+            f"a prompt of {longest} tokens and {rollout.max_new_tokens} new ones exceed the model's context of "
+            f"{context}; give a smaller --max-new-tokens or shorter prompts"
+        )
 
 
 def _describe(record: Record, room: int) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from dsv3_jax.post_training.rewards import numeric
+
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TRAINING = ("fp8_vs_bf16", "mtp_ablation", "balance_ablation", "expert_specialisation", "long_context")
 
@@ -168,3 +170,19 @@ def test_committed_results_say_where_they_come_from(path: Path):
     script = EXPERIMENTS / f"{found['experiment']}.py"
     assert script.exists()
     assert "main" in {node.name for node in ast.parse(script.read_text()).body if isinstance(node, ast.FunctionDef)}
+
+
+def test_worked_answers_are_right_and_quick_ones_are_not(load):
+    script = load("r1_zero_small")
+    problems = script.generate_problems("arithmetic", "train", 1, script.SIZE)
+    some = [next(problems) for _ in range(300)]
+    right = 0
+    for problem in some:
+        answer = script.worked_answer(problem)
+        *_, last = answer.removesuffix(f". \\boxed{{{problem.answer}}}").split(", ")
+        assert answer.endswith(f"= {problem.answer}. \\boxed{{{problem.answer}}}")
+        calculation, _, result = last.partition(" = ")
+        assert eval(calculation) == int(result)  # noqa: S307
+        assert numeric(problem.prompt, answer, problem.answer) == 1
+        right += numeric(problem.prompt, script.quick_answer(problem), problem.answer)
+    assert right < 0.1 * len(some)

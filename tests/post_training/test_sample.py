@@ -51,7 +51,7 @@ def test_draws_depend_on_seed_prompt_and_number_alone(run) -> None:
 
 
 def test_the_command_goes_on_where_it_was(run, monkeypatch, tmp_path: Path, capsys) -> None:
-    monkeypatch.setattr("dsv3_jax.runs.checkpoints.load_checkpoint", lambda folder: (*run, 7))
+    monkeypatch.setattr("dsv3_jax.runs.checkpoints.load_checkpoint", lambda folder, **which: (*run, 7))
     out = tmp_path / "kept.jsonl"
     line = ["sample", "somewhere", "--task", "arithmetic", "--samples", "2", "--max-new-tokens", "3", "--keep", "all"]
     assert main([*line, "--count", "2", "--out", str(out)]) == 0
