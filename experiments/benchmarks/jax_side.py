@@ -101,7 +101,8 @@ def decoding(request: dict[str, Any]) -> Callable[[], float]:
 def serving(request: dict[str, Any]) -> Callable[[], float]:
     """Returns a function that gives an engine all requests at once and returns the mean seconds to the first token."""
     config = ModelConfig.from_dict(request["config"])
-    settings = EngineConfig(context=request["context"], top_logprobs=0, reuse_prefixes=False, **request["engine"])
+    sizes = {"context": request["context"], "top_logprobs": 0, "compile_at_start": False}
+    settings = EngineConfig(**sizes, reuse_prefixes=False, **request["engine"])
     engine = Engine(build_model(config, request["dtype"]), settings)
     ids = np.asarray(random_ids(config.vocab_size, len(request["prompts"]), max(request["prompts"])))
     requests = [
