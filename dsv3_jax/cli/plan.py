@@ -30,6 +30,7 @@ Examples:
   dsv3 plan --preset v3-671b --target h200:2048 --mesh fsdp=32,expert=64 --compile --out plans/h200
   dsv3 plan --preset ablation-16b --target h100:64 --search 10
   dsv3 plan --target h800:512 --mesh fsdp=8,expert=64 --batch-size 512 --sequence-length 8192 --average none --grpo 512
+  dsv3 plan --serve decode --target h800:320
 """
 
 
@@ -52,6 +53,9 @@ class PlanOptions:
       schedule: pipeline schedule: dualpipe, zb1p or 1f1b.
       tokens: tokens of the whole run, such as 14.8e12.
       compile: compile the real training step for the target and compare.
+      serve: plan a unit that reads prompts (prefill) or generates (decode) instead of training; --mesh tensor=N is
+        the number of devices that share attention, --batch-size the tokens of prompts or the requests of a device, and
+        --sequence-length the tokens of a prompt or the mean length of a request.
       search: rank this many mesh shapes; with --compile the best are compiled and ranked again.
       grpo: plan reinforcement learning by dsv3 grpo too, with an engine that writes this many sequences at a time; 0
         for training alone.
@@ -74,6 +78,7 @@ class PlanOptions:
     schedule: Literal["dualpipe", "zb1p", "1f1b"] | None = None
     tokens: float = 14.8e12
     compile: bool = False
+    serve: Literal["", "prefill", "decode"] = ""
     search: int = 0
     grpo: int = 0
     grpo_reference: bool = True
@@ -101,6 +106,8 @@ def main(argv: list[str]) -> int:
     options = parse(argv, prog="dsv3 plan", description=_DESCRIPTION, default=PlanOptions())
     if options.search and options.grpo:
         raise UserError("--grpo is planned for one mesh: leave out --search")
+    if options.serve:
+        return _serve(options)
     if options.search and options.mesh:
         raise UserError("--search chooses the mesh itself: leave out --mesh")
     if options.search:
@@ -112,6 +119,35 @@ def main(argv: list[str]) -> int:
 
         compiled = compile_plan(plan.config)
     _deliver(plan, compiled, options)
+    return 0
+
+
+def _serve(options: PlanOptions) -> int:
+    """Prints the plan of a unit that serves."""
+    from dsv3_jax.config import ModelConfig
+    from dsv3_jax.planning.hardware import Target
+    from dsv3_jax.planning.serving_table import as_dict, lines, report_unit
+
+    given = [f"--{name}" for name in ("compile", "search", "grpo") if getattr(options, name)]
+    if given:
+        raise UserError(f"{given[0]} is for plans of training: leave it out with --serve")
+    name, _, tensor = options.mesh.partition("=")
+    if options.mesh and (name != "tensor" or not tensor.isdecimal() or not int(tensor)):
+        raise UserError(f"--mesh with --serve is tensor=N, the devices that share attention, not '{options.mesh}'")
+    assert options.serve
+    unit = report_unit(
+        options.serve,
+        ModelConfig.preset(options.preset),
+        Target.parse(options.target),
+        tensor=int(tensor or 4),
+        batch=options.batch_size,
+        context=options.sequence_length,
+    )
+    text = json.dumps(as_dict(unit), indent=1) if options.json else "\n".join(lines(unit))
+    print(text)
+    if options.out:
+        file = _folder(options.out) / ("plan.json" if options.json else "plan.txt")
+        file.write_text(text + "\n", encoding="utf-8")
     return 0
 
 

@@ -25,7 +25,9 @@ from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.inference import programs
 from dsv3_jax.inference.batches import chunk_of, running_of, table_of, text_of
 from dsv3_jax.inference.engine_config import EngineConfig, Sizes, empty_pages
+from dsv3_jax.inference.int8_model import with_int8_weights
 from dsv3_jax.inference.pages import PageAllocator
+from dsv3_jax.inference.redundancy import with_redundant_experts
 from dsv3_jax.inference.requests import FinishReason, Output, Request, Result, TokenLogprobs
 from dsv3_jax.inference.sampling import Sampler
 from dsv3_jax.inference.scheduler import Scheduler, Sequence
@@ -86,12 +88,15 @@ class Engine:
         self.context, self.drafts = self.sizes.context, self.sizes.drafts
         self.statistics = Statistics(drafted=[0] * self.drafts, accepted=[0] * self.drafts)
         self._to_bytes = to_bytes
-        self._graph, self._weights = nnx.split(model)
-        self._pages = empty_pages(config, model, self.sizes)
-        self._slots = programs.Slots.empty(model.config, config.max_sequences, self.drafts, model.precision.dtype)
+        self._model = model if config.redundant_experts else None
+        self._placed_load: np.ndarray | None = None  # what all requests before the last placement had counted
+        self._ended = 0
+        self._graph, self._weights = nnx.split(self._own(model))
+        slots = programs.Slots.empty(model.config, self.sizes.slots, self.drafts, model.precision.dtype)
+        self._pages, self._slots = model.devices.replicated((empty_pages(config, model, self.sizes), slots))
         self._allocator = PageAllocator(self.sizes.pages, config.page_size)
         self._scheduler = Scheduler(
-            self._allocator, config.max_sequences, self.drafts, reuse_prefixes=config.reuse_prefixes
+            self._allocator, self.sizes.slots, self.drafts, reuse_prefixes=config.reuse_prefixes
         )
         self._sequences: dict[int, Sequence] = {}
         self._texts: dict[int, StopStrings] = {}
@@ -158,13 +163,14 @@ class Engine:
     def update(self, model: DeepSeekV3) -> None:
         """Replaces the weights by those of a model of the same kind, without copying or compiling anything.
 
-        The engine holds the model's own arrays: give it the new ones before its next step if they are donated. Pages of
-        finished requests are withdrawn. Running requests keep their text; it is read again with the new weights.
+        The engine holds the model's own arrays (or new ones in int8): give it the new ones before its next step if they
+        are donated. Pages of finished requests are withdrawn. Running requests keep their text; it is read again with
+        the new weights.
 
         Raises:
           ConfigError: the weights have other names, shapes or dtypes.
         """
-        weights = nnx.state(model)
+        weights = nnx.state(self._own(model))
         kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), each) for each in (weights, self._weights)]
         if kinds[0] != kinds[1]:
             raise ConfigError("the new weights have other names, shapes or dtypes than the engine's; make a new engine")
@@ -184,7 +190,7 @@ class Engine:
         """Admits requests, reads a chunk of prompts, gives tokens to all whose prompt is read; returns what is new."""
         for sequence in self._scheduler.admit():
             self._prepare_slot(sequence)
-        reading = self._scheduler.to_read(self.config.chunk_rows)
+        reading = self._scheduler.to_read(self.sizes.chunk_rows)
         if reading:
             self._read(reading)
         steps = 1 if self._scheduler.to_read(1) else self.config.steps
@@ -192,6 +198,26 @@ class Engine:
         self.statistics.preemptions = self._scheduler.preemptions
         self.statistics.reused_tokens = self._scheduler.reused_tokens
         return self._write(rows, steps) if rows else []
+
+    def _own(self, model: DeepSeekV3) -> DeepSeekV3:
+        """Returns the model as the engine computes with it."""
+        if self._model is not None:
+            self._model = model
+            model = with_redundant_experts(model, self.config.redundant_experts, self._load_since_placement())
+        if not self.config.int8_weights:
+            return model
+        if model.precision.fp8 is not None:
+            raise ConfigError("engine.int8_weights is for models of precision float32 or bfloat16, not fp8")
+        return with_int8_weights(model)
+
+    def _load_since_placement(self) -> np.ndarray | None:
+        """Returns the experts' load since copies were last chosen; None before any request."""
+        if self._placed_load is None:
+            self._placed_load = np.zeros((), np.int32)
+            return None
+        total = self.expert_load
+        since, self._placed_load = total - self._placed_load, total
+        return since
 
     def _prepare_slot(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -286,6 +312,10 @@ class Engine:
         )
 
     def _end(self, sequence: Sequence) -> None:
+        self._ended += 1
+        if self._model is not None and self._ended % self.config.requests_per_placement == 0:
+            # The copies compute what their originals do: running requests and the cache stay as they are.
+            self._weights = nnx.state(self._own(self._model))
         self._scheduler.remove(sequence)
         del self._sequences[sequence.number]
         self._texts.pop(sequence.number, None)

@@ -31,6 +31,10 @@ class EngineConfig:
       top_logprobs: most likely tokens that a request may ask for.
       reuse_prefixes: whether requests with equal beginnings share the pages of it.
       record_experts: whether outputs say which experts each token chose. The cache keeps them for shared beginnings.
+      int8_weights: whether the engine keeps the weights of products in int8, a quarter of float32's memory, and
+        multiplies in int8 (`dsv3_jax.precision.int8_weight`), which is faster on a CPU.
+      redundant_experts: copies of routed experts of each layer, of those that serve most tokens (section 3.4).
+      requests_per_placement: finished requests after which the copies are chosen anew by the load measured since.
       compile_at_start: whether all shapes are compiled when the engine is made; else each when it is first needed.
     """
 
@@ -47,10 +51,13 @@ class EngineConfig:
     top_logprobs: int = 20
     reuse_prefixes: bool = True
     record_experts: bool = False
+    int8_weights: bool = False
+    redundant_experts: int = 0
+    requests_per_placement: int = 100
     compile_at_start: bool = True
 
     def __post_init__(self) -> None:
-        positive = ("max_sequences", "page_size", "chunk_rows", "steps")
+        positive = ("max_sequences", "page_size", "chunk_rows", "steps", "requests_per_placement")
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"engine.{name} must be at least 1, not {getattr(self, name)}")
@@ -58,6 +65,8 @@ class EngineConfig:
             raise ConfigError(f"engine.chunk_sizes must be positive and increasing, not {self.chunk_sizes}")
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
             raise ConfigError(f"engine.cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {self.cache_dtype!r}")
+        if self.redundant_experts < 0:
+            raise ConfigError(f"engine.redundant_experts must be 0 or more, not {self.redundant_experts}")
         if self.cache_tokens is not None and self.cache_memory is not None:
             raise ConfigError("engine.cache_tokens and engine.cache_memory exclude each other; give one")
 
@@ -67,12 +76,13 @@ class Sizes:
     """The sizes of an engine's arrays.
 
     Attributes:
-      slots: most requests that run at a time.
+      slots: most requests that run at a time, rounded up to what the devices of a mesh share.
       context: most tokens of a request.
       drafts: tokens that the MTP module drafts per step.
       pages: number of pages of the cache.
       page_size: tokens per page.
-      chunk_rows: prompts that are read at a time.
+      chunk_rows: prompts that are read at a time, rounded up as `slots`.
+      batch_ranks: the number of rows of every batch is a multiple of this.
     """
 
     slots: int
@@ -81,6 +91,7 @@ class Sizes:
     pages: int
     page_size: int
     chunk_rows: int
+    batch_ranks: int
 
     @classmethod
     def of(cls, config: EngineConfig, model: DeepSeekV3) -> Sizes:
@@ -91,7 +102,9 @@ class Sizes:
         """
         context, drafts = _context(model, config), _drafts(model, config)
         pages = _number_of_pages(model, config, context, drafts)
-        return cls(config.max_sequences, context, drafts, pages, config.page_size, config.chunk_rows)
+        ranks = model.devices.batch_ranks
+        slots, chunk_rows = (-(-count // ranks) * ranks for count in (config.max_sequences, config.chunk_rows))
+        return cls(slots, context, drafts, pages, config.page_size, chunk_rows, ranks)
 
     @property
     def table_width(self) -> int:
@@ -100,8 +113,8 @@ class Sizes:
 
     @property
     def row_counts(self) -> list[int]:
-        """Numbers of running requests that programs are compiled for: powers of two, and the most."""
-        counts = [1]
+        """Numbers of rows that programs are compiled for: the fewest, each twice the one before, and the most."""
+        counts = [self.batch_ranks]
         while counts[-1] < self.slots:
             counts.append(min(2 * counts[-1], self.slots))
         return counts

@@ -134,7 +134,8 @@ def read_chunk(graph: Any, weights: Any, pages: Pages, slots: Slots, chunk: Chun
         last = jnp.sum(chunk.positions >= 0, axis=1) - 1
         newest = jnp.take_along_axis(read.hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
         hidden = hidden.at[chunk.slot, -1].set(newest.astype(hidden.dtype), mode="drop")
-    return cache.pages, dataclasses.replace(slots, hidden=hidden, load=slots.load + load)
+    slots = dataclasses.replace(slots, hidden=hidden, load=slots.load + load)
+    return model.devices.replicated((cache.pages, slots))
 
 
 @jax.jit
@@ -191,7 +192,7 @@ def write_tokens(
     )
     text = jax.tree.map(lambda all_, own: all_.at[running.slot].set(own, mode="drop"), slots.text, state.text)
     hidden = slots.hidden.at[running.slot].set(state.hidden, mode="drop")
-    return state.pages, Slots(hidden, text, state.load), state.written
+    return model.devices.replicated((state.pages, Slots(hidden, text, state.load), state.written))
 
 
 @jax.tree_util.register_dataclass

@@ -128,6 +128,20 @@ class Devices(Protocol):
         """Returns the sum over the whole batch, from a sum over the sequences that this program sees."""
         ...
 
+    @property
+    def batch_ranks(self) -> int:
+        """The number of sequences of a batch is a multiple of this."""
+        ...
+
+    @property
+    def expert_ranks(self) -> int:
+        """Number of devices over which the experts of a layer are divided."""
+        ...
+
+    def replicated(self, tree: Tree) -> Tree:
+        """Returns the arrays of `tree` with a copy of each on every device."""
+        ...
+
     def shardings(self, tree: Tree) -> Tree:
         """Returns the Sharding with which each array of `tree` (parameters, or their shapes) is kept."""
         ...
@@ -199,6 +213,20 @@ class OneDevice:
     def sum_over_batch(self, x: Array) -> Array:
         """Returns `x`: the sequences at hand are the batch."""
         return x
+
+    @property
+    def batch_ranks(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def expert_ranks(self) -> int:
+        """One."""
+        return 1
+
+    def replicated(self, tree: Tree) -> Tree:
+        """Returns `tree`."""
+        return tree
 
     def shardings(self, tree: Tree) -> Tree:
         """Returns the default device for every array."""

@@ -11,6 +11,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.devices import Devices
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision import Precision
+from dsv3_jax.precision.int8_weight import Int8Weight
 
 
 class Embedding(nnx.Module):
@@ -53,8 +54,12 @@ class Head(nnx.Module):
             gather_dtype=dtype,
         )
 
-    def _logits(self, hidden: Float[Array, "*batch d"], weight: Float[Array, "V d"]) -> Float[Array, "*batch V"]:
+    def _logits(
+        self, hidden: Float[Array, "*batch d"], weight: Float[Array, "V d"] | Int8Weight
+    ) -> Float[Array, "*batch V"]:
         dtype = self.precision.dtype
+        if isinstance(weight, Int8Weight):
+            return weight.product(hidden, jnp.promote_types(dtype, jnp.float32))
         return lax.dot_general(
             hidden.astype(dtype),
             weight.astype(dtype),

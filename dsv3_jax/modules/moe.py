@@ -143,11 +143,12 @@ class Experts(nnx.Module):
         experts, _, width, d = gate_up.shape[-4:]
         tokens, chosen = u.shape[0], gates.expert_index.shape[-1]
         in_blocks = isinstance(self.devices, OneDevice) and target_platform() == "cpu" and self.precision.fp8 is None
+        weights = jnp.where(token_mask[:, None], gates.gate.reshape(tokens, chosen), 0)
         if not in_blocks and tokens * chosen > experts:
+            gates = dataclasses.replace(gates, gate=weights.reshape(gates.gate.shape))
             return self._apply(u, gates, *((gate_up, down) if layer is None else (gate_up[layer], down[layer])))
         gate_up, down = gate_up.reshape(-1, 2 * width, d), down.reshape(-1, d, width)
         index = gates.expert_index.reshape(tokens, chosen) + (0 if layer is None else layer * experts)
-        weights = jnp.where(token_mask[:, None], gates.gate.reshape(tokens, chosen), 0)
         if in_blocks:
             index = jnp.where(token_mask[:, None], index, jnp.iinfo(jnp.int32).max)
 

@@ -1,7 +1,7 @@
 """The linear maps of the model under a precision recipe: with one matrix or one per expert, plain or after SwiGLU.
 
 A map after SwiGLU takes the input of SwiGLU, so that a recipe can keep that in a small format and recompute the rest.
-Weights are arrays, or `Fp8Weight`s, which get no gradient.
+Weights are arrays, or weights kept in a small format (`Fp8Weight`, `Int8Weight`), which get no gradient.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pallas_kernels
 from dsv3_jax.precision.fp8_layer import fp8_product, fp8_product_by_row, weight_tiles
 from dsv3_jax.precision.fp8_recipe import Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
+from dsv3_jax.precision.int8_weight import Int8Weight
 from dsv3_jax.precision.keeping import keep
 from dsv3_jax.precision.recipe import Precision
 from dsv3_jax.precision.swiglu import swiglu
@@ -23,17 +24,19 @@ from pallas_kernels import TILE
 
 def linear(
     x: Float[Array, "*batch in"],
-    weight: Float[Array, "out in"] | Fp8Weight,
+    weight: Float[Array, "out in"] | Fp8Weight | Int8Weight,
     precision: Precision,
     *,
     after_attention: bool = False,
 ) -> Float[Array, "*batch out"]:
-    """Returns y = W x in the recipe's dtype. Operands are in that dtype or in FP8; sums are in float32.
+    """Returns y = W x in the recipe's dtype. Operands are in that dtype, FP8 or int8; sums are in float32 or int32.
 
     Args:
       after_attention: x is the attention's output, which recipes keep for the backward pass in a format of its own.
     """
     dtype = precision.dtype
+    if isinstance(weight, Int8Weight):
+        return weight.product(x, dtype)
     if precision.fp8 is not None:
         role = Role(after_attention=after_attention)
         y = fp8_product(x.reshape(-1, x.shape[-1]).astype(dtype), weight, None, precision.fp8, role)

@@ -7,11 +7,14 @@ not end at the borders of its blocks of 128 x 128. One device multiplies by the 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
@@ -24,7 +27,7 @@ from dsv3_jax.sharding.expert_parallel import ExpertExchange
 from dsv3_jax.sharding.gate_on_ranks import gate_on_ranks
 from dsv3_jax.sharding.linear_on_ranks import multiply_on_ranks
 from dsv3_jax.sharding.ranks import sum_over_batch
-from dsv3_jax.sharding.rules import Tree, rules_over_stages, shardings
+from dsv3_jax.sharding.rules import BATCH_AXES, Tree, rules_over_stages, shardings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +111,21 @@ class OnMesh:
     def sum_over_batch(self, x: Array) -> Array:
         """Returns the sum over the whole batch, from a sum over the sequences that this program sees."""
         return sum_over_batch(x)
+
+    @property
+    def batch_ranks(self) -> int:
+        """The number of ranks over which the sequences of a batch are sharded."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    @property
+    def expert_ranks(self) -> int:
+        """The size of the expert axis."""
+        return self.mesh.shape["expert"]
+
+    def replicated(self, tree: Tree) -> Tree:
+        """Returns the arrays of `tree` with a copy of each on every device of the mesh."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda x: lax.with_sharding_constraint(x, whole), tree)
 
     def shardings(self, tree: Tree) -> Tree:
         """Returns the NamedSharding with which each array of `tree` (parameters, or their shapes) is kept."""

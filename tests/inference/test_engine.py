@@ -82,9 +82,13 @@ def test_greedy_text_is_that_of_the_expanded_model(engine: Engine, plain) -> Non
 
 def test_a_token_is_drafted_if_the_module_had_guessed_it(engine: Engine, plain) -> None:
     """The flags agree with the counts, and greedy drafts that are right are accepted wherever a text ends."""
-    before = sum(engine.statistics.accepted)
+    before = sum(engine.statistics.accepted), sum(engine.statistics.drafted[:1])
     results = engine.run(requests())
-    assert sum(sum(result.drafted) for result in results) == sum(engine.statistics.accepted) - before
+    accepted = sum(sum(result.drafted) for result in results)
+    assert sum(engine.statistics.accepted) - before[0] == accepted
+    # Each step of a request checks its first draft, and ends with a token that is no draft unless the text ends.
+    steps = 20 * len(results) - accepted + sum(result.drafted[-1] for result in results)
+    assert sum(engine.statistics.drafted[:1]) - before[1] == (steps if engine.drafts else 0)
     assert all(not result.drafted[0] or engine.drafts for result in results)
     if engine.drafts:
         for result, text in zip(results, plain, strict=True):
@@ -201,6 +205,7 @@ def test_stop_tokens_and_stop_strings(model: DeepSeekV3, plain) -> None:
     for result, text in zip(engine.run(requests(stop_strings=(stop,))), texts, strict=True):
         assert result.text == text.split(stop)[0]
         assert result.finished == ("stop" if stop in text else "length")
+        assert len(result.tokens) == (text.index(stop) + len(stop) if stop in text else 20)
     token = plain[3][6]
     for result, tokens in zip(engine.run(requests(stop_tokens=(token,))), plain, strict=True):
         assert result.tokens == (tokens[: tokens.index(token) + 1] if token in tokens else tokens)
