@@ -13,6 +13,7 @@ from small_server import Small, running
 
 from dsv3_jax.inference import Engine, Output
 
+pytestmark = pytest.mark.slow
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright comes with the extra `dev`")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -38,8 +39,10 @@ def page(browser: Any) -> Iterator[Any]:
     page = browser.new_page()
     page.set_default_timeout(30_000)
     page.on("pageerror", lambda error: errors.append(str(error)))
-    # Chromium reports answers such as 401 too, of which the page tells its user.
-    page.on("console", lambda message: errors.append(message.text) if "status of 4" not in message.text else None)
+    # Chromium reports answers with code 400 and 401 too, of which the page tells its user.
+    page.on(
+        "console", lambda said: errors.append(said.text) if said.type == "error" and "of 40" not in said.text else None
+    )
     page.on("request", lambda request: hosts.add(request.url.split("/")[2].split(":")[0]))
     yield page
     page.close()
@@ -100,18 +103,18 @@ def test_stop_and_a_new_chat_while_an_answer_comes(server: Small, page: Any, mon
     page.goto(server.url)
     page.wait_for_selector("text=step 7")
     ask(page, "a")
-    page.wait_for_selector(".assistant .token")
+    page.wait_for_selector(".assistant .token", state="attached")
     page.click("#stop")
     page.wait_for_selector("text=Stopped.")
     wait_for_end(page)
     ask(page, "b")
-    page.wait_for_selector(".assistant >> nth=1 >> .token")
+    page.wait_for_selector(".assistant >> nth=1 >> .token", state="attached")
     page.click("#new")
     assert page.locator(".turn").count() == 0
     assert page.is_enabled("#send")
     monkeypatch.undo()
     ask(page, "c")
-    page.wait_for_selector(".assistant .token")
+    page.wait_for_selector(".assistant .token", state="attached")
     wait_for_end(page)
 
 
