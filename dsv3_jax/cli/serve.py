@@ -13,6 +13,7 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.regular_files import read_regular
 from dsv3_jax.terminal import say
 
+_CACHE_TOKENS = 2**17  # of the cache, unless one request may be longer
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _DESCRIPTION = """Serve a run's newest checkpoint, or a published checkpoint, over HTTP: OpenAI's API and a chat page.
 
@@ -59,9 +60,12 @@ def main(argv: list[str]) -> int:
             template=ChatTemplate.of(loaded.tokenizer),
             sampler=default_sampler(loaded.tokenizer),
         )
+        context = arguments.context or loaded.model.config.max_position_embeddings
+        tokens = max(context, min(arguments.max_sequences * context, _CACHE_TOKENS))
         config = EngineConfig(
             max_sequences=arguments.max_sequences,
             context=arguments.context,
+            cache_tokens=tokens if arguments.cache_gib is None else None,
             cache_memory=None if arguments.cache_gib is None else int(arguments.cache_gib * 2**30),
             drafts=arguments.drafts,
             record_experts=arguments.experts,
@@ -132,7 +136,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--cache-gib",
         type=number(float, 1e-6, 1e6),
-        help="memory of the cache (default: for all requests at full length)",
+        help="memory of the cache (default: for all requests at full length, or for 131,072 tokens if that is less)",
     )
     parser.add_argument(
         "--drafts", type=number(int, 0, 16), help="tokens that the MTP module drafts (default: 1 if the model has one)"

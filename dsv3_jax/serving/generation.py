@@ -7,6 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 
 from starlette.types import Receive
 
@@ -105,7 +106,7 @@ class Generation:
             self._engine.cancel(self._numbers)
         self._metrics.record_end(self._end, time.monotonic() - self._began)
 
-    def _cancel_late(self, future) -> None:
+    def _cancel_late(self, future: Future[list[int]]) -> None:
         if not future.cancelled() and future.exception() is None:
             self._engine.cancel(future.result())
 
