@@ -43,9 +43,9 @@ def read_value(kind: Any, given: Any, name: str) -> Any:
       UserError: `given` is no such value.
     """
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        if given in (_NONE, "None", None):
-            return None
         (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
+        if given in (_NONE, "None", None) and given not in typing.get_args(kind):  # "none" may be one of the choices
+            return None
     if typing.get_origin(kind) is Literal:
         choices = typing.get_args(kind)
         if given in choices:
