@@ -146,6 +146,8 @@ class _Run:
         self.reporter.introduce(self.inputs.total_tokens, self.layout)
         take_step = make_train_step(self.skeleton, self.config, self.layout)
         self.evaluation_step = make_evaluation_step(self.skeleton, self.config, self.layout)
+        if self.position.step > 0 > self.saved_step:  # what a run goes on from is in its own folder from now on
+            self._save()
         start, first_step = self._evaluate(first=True), self.position.step
         while self.position.step < training.steps:
             if self._stop_requested():

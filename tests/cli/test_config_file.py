@@ -98,3 +98,14 @@ def test_mistakes_about_what_a_run_starts_from(
     words = [word.format(run=folder.path) for word in words]
     assert named in refused(capsys, "train", "--out", str(tmp_path / "run"), *words)
     assert not no_training
+
+
+def test_the_paths_in_a_mixture_are_right_in_any_folder(
+    no_training: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "--preset", "tiny", "--out", "run", "--data.corpus"]
+    assert main([*words, "mix:1*stdlib+3*texts+4*hf:owner/name:part"]) == 0
+    assert main([*words, "hf:owner/name"]) == 0
+    corpora = [config.data.corpus for config, _ in no_training]
+    assert corpora == [f"mix:0.125*stdlib+0.375*{tmp_path}/texts+0.5*hf:owner/name:part", "hf:owner/name"]

@@ -15,6 +15,7 @@ from dsv3_jax.runs.checkpoints import load_checkpoint
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.loop import train
 from dsv3_jax.runs.metrics import read_metrics
+from dsv3_jax.runs.saved_run import list_checkpoints
 from dsv3_jax.runs.start import Continuation
 from dsv3_jax.training.config import RunConfig
 
@@ -38,6 +39,7 @@ def test_the_same_steps_follow(source: tuple[RunFolder, RunConfig], tmp_path: Pa
     (state, position), (expected, expected_position) = (final_state(path, config) for path in (tmp_path, run.path))
     assert_trees_equal(state, expected)
     assert position == expected_position
+    assert [int(path.name) for path in list_checkpoints(RunFolder(tmp_path))] == [4, 6], "its start is kept at once"
     assert [record["step"] for record in read_metrics(RunFolder(tmp_path).metrics)] == [5, 6, 6]
 
 
