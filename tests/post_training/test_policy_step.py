@@ -25,8 +25,9 @@ from dsv3_jax.runs.reinforcement_start import policy_state
 from dsv3_jax.training.state import new_state, split_trained
 
 LENGTH = 13
+CONFIG = small_run(micro_batch_size=0, ema_decay=0.0, weight_decay=0.0, gradient_clip=1e6, loss_chunk=16)
 CONFIG = dataclasses.replace(
-    small_run(micro_batch_size=0, ema_decay=0.0, weight_decay=0.0, gradient_clip=1e6, loss_chunk=16)
+    CONFIG, model=CONFIG.model.replace(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
 )
 
 

@@ -45,7 +45,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = RunFolder(tmp_path_factory.mktemp("source") / "run")
     folder.path.mkdir()
     config = small_run(ema_decay=0.0)
-    config = dataclasses.replace(config, model=config.model.replace(initializer_range=0.1))
+    layers = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    config = dataclasses.replace(config, model=config.model.replace(initializer_range=0.1, **layers))
     tokenizer = Tokenizer(byte_tokenizer())
     tokenizer.save(folder.tokenizer)
     folder.write_config(config)
