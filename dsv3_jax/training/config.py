@@ -264,7 +264,7 @@ class RunConfig:
                 training=TrainingConfig(**training),
                 precision=values["precision"],
                 **({"mesh": MeshConfig(**values["mesh"])} if "mesh" in values else {}),
-                **({"lora": LoraConfig(**values["lora"])} if "lora" in values else {}),
+                lora=LoraConfig(**values.get("lora", {})),
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the run's configuration cannot be read: {error}") from error

@@ -29,7 +29,8 @@ def run_of(kind: str) -> RunConfig:
     """Returns a run of one MoE layer ("small"), also with an MTP module ("with_mtp"), of two in four passes ("staged"),
     or of four, one of them in the first stage ("uneven").
 
-    With "adapted-" before it, low-rank adapters are trained. With "masked-" before it, rows are packed samples of which only the answers are learned.
+    With "adapted-" before it, low-rank adapters are trained. With "masked-" before it, rows are packed samples of which
+    only the answers are learned.
     """
     if kind.startswith("adapted-"):
         run = run_of(kind.removeprefix("adapted-"))
