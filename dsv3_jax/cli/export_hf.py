@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from dsv3_jax.cli.import_hf import PUBLISHED
 from dsv3_jax.cli.options import notes, number
 from dsv3_jax.errors import UserError
 from dsv3_jax.terminal import say
+
+if TYPE_CHECKING:
+    from dsv3_jax.runs.checkpoints import LoadedRun
 
 _DESCRIPTION = """Write a run's newest checkpoint in the form that transformers and serving engines read: safetensors
 with an index, config.json and tokenizer, MTP layers included.
@@ -18,6 +21,7 @@ with an index, config.json and tokenizer, MTP layers included.
 _EXAMPLES = """examples:
   dsv3 export-hf runs/nano exported
   dsv3 export-hf runs/nano exported-fp8 --dtype fp8
+  dsv3 export-hf runs/lora adapters --adapters
 """
 
 
@@ -39,6 +43,8 @@ def main(argv: list[str]) -> int:
 
     with notes():
         loaded = load_run(options.run, step=options.step, dtype="bfloat16" if options.dtype == "bfloat16" else None)
+    if options.adapters:
+        return _export_adapters(loaded, options.run, options.target)
     model, saved, step = loaded.model, loaded.saved, loaded.saved.position.step
     imported = not (options.dtype or step)  # an imported run that was not trained has its checkpoint's dtypes
     save_hf(
@@ -55,6 +61,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _export_adapters(loaded: LoadedRun, run: Path, target: Path) -> int:
+    from dsv3_jax.interop.adapter_files import save_adapters
+    from dsv3_jax.training.adapters import peft_config, published_adapters
+
+    model, lora = loaded.saved.config.model, loaded.saved.config.lora
+    if loaded.adapters is None:
+        raise UserError(f"{run} has no adapters, which dsv3 sft --lora.rank trains; leave out --adapters")
+    save_adapters(target, published_adapters(loaded.adapters, model, lora), peft_config(model, lora, str(run)))
+    say(f"{target}: adapters of step {loaded.saved.position.step} of {run}, in the layout of PEFT")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="dsv3 export-hf",
@@ -65,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     parser.add_argument("target", metavar="DST", type=Path, help="new folder")
+    parser.add_argument("--adapters", action="store_true", help="write only the low-rank adapters, as PEFT does")
     parser.add_argument("--step", type=number(int, 0, 10**18), help="step of the checkpoint (default: the newest)")
     parser.add_argument(
         "--dtype",

@@ -19,7 +19,7 @@ from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.processes import Processes
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.terminal import say
-from dsv3_jax.training.config import RunConfig, TrainingConfig
+from dsv3_jax.training.config import LoraConfig, RunConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 
 _DESCRIPTION = """Fine-tune the model in folder RUN (a run or a published checkpoint) on conversations.
@@ -32,9 +32,12 @@ The result is a run. If the folder --out already holds the same run, it is resum
 
 Rows hold whole samples, which do not see each other. The loss counts what the assistant says (--loss-on).
 
+With --lora.rank only low-rank adapters are trained, which `dsv3 export-hf` adds to the weights.
+
 Examples:
   dsv3 sft runs/nano --data chats.jsonl --out runs/chat
   dsv3 sft runs/nano --data right.jsonl --out runs/better --epochs 3 --learning-rate 1e-4
+  dsv3 sft runs/nano --data chats.jsonl --out runs/lora --lora.rank 8 --learning-rate 2e-4
   dsv3 sft checkpoints/moonlight --data chats/ --out runs/moonlight-chat --mesh.fsdp 8
 """
 _OF_DATA = (
@@ -84,6 +87,7 @@ class SftOptions:
     validation_fraction: float
     tokenizer: str
     precision: str = "auto"
+    lora: LoraConfig
     training: TrainingConfig
     mesh: MeshConfig
     processes: Processes
@@ -139,6 +143,7 @@ def _parse(flags: list[str], base: RunConfig) -> SftOptions:
         router_bias="moving" if schedule.bias_update_speed else "frozen",
         mtp=schedule.mtp_weight > 0,
         precision=base.precision,
+        lora=base.lora,
         training=base.training,
         mesh=base.mesh,
         processes=Processes(),
@@ -166,6 +171,7 @@ def _configured(base: RunConfig, options: SftOptions, source: str) -> RunConfig:
         base,
         data=dataclasses.replace(with_absolute_paths(data, base.data), corpus=os.path.abspath(options.data)),
         training=training,
+        lora=options.lora,
         precision=options.precision,
         mesh=options.mesh,
     )

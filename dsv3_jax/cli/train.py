@@ -22,7 +22,7 @@ from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.processes import Processes
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.terminal import say
-from dsv3_jax.training.config import RunConfig, TrackerName, TrainingConfig
+from dsv3_jax.training.config import LoraConfig, RunConfig, TrackerName, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 
 _DESCRIPTION = """Train a DeepSeek-V3 model. If the folder --out already holds the same run, it is resumed.
@@ -74,6 +74,7 @@ class TrainOptions:
     model: ModelConfig
     data: DataConfig
     training: TrainingConfig
+    lora: LoraConfig
     mesh: MeshConfig
     processes: Processes
 
@@ -109,6 +110,7 @@ def main(argv: list[str]) -> int:
         model=model,
         data=with_absolute_paths(options.data, defaults.data),
         training=training,
+        lora=options.lora,
         precision=options.precision,
         mesh=options.mesh,
     )
@@ -147,6 +149,7 @@ def _defaults(argv: list[str]) -> TrainOptions:
         model=_architecture(source) if source else run.model,
         data=_with_tokenizer_of(source, argv, run.data) if source else run.data,
         training=run.training,
+        lora=run.lora,
         mesh=run.mesh,
         processes=Processes(),
     )

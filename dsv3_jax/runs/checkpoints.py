@@ -38,6 +38,7 @@ from dsv3_jax.runs.folder import RunFolder, first_difference
 from dsv3_jax.runs.manifest import file_stamps, find_damage, write_manifest
 from dsv3_jax.runs.retention import superseded
 from dsv3_jax.runs.saved_run import DamagedCheckpoint, RunPosition, SavedRun, list_checkpoints, use_newest
+from dsv3_jax.training.adapters import Adapters, with_adapters
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.state import Skeleton, TrainState, new_state
 from dsv3_jax.training.state_layout import StateLayout
@@ -215,10 +216,12 @@ class LoadedRun:
     Attributes:
       model: the model; its weights are the running average, if the run keeps one.
       saved: position, configuration and tokenizer.
+      adapters: low-rank adapters, which are added to the model's weights already; None if the run has none.
     """
 
     model: DeepSeekV3
     saved: SavedRun
+    adapters: Adapters | None = None
 
 
 def load_run(
@@ -247,9 +250,12 @@ def load_run(
         skeleton, state = abstract_state(saved.config, lambda: make_model(saved.config, devices))
         weights = "params" if state.average is None else "average"
         kept = _in_dtype(getattr(state, weights), dtype)
-        wanted = {weights: kept, "router_biases": state.router_biases}
+        wanted = {weights: kept, "router_biases": state.router_biases, "adapters": state.adapters}
         restored = restore_arrays(saved.path, wanted, devices.shardings(wanted))
-        return LoadedRun(skeleton.model(restored[weights], restored["router_biases"]), saved)
+        params, adapters = restored[weights], restored["adapters"]
+        if adapters is not None:
+            params = with_adapters(params, adapters, saved.config.lora)
+        return LoadedRun(skeleton.model(params, restored["router_biases"]), saved, adapters)
 
     loaded = use_newest(run, warnings.warn, load, step)
     if loaded is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dsv3_jax.data import DataConfig
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.starting_point import architecture_of_source, tokenizer_of_source
-from dsv3_jax.training.config import RunConfig, TrainingConfig
+from dsv3_jax.training.config import LoraConfig, RunConfig, TrainingConfig
 from dsv3_jax.training.schedules import TrainingSchedule
 
 EPOCHS = 2.0
@@ -70,6 +70,7 @@ def fine_tuning_of(run: RunConfig, data: str, tokenizer: str) -> RunConfig:
     return dataclasses.replace(
         run,
         data=dataclasses.replace(run.data, corpus=data, tokenizer=tokenizer, punctuation_split_rate=0.0, **of_rows),
+        lora=LoraConfig(),
         training=dataclasses.replace(
             run.training, steps=1, schedule=schedule, weight_decay=0.0, ema_decay=0.0, evaluate_every=0
         ),
@@ -93,4 +94,7 @@ def describe_fine_tuning(config: RunConfig) -> str:
         f"balance loss: {config.training.balance}",
         f"router biases move by {speed:g} a step" if speed else "router biases are frozen",
     ]
+    if config.lora.rank:
+        experts = " (experts too)" if config.lora.experts else ""
+        parts.append(f"only adapters of rank {config.lora.rank} of {config.lora.targets}{experts} are trained")
     return "fine-tuning: " + "; ".join(parts)

@@ -201,7 +201,7 @@ class _Run:
 
     def _evaluate(self, *, first: bool = False) -> Evaluation | None:
         """Evaluates on the validation set and reports the result; None where the run was told to stop meanwhile."""
-        params = self.state.params if self.state.average is None else self.state.average
+        params = self.state.weights(self.config.lora)
         result = evaluate(
             self.evaluation_step,
             params,

@@ -9,7 +9,7 @@ from typing import Any
 from dsv3_jax.post_training.config import ReinforcementConfig
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.starting_point import architecture_of_source, tokenizer_of_source
-from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.config import LoraConfig, RunConfig
 from dsv3_jax.training.defaults import default_run
 from dsv3_jax.training.schedules import TrainingSchedule
 
@@ -57,4 +57,5 @@ def policy_run(
         training=dataclasses.replace(config.training, **(changes | training)),
         data=dataclasses.replace(config.data, tokenizer=str(tokenizer_of_source(source))),
         precision=precision,
+        lora=LoraConfig(),
     )

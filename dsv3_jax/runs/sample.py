@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-from flax import nnx
 
 from dsv3_jax.data import Data
 from dsv3_jax.inference import Sampler, complete
@@ -23,7 +22,7 @@ def whole_model(skeleton: Skeleton, state: TrainState, config: RunConfig, layout
       The model, with the running average of the weights if the run keeps one; None where it has more than 4 billion
       parameters and is spread over several devices.
     """
-    params: nnx.State = state.params if state.average is None else state.average
+    params = state.weights(config.lora)
     if layout.mesh is None:
         return skeleton.model(params, state.router_biases)
     if config.model.num_parameters(mtp=True) > _LARGEST_GATHERED:

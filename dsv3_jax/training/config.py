@@ -154,6 +154,29 @@ class TrainingConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters, which are trained instead of the weights.
+
+    Attributes:
+      rank: columns of B and rows of A; 0 trains the weights themselves.
+      alpha: the product B A is multiplied by alpha / rank.
+      targets: the matrices that have adapters: attention, all, or published names joined by commas, such as
+        kv_b_proj,o_proj,gate_proj,up_proj,down_proj (gate_proj and up_proj only together).
+      experts: whether the routed experts' matrices among the targets have adapters too, each expert its own.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: str = "attention"
+    experts: bool = False
+
+    def __post_init__(self) -> None:
+        check_bounds(self, {"rank": (0, 2**16), "alpha": (0.0, 1e6)}, "lora.")
+        if ("gate_proj" in self.targets) != ("up_proj" in self.targets):
+            raise ConfigError("lora.targets must name gate_proj and up_proj together, which are one parameter")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The configuration of a run. Its JSON form is in the run's folder and inside every checkpoint.
 
@@ -164,6 +187,7 @@ class RunConfig:
       training: the optimizer, the schedules and what is logged and saved.
       precision: name of the precision recipe (`Precision.preset`).
       mesh: number of devices along each mesh axis, by default all along fsdp. It may change when a run is resumed.
+      lora: low-rank adapters; of rank 0, and so none, by default.
     """
 
     preset: str
@@ -172,8 +196,11 @@ class RunConfig:
     training: TrainingConfig
     precision: str = "auto"
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(fsdp=-1))
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
+        if self.lora.rank and self.training.ema_decay:
+            raise ConfigError("training.ema_decay must be 0 with lora.rank above 0: adapters have no running average")
         length = self.data.sequence_length
         if length > self.model.max_position_embeddings:
             raise ConfigError(
@@ -237,6 +264,7 @@ class RunConfig:
                 training=TrainingConfig(**training),
                 precision=values["precision"],
                 **({"mesh": MeshConfig(**values["mesh"])} if "mesh" in values else {}),
+                lora=LoraConfig(**values.get("lora", {})),
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the run's configuration cannot be read: {error}") from error

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from dsv3_jax.model import DeepSeekV3, router_biases, set_router_biases
 from dsv3_jax.precision.fp8_weight import Fp8Weight
-from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.adapters import Adapters, new_adapters, with_adapters
+from dsv3_jax.training.config import LoraConfig, RunConfig
 from dsv3_jax.training.optimizer import make_optimizer
 
 
@@ -29,6 +30,7 @@ class TrainState:
       router_biases: float32 selection biases. They are not parameters: no optimizer ever sees them.
       key: random key of the run.
       step: int32, number of steps taken, those included that were not applied.
+      adapters: low-rank adapters, which are trained instead of the parameters; None if the run has none.
       nonfinite_steps: int32, how many of the latest steps in a row had a loss or gradient that was not finite.
     """
 
@@ -39,6 +41,12 @@ class TrainState:
     key: Key[Array, ""]
     step: Int[Array, ""]
     nonfinite_steps: Int[Array, ""]
+    adapters: Adapters | None = dataclasses.field(default=None, kw_only=True)
+
+    def weights(self, lora: LoraConfig) -> nnx.State:
+        """Returns the parameters that evaluation uses: the running average if there is one, else with the adapters."""
+        params: nnx.State = self.params if self.average is None else self.average
+        return params if self.adapters is None else with_adapters(params, self.adapters, lora)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +91,18 @@ def split_model(model: DeepSeekV3) -> tuple[Skeleton, nnx.State, Float[Array, "l
 def new_state(model: DeepSeekV3, config: RunConfig) -> tuple[Skeleton, TrainState]:
     """Returns the skeleton, and the state before the first step of a run that starts from `model`."""
     skeleton, params, biases = split_model(model)
-    training = config.training
+    training, adapters = config.training, None
+    if config.lora.rank:
+        adapters = new_adapters(params, config.model, config.lora, jax.random.key(training.seed))
+    trained = split_trained(params)[0] if adapters is None else adapters
     state = TrainState(
         params=params,
-        optimizer=make_optimizer(training, config.moment_dtype).init(split_trained(params)[0]),
+        optimizer=make_optimizer(training, config.moment_dtype).init(trained),
         average=jax.tree.map(jnp.copy, params) if training.ema_decay else None,
         router_biases=biases,
         key=jax.random.key(training.seed),
         step=jnp.zeros((), jnp.int32),
         nonfinite_steps=jnp.zeros((), jnp.int32),
+        adapters=adapters,
     )
     return skeleton, state

@@ -22,6 +22,7 @@ from dsv3_jax.pipeline.passes import check_passes, make_pipelined_pass
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.pipeline.stage import StageObjective
 from dsv3_jax.sharding.rules import BATCH_AXES
+from dsv3_jax.training.adapters import Adapters, with_adapters
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.losses import (
     BatchTargets,
@@ -143,8 +144,15 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         weights = LossWeights(balance=settings.balance_weight, mtp=settings.mtp_weight)
         targets = BatchTargets.count(segment_ids, config.model.num_nextn_predict_layers, isolate_segments=isolate)
 
-        gradients, terms = differentiate(state.params, state.router_biases, tokens, segment_ids, weights, targets)
-        gradients = layout.constrain_gradients(gradients)
+        batch = (state.router_biases, tokens, segment_ids, weights, targets)
+        if state.adapters is None:
+            gradients, terms = differentiate(state.params, *batch)
+            gradients = layout.constrain_gradients(gradients)
+        else:
+            merge = functools.partial(with_adapters, state.params, lora=config.lora)
+            merged, to_adapters = jax.vjp(merge, state.adapters)
+            gradients, terms = differentiate(merged, *batch)
+            (gradients,) = to_adapters(layout.constrain_gradients(gradients))
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(terms.total) & jnp.isfinite(norm)
 
@@ -171,7 +179,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
 
 def updated[State: TrainState](
     state: State,
-    gradients: nnx.State,
+    gradients: nnx.State | Adapters,
     biases: Float[Array, "layers E"],
     finite: Bool[Array, ""],
     learning_rate: Float[Array, ""],
@@ -181,20 +189,27 @@ def updated[State: TrainState](
     """Returns the state after a step; where it is not `finite`, only the counts of steps differ from the old state.
 
     Args:
-      gradients: of the parameters that training changes.
+      gradients: of the parameters that training changes, or of the adapters if there are any.
       biases: the new router biases.
     """
     trained, kept = split_trained(state.params)
-    updates, optimizer_state = optimizer.update(gradients, state.optimizer, trained)
-    trained = jax.tree.map(lambda p, u: p - learning_rate * u.astype(p.dtype), trained, updates)
-    params = nnx.merge_state(trained, kept)
+    before = trained if state.adapters is None else state.adapters
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer, before)
+    after = jax.tree.map(lambda p, u: p - learning_rate * u.astype(p.dtype), before, updates)
+    params, adapters = state.params, state.adapters
+    if adapters is None:
+        trained = after
+        params = nnx.merge_state(trained, kept)
+    else:
+        adapters = after
     average = state.average
     if average is not None:
         average = update_average(split_trained(average)[0], trained, ema_decay, state.step)
         average = nnx.merge_state(average, kept)
-    new = (params, optimizer_state, average, biases)
-    old = (state.params, state.optimizer, state.average, state.router_biases)
-    params, optimizer_state, average, biases = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    new = (params, optimizer_state, average, biases, adapters)
+    old = (state.params, state.optimizer, state.average, state.router_biases, state.adapters)
+    chosen = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    params, optimizer_state, average, biases, adapters = chosen
     return dataclasses.replace(
         state,
         params=params,
@@ -203,6 +218,7 @@ def updated[State: TrainState](
         router_biases=biases,
         step=state.step + 1,
         nonfinite_steps=jnp.where(finite, 0, state.nonfinite_steps + 1),
+        adapters=adapters,
     )
 
 

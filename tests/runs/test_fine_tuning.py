@@ -9,17 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from small_runs import assert_trees_equal, final_state, small_run
 
 from dsv3_jax.cli import sft
 from dsv3_jax.cli.main import main
 from dsv3_jax.data.splitting import name_hash
 from dsv3_jax.errors import UserError
+from dsv3_jax.runs.checkpoints import load_checkpoint, load_run
 from dsv3_jax.runs.evaluation import evaluate_run
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.loop import train
 from dsv3_jax.runs.metrics import read_metrics
 from dsv3_jax.runs.saved_run import list_checkpoints
+from dsv3_jax.training.adapters import published_adapters, with_adapters
+from dsv3_jax.training.state import split_model
 
 
 def test_fine_tuning_on_whole_texts_is_pre_training(tmp_path: Path):
@@ -114,3 +118,24 @@ def test_mistakes_are_one_line(tuned, uninterrupted, tmp_path, arguments: list[s
     with pytest.raises(UserError, match=message):
         sft.main([names.get(word, word) for word in arguments])
     assert not (tmp_path / "new").exists()
+
+
+def test_adapters_are_merged_when_a_run_is_loaded_and_written_for_peft(tuned, uninterrupted: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    options = ["--lora.rank", "2", "--lora.targets", "all", "--steps", "1", "--learning-rate", "0.01"]
+    command = [*tuned[1][:5], str(out), "--precision", "float32", *options]
+    assert main(command) == 0
+    config = RunFolder(out).read_config()
+    state, _ = final_state(out, config, step=1)
+    loaded = load_run(out)
+    merged = split_model(loaded.model)[1]
+    assert_trees_equal(merged, with_adapters(state.params, state.adapters, config.lora))
+    base, _, _ = load_checkpoint(uninterrupted)
+    assert_trees_equal(state.params, split_model(base)[1])
+    assert main(["export-hf", str(out), str(tmp_path / "adapters"), "--adapters"]) == 0
+    tensors = load_file(tmp_path / "adapters" / "adapter_model.safetensors")
+    expected = published_adapters(state.adapters, config.model, config.lora)
+    assert tensors.keys() == expected.keys()
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)
+    assert main(["export-hf", str(uninterrupted), str(tmp_path / "none"), "--adapters"]) == 2

@@ -16,7 +16,7 @@ from dsv3_jax import model as model_module
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.runs.starting_state import starting_state
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.config import LoraConfig, RunConfig
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.training.step import make_train_step
@@ -29,8 +29,13 @@ def run_of(kind: str) -> RunConfig:
     """Returns a run of one MoE layer ("small"), also with an MTP module ("with_mtp"), of two in four passes ("staged"),
     or of four, one of them in the first stage ("uneven").
 
-    With "masked-" before it, rows are packed samples of which only the answers are learned.
+    With "adapted-" before it, low-rank adapters are trained. With "masked-" before it, rows are packed samples of which
+    only the answers are learned.
     """
+    if kind.startswith("adapted-"):
+        run = run_of(kind.removeprefix("adapted-"))
+        training = dataclasses.replace(run.training, ema_decay=0.0)
+        return dataclasses.replace(run, training=training, lora=LoraConfig(rank=2, targets="all", experts=True))
     if kind.startswith("masked-"):
         run = run_of(kind.removeprefix("masked-"))
         return dataclasses.replace(run, data=dataclasses.replace(run.data, isolate_documents=True))
@@ -69,7 +74,7 @@ def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[st
         assert names, word
         return max(float(np.abs(one[name] - other[name]).max() / (np.abs(one[name]).max() or 1)) for name in names)
 
-    parameters = [name for name in one if ".params" in name]
+    parameters = [name for name in one if ".params" in name or ".adapters" in name]
     updates = [float(np.sqrt(np.mean((one[name] - other[name]) ** 2))) / RATE for name in parameters]
     load = next(value for name, value in one.items() if name.endswith(".load"))
     return {
