@@ -16,6 +16,7 @@ from dsv3_jax.data.config import DataConfig
 from dsv3_jax.data.conversation import NEEDED_FIELDS, OTHER_FIELDS, read_sample
 from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.data.corpus_account import described
+from dsv3_jax.data.document_files import Document
 from dsv3_jax.data.packing import Row
 from dsv3_jax.data.prepared import PACK_VERSION, Data, cache_key
 from dsv3_jax.data.sample_tokens import SampleAccount, SampleEncoder, SampleTokens, with_chat_template
@@ -82,7 +83,7 @@ def _tokenise(corpus: Corpus, config: DataConfig, tokenizer: Tokenizer, say: Cal
                     raise UserError(f"{row.where}: {error}") from error
                 if not account.problem_of_tokens((ids, learned), row.where):
                     account.used += 1
-                    yield name, "", name_hash(name) < config.validation_fraction, 2 * ids + learned
+                    yield name, "conversations", name_hash(name) < config.validation_fraction, 2 * ids + learned
 
     store = TokenStore.build(samples(), 2 * tokenizer.vocab_size)
     account.check()
@@ -129,6 +130,12 @@ class ConversationData(Data):
     def readings(self, tokens: int) -> dict[str, float]:
         """Returns how often the samples are read by a run of so many tokens, padding included, by the corpus's name."""
         return {self.config.corpus: tokens / self.config.sequence_length / self.row_source.epoch(0).row_count}
+
+    def documents(self, split: str = "train") -> Iterator[Document]:
+        """Yields the samples of `split`, "train" or "validation", decoded from their tokens."""
+        for index in np.flatnonzero(self._held_out == (split == "validation")):
+            ids, _ = _sample(self.store, int(index))
+            yield Document(self.store.names[index], self.store.domains[index], self.tokenizer.decode(ids))
 
     @cached_property
     def _held_out(self) -> Bool[np.ndarray, " D"]:

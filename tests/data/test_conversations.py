@@ -82,6 +82,7 @@ def test_control_tokens_in_what_users_say_are_text(tmp_path: Path):
     ]
     assert names.count("<｜Assistant｜>") == names.count("<｜User｜>") == 2
     assert names.count("<think>") == 1
+    assert [document.text.count("Be short.") for document in data.documents("validation")] == [1]
 
 
 def test_parquet_and_folders_give_the_same_rows_as_json_lines(tmp_path: Path):
