@@ -5,8 +5,8 @@ A row is one of these objects:
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"prompt": "...", "completion": "..."}                 what `dsv3 sample` writes; no chat template is used
     {"prompt": [messages], "completion": [messages]}
-    {"prompt": ..., "chosen": ..., "rejected": ...}        a preference pair, for reward models
-    {"chosen": [messages], "rejected": [messages]}         a preference pair whose conversations are whole
+    {"prompt": ..., "chosen": ..., "rejected": ...}        a preference pair, whose chosen answer is learned
+    {"chosen": [messages], "rejected": [messages]}         the same with whole conversations
     {"text": "..."}                                        a text, all of which is learned
 """
 
@@ -86,13 +86,15 @@ def read_sample(row: FileRow) -> Sample | None:
     """Returns the sample in a row; None where `dsv3 sample` noted that it kept no completion of a problem.
 
     Raises:
-      UserError: the row is no sample, or is a preference pair; the message gives the line.
+      UserError: the row is no sample; the message gives the line.
     """
     values, where = _without_nulls(row), row.where
     if "messages" in values:
         return Conversation(_messages(values["messages"], f"{where}: messages"))
     if "chosen" in values:
-        raise UserError(f"{where}: a preference pair, which trains a reward model: dsv3 reward --data FILE")
+        if "prompt" in values:
+            return _continued(values["prompt"], values["chosen"], where, "chosen")
+        return Conversation(_messages(values["chosen"], f"{where}: chosen"))
     if "rejected" in values and "prompt" not in values:
         return None
     if "prompt" in values:
@@ -103,24 +105,6 @@ def read_sample(row: FileRow) -> Sample | None:
         return Continuation(None, _string(values["text"], f"{where}: text"))
     fields = ", ".join(map(repr, list(row.values)[:8]))
     raise UserError(f"{where}: expected a field 'messages', 'prompt' or 'text'; the fields are {fields or 'none'}")
-
-
-def read_preference_pair(row: FileRow) -> tuple[Sample, Sample]:
-    """Returns the preferred sample in a row and the other one.
-
-    Raises:
-      UserError: the row is no preference pair; the message gives the line.
-    """
-    values, where = _without_nulls(row), row.where
-    if not {"chosen", "rejected"} <= values.keys():
-        raise UserError(f"{where}: a preference pair has the fields 'chosen' and 'rejected', and perhaps 'prompt'")
-    found = []
-    for name in ("chosen", "rejected"):
-        if "prompt" in values:
-            found.append(_continued(values["prompt"], values[name], where, name))
-        else:
-            found.append(Conversation(_messages(values[name], f"{where}: {name}")))
-    return found[0], found[1]
 
 
 def _continued(prompt: Any, completion: Any, where: str, name: str, *, ends: bool = True) -> Sample:

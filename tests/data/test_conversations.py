@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dsv3_jax.data import Data, DataConfig, prepare_data
 from dsv3_jax.data.best_fit import best_fit
-from dsv3_jax.data.conversation import read_preference_pair
+from dsv3_jax.data.conversation import read_sample
 from dsv3_jax.data.document_files import FileRow
 from dsv3_jax.errors import ConfigError, UserError
 
@@ -128,7 +128,7 @@ def test_what_cannot_be_used_is_an_error_or_counted(tmp_path: Path, bad: dict, p
         ({"messages": ["hello"]}, "message 1 must be an object"),
         ({"prompt": "x"}, "without a field 'completion'"),
         ({"prompt": "x", "completion": 3}, "completion must be a string, not int"),
-        ({"chosen": "x", "rejected": "y"}, "a preference pair"),
+        ({"chosen": "x", "rejected": "y"}, "chosen must be a list of objects"),
         ({"question": "x"}, "expected a field 'messages', 'prompt' or 'text'; the fields are 'question'"),
         ({"text": "\ud800"}, "lone surrogate"),
     ],
@@ -145,12 +145,16 @@ def test_few_samples_and_untrained_tokenizers_are_refused(tmp_path: Path):
         DataConfig(form="conversations", corpus="x")
 
 
-def test_preference_pairs():
-    row = FileRow(1, "f, line 1", {"prompt": "q", "chosen": "a", "rejected": "b"})
-    chosen, rejected = read_preference_pair(row)
-    assert (chosen.prompt, chosen.completion, rejected.completion) == ("q", "a", "b")
-    with pytest.raises(UserError, match="a preference pair has the fields"):
-        read_preference_pair(FileRow(1, "f, line 1", {"prompt": "q", "chosen": "a"}))
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_chosen_answer_of_a_preference_pair_is_learned(whole: bool):
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    other = answer | {"content": "b"}
+    values = {"chosen": [question, answer], "rejected": [question, other]} if whole else None
+    pair = read_sample(FileRow(1, "f, line 1", values or {"prompt": "q", "chosen": "a", "rejected": "b"}))
+    alone = read_sample(
+        FileRow(1, "f, line 1", {"messages": [question, answer]} if whole else {"prompt": "q", "completion": "a"})
+    )
+    assert pair == alone is not None
 
 
 @given(st.lists(st.integers(1, 20), max_size=40), st.integers(20, 30))
