@@ -77,7 +77,7 @@ def streamed(name: str, most: int, cache: Path, say: Callable[[str], None]) -> P
 
 def _open(name: str) -> Any:
     try:
-        import datasets
+        import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(f"{name} needs the Python package datasets: pip install 'dsv3-jax[hf]'") from error
     path, _, rest = name.removeprefix(HUB).partition(":")
