@@ -56,7 +56,13 @@ def numbers() -> list[tuple[str, Any, str, type]]:
     run = default_run("tiny")
     model = dataclasses.replace(run.model, rope_scaling=RopeScaling(factor=2.0, original_max_position_embeddings=64))
     train = TrainOptions(
-        out="run", model=model, data=run.data, training=run.training, mesh=run.mesh, processes=Processes()
+        out="run",
+        model=model,
+        data=run.data,
+        training=run.training,
+        lora=run.lora,
+        mesh=run.mesh,
+        processes=Processes(),
     )
     return [*fields(train), *fields(PlanOptions()), *fields(EvaluateOptions())]
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from simulated import run_simulated
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(240)
 def test_the_text_is_that_of_one_device() -> None:

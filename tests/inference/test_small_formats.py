@@ -60,6 +60,7 @@ def test_an_int8_product_is_as_near_as_its_roundings(rows: int, out: int, inputs
     assert (np.abs(got - x @ w.T) <= 1.0001 * bound + 1e-6).all()
 
 
+@pytest.mark.slow
 def test_int8_weights_keep_the_text_and_its_independence_of_the_batch() -> None:
     model = small_model(DENSE, 3)
     assert_near(small_engine(model, int8_weights=True).run(requests()), small_engine(model).run(requests()), 0.75)
@@ -78,6 +79,7 @@ def test_int8_weights_keep_the_text_and_its_independence_of_the_batch() -> None:
         small_engine(fp8, int8_weights=True)
 
 
+@pytest.mark.slow
 def test_weights_kept_in_fp8_give_the_text_of_the_same_weights_in_float32(tmp_path) -> None:
     dsv3.save_hf(small_model(SPARSE, 3), tmp_path / "fp8", dtype="fp8")
     kept, plain = (dsv3.load_hf(tmp_path / "fp8", keep_fp8=keep) for keep in (True, False))

@@ -20,6 +20,8 @@ from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.training.state import new_state
 from dsv3_jax.training.step import make_train_step
 
+pytestmark = pytest.mark.slow
+
 
 def loaded(folder: Path, recipe: str, **options: object) -> dsv3.DeepSeekV3:
     """The checkpoint under a recipe; masters are float32 where FP8 is not kept."""

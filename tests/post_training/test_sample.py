@@ -50,6 +50,7 @@ def test_draws_depend_on_seed_prompt_and_number_alone(run) -> None:
     assert all(0 <= c.scores["numeric"] <= 1 and len(c.ids) <= 6 for c in alone)
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_where_it_was(run, monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr("dsv3_jax.runs.checkpoints.load_checkpoint", lambda folder, **which: (*run, 7))
     out = tmp_path / "kept.jsonl"

@@ -90,7 +90,7 @@ def test_absorbed_up_projections_are_rounded_as_the_recipes_weights() -> None:
     cache = model.init_cache(1, 4)
     cache = type(cache)(latent, rope)
     positions = jnp.full((1, 1), 3)
-    rotation = model.block_inputs(positions, None, isolate_segments=True).rotation
+    rotation = model.block_inputs(positions, positions, None, isolate_segments=True).rotation
 
     def decoded() -> np.ndarray:
         return np.asarray(attention.decode(query, rotation, cache, 0, positions)[0])

@@ -66,6 +66,7 @@ def run(source: Path, out: Path, *more: str) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

@@ -265,6 +265,7 @@ def test_only_the_newest_checkpoints_are_kept(copy: Path, config: RunConfig):
     assert not list(folder.checkpoints.glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_saving_resumes_exactly(
     config: RunConfig, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -36,6 +36,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_serve_a_published_checkpoint_until_sigterm(published: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("secret\n")
@@ -136,6 +137,7 @@ def talk(monkeypatch, capsys, loaded: Loaded, lines: list[str], *words: str, max
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_chat_keeps_the_conversation(models, monkeypatch, capsys) -> None:
     _, loaded = models
     template = ChatTemplate.of(loaded.tokenizer)

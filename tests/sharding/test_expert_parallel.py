@@ -20,6 +20,7 @@ def on_eight_devices(script: str) -> dict[str, Any]:
     return run_simulated(Path(__file__).with_name(script))
 
 
+@pytest.mark.slow
 def test_experts_on_eight_devices_equal_one() -> None:
     """Output and gradients agree up to the order of float32 sums; the load is equal."""
     results = on_eight_devices("simulated_experts.py")

@@ -100,6 +100,7 @@ def test_targets_and_what_peft_reads():
         dataclasses.replace(small_run(), lora=LORA)
 
 
+@pytest.mark.slow
 def test_a_step_on_a_mesh_equals_one_device():
     mesh = "fsdp=2,expert=2"
     check_equal(run_simulated(Path(__file__).with_name("simulated_training.py"), "adapted-small", mesh)[mesh])

@@ -62,6 +62,7 @@ def test_loss_is_that_of_each_samples_answer_computed_alone():
     np.testing.assert_allclose([terms.main, terms.mtp[0]], sums / counts, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "mesh"), [("masked-with_mtp", "fsdp=2,expert=2"), ("masked-staged", "stage=2,data=2")]
 )
