@@ -27,7 +27,7 @@ _EXAMPLES = """examples:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        raise UserError(f"{message:.200}; see {self.prog} --help")
 
 
 def main(argv: list[str]) -> int:

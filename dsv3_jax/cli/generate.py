@@ -38,7 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         hint = "a prompt is given with --prompt" if message.startswith("unrecognized arguments") else ""
-        raise UserError(f"{self.prog}: {message}; {hint or f'see {self.prog} --help'}")
+        raise UserError(f"{self.prog}: {message:.200}; {hint or f'see {self.prog} --help'}")
 
 
 def main(argv: list[str]) -> int:
