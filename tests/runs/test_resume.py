@@ -31,6 +31,8 @@ from dsv3_jax.runs.metrics import JsonLines, Record, read_metrics
 from dsv3_jax.runs.saved_run import list_checkpoints
 from dsv3_jax.training.config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 TIMED = ("tokens_per_second", "mfu")
 
 
@@ -265,7 +267,6 @@ def test_only_the_newest_checkpoints_are_kept(copy: Path, config: RunConfig):
     assert not list(folder.checkpoints.glob(".*"))
 
 
-@pytest.mark.slow
 def test_a_run_killed_while_saving_resumes_exactly(
     config: RunConfig, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from simulated import SIXTEEN, run_simulated
 from test_mesh_axes_alone import check_equal
+
+pytestmark = pytest.mark.slow
 
 _SCRIPT = Path(__file__).with_name("simulated_training.py")
 
