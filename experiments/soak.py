@@ -2,7 +2,8 @@
 
 Promised is: nothing saved is lost, a resumed run ends bit for bit as one that was never interrupted, no damaged file is
 used, and whatever is wrong is answered by one line and an exit code within the time that was set. Trials are drawn from
-a seed, so that a failure can be repeated; the kinds of trial can be chosen by giving the others a count of 0.
+a seed, so that a failure can be repeated; the kinds of trial can be chosen by giving the others a count of 0. A call
+with the same seed adds to the figures of the one before, or replaces them.
 
     python experiments/soak.py                           hours: the counts that the project promises
     python experiments/soak.py --kills 20 --damages 60 --folders 60 --faults 2 --disks 6 --signals 6
@@ -228,6 +229,14 @@ def write_corpus(folder: Path) -> None:
         (folder / f"text{number:02d}.txt").write_text(f"{number}: {' '.join(words)}\n", encoding="utf-8")
 
 
+def earlier_results(file: Path, seed: int) -> dict[str, dict[str, Any]]:
+    """Returns the figures of other kinds of trial that an earlier call with the same seed wrote to a file."""
+    if not file.exists():
+        return {}
+    earlier = json.loads(file.read_text())
+    return earlier["found"] if earlier["seed"] == seed else {}
+
+
 def main() -> None:
     parser = CommandLine(__doc__)
     for name, count, what in (
@@ -240,10 +249,11 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=whole_number(0), default=count, help=f"{what} (default: {count})")
     parser.add_argument("--jobs", type=whole_number(1), default=1, help="processes tried at the same time (default: 1)")
+    parser.add_argument("--only", default="", help="only faults of a process whose names contain this")
     parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of all trials (default: 0)")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"file of the figures (default: {RESULTS.name})")
     options = parser.parse_args()
-    found: dict[str, dict[str, Any]] = {}
+    found = earlier_results(options.out, options.seed)
 
     def trials(name: str, count: int, trial: Callable[[Bench], str], jobs: int = options.jobs) -> None:
         began, failures = time.monotonic(), []
@@ -287,7 +297,8 @@ def main() -> None:
         trials("signals", options.signals, lambda bench: signal_in_setup(bench, 0.7 * seconds))
         trials("full disks", options.disks, fill_disk)
         for name, fault in process_faults().items():
-            trials(name, options.faults, fault)
+            if options.only in name:
+                trials(name, options.faults, fault)
     failed = sum(len(result["failures"]) for result in found.values())
     print(f"{failed} of {sum(result['trials'] for result in found.values())} trials failed; figures in {options.out}")
     sys.exit(1 if failed else 0)
