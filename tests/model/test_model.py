@@ -168,6 +168,7 @@ def gradient(model, tokens):
     return gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [name for name in REMATERIALISATIONS if name != "none"])
 def test_rematerialisation_changes_no_gradient(gradient, policy):
     for plain, recomputed in zip(jax.tree.leaves(gradient("none")), jax.tree.leaves(gradient(policy)), strict=True):

@@ -25,8 +25,9 @@ from dsv3_jax.runs.saved_run import list_checkpoints
 from dsv3_jax.training.adapters import published_adapters, with_adapters
 from dsv3_jax.training.state import split_model
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.slow
+
 def test_fine_tuning_on_whole_texts_is_pre_training(tmp_path: Path):
     """Three training texts fill one row of 33 tokens exactly, so that both ways of packing give the same rows."""
     name = next(

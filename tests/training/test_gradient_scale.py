@@ -5,12 +5,15 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.precision import Precision
 from dsv3_jax.training.losses import BatchTargets, LossWeights, objective
+
+pytestmark = pytest.mark.slow
 
 ROWS, LENGTH = 2, 16
 
