@@ -1,4 +1,4 @@
-"""Runs this project's side of vs_transformers.py and serving.py, and answers the same requests as transformers_side.py.
+"""Runs this project's side of vs_transformers.py and answers the same requests as transformers_side.py.
 
 It also answers `startup`: the seconds that tracing, lowering and compiling the training step take.
 """
@@ -16,12 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Precision, default_run, generate
-from dsv3_jax.inference import GREEDY, Engine, EngineConfig, Request
+from dsv3_jax.inference import GREEDY
 from dsv3_jax.runs.checkpoints import abstract_state, make_model
 from dsv3_jax.training.config import TrainingConfig
 from dsv3_jax.training.losses import cross_entropies
@@ -98,32 +97,7 @@ def decoding(request: dict[str, Any]) -> Callable[[], float]:
     return lambda: float(generate(model, ids, request["new_tokens"], GREEDY)[:, ids.shape[1] :].sum())
 
 
-def serving(request: dict[str, Any]) -> Callable[[], float]:
-    """Returns a function that gives an engine all requests at once and returns the mean seconds to the first token."""
-    config = ModelConfig.from_dict(request["config"])
-    sizes = {"context": request["context"], "top_logprobs": 0, "compile_at_start": False}
-    settings = EngineConfig(**sizes, reuse_prefixes=False, **request["engine"])
-    engine = Engine(build_model(config, request["dtype"]), settings)
-    ids = np.asarray(random_ids(config.vocab_size, len(request["prompts"]), max(request["prompts"])))
-    requests = [
-        Request(prompt=tuple(row[:length].tolist()), max_new_tokens=new)
-        for row, length, new in zip(ids, request["prompts"], request["new_tokens"], strict=True)
-    ]
-
-    def run() -> float:
-        start = time.perf_counter()
-        first: dict[int, float] = {}
-        for each in requests:
-            engine.submit(each)
-        while engine.has_work:
-            for output in engine.step():
-                first.setdefault(output.request_id, time.perf_counter() - start)
-        return sum(first.values()) / len(first)
-
-    return run
-
-
-TASKS = {"train": training_step, "prefill": prefill, "decode": decoding, "serve": serving}
+TASKS = {"train": training_step, "prefill": prefill, "decode": decoding}
 
 
 def startup(request: dict[str, Any]) -> dict[str, float]:
@@ -156,14 +130,14 @@ def prepare(request: dict[str, Any]) -> tuple[Callable[[], float], float]:
     return step, seconds
 
 
-def timed(step: Callable[[], float], repeats: int) -> dict[str, list[float]]:
-    """Returns the seconds of each of `repeats` runs, and the number that each returned."""
-    seconds, values = [], []
+def timed(step: Callable[[], float], repeats: int) -> list[float]:
+    """Returns the seconds of each of `repeats` runs."""
+    seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        values.append(step())
+        step()
         seconds.append(time.perf_counter() - start)
-    return {"seconds": seconds, "values": values}
+    return seconds
 
 
 def main() -> None:
@@ -183,7 +157,7 @@ def main() -> None:
             steps[request["name"]], seconds = prepare(request)
             answer = {"seconds": seconds}
         elif request["do"] == "round":
-            answer = timed(steps[request["name"]], request["repeats"])
+            answer = {"seconds": timed(steps[request["name"]], request["repeats"])}
         else:
             steps.clear()
             answer = {}

@@ -1,4 +1,4 @@
-"""Runs the PyTorch side of vs_transformers.py and serving.py: answers requests, both as JSON lines.
+"""Runs the PyTorch side of vs_transformers.py: reads requests as JSON lines and answers each with one JSON line.
 
 It needs torch and transformers but nothing of this project. A request is {"do": NAME, ...}: `versions` answers the
 library versions, `prepare` builds and compiles a model and answers the seconds of its first run, `round` runs it
@@ -80,34 +80,7 @@ def decoding(request: dict[str, Any]) -> Callable[[], float]:
     return step
 
 
-def serving(request: dict[str, Any]) -> Callable[[], float]:
-    """Returns a function that calls `generate` on batches of requests, in order, with prompts padded on the left.
-
-    A batch runs until its longest request ends.
-    """
-    model = build_model(request["config"], request["dtype"]).eval()
-    ids = random_ids(request["config"]["vocab_size"], len(request["prompts"]), max(request["prompts"]))
-    batches = []
-    for start in range(0, len(request["prompts"]), request["batch"]):
-        lengths = request["prompts"][start : start + request["batch"]]
-        width = max(lengths)
-        tokens, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width)
-        for row, length in enumerate(lengths):
-            tokens[row, width - length :] = ids[start + row, :length]
-            mask[row, width - length :] = 1
-        batches.append((tokens, mask, max(request["new_tokens"][start : start + request["batch"]])))
-
-    @torch.inference_mode()
-    def run() -> float:
-        for tokens, mask, new in batches:
-            options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-            model.generate(tokens, attention_mask=mask, **options)
-        return 0.0
-
-    return run
-
-
-TASKS = {"train": training_step, "prefill": prefill, "decode": decoding, "serve": serving}
+TASKS = {"train": training_step, "prefill": prefill, "decode": decoding}
 
 
 def prepare(request: dict[str, Any]) -> tuple[Callable[[], float], float]:
