@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.modules.balance import dead_experts, max_violation, update_biases
@@ -50,6 +50,7 @@ def test_the_sign_of_the_sum_is_not_the_sum_of_signs():
 
 
 @settings(max_examples=30, deadline=None)
+@example([0, 1, 2])
 @given(LOADS.filter(any))
 def test_max_violation_and_dead_experts(load: list[int]):
     array = jnp.asarray([load], jnp.int32)
