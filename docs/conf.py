@@ -21,7 +21,7 @@ def _literal_asterisks(app, what, name, obj, options, lines):
 
 
 def _literal_types(app, what, name, obj, options, lines):
-    """The same for the shapes that napoleon adds from annotations."""
+    """Returns the text without the shapes that napoleon adds from annotations."""
     lines[:] = [line.replace("*", r"\*") if line.lstrip().startswith(":type:") else line for line in lines]
 
 
