@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from dsv3_jax.bounds import LARGEST_SEED
-from dsv3_jax.cli.options import number, suggest
+from dsv3_jax.cli.options import OptionParser, number, suggest
 from dsv3_jax.errors import UserError
 from dsv3_jax.terminal import printable, say
 
@@ -41,13 +41,6 @@ _READ = {
     "max_new_tokens": number(int, 1, 2**24),
     "seed": number(int, 0, LARGEST_SEED),
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises UserError for wrong arguments."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message:.200}; see {self.prog} --help")
 
 
 def main(argv: list[str]) -> int:
@@ -251,12 +244,7 @@ class Chat:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="dsv3 chat",
-        description=_DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OptionParser("dsv3 chat", _DESCRIPTION)
     parser.add_argument("run", type=Path, help="folder of a training run, or of a published checkpoint")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="dtype of the weights (default: as the checkpoint has them)"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from dsv3_jax.cli.import_hf import PUBLISHED
-from dsv3_jax.cli.options import notes, number
+from dsv3_jax.cli.options import OptionParser, notes, number
 from dsv3_jax.errors import UserError
 from dsv3_jax.terminal import say
 
@@ -23,11 +23,6 @@ _EXAMPLES = """examples:
   dsv3 export-hf runs/nano exported-fp8 --dtype fp8
   dsv3 export-hf runs/lora adapters --adapters
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message:.200}; see {self.prog} --help")
 
 
 def main(argv: list[str]) -> int:
@@ -74,13 +69,7 @@ def _export_adapters(loaded: LoadedRun, run: Path, target: Path) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="dsv3 export-hf",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OptionParser("dsv3 export-hf", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
     parser.add_argument("target", metavar="DST", type=Path, help="new folder")
     parser.add_argument("--adapters", action="store_true", help="write only the low-rank adapters, as PEFT does")

@@ -11,10 +11,10 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from dsv3_jax.bounds import LARGEST_SEED
-from dsv3_jax.cli.options import number
+from dsv3_jax.cli.options import OptionParser, number
 from dsv3_jax.errors import UserError
 from dsv3_jax.regular_files import read_regular
 from dsv3_jax.terminal import printable
@@ -31,14 +31,6 @@ _DESCRIPTION = """Write text with the newest checkpoint of a run.
 example:
   dsv3 generate runs/nano --prompt "def main("
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises UserError for wrong arguments."""
-
-    def error(self, message: str) -> NoReturn:
-        hint = "a prompt is given with --prompt" if message.startswith("unrecognized arguments") else ""
-        raise UserError(f"{self.prog}: {message:.200}; {hint or f'see {self.prog} --help'}")
 
 
 def main(argv: list[str]) -> int:
@@ -80,12 +72,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="dsv3 generate",
-        description=_DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OptionParser("dsv3 generate", _DESCRIPTION, unknown="a prompt is given with --prompt")
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument(
         "--prompt",

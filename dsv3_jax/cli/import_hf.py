@@ -6,9 +6,9 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from dsv3_jax.cli.options import notes
+from dsv3_jax.cli.options import OptionParser, notes
 from dsv3_jax.errors import UserError
 from dsv3_jax.terminal import say
 
@@ -34,11 +34,6 @@ _EXAMPLES = """examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message:.200}; see {self.prog} --help")
-
-
 def main(argv: list[str]) -> int:
     """Imports a checkpoint, or with --dry-run prints what each tensor is used for; returns the exit code."""
     options = _parser().parse_args(argv)
@@ -57,13 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="dsv3 import-hf",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OptionParser("dsv3 import-hf", _DESCRIPTION, _EXAMPLES)
     parser.add_argument(
         "source",
         metavar="SRC",

@@ -6,9 +6,9 @@ import argparse
 import inspect
 import textwrap
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from dsv3_jax.cli.options import notes, number
+from dsv3_jax.cli.options import OptionParser, notes, number
 from dsv3_jax.errors import UserError
 from dsv3_jax.regular_files import read_regular
 from dsv3_jax.terminal import say
@@ -25,11 +25,6 @@ _EXAMPLES = """examples:
   dsv3 inspect runs/nano --text-file README.md --json
   dsv3 inspect ~/DeepSeek-R1
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message:.200}; see {self.prog} --help")
 
 
 def main(argv: list[str]) -> int:
@@ -59,13 +54,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="dsv3 inspect",
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = OptionParser("dsv3 inspect", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("folder", metavar="RUN_OR_FOLDER", type=Path, help="folder of a run or published checkpoint")
     parser.add_argument("--step", type=number(int, 0, 10**18), help="step of the checkpoint (default: the newest)")
     parser.add_argument(

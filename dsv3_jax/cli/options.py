@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from dsv3_jax.cli.fields import kinds_of_fields, read_value, with_fields
 from dsv3_jax.errors import ConfigError, UserError
@@ -27,6 +27,34 @@ _SHORT_FORMS = {
     "output": "out",
     "model-name": "preset",
 }
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An argparse parser of one command that raises UserError for wrong arguments.
+
+    Its description and examples are printed as they are written, and a misspelt option is not taken for another one.
+
+    Args:
+      prog: the command as it is typed, for example "dsv3 eval".
+      description: what the command does.
+      examples: printed after the options.
+      unknown: what is said of an option that does not exist; by default where the options are listed.
+    """
+
+    def __init__(self, prog: str, description: str, examples: str = "", *, unknown: str = "") -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self._unknown = unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Raises a UserError with argparse's message."""
+        hint = self._unknown if message.startswith("unrecognized arguments") else ""
+        raise UserError(f"{self.prog}: {message:.200}; {hint or f'see {self.prog} --help'}")
 
 
 def parse[Options](argv: list[str], *, prog: str, description: str, default: Options) -> Options:

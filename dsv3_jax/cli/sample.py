@@ -9,10 +9,10 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from dsv3_jax.bounds import LARGEST_COUNT
-from dsv3_jax.cli.options import notes, number
+from dsv3_jax.cli.options import OptionParser, notes, number
 from dsv3_jax.errors import UserError
 from dsv3_jax.terminal import say
 
@@ -30,13 +30,6 @@ examples:
   dsv3 sample runs/nano --task arithmetic --count 100 --samples 8 --out right.jsonl
   dsv3 sample runs/nano --problems mine.jsonl --reward "numeric+0.1*format" --keep best --out best.jsonl
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises UserError for wrong arguments."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message:.200}; see {self.prog} --help")
 
 
 def main(argv: list[str]) -> int:
@@ -135,12 +128,7 @@ def _problems(arguments: argparse.Namespace) -> list[Problem]:
 def _parse(argv: list[str]) -> argparse.Namespace:
     from dsv3_jax.post_training.tasks import TASKS
 
-    parser = _Parser(
-        prog="dsv3 sample",
-        description=_DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OptionParser("dsv3 sample", _DESCRIPTION)
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("--step", type=number(int, 0, 10**18), help="step of the checkpoint (default: the newest)")
     source = parser.add_mutually_exclusive_group(required=True)

@@ -6,9 +6,8 @@ import argparse
 import importlib.util
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from dsv3_jax.cli.options import number
+from dsv3_jax.cli.options import OptionParser, number
 from dsv3_jax.errors import UserError
 from dsv3_jax.regular_files import read_regular
 from dsv3_jax.terminal import say
@@ -22,13 +21,6 @@ examples:
   dsv3 serve runs/nano --host 0.0.0.0 --api-key-file key.txt
   curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "def main("}'
 """
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises UserError for wrong arguments."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message:.200}; see {self.prog} --help")
 
 
 def main(argv: list[str]) -> int:
@@ -108,12 +100,7 @@ def _key(path: Path) -> str:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(
-        prog="dsv3 serve",
-        description=_DESCRIPTION,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = OptionParser("dsv3 serve", _DESCRIPTION)
     parser.add_argument("run", type=Path, help="folder of a training run, or of a published checkpoint")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
