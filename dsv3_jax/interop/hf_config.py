@@ -9,15 +9,15 @@ is named in a notice. Code that a file names (`auto_map`) is never imported.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dsv3_jax.bounded_json import read_object, shown
-from dsv3_jax.config import ModelConfig, RopeScaling
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.interop.rope_config import finite_number, read_rope, whole_number
 from dsv3_jax.regular_files import checked_file, checked_folder
 
 CONFIG_NAME = "config.json"
@@ -111,7 +111,6 @@ _TRANSLATED = {
     "rope_interleave",
     "quantization_config",
 }
-_ROPE_KEYS = {field.name for field in dataclasses.fields(RopeScaling)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +174,7 @@ def from_published(values: Mapping[str, Any]) -> PublishedConfig:
     if v2 and values.get("topk_method") == "group_limited_greedy" and values.get("n_group") is None:
         raise ConfigError("n_group is missing, which topk_method 'group_limited_greedy' needs")
     _check_derived(values, fields)
-    theta, scaling = _rope(values)
+    theta, scaling = read_rope(values)
     model = ModelConfig(
         **fields,
         **_routing(values, v2=v2),
@@ -298,7 +297,7 @@ def _plain_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         if value is None and name in defaults:
             fields[name] = defaults[name]
         else:
-            fields[name] = _number(name, value) if name in _FRACTIONAL else _whole(name, value)
+            fields[name] = finite_number(name, value) if name in _FRACTIONAL else whole_number(name, value)
     if values.get("topk_method") == "greedy":
         # The published code of this method ignores groups.
         fields["n_group"] = fields["topk_group"] = 1
@@ -345,55 +344,10 @@ def _routing(values: Mapping[str, Any], *, v2: bool) -> dict[str, Any]:
 
 def _mtp_layers(values: Mapping[str, Any]) -> int:
     found = {name: values[name] for name in ("num_nextn_predict_layers", "num_mtp_layers") if name in values}
-    counts = {_whole(name, value) for name, value in found.items() if value is not None}
+    counts = {whole_number(name, value) for name, value in found.items() if value is not None}
     if len(counts) > 1:
         raise ConfigError("num_nextn_predict_layers and num_mtp_layers differ")
     return counts.pop() if counts else 0
-
-
-def _rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Returns theta and YaRN's fields from `rope_theta` and `rope_scaling`, or from the newer `rope_parameters`."""
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(values.get(name), dict | None):
-            raise ConfigError(f"{name} must be an object or null, not {shown(values[name])}")
-    newer, older = values.get("rope_parameters"), values.get("rope_scaling")
-    parameters = dict(newer if newer is not None else older or {})
-    inner_theta = parameters.pop("rope_theta", None)
-    theta = values.get("rope_theta")
-    if theta is None:
-        theta = 10000.0 if inner_theta is None else inner_theta
-    elif inner_theta is not None and inner_theta != theta:
-        raise ConfigError("rope_theta and the rope_theta inside rope_parameters differ")
-    kinds = {parameters.pop(key) for key in ("type", "rope_type") if isinstance(parameters.get(key), str)}
-    theta = _number("rope_theta", theta)
-    if kinds <= {"default"}:
-        if parameters and not kinds:
-            raise ConfigError("rope_scaling has no type; this architecture supports yarn only")
-        return theta, None
-    if kinds != {"yarn"}:
-        raise ConfigError(f"rope_scaling type is {shown(sorted(kinds))}; this architecture supports yarn only")
-    return theta, _yarn(parameters)
-
-
-def _yarn(parameters: dict[str, Any]) -> RopeScaling:
-    if parameters.pop("attention_factor", None) is not None:
-        raise ConfigError("rope_scaling.attention_factor is not part of this architecture")
-    if parameters.pop("truncate", True) is not True:
-        raise ConfigError("rope_scaling.truncate must be true")
-    unknown = sorted(set(parameters) - _ROPE_KEYS)
-    if unknown:
-        raise ConfigError(f"rope_scaling has unknown fields {', '.join(map(shown, unknown[:5]))}")
-    for name in ("factor", "original_max_position_embeddings"):
-        if name not in parameters:
-            raise ConfigError(f"rope_scaling.{name} is missing")
-    fields: dict[str, Any] = {
-        name: _number(f"rope_scaling.{name}", value) for name, value in parameters.items() if value is not None
-    }
-    fields["original_max_position_embeddings"] = _whole(
-        "rope_scaling.original_max_position_embeddings", parameters["original_max_position_embeddings"]
-    )
-    # The defaults of the published modelling code: it scales cos and sin and leaves the softmax as it is.
-    return RopeScaling(**{"mscale": 1.0, "mscale_all_dim": 0.0, **fields})
 
 
 def _quantization(values: Any) -> Quantization | None:
@@ -416,22 +370,3 @@ def _quantization(values: Any) -> Quantization | None:
     if scale_format not in (None, "ue8m0", "float"):
         raise ConfigError(f"quantization_config.scale_fmt is {shown(scale_format)}; only ue8m0 is supported")
     return Quantization(power_of_two_scales=scale_format == "ue8m0")
-
-
-def _whole(name: str, value: Any) -> int:
-    if type(value) is not int:
-        raise ConfigError(f"{name} must be a whole number, not {shown(value)}")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(_as_float(value)):
-        raise ConfigError(f"{name} must be a finite number, not {shown(value)}")
-    return float(value)
-
-
-def _as_float(value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
