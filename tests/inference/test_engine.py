@@ -201,11 +201,15 @@ def test_stop_tokens_and_stop_strings(model: DeepSeekV3, plain) -> None:
         to_bytes=lambda tokens: "".join(letters[token] for token in tokens).encode(),
     )
     texts = ["".join(letters[token] for token in tokens) for tokens in plain]
-    stop = texts[2][5:8]
-    for result, text in zip(engine.run(requests(stop_strings=(stop,))), texts, strict=True):
-        assert result.text == text.split(stop)[0]
-        assert result.finished == ("stop" if stop in text else "length")
-        assert len(result.tokens) == (text.index(stop) + len(stop) if stop in text else 20)
+    wanted, expected = [], []
+    for start in range(0, 18):  # a stop at any token: inside, at the end and after what a step accepts
+        for request, text in zip(requests(stop_strings=(texts[start % 6][start : start + 3],)), texts, strict=True):
+            wanted.append(request)
+            expected.append((text, text.find(request.stop_strings[0])))
+    for result, (text, found) in zip(engine.run(wanted), expected, strict=True):
+        assert result.text == (text if found < 0 else text[:found])
+        assert result.finished == ("length" if found < 0 else "stop")
+        assert len(result.tokens) == (20 if found < 0 else found + 3)
     token = plain[3][6]
     for result, tokens in zip(engine.run(requests(stop_tokens=(token,))), plain, strict=True):
         assert result.tokens == (tokens[: tokens.index(token) + 1] if token in tokens else tokens)
