@@ -227,6 +227,7 @@ def test_help_shows_an_example(command: list[str], capsys: pytest.CaptureFixture
     assert "runs/nano" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_eval_prints_json_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Trains one step; its evaluation from disk must agree with the one in the run's summary."""
     from dsv3_jax.runs.loop import train

@@ -187,6 +187,7 @@ def test_restarts_change_nothing(folder: Path, cache: Path) -> None:
         assert state == whole.state()
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_rows(folder: Path, cache: Path) -> None:
     """Rows are the same also when a signal to the run reaches the workers, and when one of them is killed."""
     whole = prepare(folder, cache, **ALL).train_iterator()

@@ -44,6 +44,7 @@ def test_peak_memory(tmp_path: Path) -> None:
     assert found["peak_beyond_state_bytes"] < found["parameter_bytes_of_one_device"] + found["piece_bytes"]
 
 
+@pytest.mark.slow
 def test_state_on_a_mesh_is_the_state_on_one_device(tmp_path: Path) -> None:
     """From a published checkpoint, and from the run folder that is imported from it."""
     source, run = tmp_path / "source", tmp_path / "run"

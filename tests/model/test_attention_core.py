@@ -230,6 +230,7 @@ def test_inside_a_manual_mesh():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_mesh_needs_no_communication():
     """With sequences and heads sharded over two axes, results are one device's and the program has no collective."""
     found = run_simulated(Path(__file__).parent / "simulated_tiles.py")

@@ -9,6 +9,9 @@ import pytest
 from simulated import run_simulated
 
 _SCRIPT = Path(__file__).with_name("simulated_linear.py")
+
+pytestmark = pytest.mark.slow
+
 MESHES = {"data=2,fsdp=2": 4, "fsdp=4": 4, "fsdp=2,tensor=2": 4}
 """And over how many devices they divide the work: tokens over data and fsdp, widths over tensor."""
 
