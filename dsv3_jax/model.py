@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.decoding import CachedDecoding
 from dsv3_jax.errors import UserError
+from dsv3_jax.modules.attention_core import AttentionChoice
 from dsv3_jax.modules.balance import Routing
 from dsv3_jax.modules.block import Block, BlockInputs
 from dsv3_jax.modules.devices import Devices, OneDevice
@@ -80,6 +81,7 @@ class DeepSeekV3(CachedDecoding):
       devices: where it runs: `OneDevice()`, or `dsv3_jax.sharding.on_mesh.OnMesh(mesh)`.
       param_dtype: dtype the parameters are stored in (router biases are float32 always).
       remat: name of a rematerialisation policy (`dsv3_jax.modules.rematerialisation`).
+      attention: what computes attention in `__call__` and `features` (`dsv3_jax.modules.attention_core`).
 
     Raises:
       ConfigError: no rematerialisation policy has that name.
@@ -94,12 +96,14 @@ class DeepSeekV3(CachedDecoding):
         devices: Devices = OneDevice(),
         param_dtype: jnp.dtype = jnp.float32,
         remat: str = "none",
+        attention: AttentionChoice = "auto",
     ):
         rematerialise(lambda: None, remat)  # refuses an unknown name here, not at the first step
         self.config = config
         self.precision = precision
         self.devices = devices
         self.remat = remat
+        self.attention = attention
         dtype = jnp.dtype(param_dtype)
         make: dict[str, Any] = {"dtype": dtype, "precision": precision, "devices": devices}
         self.embedding = Embedding(config, rngs=rngs, **make)
@@ -205,6 +209,7 @@ class DeepSeekV3(CachedDecoding):
             rotation=make_rotation(self.config, positions),
             segment_ids=isolated,
             token_mask=None if segment_ids is None else segment_ids != 0,
+            attention=self.attention,
         )
 
     def _main_blocks(

@@ -23,7 +23,8 @@ from rich.console import Console
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.counts import count_parameters
-from dsv3_jax.planning.activations import ActivationMemory, attention_core_memory
+from dsv3_jax.planning.activations import ActivationMemory
+from dsv3_jax.planning.attention_form import attention_core_memory
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.forward_operations import forward_operations
 from dsv3_jax.planning.hardware import Target

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import jax
-from jax.sharding import get_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
 
 Implementation = Literal["reference", "hopper", "tpu"]
 LANES = 128  # numbers in a row of a TPU's vector register; blocks in its memory are multiples as wide
@@ -24,6 +25,19 @@ def target_platform() -> Literal["cpu", "hopper", "gpu", "tpu"]:
     if device.platform in ("gpu", "cuda"):
         return "hopper" if _compute_capability(device) == HOPPER_CAPABILITY else "gpu"
     return "tpu" if device.platform == "tpu" else "cpu"
+
+
+@contextlib.contextmanager
+def described_target(name: str, platform: Literal["gpu", "tpu"], num_cores: int | None = None) -> Iterator[None]:
+    """Traces programs for a device that this machine need not have.
+
+    Args:
+      name: its kind, such as "NVIDIA H200" or "TPU v5p".
+      num_cores: its multiprocessors, where a kernel is traced that asks for them.
+    """
+    device = AbstractDevice(device_kind=name, num_cores=num_cores, platform=platform)
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield
 
 
 def _compute_capability(device: Any) -> str | None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-from jax.sharding import AbstractDevice, AbstractMesh, get_abstract_mesh, use_abstract_mesh
+from jax.sharding import get_abstract_mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array
+
+from pallas_kernels.device import described_target
 
 H200_MULTIPROCESSORS = 132
 SHARED_MEMORY_BYTES = 232_448  # of one block, at most, on compute capability 9.0
@@ -25,12 +26,9 @@ def multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", None) or H200_MULTIPROCESSORS
 
 
-@contextlib.contextmanager
-def hopper_target(num_cores: int = H200_MULTIPROCESSORS) -> Iterator[None]:
-    """Traces programs for an H200 with `num_cores` multiprocessors, whatever devices this machine has."""
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=num_cores, platform="gpu")
-    with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        yield
+def hopper_target(num_cores: int = H200_MULTIPROCESSORS) -> contextlib.AbstractContextManager[None]:
+    """Returns a context that traces programs for an H200 with `num_cores` multiprocessors."""
+    return described_target("NVIDIA H200", "gpu", num_cores)
 
 
 def swizzled(width: int, dtype: DTypeLike, extent: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dsv3_jax.bounds import LARGEST_COUNT, check_bounds
 from dsv3_jax.cli.options import parse
 from dsv3_jax.errors import UserError
+from dsv3_jax.modules.attention_core import AttentionChoice
 from dsv3_jax.modules.rematerialisation import Rematerialisation
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class PlanOptions:
       micro_batch_size: sequences per forward pass on each rank; 0 for all of the rank's.
       precision: float32, bfloat16, fp8 or auto, as for dsv3 train; auto is bfloat16 on GPUs and TPUs.
       rematerialisation: what the backward pass recomputes: none, report, products or full.
+      attention: what computes attention: auto, scan or cudnn, as for dsv3 train.
       moment_dtype: dtype of Adam's moments: float32, bfloat16, or recipe for what the precision names.
       zero: shard optimizer state over the replicas of its parameters (ZeRO-1).
       average: keep a running average of the weights: device, or none.
@@ -72,6 +74,7 @@ class PlanOptions:
     micro_batch_size: int | None = None
     precision: str | None = None
     rematerialisation: Rematerialisation | None = None
+    attention: AttentionChoice | None = None
     moment_dtype: Literal["recipe", "float32", "bfloat16"] | None = None
     zero: bool = True
     average: Literal["device", "none"] | None = None
@@ -174,8 +177,8 @@ def _plan(options: PlanOptions) -> Plan:
 
 def _given(options: PlanOptions) -> dict[str, Any]:
     """Returns the options that are fields of a plan's configuration; None where `dsv3 train`'s default is taken."""
-    names = ("batch_size", "micro_batch_size", "precision", "rematerialisation", "moment_dtype", "zero", "average")
-    given = {name: getattr(options, name) for name in (*names, "schedule", "tokens")}
+    names = ("batch_size", "micro_batch_size", "precision", "rematerialisation", "attention", "moment_dtype", "zero")
+    given = {name: getattr(options, name) for name in (*names, "average", "schedule", "tokens")}
     return given | {"sequence_length": options.sequence_length or None}
 
 

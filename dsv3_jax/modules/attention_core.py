@@ -8,12 +8,23 @@ there is a kernel for the device, `pallas_kernels.latent_attention` computes seq
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from dsv3_jax.errors import UserError
 from dsv3_jax.modules.tiled_attention import tiled_attention
+from pallas_kernels.device import target_platform
+
+AttentionChoice = Literal["auto", "scan", "cudnn"]
+"""What computes attention over whole sequences.
+
+auto: a kernel of `pallas_kernels` where the device has one, else the scan.  scan: plain products, tile by tile.  cudnn:
+cuDNN on an NVIDIA GPU, with values padded to the width of the keys; on other devices as auto.
+"""
 
 CHUNKS = 2  # of a short sequence: 3/4 of the square is computed, and the program stays small
 LARGEST_CHUNK = 512  # queries; a tile of 512 x 512 logits of a head takes 1 MB in float32
@@ -30,6 +41,7 @@ def causal_attention(
     scale: float,
     segment_ids: Int[Array, "B T"] | None = None,
     query_chunk: int | None = None,
+    choice: AttentionChoice = "auto",
 ) -> Float[Array, "B T H v"]:
     """Computes attention of every position to itself and the positions before it (report Eq. 10).
 
@@ -39,13 +51,26 @@ def causal_attention(
       scale: multiplier of the logits.
       segment_ids: when given, positions attend only within equal ids.
       query_chunk: queries (in a long sequence also keys) computed at a time; chosen by the length unless given.
+      choice: what computes it.
 
     Returns:
       The attended values, in the dtype of `values`.
+
+    Raises:
+      UserError: cuDNN is chosen on a GPU for arrays that it does not take.
     """
-    if pallas_kernels.has_attention_kernel(queries, keys, values):
+    cudnn = choice == "cudnn" and target_platform() in ("hopper", "gpu")
+    if cudnn:
+        _check_for_cudnn(queries, segment_ids)
+    if cudnn or (choice != "scan" and pallas_kernels.has_attention_kernel(queries, keys, values)):
         return pallas_kernels.latent_attention(
-            queries, keys, values, k_shared=shared_keys, scale=scale, segment_ids=segment_ids
+            queries,
+            keys,
+            values,
+            k_shared=shared_keys,
+            scale=scale,
+            segment_ids=segment_ids,
+            implementation="cudnn" if cudnn else None,
         )
     if shared_keys is not None:
         repeated = jnp.broadcast_to(shared_keys[:, :, None, :], (*keys.shape[:-1], shared_keys.shape[-1]))
@@ -68,6 +93,13 @@ def even_chunk(length: int) -> int:
     """Returns the chunk of a long sequence: the largest, or less where that needs less padding (1,025 is 3 x 384)."""
     even = -(-length // -(-length // LARGEST_CHUNK))
     return -(-even // CHUNK_MULTIPLE) * CHUNK_MULTIPLE
+
+
+def _check_for_cudnn(queries: Float[Array, "B T H qk"], segment_ids: Int[Array, "B T"] | None) -> None:
+    if segment_ids is not None:
+        raise UserError("attention 'cudnn' does not keep documents apart: choose attention 'auto'")
+    if queries.dtype != jnp.bfloat16:
+        raise UserError(f"attention 'cudnn' takes bfloat16, not {queries.dtype}: choose precision bfloat16 or fp8")
 
 
 def _attend(

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.modules.attention_core import AttentionChoice
 from dsv3_jax.modules.balance import Routing
 from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.feed_forward import FeedForward
@@ -31,11 +32,13 @@ class BlockInputs:
       rotation: RoPE angles of the tokens.
       segment_ids: attention stays inside equal ids, when given.
       token_mask: False at tokens that routing statistics leave out (padding), when given.
+      attention: what computes attention.
     """
 
     rotation: Rotation
     segment_ids: Int[Array, "B T"] | None = None
     token_mask: Bool[Array, "B T"] | None = None
+    attention: AttentionChoice = dataclasses.field(default="auto", metadata={"static": True})
 
 
 class Block(nnx.Module):
@@ -83,7 +86,9 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T d"], tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]], Routing | None]:
         """Maps whole sequences, and also returns what a cache would hold of them: c^KV and k^R."""
         with jax.named_scope("attention"):
-            attended, latent, rope_key = self.attention(self.attention_norm(h), inputs.rotation, inputs.segment_ids)
+            attended, latent, rope_key = self.attention(
+                self.attention_norm(h), inputs.rotation, inputs.segment_ids, inputs.attention
+            )
         h, routing = self._feed_forward(h + attended, inputs.token_mask, experts)
         return h, (latent, rope_key), routing
 

@@ -28,7 +28,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.modules.attention_core import causal_attention
+from dsv3_jax.modules.attention_core import AttentionChoice, causal_attention
 from dsv3_jax.modules.cached_attention import attend_to_cache
 from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.latent_cache import LatentCache
@@ -72,12 +72,17 @@ class LatentAttention(nnx.Module):
         self.o = Linear(d, (heads, config.v_head_dim), ("embed", "wide", None), after_attention=True, **make)
 
     def __call__(
-        self, x: Float[Array, "B T d"], rotation: Rotation, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T d"],
+        rotation: Rotation,
+        segment_ids: Int[Array, "B T"] | None = None,
+        choice: AttentionChoice = "auto",
     ) -> tuple[Float[Array, "B T d"], Float[Array, "B T kv_rank"], Float[Array, "B T rope"]]:
         """Computes causal attention over a whole sequence, keys and values expanded.
 
         Args:
           segment_ids: when given, positions attend only within equal ids.
+          choice: what computes it.
 
         Returns:
           The output u, and what a cache would hold of this layer: the normed latents c^KV and the rotary keys k^R.
@@ -87,7 +92,7 @@ class LatentAttention(nnx.Module):
         key, value = jnp.split(self.kv_b(latent), [self.config.qk_nope_head_dim], axis=-1)
         with jax.named_scope("attention_core"):
             attended = self.devices.attend(
-                functools.partial(causal_attention, scale=softmax_scale(self.config)),
+                functools.partial(causal_attention, scale=softmax_scale(self.config), choice=choice),
                 jnp.concatenate([query, query_rope], axis=-1),
                 key,
                 value,

@@ -28,8 +28,14 @@ def traced_step(config: PlanConfig, devices: Sequence[Any]) -> Any:
 
     def make() -> DeepSeekV3:
         devices = layout.devices if config.target.devices > 1 else OneDevice()
-        remat = run.training.rematerialisation
-        return DeepSeekV3(config.model, rngs=nnx.Rngs(0), precision=config.recipe, devices=devices, remat=remat)
+        return DeepSeekV3(
+            config.model,
+            rngs=nnx.Rngs(0),
+            precision=config.recipe,
+            devices=devices,
+            remat=run.training.rematerialisation,
+            attention=run.training.attention,
+        )
 
     graph, _, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
     # Router biases are the only other variables; every step overwrites them.

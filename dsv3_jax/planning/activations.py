@@ -13,8 +13,8 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from dsv3_jax.model import MOST_UNROLLED_LAYERS
-from dsv3_jax.modules.attention_core import KEPT_LENGTH, LARGEST_CHUNK
 from dsv3_jax.pipeline.facts import schedule_facts
+from dsv3_jax.planning.attention_form import attention_core_memory, attention_form
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.traced_block import (
     LAYER_INPUT,
@@ -30,7 +30,6 @@ from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.sharding.rules import WITHIN_A_STAGE, weight_axes
 
 _FLOAT32 = 4  # bytes
-_LOGIT_COPIES = 3  # of the attention core: logits, weights and their gradient
 _LOSS_COPIES = 3  # of the vocabulary's logits: logits, their exponentials and their gradient
 LAYERS: tuple[LayerKind, ...] = ("dense", "moe", "mtp")
 """Kinds of layers that have a transformer block."""
@@ -207,20 +206,6 @@ def _backward(config: PlanConfig, kind: LayerKind) -> float:
     return working_bytes(config, kind) + attention_core_memory(config) + buffers
 
 
-def attention_core_memory(config: PlanConfig) -> float:
-    """Returns the bytes of a tile's logits in the attention core's backward pass, and of the gradients of all tiles."""
-    model, width = config.model, config.recipe.dtype.itemsize
-    heads, length = model.num_attention_heads / config.mesh.tensor, config.sequence_length
-    keys = length if length <= KEPT_LENGTH else LARGEST_CHUNK
-    logits = config.micro_batch_size * heads * min(LARGEST_CHUNK, length) * keys * _FLOAT32 * _LOGIT_COPIES
-    if length <= KEPT_LENGTH:
-        return logits
-    # Gradients of queries are added up tile by tile in float32; those of keys and values for one chunk at a time.
-    per_token = model.qk_head_dim * _FLOAT32 + (model.qk_head_dim + model.v_head_dim) * width
-    per_chunk = (model.qk_head_dim + model.v_head_dim) * _FLOAT32
-    return logits + config.micro_batch_size * heads * (length * per_token + LARGEST_CHUNK * per_chunk)
-
-
 def exchange_buffers(config: PlanConfig) -> float:
     """Returns the bytes of the largest piece of the experts' exchange: rows received, sorted, multiplied; gradients."""
     model = config.model
@@ -235,7 +220,8 @@ def _weight_bytes(config: PlanConfig, kind: LayerKind) -> float:
 
 
 def _shape(config: PlanConfig, kind: BlockKind, tensor: int) -> BlockShape:
-    return BlockShape(config.model, kind, config.recipe, tensor, config.sequence_length, config.target.devices > 1)
+    on_mesh, form = config.target.devices > 1, attention_form(config)
+    return BlockShape(config.model, kind, config.recipe, tensor, config.sequence_length, on_mesh, form)
 
 
 def _traced(config: PlanConfig, kind: BlockKind, figure: Callable[[TracedBlock], float]) -> float:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.modules.attention_core import AttentionChoice
 from dsv3_jax.modules.rematerialisation import Rematerialisation
 from dsv3_jax.pipeline.schedules import ScheduleName
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
@@ -37,6 +38,7 @@ class PlanConfig:
       micro_batch_size: sequences per forward pass on each rank of the batch axes; 0 for all of a rank's sequences.
       precision: a recipe as in `dsv3_jax.precision.Precision.preset`; "auto" is float32 on CPUs and bfloat16 elsewhere.
       rematerialisation: a policy of `dsv3_jax.modules.rematerialisation`.
+      attention: what computes attention, as in `dsv3_jax.modules.attention_core`.
       moment_dtype: dtype of both of Adam's moments; "recipe" is the one that the precision recipe names.
       zero: whether optimizer state is sharded over the replicas of its parameters (ZeRO-1).
       average: "device" if a running average of the weights is kept, else "none".
@@ -55,6 +57,7 @@ class PlanConfig:
     micro_batch_size: int = 1
     precision: str = "auto"
     rematerialisation: Rematerialisation = "report"
+    attention: AttentionChoice = "auto"
     moment_dtype: MomentDtype = "recipe"
     zero: bool = True
     average: Average = "device"
@@ -111,6 +114,7 @@ class PlanConfig:
                 batch_size=self.batch_size,
                 micro_batch_size=self.sequences_per_pass,
                 rematerialisation=self.rematerialisation,
+                attention=self.attention,
                 pipeline_schedule=self.schedule,
                 zero=self.zero,
                 moment_dtype=self.moment_dtype,
@@ -216,6 +220,7 @@ def of_preset(preset: str, target: Target, mesh: MeshConfig, **given: Any) -> Pl
         "sequence_length": run.data.sequence_length,
         "precision": run.precision,
         "rematerialisation": training.rematerialisation,
+        "attention": training.attention,
         "moment_dtype": training.moment_dtype,
         "zero": training.zero,
         "average": "device" if training.ema_decay else "none",

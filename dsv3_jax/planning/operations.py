@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from dsv3_jax.counts import count_flops
+from dsv3_jax.planning.attention_form import attention_core, attention_form
 from dsv3_jax.planning.config import PlanConfig
-from dsv3_jax.planning.forward_operations import attention_core, forward_operations
+from dsv3_jax.planning.forward_operations import forward_operations
 from dsv3_jax.planning.stage_parts import operations_per_token
 
 _FORWARD_AND_BACKWARD = 3
@@ -32,7 +33,8 @@ def operations(config: PlanConfig) -> Operations:
         return _of_device(config, *operations_per_token(config))
     model, policy = config.model, config.rematerialisation
     linear, attention, plain = forward_operations(model, config.sequence_length)
-    terms, core = count_flops(model, config.sequence_length).terms, attention_core(model, config.sequence_length)
+    terms = count_flops(model, config.sequence_length).terms
+    core = attention_core(model, config.sequence_length, attention_form(config))
     recomputed = {"none": 0.0, "report": _up_projections(config), "products": terms["routed_experts"], "full": linear}[
         policy
     ]

@@ -10,10 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from dsv3_jax.planning.advice import advise
+from dsv3_jax.planning.attention_form import attention_form
 from dsv3_jax.planning.compiled import CompiledPlan
 from dsv3_jax.planning.plan import RESERVED, Plan
 
 _SHOWN_ADVICE = 5
+_ATTENTION = {
+    "scan": "by plain products",
+    "hopper": "by the Hopper kernel",
+    "tpu": "by the TPU kernel",
+    "cudnn": "by cuDNN",
+}
 
 
 def size(count: float) -> str:
@@ -73,7 +80,8 @@ def _title(plan: Plan) -> RenderableType:
         f"{config.model.num_parameters(mtp=True) / 1e9:.1f}B parameters on {config.target.name}: {axes}",
         f"{config.batch_size:,} sequences of {config.sequence_length:,} per step, {config.passes} micro-batches of "
         f"{config.micro_batch_size} per rank; {config.precision}, rematerialisation {config.rematerialisation}"
-        + (f", {config.schedule}" if config.has_stages else ""),
+        + (f", {config.schedule}" if config.has_stages else "")
+        + f", attention {_ATTENTION[attention_form(config)]}",
         f"{layers}; {plan.state.parameters / 1e9:.3g}B parameters per device",
     ]
     return Text("\n".join(lines) + "\n")

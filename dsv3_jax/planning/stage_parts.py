@@ -18,8 +18,9 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.counts import count_flops
 from dsv3_jax.pipeline.facts import PARTS, ScheduleFacts, schedule_facts
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
+from dsv3_jax.planning.attention_form import AttentionCore, attention_core, attention_form
 from dsv3_jax.planning.config import PlanConfig
-from dsv3_jax.planning.forward_operations import attention_core, forward_operations
+from dsv3_jax.planning.forward_operations import forward_operations
 from dsv3_jax.planning.weights import LayerKind, layers_of_rank, stages_per_rank
 
 
@@ -107,14 +108,17 @@ def _facts(config: PlanConfig) -> ScheduleFacts:
 
 
 def _costs(config: PlanConfig) -> Float[np.ndarray, "stages parts 3"]:
-    return _costs_of(config.model, config.mesh.stage, config.sequence_length, config.rematerialisation)
+    core = attention_core(config.model, config.sequence_length, attention_form(config))
+    return _costs_of(config.model, config.mesh.stage, config.sequence_length, config.rematerialisation, core)
 
 
 @functools.lru_cache(maxsize=64)
-def _costs_of(model: ModelConfig, stages: int, length: int, policy: str) -> Float[np.ndarray, "stages parts 3"]:
+def _costs_of(
+    model: ModelConfig, stages: int, length: int, policy: str, core: AttentionCore
+) -> Float[np.ndarray, "stages parts 3"]:
     """Returns operations per token of every stage and part of PARTS: linear maps, attention core, head and router."""
     layers = np.array(moe_layers_of_stages(model, stages))
-    counts, core = count_flops(model, length), attention_core(model, length)
+    counts = count_flops(model, length)
     either = np.array([counts.terms["attention_projections"], counts.terms["attention_core"] * core.computed, 0])
     either /= model.num_hidden_layers
     routed = counts.terms["routed_experts"] + counts.terms["shared_experts"]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from dsv3_jax.config import ModelConfig
@@ -24,6 +24,7 @@ from dsv3_jax.modules.multi_token import MultiTokenModule
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.modules.rematerialisation import rematerialise
 from dsv3_jax.modules.rope import make_rotation
+from dsv3_jax.planning.attention_form import AttentionForm, attend_as_kernel
 from dsv3_jax.planning.materialised import materialised_bytes
 from dsv3_jax.precision import Precision, saved_bytes
 from dsv3_jax.sharding.expert_parallel import recomputed
@@ -41,6 +42,7 @@ class BlockShape:
       tensor: ranks of the tensor axis, of which one is traced.
       length: tokens of the sequence.
       on_mesh: whether the routed experts exchange tokens with other devices.
+      attention: what computes attention.
     """
 
     model: ModelConfig
@@ -49,6 +51,7 @@ class BlockShape:
     tensor: int
     length: int
     on_mesh: bool
+    attention: AttentionForm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,7 @@ class _OneRank(OneDevice):
     """One rank of a mesh, without the others. It records the weights that it would all-gather."""
 
     on_mesh: bool
+    attention: AttentionForm
     gathered: list[Gathered]
 
     def multiply(
@@ -115,6 +119,20 @@ class _OneRank(OneDevice):
         """Returns product(x, weight)."""
         self.gathered.append(Gathered(shape, gather_dtype))
         return product(x, weight)
+
+    def attend(
+        self,
+        attention: Callable[..., Array],
+        queries: Float[Array, "B T H qk"],
+        keys: Float[Array, "B T H c"],
+        values: Float[Array, "B T H v"],
+        shared_keys: Float[Array, "B T r"],
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> Float[Array, "B T H v"]:
+        """Returns plain attention, or what stands for a kernel that this machine cannot trace."""
+        if self.attention == "scan":
+            return super().attend(attention, queries, keys, values, shared_keys, segment_ids)
+        return attend_as_kernel(self.attention, queries, keys, values, shared_keys)
 
     def apply_experts(
         self,
@@ -151,7 +169,7 @@ class _AbstractBlock:
     @classmethod
     def of(cls, shape: BlockShape) -> _AbstractBlock:
         model, gathered = _of_tensor_rank(shape.model, shape.tensor), []
-        devices = _OneRank(shape.on_mesh, gathered)
+        devices = _OneRank(shape.on_mesh, shape.attention, gathered)
         make: dict[str, Any] = {"dtype": jnp.dtype(jnp.float32), "precision": shape.precision, "devices": devices}
 
         def module() -> nnx.Module:
@@ -168,6 +186,7 @@ class _AbstractBlock:
         inputs = BlockInputs(
             rotation=jax.eval_shape(functools.partial(make_rotation, model), positions),
             token_mask=jax.ShapeDtypeStruct(tokens, jnp.bool_),  # pyright: ignore[reportArgumentType]
+            attention="scan",  # kernels are replaced by `_OneRank.attend`
         )
         return cls(shape.kind, graph, params, rest, (hidden,) * (2 if shape.kind == "join" else 1), inputs, gathered)
 

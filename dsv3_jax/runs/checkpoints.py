@@ -316,6 +316,7 @@ def make_model(config: RunConfig, devices: Devices = OneDevice()) -> DeepSeekV3:
             precision=Precision.preset(config.precision),
             devices=devices,
             remat=config.training.rematerialisation,
+            attention=config.training.attention,
         )
 
     return build()

@@ -34,6 +34,7 @@ _MAY_CHANGE = {
     "training.tracker",
     "training.loss_chunk",
     "training.rematerialisation",
+    "training.attention",
     "training.zero",
     "training.overlap_exchange",
     "training.pipeline_schedule",

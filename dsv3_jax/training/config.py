@@ -9,6 +9,7 @@ from dsv3_jax.bounds import LARGEST_COUNT, LARGEST_SEED, check_bounds
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.modules.attention_core import AttentionChoice
 from dsv3_jax.modules.rematerialisation import REMATERIALISATIONS, Rematerialisation
 from dsv3_jax.operating_system import Notice
 from dsv3_jax.pipeline.schedules import ScheduleName
@@ -64,6 +65,8 @@ class TrainingConfig:
         use; 0 for no average. (The report gives no value.)
       rematerialisation: what to recompute in the backward pass: none, report, products or full. More recomputation
         takes less memory and more time.
+      attention: what computes attention: auto (a kernel where the device has one), scan (plain products, tile by
+        tile), or cudnn (on an NVIDIA GPU, in bfloat16, with data.isolate_documents false; elsewhere as auto).
       loss_chunk: number of tokens whose logits a device holds at a time.
       overlap_exchange: with a mesh.expert axis, send each pass through the experts in two halves, so that one half is
         exchanged between devices while the other is computed (report section 3.2.1).
@@ -96,6 +99,7 @@ class TrainingConfig:
     moment_dtype: Literal["recipe", "float32", "bfloat16"] = "recipe"
     ema_decay: float = 0.99
     rematerialisation: Rematerialisation = "none"
+    attention: AttentionChoice = "auto"
     loss_chunk: int = 8192
     overlap_exchange: bool = False
     pipeline_schedule: ScheduleName = "dualpipe"
@@ -120,7 +124,7 @@ class TrainingConfig:
             raise ConfigError(f"training.balance must be one of {', '.join(get_args(Balance))}, not {self.balance!r}")
         if self.moment_dtype not in ("recipe", "float32", "bfloat16"):
             raise ConfigError(f"training.moment_dtype must be recipe, float32 or bfloat16, not {self.moment_dtype!r}")
-        for name, kind in (("stop_signal", Notice), ("tracker", TrackerName)):
+        for name, kind in (("stop_signal", Notice), ("tracker", TrackerName), ("attention", AttentionChoice)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(
                     f"training.{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}"
@@ -201,6 +205,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.lora.rank and self.training.ema_decay:
             raise ConfigError("training.ema_decay must be 0 with lora.rank above 0: adapters have no running average")
+        if self.training.attention == "cudnn" and self.data.isolate_documents:
+            raise ConfigError(
+                "training.attention 'cudnn' does not keep documents apart: choose 'auto', or set "
+                "data.isolate_documents to false"
+            )
         length = self.data.sequence_length
         if length > self.model.max_position_embeddings:
             raise ConfigError(

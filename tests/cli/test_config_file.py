@@ -52,6 +52,11 @@ def test_options_win_over_the_file(no_training: list, tmp_path: Path, monkeypatc
         ("[training]\nzero = 1", [], ["training.zero must be true or false"]),
         ("training = 3", [], ["training must be a table"]),
         ("[training]\nbatch_size = 0", [], ["training.batch_size", "not 0"]),
+        (
+            "[training]\nattention = 'cudnn'\n[data]\nisolate_documents = true",
+            [],
+            ["training.attention 'cudnn' does not keep documents apart"],
+        ),
         ("[training]\nbalance = 'often'", [], ["training.balance must be one of sequence, batch, none"]),
         ("[model.rope_scaling]\nfactr = 3", [], ["rope_scaling.factr", "factor"]),
         ("[model.rope_scaling]\nfactor = 3.0", [], ["rope_scaling", "original_max_position_embeddings"]),

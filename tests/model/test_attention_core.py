@@ -10,17 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import AxisType, PartitionSpec
 from simulated import run_simulated
 
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.errors import UserError
+from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules import attention_core
 from dsv3_jax.modules.attention_core import causal_attention
 from dsv3_jax.modules.rematerialisation import rematerialise
 from dsv3_jax.modules.tiled_attention import tiled_attention
+from dsv3_jax.precision import Precision
 from pallas_kernels.hopper_launch import hopper_target
+from pallas_kernels.latent_attention import cudnn
 
 BATCH, HEADS, QK, V = 2, 3, 8, 5
 CHUNK = 16
@@ -252,3 +258,40 @@ def test_on_hopper_the_kernel_is_chosen():
     assert "latent_attention_forward" in program(32, "bfloat16")
     assert "latent_attention_forward" not in program(32, "float32")
     assert "latent_attention_forward" not in program(36, "bfloat16")
+
+
+def test_cudnn_is_called_on_a_gpu_only(monkeypatch):
+    calls = []
+
+    def attention(q, k, v, k_shared, scale, causal):
+        calls.append((scale, causal, k_shared.shape))
+        return v
+
+    monkeypatch.setattr(cudnn, "attention", attention)
+    q, k, v = (jnp.ones((1, 8, 2, width), jnp.bfloat16) for width in (48, 32, 32))
+    shared = jnp.ones((1, 8, 16), jnp.bfloat16)
+    attend = functools.partial(causal_attention, scale=0.3, choice="cudnn")
+    assert attend(q, k, v, shared).shape == v.shape
+    assert not calls
+    with hopper_target():
+        jax.eval_shape(attend, q, k, v, shared)
+        with pytest.raises(UserError, match="does not keep documents apart"):
+            attend(q, k, v, shared, segment_ids=jnp.ones((1, 8), jnp.int32))
+        with pytest.raises(UserError, match="takes bfloat16, not float32"):
+            attend(*(x.astype("f4") for x in (q, k, v, shared)))
+    assert calls == [(0.3, True, shared.shape)]
+
+
+def test_a_model_computes_its_choice(monkeypatch):
+    """Plain products are chosen even where there is a kernel, in layers and in MTP modules."""
+    config = ModelConfig.preset("tiny", qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
+    tokens = jax.ShapeDtypeStruct((1, 12), jnp.int32)
+
+    def program(choice):
+        make = functools.partial(DeepSeekV3, config, precision=Precision.preset("bfloat16"), attention=choice)
+        with hopper_target():
+            graph, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+            return str(jax.make_jaxpr(lambda state, tokens: nnx.merge(graph, state)(tokens).logits)(state, tokens))
+
+    assert "latent_attention_forward" in program("auto")
+    assert "latent_attention_forward" not in program("scan")

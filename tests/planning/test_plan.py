@@ -18,6 +18,7 @@ from dsv3_jax.errors import ConfigError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.advice import advise
+from dsv3_jax.planning.attention_form import attention_form
 from dsv3_jax.planning.config import PlanConfig, of_preset
 from dsv3_jax.planning.hardware import Target
 from dsv3_jax.planning.operations import operations, operations_without_recomputation
@@ -121,12 +122,45 @@ def test_kept_bytes_grow_with_the_micro_batch() -> None:
     assert sum(two.activations.kept.values()) == 2 * sum(one.activations.kept.values())
 
 
-@pytest.mark.parametrize(("policy", "products"), [("none", 7), ("report", 9), ("full", 9)])
-def test_attention_is_computed_in_tiles(policy: str, products: int) -> None:
-    """Two products per tile forward and five backward, the forward ones again where the layer is; 36 tiles of 8 x 8."""
-    config = plan_config(model=V3.replace(v_head_dim=V3.qk_head_dim), rematerialisation=policy)
+@pytest.mark.parametrize(("policy", "forward"), [("none", 2), ("report", 4), ("full", 4)])
+@pytest.mark.parametrize(
+    ("target", "attention", "tiles", "backward"),
+    [
+        ("h100:2048", "scan", 8, 5),
+        ("h100:2048", "cudnn", 32, 5),
+        ("h100:2048", "auto", 32, 7),
+        ("v5p:2048", "auto", 8, 7),
+        ("v5p:2048", "cudnn", 8, 7),  # as auto where there is no GPU
+    ],
+)
+def test_attention_is_computed_in_tiles(
+    target: str, attention: str, tiles: int, backward: int, policy: str, forward: int
+) -> None:
+    """Two products per tile forward, again where the layer is; kernels compute two of five backward products twice."""
+    config = plan_config(
+        model=V3.replace(v_head_dim=V3.qk_head_dim),
+        target=Target.parse(target),
+        attention=attention,
+        rematerialisation=policy,
+    )
     causal = operations_without_recomputation(config).attention / 6  # a product of what is on and below the diagonal
-    assert operations(config).attention == pytest.approx(products * causal * 36 / 32)
+    assert operations(config).attention == pytest.approx((forward + backward) * causal * (tiles + 1) / tiles)
+
+
+def test_widths_without_a_kernel_are_computed_by_plain_products() -> None:
+    narrow = V3.replace(qk_nope_head_dim=120)
+    forms = [attention_form(plan_config(model=model, precision="bfloat16")) for model in (V3, narrow)]
+    assert forms == ["hopper", "scan"]
+    assert attention_form(plan_config(precision="float32")) == "scan"
+
+
+def test_cudnn_keeps_wide_values_and_repeated_keys() -> None:
+    """The widths of queries, keys, values and result are 192 each, instead of 192, 128, 128 and 128 and 64 shared."""
+    one, two = (
+        make_plan(plan_config(rematerialisation="none", attention=name)).activations for name in ("auto", "cudnn")
+    )
+    more = one.kept_per_layer["moe"] - two.kept_per_layer["moe"]
+    assert more == pytest.approx(-4096 * 2 * (128 * (64 + 64 + 64) - 64))
 
 
 def test_what_fsdp_gathers() -> None:

@@ -142,13 +142,13 @@ def test_memory_of_the_671b_step_by_hand() -> None:
     assert plan.state.gradients == plan.state.working_weights
     assert plan.activations.kept == {"layer input": 17 * 4 * HIDDEN, "received from other stages": (2 + 8) * HIDDEN}
     # One MoE layer's gradients beside its weights, what its backward pass reads, and the buffers of the exchange; the
-    # tiles of attention. The dense layers' gradients all at once are less.
-    tiles = 3 * 128 * 512**2 * 4 + 128 * 4096 * (192 * 4 + 320 * 2) + 128 * 512 * 320 * 4
+    # gradients of attention. The dense layers' gradients all at once are less.
+    tiles = 4096 * (128 * ((192 + 128 + 128) * 2 + 4) + 64 * 4)
     buffers = 2 * (2 * 4096 * 8) * (2 * 7168 + 3 * 2048) * 2
     read = plan.activations.recomputed - (2 * 4 * moe + tiles + buffers)
     # Queries, keys and values; the core's output as it is, and in 12 bits; the latents; four hidden states in FP8 and
     # five in bfloat16, the layer's input among them, within a tenth.
-    queries = 128 * (2 * 192 + 128) * 2
+    queries = 128 * ((192 + 128 + 128) * 2 + 4)
     output = 128 * 128 * (2 + 1.5)
     by_hand = 4096 * (queries + output + 2 * (1536 + 576) + 7168 * (4 * 1 + 5 * 2))
     assert read == pytest.approx(by_hand, rel=0.1)
