@@ -47,7 +47,8 @@ class PlanOptions:
       micro_batch_size: sequences per forward pass on each rank; 0 for all of the rank's.
       precision: float32, bfloat16, fp8 or auto, as for dsv3 train; auto is bfloat16 on GPUs and TPUs.
       rematerialisation: what the backward pass recomputes: none, report, products or full.
-      moment_dtype: dtype of Adam's moments: float32, bfloat16, or recipe for what the precision names.
+      optimizer: adamw, or muon, which keeps one moment of most weights where AdamW keeps two.
+      moment_dtype: dtype of the moments: float32, bfloat16, or recipe for what the precision names.
       zero: shard optimizer state over the replicas of its parameters (ZeRO-1).
       average: keep a running average of the weights: device, or none.
       schedule: pipeline schedule: dualpipe, zb1p or 1f1b.
@@ -72,6 +73,7 @@ class PlanOptions:
     micro_batch_size: int | None = None
     precision: str | None = None
     rematerialisation: Rematerialisation | None = None
+    optimizer: Literal["adamw", "muon"] | None = None
     moment_dtype: Literal["recipe", "float32", "bfloat16"] | None = None
     zero: bool = True
     average: Literal["device", "none"] | None = None
@@ -175,7 +177,7 @@ def _plan(options: PlanOptions) -> Plan:
 def _given(options: PlanOptions) -> dict[str, Any]:
     """Returns the options that are fields of a plan's configuration; None where `dsv3 train`'s default is taken."""
     names = ("batch_size", "micro_batch_size", "precision", "rematerialisation", "moment_dtype", "zero", "average")
-    given = {name: getattr(options, name) for name in (*names, "schedule", "tokens")}
+    given = {name: getattr(options, name) for name in (*names, "optimizer", "schedule", "tokens")}
     return given | {"sequence_length": options.sequence_length or None}
 
 

@@ -16,7 +16,7 @@ from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.hardware import Accelerator, Target
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.training.config import RunConfig, TrainingConfig
+from dsv3_jax.training.config import Optimizer, RunConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 
 Average = Literal["device", "none"]
@@ -37,7 +37,8 @@ class PlanConfig:
       micro_batch_size: sequences per forward pass on each rank of the batch axes; 0 for all of a rank's sequences.
       precision: a recipe as in `dsv3_jax.precision.Precision.preset`; "auto" is float32 on CPUs and bfloat16 elsewhere.
       rematerialisation: a policy of `dsv3_jax.modules.rematerialisation`.
-      moment_dtype: dtype of both of Adam's moments; "recipe" is the one that the precision recipe names.
+      optimizer: "adamw" or "muon", which has one moment of every hidden matrix where AdamW has two.
+      moment_dtype: dtype of the optimizer's moments; "recipe" is the one that the precision recipe names.
       zero: whether optimizer state is sharded over the replicas of its parameters (ZeRO-1).
       average: "device" if a running average of the weights is kept, else "none".
       schedule: the pipeline schedule, where the mesh has stages.
@@ -55,6 +56,7 @@ class PlanConfig:
     micro_batch_size: int = 1
     precision: str = "auto"
     rematerialisation: Rematerialisation = "report"
+    optimizer: Optimizer = "adamw"
     moment_dtype: MomentDtype = "recipe"
     zero: bool = True
     average: Average = "device"
@@ -113,6 +115,7 @@ class PlanConfig:
                 rematerialisation=self.rematerialisation,
                 pipeline_schedule=self.schedule,
                 zero=self.zero,
+                optimizer=self.optimizer,
                 moment_dtype=self.moment_dtype,
                 ema_decay=TrainingConfig.ema_decay if self.average == "device" else 0.0,
             ),
@@ -171,6 +174,7 @@ class PlanConfig:
             "--training.batch-size": str(training.batch_size),
             "--training.micro-batch-size": str(training.micro_batch_size),
             "--training.rematerialisation": training.rematerialisation,
+            "--training.optimizer": training.optimizer,
             "--training.moment-dtype": training.moment_dtype,
             "--training.zero" if self.zero else "--training.no-zero": "",
             "--training.ema-decay": f"{training.ema_decay:g}",
@@ -216,6 +220,7 @@ def of_preset(preset: str, target: Target, mesh: MeshConfig, **given: Any) -> Pl
         "sequence_length": run.data.sequence_length,
         "precision": run.precision,
         "rematerialisation": training.rematerialisation,
+        "optimizer": training.optimizer,
         "moment_dtype": training.moment_dtype,
         "zero": training.zero,
         "average": "device" if training.ema_decay else "none",
