@@ -15,8 +15,9 @@ from small_runs import small_run
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.model import abstract_model
 from dsv3_jax.training.config import LoraConfig
-from dsv3_jax.training.muon import orthogonalise
+from dsv3_jax.training.muon import hidden_matrices, orthogonalise
 from dsv3_jax.training.optimizer import make_optimizer
 
 RUN = small_run(optimizer="muon", muon_momentum=0.9, weight_decay=0.1, gradient_clip=1e30)
@@ -108,16 +109,13 @@ def test_adapters_are_trained_by_adamw_only() -> None:
         dataclasses.replace(RUN, training=training, lora=LoraConfig(rank=2))
 
 
-def test_a_model_without_hidden_matrices_of_a_kind_is_optimised_too() -> None:
-    """The paths that Muon knows are exactly the hidden matrices of the parameter tree, in presets of every shape."""
-    from dsv3_jax.model import abstract_model
-    from dsv3_jax.training.muon import hidden_matrices
-
-    for preset in ("tiny", "v2-lite"):
-        model = ModelConfig.preset(preset)
-        leaves = nnx.to_flat_state(nnx.state(abstract_model(model), nnx.Param))
-        shapes = {".".join(map(str, path)): leaf.shape for path, leaf in leaves}
-        matrices = hidden_matrices(model)
-        assert set(matrices) == {name for name in shapes if not name.endswith(OF_ADAMW)}
-        for name, (axes, rows, columns) in matrices.items():
-            assert int(np.prod(shapes[name][axes:])) == rows * columns
+@pytest.mark.parametrize("preset", ["tiny", "moonlight-16b"])
+def test_the_hidden_matrices_are_all_that_adamw_does_not_have(preset: str) -> None:
+    """Also without query compression."""
+    model = ModelConfig.preset(preset)
+    leaves = nnx.to_flat_state(nnx.state(abstract_model(model), nnx.Param))
+    shapes = {".".join(map(str, path)): leaf.shape for path, leaf in leaves}
+    matrices = hidden_matrices(model)
+    assert set(matrices) == {name for name in shapes if not name.endswith(OF_ADAMW)}
+    for name, (axes, rows, columns) in matrices.items():
+        assert int(np.prod(shapes[name][axes:])) == rows * columns
