@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -206,8 +206,8 @@ def _split(x: Float[Array, "B T H c"], chunk: int) -> Float[Array, "n B H chunk 
     return x.reshape(batch, n, chunk, heads, width).transpose(1, 0, 3, 2, 4)
 
 
-def _split_ids[Ids: Array](ids: Ids, chunk: int) -> Ids:
-    """Splits an array [B, T] into [n, B, chunk], padded with zeros."""
+def _split_ids(ids: Shaped[Array, "B T"], chunk: int) -> Shaped[Array, "n B chunk"]:
+    """Splits numbers of positions into chunks, padded with zeros."""
     batch, length = ids.shape
     n = -(-length // chunk)
     return jnp.pad(ids, ((0, 0), (0, n * chunk - length))).reshape(batch, n, chunk).transpose(1, 0, 2)

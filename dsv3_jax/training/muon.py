@@ -74,15 +74,15 @@ def scale_by_muon(
     """
     matrices = hidden_matrices(model)
 
-    def split(tree: nnx.State) -> tuple[nnx.State, nnx.State]:
+    def split(tree: Tree) -> tuple[nnx.State, nnx.State]:
         hidden, others = nnx.split_state(tree, lambda path, _: parameter_name(path) in matrices, ...)
         return hidden, others
 
-    def init(params: nnx.State) -> MuonState:
+    def init(params: Tree) -> MuonState:
         hidden, others = split(params)
         return MuonState(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, dtype), hidden), adam.init(others))
 
-    def update(updates: nnx.State, state: MuonState, params: Tree = None) -> tuple[Tree, MuonState]:
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, MuonState]:
         hidden, others = split(updates)
         new = jax.tree.map(lambda m, g: momentum * m.astype(jnp.float32) + g, state.momentum, hidden)
         looking_ahead = jax.tree.map(lambda m, g: g + momentum * m, new, hidden)
@@ -92,9 +92,10 @@ def scale_by_muon(
                 for path, variable in nnx.to_flat_state(looking_ahead)
             ]
         )
-        others, adam_state = adam.update(others, state.adam, None if params is None else split(params)[1])
+        rest: Any
+        rest, adam_state = adam.update(others, state.adam, None if params is None else split(params)[1])
         stored = jax.tree.map(lambda leaf: leaf.astype(dtype), new)
-        return nnx.merge_state(orthogonal, others), MuonState(stored, adam_state)
+        return nnx.merge_state(orthogonal, rest), MuonState(stored, adam_state)
 
     return optax.GradientTransformation(init, update)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +136,7 @@ def test_a_step_clips_by_the_largest_logits_of_all_its_passes() -> None:
     skeleton, state = new_state(small_model(model, 0), run)
     tokens, segments = random_batch(0, 2, 2)
     measure = functools.partial(skeleton.model(state.params, state.router_biases).features, measure_logits=True)
-    of_passes = [measure(part[:, :-1]).largest_logits for part in tokens]
+    of_passes: list[Any] = [measure(part[:, :-1]).largest_logits for part in tokens]
     largest = np.max(np.stack(of_passes), axis=0)
     assert np.any(of_passes[0] > of_passes[1])
     assert np.any(of_passes[0] < of_passes[1])
@@ -145,6 +146,7 @@ def test_a_step_clips_by_the_largest_logits_of_all_its_passes() -> None:
     run = dataclasses.replace(run, training=dataclasses.replace(run.training, qk_clip=threshold))
     settings = dataclasses.replace(SETTINGS, learning_rate=jnp.float32(0))
     new, metrics = make_train_step(skeleton, run)(jax.tree.map(jnp.copy, state), tokens, segments, settings)
+    assert metrics.largest_logit is not None
     np.testing.assert_allclose(metrics.largest_logit, largest.max(), rtol=1e-5)
     for found, expected in zip(jax.tree.leaves(new.params), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
