@@ -89,7 +89,8 @@ class CachedDecoding(nnx.Module):
             block: Block, h: Array, cache: Cache, index: Array, index_in_stack: Array
         ) -> tuple[Array, Cache, Choice | None]:
             del index_in_stack
-            h, (latent, rope_key), routing = block.with_latents(h, inputs)
+            h, (latent, rope_key), statistics = block.with_latents(h, inputs)
+            routing = statistics.routing
             choice = None if routing is None else Choice(routing.load, None)
             return h, cache.write(index, positions, latent, rope_key), choice
 

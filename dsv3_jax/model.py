@@ -22,7 +22,7 @@ from dsv3_jax.decoding import CachedDecoding
 from dsv3_jax.errors import UserError
 from dsv3_jax.modules.attention_core import AttentionChoice
 from dsv3_jax.modules.balance import Routing
-from dsv3_jax.modules.block import Block, BlockInputs
+from dsv3_jax.modules.block import Block, BlockInputs, LayerStatistics
 from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.embedding import Embedding, Head
 from dsv3_jax.modules.moe import MixtureOfExperts
@@ -48,11 +48,14 @@ class Features:
       hidden: those of the main model, after the final norm.
       mtp_hidden: one array per depth k = 1..D, after the module's output norm; position i predicts token i+k+1.
       routing: statistics of the MoE layers, then of the MTP blocks; None for a model without MoE layers.
+      largest_logits: float32, the largest attention logit of every head, at least 0, in all layers and then in the MTP
+        blocks; None where not asked for.
     """
 
     hidden: Float[Array, "B T d"]
     mtp_hidden: tuple[Float[Array, "B Tk d"], ...]
     routing: Routing | None
+    largest_logits: Float[Array, "layers H"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -167,6 +170,7 @@ class DeepSeekV3(CachedDecoding):
         segment_ids: Int[Array, "B T"] | None = None,
         isolate_segments: bool = True,
         experts: Int[Array, "layers B T K"] | None = None,
+        measure_logits: bool = False,
     ) -> Features:
         """Returns the hidden states before the output head, for losses that never hold all logits.
 
@@ -179,17 +183,18 @@ class DeepSeekV3(CachedDecoding):
             (the report packs documents without a mask between them).
           experts: int32, the experts of every token in the MoE layers of the main model, instead of those that the
             routers choose. Gates are computed from the affinities as ever, and so are the routing statistics.
+          measure_logits: whether to return the largest attention logits, padding left out.
         """
         inputs = self.block_inputs(tokens, positions, segment_ids, isolate_segments=isolate_segments)
+        inputs = dataclasses.replace(inputs, measure_logits=measure_logits)
         with jax.named_scope("embedding"):
             embedded = self.embedding(tokens)
-        stream, routing = self._main_blocks(embedded, inputs, experts)
+        stream, statistics = self._main_blocks(embedded, inputs, experts)
         hidden = self.final_norm(stream)
         with jax.named_scope("multi_token_prediction"):
-            mtp_hidden, mtp_routing = self.multi_token(stream, hidden, embedded, inputs)
-        parts = [routing] if routing is not None else []
-        parts += mtp_routing
-        return Features(hidden, mtp_hidden, Routing.join(parts) if parts else None)
+            mtp_hidden, of_modules = self.multi_token(stream, hidden, embedded, inputs)
+        joined = LayerStatistics.join([*statistics, *of_modules])
+        return Features(hidden, mtp_hidden, joined.routing, joined.largest_logits)
 
     def block_inputs(
         self,
@@ -214,14 +219,16 @@ class DeepSeekV3(CachedDecoding):
 
     def _main_blocks(
         self, h: Float[Array, "B T d"], inputs: BlockInputs, experts: Int[Array, "layers B T K"] | None
-    ) -> tuple[Float[Array, "B T d"], Routing | None]:
-        """Applies all layers of the main model; returns the residual stream and the stacked routing statistics."""
-        routing = None
+    ) -> tuple[Float[Array, "B T d"], list[LayerStatistics]]:
+        """Applies all layers of the main model; returns the residual stream and the statistics of every stack."""
+        found = []
         if self.config.num_dense_layers:
-            h, _ = self.scan_blocks(self.dense_blocks, h, inputs)
+            h, statistics = self.scan_blocks(self.dense_blocks, h, inputs)
+            found.append(statistics)
         if self.config.num_moe_layers:
-            h, routing = self.scan_blocks(self.moe_blocks, h, inputs, experts)
-        return h, routing
+            h, statistics = self.scan_blocks(self.moe_blocks, h, inputs, experts)
+            found.append(statistics)
+        return h, found
 
     def scan_blocks(
         self,
@@ -229,13 +236,13 @@ class DeepSeekV3(CachedDecoding):
         h: Float[Array, "B T d"],
         inputs: BlockInputs,
         experts: Int[Array, "layers B T K"] | None = None,
-    ) -> tuple[Float[Array, "B T d"], Routing | None]:
+    ) -> tuple[Float[Array, "B T d"], LayerStatistics]:
         """Applies stacked blocks one after the other; `experts` as in `features`."""
         graph, stacked = nnx.split(blocks)
 
         def layer(
             h: Float[Array, "B T d"], item: tuple[nnx.State, Int[Array, "B T K"] | None]
-        ) -> tuple[Float[Array, "B T d"], Routing | None]:
+        ) -> tuple[Float[Array, "B T d"], LayerStatistics]:
             state, experts = item
             return nnx.merge(graph, state)(h, inputs, experts)
 
@@ -257,7 +264,7 @@ class DeepSeekV3(CachedDecoding):
         hidden: Float[Array, "B T d"],
         embedded: Float[Array, "B T d"],
         inputs: BlockInputs,
-    ) -> tuple[tuple[Float[Array, "B Tk d"], ...], list[Routing]]:
+    ) -> tuple[tuple[Float[Array, "B Tk d"], ...], list[LayerStatistics]]:
         """Applies the chain of MTP modules (Eq. 21-22) to the embeddings of the main pass.
 
         Depth k has T-k positions. It runs on all T, because padded shapes compile to faster programs; the last k
@@ -273,7 +280,7 @@ class DeepSeekV3(CachedDecoding):
         """
         previous = hidden if self.config.mtp_hidden_after_final_norm else stream
         length = embedded.shape[1]
-        results, statistics = [], []
+        results, found = [], []
         for k, module in enumerate(self.mtp, start=1):
             shifted = jnp.roll(embedded, -k, axis=1)
             inside = jnp.broadcast_to(jnp.arange(length) < length - k, embedded.shape[:2])
@@ -284,15 +291,15 @@ class DeepSeekV3(CachedDecoding):
 
             def block(
                 h: Float[Array, "B T d"], state: nnx.State, inputs: BlockInputs, graph: Any = graph
-            ) -> tuple[Float[Array, "B T d"], Routing | None]:
+            ) -> tuple[Float[Array, "B T d"], LayerStatistics]:
                 return nnx.merge(graph, state)(h, inputs)
 
-            out, routing = rematerialise(block, self.remat)(module.join(previous, shifted), state, block_inputs)
+            out, statistics = rematerialise(block, self.remat)(module.join(previous, shifted), state, block_inputs)
             normed = module.output_norm(out)
             previous = normed if self.config.mtp_hidden_after_final_norm else out
             results.append(normed[:, : length - k])
-            statistics.append(jax.tree.map(lambda leaf: leaf[None], routing))
-        return tuple(results), statistics
+            found.append(jax.tree.map(lambda leaf: leaf[None], statistics))
+        return tuple(results), found
 
 
 def _stack(config: ModelConfig, layers: int, *, moe: bool, rngs: nnx.Rngs, **make: Any) -> Block:

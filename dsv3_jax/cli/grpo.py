@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -34,6 +34,7 @@ Examples:
   dsv3 grpo runs/base --out runs/mine --task code --minibatches 4 --objective.clip-above 0.28 --replay-experts
   dsv3 grpo runs/base --out runs/mine --one-step-behind --objective.largest-correction 2
 """
+_OF_THE_RUN: Any = tyro.conf.arg(help_behavior_hint="(default: the run's)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,9 +56,11 @@ class GRPOOptions:
       epochs: how often the completions of a step are read.
       minibatches: optimizer steps of each epoch.
       micro_batch_size: completions of a forward pass, which limits the memory of an update; 0 for a whole minibatch.
-      learning_rate: peak learning rate of AdamW, which is reached after --warmup of the steps.
+      optimizer: adamw or muon.
+      qk_clip: largest attention logit of a head, as --training.qk-clip of dsv3 train; 0 for no clipping.
+      learning_rate: peak learning rate, which is reached after --warmup of the steps.
       warmup: fraction of the steps in which the learning rate rises from 0.
-      weight_decay: AdamW's weight decay.
+      weight_decay: decoupled weight decay.
       replay_experts: use the experts that the engine chose for every token in the update.
       one_step_behind: draw the completions of the next step while the update of this one is computed.
       reference_every: replace the reference by the policy after every so many steps; 0 for never.
@@ -84,6 +87,8 @@ class GRPOOptions:
     epochs: int = 1
     minibatches: int = 1
     micro_batch_size: int = 0
+    optimizer: Annotated[Literal["adamw", "muon"] | None, _OF_THE_RUN] = None
+    qk_clip: Annotated[float | None, _OF_THE_RUN] = None
     learning_rate: float = 1e-4
     warmup: float = 0.05
     weight_decay: float = 0.0
@@ -150,7 +155,10 @@ def main(argv: list[str]) -> int:
     Precision.preset(options.precision)
     keep_compiled_programs()
     with notes():
-        config = policy_run(source, settings, **{name: getattr(options, name) for name in _OF_TRAINING})
+        given = {name: getattr(options, name) for name in ("optimizer", "qk_clip")}
+        training = {name: getattr(options, name) for name in _OF_TRAINING}
+        training |= {name: value for name, value in given.items() if value is not None}
+        config = policy_run(source, settings, **training)
         return reinforce(dataclasses.replace(config, mesh=options.mesh), settings, source, out)
 
 

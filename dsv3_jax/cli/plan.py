@@ -49,7 +49,8 @@ class PlanOptions:
       precision: float32, bfloat16, fp8 or auto, as for dsv3 train; auto is bfloat16 on GPUs and TPUs.
       rematerialisation: what the backward pass recomputes: none, report, products or full.
       attention: what computes attention: auto, scan or cudnn, as for dsv3 train.
-      moment_dtype: dtype of Adam's moments: float32, bfloat16, or recipe for what the precision names.
+      optimizer: adamw, or muon, which keeps one moment of most weights where AdamW keeps two.
+      moment_dtype: dtype of the moments: float32, bfloat16, or recipe for what the precision names.
       zero: shard optimizer state over the replicas of its parameters (ZeRO-1).
       average: keep a running average of the weights: device, or none.
       schedule: pipeline schedule: dualpipe, zb1p or 1f1b.
@@ -75,6 +76,7 @@ class PlanOptions:
     precision: str | None = None
     rematerialisation: Rematerialisation | None = None
     attention: AttentionChoice | None = None
+    optimizer: Literal["adamw", "muon"] | None = None
     moment_dtype: Literal["recipe", "float32", "bfloat16"] | None = None
     zero: bool = True
     average: Literal["device", "none"] | None = None
@@ -178,7 +180,7 @@ def _plan(options: PlanOptions) -> Plan:
 def _given(options: PlanOptions) -> dict[str, Any]:
     """Returns the options that are fields of a plan's configuration; None where `dsv3 train`'s default is taken."""
     names = ("batch_size", "micro_batch_size", "precision", "rematerialisation", "attention", "moment_dtype", "zero")
-    given = {name: getattr(options, name) for name in (*names, "average", "schedule", "tokens")}
+    given = {name: getattr(options, name) for name in (*names, "average", "optimizer", "schedule", "tokens")}
     return given | {"sequence_length": options.sequence_length or None}
 
 

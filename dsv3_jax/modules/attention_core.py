@@ -12,11 +12,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from dsv3_jax.errors import UserError
-from dsv3_jax.modules.tiled_attention import tiled_attention
+from dsv3_jax.modules.tiled_attention import largest_of_tiles, tiled_attention
 from pallas_kernels.device import target_platform
 
 AttentionChoice = Literal["auto", "scan", "cudnn"]
@@ -73,13 +73,12 @@ def causal_attention(
             implementation="cudnn" if cudnn else None,
         )
     if shared_keys is not None:
-        repeated = jnp.broadcast_to(shared_keys[:, :, None, :], (*keys.shape[:-1], shared_keys.shape[-1]))
-        keys = jnp.concatenate([keys, repeated], axis=-1)
+        keys = _with_shared(keys, shared_keys)
     length = queries.shape[1]
     if length > KEPT_LENGTH:
         chunk = query_chunk or even_chunk(length)
         return tiled_attention(queries, keys, values, segment_ids, scale, chunk)
-    chunk = query_chunk or min(max(-(-length // CHUNKS), 16), LARGEST_CHUNK)
+    chunk = query_chunk or _short_chunk(length)
     parts = []
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
@@ -87,6 +86,47 @@ def causal_attention(
         part = _attend(queries[:, start:stop], keys[:, :stop], values[:, :stop], segments, scale=scale, start=start)
         parts.append(part)
     return jnp.concatenate(parts, axis=1)
+
+
+def largest_logits(
+    queries: Float[Array, "B T H qk"],
+    keys: Float[Array, "B T H c"],
+    shared_keys: Float[Array, "B T r"],
+    *,
+    scale: float,
+    segment_ids: Int[Array, "B T"] | None,
+    counted: Bool[Array, "B T"] | None,
+) -> Float[Array, " H"]:
+    """Returns the largest logit of every head over all pairs of a query and a key that it sees, at least 0.
+
+    Logits are computed as in `causal_attention`, of which arguments are not said here; a program that holds both
+    computes those of a short sequence once.
+
+    Args:
+      counted: True at tokens whose queries count; all do unless given.
+    """
+    keys = _with_shared(keys, shared_keys)
+    counted = jnp.ones(queries.shape[:2], bool) if counted is None else counted
+    length = queries.shape[1]
+    if length > KEPT_LENGTH:
+        return largest_of_tiles(queries, keys, segment_ids, counted, scale, even_chunk(length))
+    largest, chunk = [], _short_chunk(length)
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        segments = None if segment_ids is None else segment_ids[:, :stop]
+        rows = _logits(queries[:, start:stop], keys[:, :stop], segments, scale=scale, start=start).max(axis=-1)
+        largest.append(jnp.where(counted[:, None, start:stop], rows, 0.0).max(axis=(0, 2)))
+    return jnp.maximum(jnp.max(jnp.stack(largest), axis=0), 0.0)
+
+
+def _with_shared(keys: Float[Array, "B T H c"], shared_keys: Float[Array, "B T r"]) -> Float[Array, "B T H qk"]:
+    repeated = jnp.broadcast_to(shared_keys[:, :, None, :], (*keys.shape[:-1], shared_keys.shape[-1]))
+    return jnp.concatenate([keys, repeated], axis=-1)
+
+
+def _short_chunk(length: int) -> int:
+    """Returns the number of queries that are computed at a time in a short sequence."""
+    return min(max(-(-length // CHUNKS), 16), LARGEST_CHUNK)
 
 
 def even_chunk(length: int) -> int:
@@ -112,6 +152,19 @@ def _attend(
     start: int,
 ) -> Float[Array, "B Q H v"]:
     """Computes attention of the queries at positions start, start + 1, ... to the keys at positions 0 .. S-1."""
+    weights = jax.nn.softmax(_logits(queries, keys, segment_ids, scale=scale, start=start), axis=-1)
+    return jnp.einsum("bhqs,bshv->bqhv", weights.astype(values.dtype), values)
+
+
+def _logits(
+    queries: Float[Array, "B Q H qk"],
+    keys: Float[Array, "B S H qk"],
+    segment_ids: Int[Array, "B S"] | None,
+    *,
+    scale: float,
+    start: int,
+) -> Float[Array, "B H Q S"]:
+    """Returns the logits of the same queries and keys, -inf where a key is not visible to a query."""
     wide = jnp.promote_types(queries.dtype, jnp.float32)
     logits = jnp.einsum("bqhc,bshc->bhqs", queries, keys, preferred_element_type=wide) * scale
     query_count, key_count = logits.shape[-2:]
@@ -120,5 +173,4 @@ def _attend(
     if segment_ids is not None:
         own = segment_ids[:, start : start + query_count]
         visible = visible & (own[:, None, :, None] == segment_ids[:, None, None, :])
-    weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
-    return jnp.einsum("bhqs,bshv->bqhv", weights.astype(values.dtype), values)
+    return jnp.where(visible, logits, -jnp.inf)

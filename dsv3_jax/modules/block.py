@@ -31,7 +31,8 @@ class BlockInputs:
     Attributes:
       rotation: RoPE angles of the tokens.
       segment_ids: attention stays inside equal ids, when given.
-      token_mask: False at tokens that routing statistics leave out (padding), when given.
+      token_mask: False at tokens that statistics leave out (padding), when given.
+      measure_logits: whether the statistics of a layer have the largest logits of its attention.
       attention: what computes attention.
     """
 
@@ -39,6 +40,28 @@ class BlockInputs:
     segment_ids: Int[Array, "B T"] | None = None
     token_mask: Bool[Array, "B T"] | None = None
     attention: AttentionChoice = dataclasses.field(default="auto", metadata={"static": True})
+    measure_logits: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerStatistics:
+    """What a layer measures in a forward pass; every field is stacked over layers where there are several.
+
+    Attributes:
+      routing: load and balance of its experts; None for a dense layer.
+      largest_logits: float32, the largest attention logit of every head, at least 0; None where not asked for.
+    """
+
+    routing: Routing | None
+    largest_logits: Float[Array, "*layers H"] | None
+
+    @classmethod
+    def join(cls, parts: list[LayerStatistics]) -> LayerStatistics:
+        """Concatenates statistics that each have a leading layer axis; routing is that of the layers with experts."""
+        routing = [part.routing for part in parts if part.routing is not None]
+        largest = [part.largest_logits for part in parts if part.largest_logits is not None]
+        return cls(Routing.join(routing) if routing else None, jnp.concatenate(largest) if largest else None)
 
 
 class Block(nnx.Module):
@@ -72,25 +95,30 @@ class Block(nnx.Module):
 
     def __call__(
         self, h: Float[Array, "B T d"], inputs: BlockInputs, experts: Int[Array, "B T K"] | None = None
-    ) -> tuple[Float[Array, "B T d"], Routing | None]:
-        """Maps whole sequences; the routing statistics are None for a dense block.
+    ) -> tuple[Float[Array, "B T d"], LayerStatistics]:
+        """Maps whole sequences; returns the hidden states and what the layer measures.
 
         Args:
           experts: the experts of each token, instead of those that the router chooses.
         """
-        h, _, routing = self.with_latents(h, inputs, experts)
-        return h, routing
+        h, _, statistics = self.with_latents(h, inputs, experts)
+        return h, statistics
 
     def with_latents(
         self, h: Float[Array, "B T d"], inputs: BlockInputs, experts: Int[Array, "B T K"] | None = None
-    ) -> tuple[Float[Array, "B T d"], tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]], Routing | None]:
+    ) -> tuple[Float[Array, "B T d"], tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]], LayerStatistics]:
         """Maps whole sequences, and also returns what a cache would hold of them: c^KV and k^R."""
         with jax.named_scope("attention"):
-            attended, latent, rope_key = self.attention(
-                self.attention_norm(h), inputs.rotation, inputs.segment_ids, inputs.attention
+            attended, latent, rope_key, largest = self.attention(
+                self.attention_norm(h),
+                inputs.rotation,
+                inputs.segment_ids,
+                choice=inputs.attention,
+                token_mask=inputs.token_mask,
+                measure_logits=inputs.measure_logits,
             )
         h, routing = self._feed_forward(h + attended, inputs.token_mask, experts)
-        return h, (latent, rope_key), routing
+        return h, (latent, rope_key), LayerStatistics(routing, largest)
 
     def decode[Cache: LatentCache](
         self,

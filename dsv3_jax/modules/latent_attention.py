@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.modules.attention_core import AttentionChoice, causal_attention
+from dsv3_jax.modules.attention_core import AttentionChoice, causal_attention, largest_logits
 from dsv3_jax.modules.cached_attention import attend_to_cache
 from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.latent_cache import LatentCache
@@ -76,30 +76,34 @@ class LatentAttention(nnx.Module):
         x: Float[Array, "B T d"],
         rotation: Rotation,
         segment_ids: Int[Array, "B T"] | None = None,
+        *,
         choice: AttentionChoice = "auto",
-    ) -> tuple[Float[Array, "B T d"], Float[Array, "B T kv_rank"], Float[Array, "B T rope"]]:
+        token_mask: Bool[Array, "B T"] | None = None,
+        measure_logits: bool = False,
+    ) -> tuple[Float[Array, "B T d"], Float[Array, "B T kv_rank"], Float[Array, "B T rope"], Float[Array, " H"] | None]:
         """Computes causal attention over a whole sequence, keys and values expanded.
 
         Args:
           segment_ids: when given, positions attend only within equal ids.
           choice: what computes it.
+          token_mask: False at tokens whose queries do not count in the largest logits; all count unless given.
+          measure_logits: whether to return the largest logit of every head.
 
         Returns:
-          The output u, and what a cache would hold of this layer: the normed latents c^KV and the rotary keys k^R.
+          The output u, what a cache would hold of this layer (the normed latents c^KV and the rotary keys k^R), and
+          the largest logit of every head, at least 0, which has no gradient; None unless asked for.
         """
         query, query_rope = self._queries(x, rotation)
         latent, key_rope = self._latents(x, rotation)
         key, value = jnp.split(self.kv_b(latent), [self.config.qk_nope_head_dim], axis=-1)
+        query, scale, largest = jnp.concatenate([query, query_rope], axis=-1), softmax_scale(self.config), None
         with jax.named_scope("attention_core"):
-            attended = self.devices.attend(
-                functools.partial(causal_attention, scale=softmax_scale(self.config), choice=choice),
-                jnp.concatenate([query, query_rope], axis=-1),
-                key,
-                value,
-                key_rope,
-                segment_ids,
-            )
-        return keep(self.o(attended)), latent, key_rope
+            attend = functools.partial(causal_attention, scale=scale, choice=choice)
+            attended = self.devices.attend(attend, query, key, value, key_rope, segment_ids)
+            if measure_logits:
+                inputs = map(lax.stop_gradient, (query, key, key_rope))
+                largest = largest_logits(*inputs, scale=scale, segment_ids=segment_ids, counted=token_mask)
+        return keep(self.o(attended)), latent, key_rope, largest
 
     def decode[Cache: LatentCache](
         self,

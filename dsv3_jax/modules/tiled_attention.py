@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -131,6 +131,35 @@ def _backward(scale: float, chunk: int, kept: tuple[Any, ...], gradient: Array) 
 tiled_attention.defvjp(_forward, _backward)
 
 
+def largest_of_tiles(
+    queries: Float[Array, "B T H qk"],
+    keys: Float[Array, "B T H qk"],
+    segment_ids: Int[Array, "B T"] | None,
+    counted: Bool[Array, "B T"],
+    scale: float,
+    chunk: int,
+) -> Float[Array, " H"]:
+    """Returns the largest logit of every head over the visible keys of the counted queries, at least 0.
+
+    Other arguments as of `tiled_attention`.
+    """
+    q, k = (_split(x, chunk) for x in (queries, keys))
+    ids = None if segment_ids is None else _split_ids(segment_ids, chunk)
+    counts = _split_ids(counted, chunk)
+    n = q.shape[0]
+
+    def tile(state, _):
+        (i, j), largest = state
+        rows = _logits(_at(q, i), _at(k, j), ids, i, j, scale).max(axis=-1)
+        largest = jnp.maximum(largest, jnp.where(_at(counts, i)[:, None], rows, 0.0).max(axis=(0, 2)))
+        at_diagonal = j == i
+        return ((i + at_diagonal, jnp.where(at_diagonal, 0, j + 1)), largest), None
+
+    zeros = jnp.zeros_like(queries, jnp.promote_types(queries.dtype, jnp.float32), (queries.shape[2],))
+    (_, largest), _ = lax.scan(tile, ((jnp.int32(0), jnp.int32(0)), zeros), None, length=n * (n + 1) // 2)
+    return largest
+
+
 def _at(chunks: Array, index: Int[Array, ""]) -> Array:
     """Returns one chunk. A slice, because an index would be checked for being negative or too large."""
     return lax.dynamic_index_in_dim(chunks, index, keepdims=False)
@@ -177,7 +206,8 @@ def _split(x: Float[Array, "B T H c"], chunk: int) -> Float[Array, "n B H chunk 
     return x.reshape(batch, n, chunk, heads, width).transpose(1, 0, 3, 2, 4)
 
 
-def _split_ids(ids: Int[Array, "B T"], chunk: int) -> Int[Array, "n B chunk"]:
+def _split_ids(ids: Shaped[Array, "B T"], chunk: int) -> Shaped[Array, "n B chunk"]:
+    """Splits numbers of positions into chunks, padded with zeros."""
     batch, length = ids.shape
     n = -(-length // chunk)
     return jnp.pad(ids, ((0, 0), (0, n * chunk - length))).reshape(batch, n, chunk).transpose(1, 0, 2)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.balance import Routing
-from dsv3_jax.modules.block import BlockInputs
+from dsv3_jax.modules.block import BlockInputs, LayerStatistics
 from dsv3_jax.pipeline.slots import FOR_INPUT, FOR_WEIGHTS, TickEntry
 from dsv3_jax.sharding.rules import BATCH_AXES
 
@@ -273,11 +273,11 @@ class StageComputation:
         """Returns the losses from the output of the last MoE layer, with the balance term of the MTP blocks."""
         model = self._shared_model(params)
         hidden = model.final_norm(h)
-        mtp_hidden, routing = model.multi_token(h, hidden, model.embedding(tokens[:, :-1]), inputs)
+        mtp_hidden, statistics = model.multi_token(h, hidden, model.embedding(tokens[:, :-1]), inputs)
         main, mtp = self.objective.prediction_losses(
             model, (hidden, *mtp_hidden), tokens, segment_ids, targets=self.targets
         )
-        joined = Routing.join(routing) if routing else None
+        joined = LayerStatistics.join(statistics).routing
         balance = self._share(segment_ids) * self.objective.balance_term(joined)
         load = joined.load if joined else jnp.zeros((0, model.config.n_routed_experts), jnp.int32)
         total = self.objective.total_loss(main, mtp, balance, self.loss_weights)
@@ -288,8 +288,8 @@ class StageComputation:
         self, slot: Int[Array, ""], inputs: BlockInputs, params: nnx.State, h: Float[Array, "b T d"]
     ) -> tuple[tuple[Float[Array, "b T d"], Float[Array, ""]], Int[Array, " E"]]:
         """Returns ((output, balance term), load) of the MoE layer in a slot, for `jax.vjp` with `has_aux`."""
-        out, routing = nnx.merge(self.graphs[0], params, _at(self.blocks[1], slot))(h, inputs)
-        return (out, self.objective.balance_term(routing)), routing.load
+        out, statistics = nnx.merge(self.graphs[0], params, _at(self.blocks[1], slot))(h, inputs)
+        return (out, self.objective.balance_term(statistics.routing)), statistics.routing.load
 
     def _layer_params(self, slot: Int[Array, ""]) -> nnx.State:
         return _at(self.blocks[0], slot)

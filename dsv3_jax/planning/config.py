@@ -17,7 +17,7 @@ from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.hardware import Accelerator, Target
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.training.config import RunConfig, TrainingConfig
+from dsv3_jax.training.config import Optimizer, RunConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 
 Average = Literal["device", "none"]
@@ -39,7 +39,8 @@ class PlanConfig:
       precision: a recipe as in `dsv3_jax.precision.Precision.preset`; "auto" is float32 on CPUs and bfloat16 elsewhere.
       rematerialisation: a policy of `dsv3_jax.modules.rematerialisation`.
       attention: what computes attention, as in `dsv3_jax.modules.attention_core`.
-      moment_dtype: dtype of both of Adam's moments; "recipe" is the one that the precision recipe names.
+      optimizer: "adamw" or "muon", which has one moment of every hidden matrix where AdamW has two.
+      moment_dtype: dtype of the optimizer's moments; "recipe" is the one that the precision recipe names.
       zero: whether optimizer state is sharded over the replicas of its parameters (ZeRO-1).
       average: "device" if a running average of the weights is kept, else "none".
       schedule: the pipeline schedule, where the mesh has stages.
@@ -58,6 +59,7 @@ class PlanConfig:
     precision: str = "auto"
     rematerialisation: Rematerialisation = "report"
     attention: AttentionChoice = "auto"
+    optimizer: Optimizer = "adamw"
     moment_dtype: MomentDtype = "recipe"
     zero: bool = True
     average: Average = "device"
@@ -117,6 +119,7 @@ class PlanConfig:
                 attention=self.attention,
                 pipeline_schedule=self.schedule,
                 zero=self.zero,
+                optimizer=self.optimizer,
                 moment_dtype=self.moment_dtype,
                 ema_decay=TrainingConfig.ema_decay if self.average == "device" else 0.0,
             ),
@@ -175,6 +178,7 @@ class PlanConfig:
             "--training.batch-size": str(training.batch_size),
             "--training.micro-batch-size": str(training.micro_batch_size),
             "--training.rematerialisation": training.rematerialisation,
+            "--training.optimizer": training.optimizer,
             "--training.moment-dtype": training.moment_dtype,
             "--training.zero" if self.zero else "--training.no-zero": "",
             "--training.ema-decay": f"{training.ema_decay:g}",
@@ -221,6 +225,7 @@ def of_preset(preset: str, target: Target, mesh: MeshConfig, **given: Any) -> Pl
         "precision": run.precision,
         "rematerialisation": training.rematerialisation,
         "attention": training.attention,
+        "optimizer": training.optimizer,
         "moment_dtype": training.moment_dtype,
         "zero": training.zero,
         "average": "device" if training.ema_decay else "none",

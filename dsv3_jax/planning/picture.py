@@ -15,7 +15,7 @@ _MEMORY_COLOURS = {
     "working weights": "#2f6db3",
     "gathered layers": "#9cc3e6",
     "gradients": "#d9822b",
-    "Adam's moments": "#6fa8dc",
+    "moments of the optimizer": "#6fa8dc",
     "running average": "#4b86b4",
     "activations kept": "#7a5195",
     "one layer recomputed": "#b07cc6",

@@ -48,7 +48,7 @@ def memory_parts(plan: Plan) -> dict[str, float]:
         "working weights": state.working_weights,
         "gathered layers": state.gathered_weights,
         "gradients": state.gradients,
-        "Adam's moments": state.moments,
+        "moments of the optimizer": state.moments,
         "running average": state.average,
         "activations kept": sum(activations.kept.values()),
         "one layer recomputed": activations.recomputed if activations.recomputed >= activations.loss else 0.0,

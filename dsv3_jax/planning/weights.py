@@ -23,6 +23,8 @@ from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.sharding.ranks import axes_of
 from dsv3_jax.sharding.rules import BATCH_AXES, parameter_specs, rules_over_stages
+from dsv3_jax.training.config import Optimizer
+from dsv3_jax.training.muon import hidden_matrices
 
 LayerKind = Literal["embedding", "dense", "moe", "mtp", "head"]
 KINDS: dict[str, LayerKind] = {
@@ -46,7 +48,7 @@ class Weight:
       kind: the kind of layer it belongs to.
       itemsize: bytes per element of the master weight.
       in_state: elements of the master weight.
-      moment: elements of each of Adam's moments.
+      moments: elements of the optimizer's moments together: both of Adam's, or Muon's one.
       in_step: elements that the rank computes with and keeps gradients of.
       opposite: those of `in_step` that DualPipe's second stage adds, which come from the opposite rank.
       stage_dimension: the dimension that the state shards over the stages; None where every stage has all.
@@ -56,7 +58,7 @@ class Weight:
     kind: LayerKind
     itemsize: int
     in_state: float
-    moment: float
+    moments: float
     in_step: float
     opposite: float
     stage_dimension: int | None
@@ -73,7 +75,7 @@ class StateMemory:
       working_weights: in a pipelined step, the copy of the stage's weights that it computes with.
       gathered_weights: weights and gradients of a layer while its FSDP shards are all-gathered.
       gradients: the accumulated gradients.
-      moments: Adam's two.
+      moments: the optimizer's.
       average: the running average of the weights.
     """
 
@@ -123,19 +125,19 @@ def state_memory(config: PlanConfig, gathered: float) -> StateMemory:
         working_weights=in_step if config.has_stages else 0.0,
         gathered_weights=gathered,
         gradients=in_step,
-        moments=sum(weight.moment for weight in weights) * 2 * moment_bytes(config),
+        moments=sum(weight.moments for weight in weights) * moment_bytes(config),
         average=masters if config.average == "device" else 0.0,
     )
 
 
 def moment_bytes(config: PlanConfig) -> int:
-    """Returns the bytes per element of each of Adam's moments."""
+    """Returns the bytes per element of the optimizer's moments."""
     return jax.numpy.dtype(config.run.moment_dtype).itemsize
 
 
 def weights_of(config: PlanConfig) -> tuple[Weight, ...]:
     """Returns every array of the parameter tree."""
-    return _weights(config.model, config.mesh, stages_per_rank(config), config.zero)
+    return _weights(config.model, config.mesh, stages_per_rank(config), config.zero, config.optimizer)
 
 
 @functools.lru_cache(maxsize=4)
@@ -144,8 +146,11 @@ def _parameters(model: ModelConfig) -> nnx.State:
 
 
 @functools.lru_cache(maxsize=4096)
-def _weights(model: ModelConfig, mesh: MeshConfig, stages_held: int, zero: bool) -> tuple[Weight, ...]:
+def _weights(
+    model: ModelConfig, mesh: MeshConfig, stages_held: int, zero: bool, optimizer: Optimizer
+) -> tuple[Weight, ...]:
     tree = _parameters(model)
+    of_muon = hidden_matrices(model) if optimizer == "muon" else {}
     layers = moe_layers_of_stages(model, mesh.stage) if mesh.stage > 1 else ()
     abstract = abstract_mesh(mesh)
     shapes = jax.tree_util.tree_leaves_with_path(tree)
@@ -153,7 +158,8 @@ def _weights(model: ModelConfig, mesh: MeshConfig, stages_held: int, zero: bool)
     moments = _leaves(parameter_specs(tree, abstract, rules_over_stages(layers, zero=True))) if zero else specs
     found = []
     for (path, leaf), spec, moment in zip(shapes, specs, moments, strict=True):
-        kind = KINDS[path[0].key]
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        kind = KINDS[keys[0]]
         elements = math.prod(leaf.shape)
         in_step, opposite = elements / _shards(spec, mesh, leave_out=_STAGE), 0.0
         if layers and kind == "moe":
@@ -165,7 +171,7 @@ def _weights(model: ModelConfig, mesh: MeshConfig, stages_held: int, zero: bool)
                 kind=kind,
                 itemsize=leaf.dtype.itemsize,
                 in_state=elements / _shards(spec, mesh),
-                moment=elements / _shards(moment, mesh),
+                moments=(1 if parameter_name(keys) in of_muon else 2) * elements / _shards(moment, mesh),
                 in_step=in_step + opposite,
                 opposite=opposite,
                 stage_dimension=next((dim for dim, names in enumerate(axes) if _STAGE in names), None),

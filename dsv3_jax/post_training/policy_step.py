@@ -17,6 +17,7 @@ from dsv3_jax.post_training.grpo import Completions, GRPOConfig, GRPOTerms, grpo
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.losses import cross_entropy, in_pieces
 from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.qk_clip import LargestLogits
 from dsv3_jax.training.state import Skeleton, TrainState, split_trained
 from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.training.step import accumulate, updated
@@ -62,6 +63,7 @@ class PolicyMetrics:
       gradient_norm: norm of the whole gradient before clipping.
       applied: whether the step was applied, which it is if loss and gradient are finite.
       nonfinite_steps: how many steps in a row, this one included, were not applied.
+      largest_logit: the largest attention logit of all heads before the update; None where not measured.
     """
 
     terms: GRPOTerms
@@ -69,29 +71,40 @@ class PolicyMetrics:
     gradient_norm: Float[Array, ""]
     applied: Bool[Array, ""]
     nonfinite_steps: Int[Array, ""]
+    largest_logit: Float[Array, ""] | None
+
+
+_Measured = tuple[GRPOTerms, Float[Array, ""], LargestLogits | None]
 
 
 def log_probs_and_entropies(
-    model: DeepSeekV3, texts: Texts, chunk: int
-) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
-    """Returns the log-probability of each token after the first, and the entropy (nats) it was drawn with.
+    model: DeepSeekV3, texts: Texts, chunk: int, *, measure_logits: bool = False
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"], LargestLogits | None]:
+    """Returns the log-probability of each token after the first, the entropy (nats) it was drawn with, and logits.
 
     Args:
       texts: one pass, without the axis of passes.
       chunk: about how many tokens' logits are held at a time.
+      measure_logits: whether the largest attention logits are returned too; None unless they are.
     """
     inside = jnp.arange(texts.tokens.shape[1] - 1) < texts.lengths[:, None]
     experts = None if texts.experts is None else jnp.moveaxis(texts.experts.astype(jnp.int32), 2, 0)
     features = model.features(
-        texts.tokens[:, :-1], segment_ids=inside.astype(jnp.int32), isolate_segments=False, experts=experts
+        texts.tokens[:, :-1],
+        segment_ids=inside.astype(jnp.int32),
+        isolate_segments=False,
+        experts=experts,
+        measure_logits=measure_logits,
     )
+    largest = features.largest_logits  # those of the MTP modules, which stay as they are, are left out
+    largest = None if largest is None else LargestLogits(largest[: model.config.num_hidden_layers])
 
     def of(hidden: Float[Array, "*M d"], targets: Int[Array, "*M"]) -> tuple[Float[Array, "*M"], Float[Array, "*M"]]:
         logits = model.head(hidden)
         logs = jax.nn.log_softmax(jax.lax.stop_gradient(logits), axis=-1)
         return -cross_entropy(logits, targets), -jnp.sum(jnp.exp(logs) * logs, axis=-1)
 
-    return in_pieces(of, features.hidden, texts.tokens[:, 1:], chunk)
+    return *in_pieces(of, features.hidden, texts.tokens[:, 1:], chunk), largest
 
 
 def make_log_probs(
@@ -135,7 +148,7 @@ def make_policy_step(
     if layout.stages > 1:
         raise ConfigError("reinforcement learning has no pipeline: give a mesh without mesh.stage")
     chunk = config.training.loss_chunk * layout.batch_ranks
-    optimizer = make_optimizer(config.training, config.moment_dtype)
+    optimizer = make_optimizer(config.training, config.moment_dtype, config.model)
 
     def step(
         state: PolicyState, texts: Texts, completions: Completions, learning_rate: Float[Array, ""]
@@ -147,22 +160,24 @@ def make_policy_step(
 
         def loss_of(
             trained: nnx.State, kept: nnx.State, texts: Texts, completions: Completions
-        ) -> tuple[Float[Array, ""], tuple[GRPOTerms, Float[Array, ""]]]:
+        ) -> tuple[Float[Array, ""], _Measured]:
             model = skeleton.model(nnx.merge_state(trained, kept), state.router_biases)
-            log_probs, entropies = log_probs_and_entropies(model, texts, chunk)
+            measured = log_probs_and_entropies(model, texts, chunk, measure_logits=bool(config.training.qk_clip))
+            log_probs, entropies, largest = measured
             terms = grpo_terms(log_probs, completions, objective, longest=longest, **counts)
             entropy = jnp.sum(entropies * completions.mask) / counts["batch_tokens"]
-            return terms.loss, (terms, entropy)
+            return terms.loss, (terms, entropy, largest)
 
-        def one_pass(texts: Texts, completions: Completions) -> tuple[nnx.State, tuple[GRPOTerms, Float[Array, ""]]]:
+        def one_pass(texts: Texts, completions: Completions) -> tuple[nnx.State, _Measured]:
             return jax.grad(loss_of, has_aux=True)(*split_trained(state.params), texts, completions)
 
-        gradients, (terms, entropy) = accumulate(one_pass, texts, completions)
+        gradients, (terms, entropy, largest) = accumulate(one_pass, texts, completions)
         gradients = layout.constrain_gradients(gradients)
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(terms.loss) & jnp.isfinite(norm)
-        new = updated(state, gradients, state.router_biases, finite, learning_rate, optimizer, ema_decay=0.0)
-        metrics = PolicyMetrics(terms, entropy, norm, finite, new.nonfinite_steps)
+        new = updated(state, gradients, state.router_biases, finite, learning_rate, optimizer, config, largest)
+        largest = None if largest is None else jnp.max(largest.values)
+        metrics = PolicyMetrics(terms, entropy, norm, finite, new.nonfinite_steps, largest)
         return layout.constrain_state(new), layout.replicate(metrics)
 
     return jax.jit(step, donate_argnums=0 if donate else ())

@@ -30,7 +30,7 @@ def policy_run(
 
     Args:
       source: folder of the run or checkpoint.
-      learning_rate: peak learning rate of AdamW.
+      learning_rate: peak learning rate.
       warmup: fraction of the steps in which it rises from 0.
       precision: float32, bfloat16, fp8 or auto, as of dsv3 train.
       training: changed fields of the TrainingConfig, such as `steps`.

@@ -123,6 +123,8 @@ class Reporter(Records):
             "batch_size": values.batch_size,
             "tokens_per_second": tokens_per_second,
         }
+        if metrics.largest_logit is not None:
+            record["largest_logit"] = float(metrics.largest_logit)
         if len(metrics.mtp_loss):
             record["mtp_loss"] = float(np.mean(metrics.mtp_loss))
         if self._peak:

@@ -176,6 +176,7 @@ def _check_continued(saved: SavedRun, config: RunConfig) -> None:
     for name, before, now in (
         *((f"model.{name}", value, config.model.to_dict()[name]) for name, value in then.model.to_dict().items()),
         ("data.tokenizer", then.data.tokenizer, config.data.tokenizer),
+        ("training.optimizer", then.training.optimizer, config.training.optimizer),
         ("training.moment_dtype", then.moment_dtype, config.moment_dtype),
         ("training.ema_decay above 0", then.training.ema_decay > 0, config.training.ema_decay > 0),
     ):

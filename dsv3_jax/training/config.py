@@ -18,6 +18,7 @@ from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.training.schedules import TrainingSchedule, tokens_of_run
 
 Balance = Literal["sequence", "batch", "none"]
+Optimizer = Literal["adamw", "muon"]
 TrackerName = Literal["tensorboard", "wandb", "trackio", "none"]
 
 _BOUNDS = {
@@ -29,6 +30,8 @@ _BOUNDS = {
     "beta2": (0.0, 1.0),
     "epsilon": (0.0, 1.0),
     "weight_decay": (0.0, 1e3),
+    "muon_momentum": (0.0, 1.0),
+    "qk_clip": (0.0, 1e9),
     "gradient_clip": (0.0, 1e30),
     "ema_decay": (0.0, 1.0),
     "loss_chunk": (1, LARGEST_COUNT),
@@ -54,13 +57,18 @@ class TrainingConfig:
       schedule: learning rate, batch size, gamma, alpha and lambda over the run.
       balance: auxiliary balance loss, computed within each sequence (as the report), over the sequences of each forward
         pass ("batch"; over the whole batch only if that is one pass), or not at all.
+      optimizer: adamw, or muon, which orthogonalises the momentum of the hidden matrices and leaves embedding, output
+        head and norms to AdamW; both take the same learning rate.
       beta1: decay of AdamW's first moment, per step.
       beta2: decay of AdamW's second moment, per step.
       epsilon: AdamW's epsilon. (The report gives none.)
-      weight_decay: AdamW's weight decay; the gains of norms are not decayed.
+      weight_decay: weight decay of either optimizer; the gains of norms are not decayed.
+      muon_momentum: Muon's momentum, per step.
+      qk_clip: largest attention logit of a head (Kimi K2 took 100): after a step with a larger one, the head's queries
+        and keys are scaled down; 0 for no clipping.
       gradient_clip: largest global norm of the gradient; a larger gradient is scaled down to it.
-      moment_dtype: dtype of AdamW's moments: "float32", "bfloat16" (report section 3.3.3), or "recipe", which is
-        bfloat16 with FP8 precision and float32 otherwise.
+      moment_dtype: dtype of the optimizer's moments: "float32", "bfloat16" (report section 3.3.3), or "recipe", which
+        is bfloat16 with FP8 precision and float32 otherwise.
       ema_decay: decay per step of the running average of the weights, which evaluation and loading a checkpoint
         use; 0 for no average. (The report gives no value.)
       rematerialisation: what to recompute in the backward pass: none, report, products or full. More recomputation
@@ -91,10 +99,13 @@ class TrainingConfig:
     seed: int = 0
     schedule: TrainingSchedule = dataclasses.field(default_factory=TrainingSchedule)
     balance: Balance = "sequence"
+    optimizer: Optimizer = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
+    muon_momentum: float = 0.95
+    qk_clip: float = 0.0
     gradient_clip: float = 1.0
     moment_dtype: Literal["recipe", "float32", "bfloat16"] = "recipe"
     ema_decay: float = 0.99
@@ -124,7 +135,8 @@ class TrainingConfig:
             raise ConfigError(f"training.balance must be one of {', '.join(get_args(Balance))}, not {self.balance!r}")
         if self.moment_dtype not in ("recipe", "float32", "bfloat16"):
             raise ConfigError(f"training.moment_dtype must be recipe, float32 or bfloat16, not {self.moment_dtype!r}")
-        for name, kind in (("stop_signal", Notice), ("tracker", TrackerName), ("attention", AttentionChoice)):
+        choices = {"optimizer": Optimizer, "stop_signal": Notice, "tracker": TrackerName, "attention": AttentionChoice}
+        for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(
                     f"training.{name} must be one of {', '.join(get_args(kind))}, not {getattr(self, name)!r}"
@@ -139,7 +151,7 @@ class TrainingConfig:
                 f"training.pipeline_schedule must be one of {', '.join(get_args(ScheduleName))}, "
                 f"not {self.pipeline_schedule!r}"
             )
-        for name in ("beta1", "beta2", "ema_decay"):
+        for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"training.{name} must be at least 0 and below 1, not {getattr(self, name)}")
         for name in ("epsilon", "gradient_clip"):
@@ -210,6 +222,8 @@ class RunConfig:
                 "training.attention 'cudnn' does not keep documents apart: choose 'auto', or set "
                 "data.isolate_documents to false"
             )
+        if self.lora.rank and (self.training.optimizer != "adamw" or self.training.qk_clip):
+            raise ConfigError("lora.rank above 0 needs training.optimizer adamw and training.qk_clip 0")
         length = self.data.sequence_length
         if length > self.model.max_position_embeddings:
             raise ConfigError(
@@ -248,7 +262,7 @@ class RunConfig:
 
     @property
     def moment_dtype(self) -> str:
-        """Dtype of AdamW's moments: `training.moment_dtype`, or the precision recipe's where that says "recipe"."""
+        """Dtype of the moments: `training.moment_dtype`, or the precision recipe's where that says "recipe"."""
         chosen = self.training.moment_dtype
         return Precision.preset(self.precision).moment_dtype if chosen == "recipe" else chosen
 

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.balance import Routing
 from dsv3_jax.training.config import Balance
+from dsv3_jax.training.qk_clip import LargestLogits
 
 
 @jax.tree_util.register_dataclass
@@ -79,6 +80,7 @@ class LossTerms:
       mtp: the same of each depth (Eq. 24).
       balance: unweighted balance term, summed over layers.
       load: int32, assignments to each expert of each layer.
+      largest_logits: of the attention; None where not asked for.
     """
 
     total: Float[Array, ""]
@@ -86,6 +88,7 @@ class LossTerms:
     mtp: Float[Array, " D"]
     balance: Float[Array, ""]
     load: Int[Array, "layers E"]
+    largest_logits: LargestLogits | None = None
 
 
 def is_target(segment_ids: Int[Array, "*B T1"], ahead: int, *, isolate_segments: bool) -> Bool[Array, "*B T1-ahead"]:
@@ -158,6 +161,7 @@ def objective(
     balance: Balance,
     isolate_segments: bool,
     chunk: int,
+    measure_logits: bool = False,
 ) -> LossTerms:
     """Returns the loss of one pass and its terms.
 
@@ -169,9 +173,14 @@ def objective(
       balance: which balance term is used.
       isolate_segments: whether attention and targets stay inside a segment.
       chunk: about how many tokens' logits are held at a time.
+      measure_logits: whether to return the largest attention logits.
     """
-    inputs = tokens[:, :-1]
-    features = model.features(inputs, segment_ids=segment_ids[:, :-1], isolate_segments=isolate_segments)
+    features = model.features(
+        tokens[:, :-1],
+        segment_ids=segment_ids[:, :-1],
+        isolate_segments=isolate_segments,
+        measure_logits=measure_logits,
+    )
     main, mtp = prediction_losses(
         model,
         (features.hidden, *features.mtp_hidden),
@@ -184,7 +193,8 @@ def objective(
     balance_term = share_of(segment_ids, targets) * balance_of(features.routing, balance)
     load = features.routing.load if features.routing is not None else jnp.zeros((0, 1), jnp.int32)
     total = total_loss(main, mtp, balance_term, weights)
-    return LossTerms(total=total, main=main, mtp=mtp, balance=balance_term, load=load)
+    largest = None if features.largest_logits is None else LargestLogits(features.largest_logits)
+    return LossTerms(total=total, main=main, mtp=mtp, balance=balance_term, load=load, largest_logits=largest)
 
 
 def prediction_losses(

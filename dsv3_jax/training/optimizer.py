@@ -1,4 +1,4 @@
-"""AdamW with clipping, and the running average of the weights (report sections 3.2.3 and 4.2)."""
+"""AdamW or Muon with clipping, and the running average of the weights (report sections 3.2.3 and 4.2)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.training.config import TrainingConfig
+from dsv3_jax.training.muon import scale_by_muon
 
 Tree = Any
 """A pytree of arrays."""
 
 
-def make_optimizer(config: TrainingConfig, moment_dtype: str) -> optax.GradientTransformation:
-    """Returns gradient clipping, Adam and decoupled weight decay. The training step multiplies by the learning rate.
+def make_optimizer(config: TrainingConfig, moment_dtype: str, model: ModelConfig) -> optax.GradientTransformation:
+    """Returns gradient clipping, Adam or Muon, and decoupled weight decay.
+
+    The training step multiplies by the learning rate.
 
     Args:
-      moment_dtype: dtype in which both moments are stored; their update is computed in float32.
+      moment_dtype: dtype in which moments are stored; their update is computed in float32.
+      model: the model whose parameters Muon updates. (AdamW needs not know them.)
     """
+    dtype = jnp.dtype(moment_dtype)
+    rule = _adam(config, dtype)
+    if config.optimizer == "muon":
+        rule = scale_by_muon(rule, model, config.muon_momentum, dtype)
     return optax.chain(
         optax.clip_by_global_norm(config.gradient_clip),
-        _adam(config, jnp.dtype(moment_dtype)),
+        rule,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
     )
 

@@ -25,7 +25,7 @@ class TrainState:
 
     Attributes:
       params: float32 master weights, and weights kept in FP8 (`Fp8Weight`), which no step changes.
-      optimizer: AdamW's moments and its count of steps.
+      optimizer: the optimizer's moments and its count of steps.
       average: running average of the weights; None if none is kept.
       router_biases: float32 selection biases. They are not parameters: no optimizer ever sees them.
       key: random key of the run.
@@ -97,7 +97,7 @@ def new_state(model: DeepSeekV3, config: RunConfig) -> tuple[Skeleton, TrainStat
     trained = split_trained(params)[0] if adapters is None else adapters
     state = TrainState(
         params=params,
-        optimizer=make_optimizer(training, config.moment_dtype).init(trained),
+        optimizer=make_optimizer(training, config.moment_dtype, config.model).init(trained),
         average=jax.tree.map(jnp.copy, params) if training.ema_decay else None,
         router_biases=biases,
         key=jax.random.key(training.seed),

@@ -37,6 +37,7 @@ from dsv3_jax.training.losses import (
     total_loss,
 )
 from dsv3_jax.training.optimizer import make_optimizer, update_average
+from dsv3_jax.training.qk_clip import LargestLogits, clip_logits
 from dsv3_jax.training.state import Skeleton, TrainState, split_trained
 from dsv3_jax.training.state_layout import StateLayout
 
@@ -66,6 +67,7 @@ class StepMetrics:
       load: assignments of tokens to each expert of each layer.
       applied: whether the step was applied, which it is if loss and gradient are finite.
       nonfinite_steps: how many steps in a row, this one included, were not applied.
+      largest_logit: the largest attention logit of all heads before the update; None where not measured.
     """
 
     loss: Float[Array, ""]
@@ -78,6 +80,7 @@ class StepMetrics:
     load: Int[Array, "layers E"]
     applied: Bool[Array, ""]
     nonfinite_steps: Int[Array, ""]
+    largest_logit: Float[Array, ""] | None
 
 
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
@@ -94,7 +97,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
     """
     layout = layout or StateLayout()
     training = config.training
-    optimizer = make_optimizer(training, config.moment_dtype)
+    optimizer = make_optimizer(training, config.moment_dtype, config.model)
     isolate = config.data.isolate_documents
 
     def loss_of(
@@ -115,6 +118,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
             balance=training.balance,
             isolate_segments=isolate,
             chunk=training.loss_chunk * layout.batch_ranks,
+            measure_logits=bool(training.qk_clip),
         )
         return terms.total, terms
 
@@ -159,7 +163,9 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         biases = state.router_biases
         if biases.shape[0]:
             biases = update_biases(biases, terms.load, settings.bias_update_speed)
-        new_state = updated(state, gradients, biases, finite, settings.learning_rate, optimizer, training.ema_decay)
+        new_state = updated(
+            state, gradients, biases, finite, settings.learning_rate, optimizer, config, terms.largest_logits
+        )
         metrics = StepMetrics(
             loss=terms.total,
             main_loss=terms.main,
@@ -171,6 +177,7 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
             load=terms.load,
             applied=finite,
             nonfinite_steps=new_state.nonfinite_steps,
+            largest_logit=None if terms.largest_logits is None else jnp.max(terms.largest_logits.values),
         )
         return layout.constrain_state(new_state), layout.replicate(metrics)
 
@@ -184,18 +191,22 @@ def updated[State: TrainState](
     finite: Bool[Array, ""],
     learning_rate: Float[Array, ""],
     optimizer: optax.GradientTransformation,
-    ema_decay: float,
+    config: RunConfig,
+    largest_logits: LargestLogits | None,
 ) -> State:
     """Returns the state after a step; where it is not `finite`, only the counts of steps differ from the old state.
 
     Args:
       gradients: of the parameters that training changes, or of the adapters if there are any.
       biases: the new router biases.
+      largest_logits: of the step's forward pass, by which heads are clipped after the update; None for no clipping.
     """
     trained, kept = split_trained(state.params)
     before = trained if state.adapters is None else state.adapters
     updates, optimizer_state = optimizer.update(gradients, state.optimizer, before)
     after = jax.tree.map(lambda p, u: p - learning_rate * u.astype(p.dtype), before, updates)
+    if largest_logits is not None:
+        after = clip_logits(after, largest_logits, config.training.qk_clip, config.model)
     params, adapters = state.params, state.adapters
     if adapters is None:
         trained = after
@@ -204,7 +215,7 @@ def updated[State: TrainState](
         adapters = after
     average = state.average
     if average is not None:
-        average = update_average(split_trained(average)[0], trained, ema_decay, state.step)
+        average = update_average(split_trained(average)[0], trained, config.training.ema_decay, state.step)
         average = nnx.merge_state(average, kept)
     new = (params, optimizer_state, average, biases, adapters)
     old = (state.params, state.optimizer, state.average, state.router_biases, state.adapters)
@@ -228,9 +239,11 @@ def make_pipelined_gradients(
     """Returns (params, biases, tokens, segment_ids, weights, targets) -> (gradients, terms), through a pipeline.
 
     Raises:
-      ConfigError: more stages than MoE layers, or a full batch whose micro-batches the schedule cannot run.
+      ConfigError: more stages than MoE layers, a full batch whose micro-batches the schedule cannot run, or QK-clip.
     """
     training, stages = config.training, mesh.shape["stage"]
+    if training.qk_clip:
+        raise ConfigError("training.qk_clip does not measure logits in a pipeline: give a mesh without mesh.stage")
     layers = moe_layers_of_stages(config.model, stages)
     check_passes(
         training.pipeline_schedule,
@@ -267,6 +280,8 @@ def make_pipelined_gradients(
 def accumulate[Sums](one_pass: Callable[..., Sums], *batch: Any) -> Sums:
     """Returns what one_pass(*pass) returns (gradients, loss terms, loads), summed over the passes of a batch.
 
+    Of `LargestLogits` it returns the largest.
+
     Args:
       batch: pytrees of arrays whose first axis is the passes.
     """
@@ -274,8 +289,13 @@ def accumulate[Sums](one_pass: Callable[..., Sums], *batch: Any) -> Sums:
     if jax.tree.leaves(batch)[0].shape[0] == 1:
         return one_pass(*first)
 
+    def together(total: Any, one: Any) -> Any:
+        combine = jnp.maximum if isinstance(total, LargestLogits) else jnp.add
+        return jax.tree.map(combine, total, one)
+
     def add(total: Sums, one: tuple) -> tuple[Sums, None]:
-        return jax.tree.map(jnp.add, total, one_pass(*one)), None
+        whole = jax.tree.map(together, total, one_pass(*one), is_leaf=lambda leaf: isinstance(leaf, LargestLogits))
+        return whole, None
 
     shapes = jax.eval_shape(one_pass, *first)
     start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

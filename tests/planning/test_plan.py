@@ -62,6 +62,7 @@ def test_weights_are_all_of_the_model(preset: str) -> None:
         {"mesh": MeshConfig(data=2, fsdp=4, expert=4, tensor=2)},
         {"mesh": MeshConfig(data=4, fsdp=4, expert=4), "zero": False, "average": "device"},
         {"mesh": MeshConfig(stage=4, data=2, fsdp=2, expert=2, tensor=2), "moment_dtype": "bfloat16"},
+        {"mesh": MeshConfig(data=2, fsdp=4, expert=4, tensor=2), "optimizer": "muon"},
     ],
 )
 def test_state_is_the_train_state_as_it_is_sharded(changes: dict[str, Any]) -> None:

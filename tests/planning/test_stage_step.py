@@ -124,7 +124,7 @@ def test_weights_lie_as_the_step_lays_them(changes: dict[str, Any]) -> None:
     weights = weights_of(config)
     found = {
         "masters": sum(weight.in_state for weight in weights),
-        "moments": sum(weight.moment for weight in weights),
+        "moments": sum(weight.moments for weight in weights) / 2,
         "working": sum(weight.in_step for weight in weights),
     }
     assert found == pytest.approx(counted_from_the_step(config), rel=1e-9)

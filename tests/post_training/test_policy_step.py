@@ -46,7 +46,7 @@ def test_log_probs_and_entropies() -> None:
     logits = np.asarray(model(texts.tokens[:, :-1]).logits, np.float64)
     logs = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
     wanted = np.take_along_axis(logs, np.asarray(texts.tokens)[:, 1:, None], axis=-1)[..., 0]
-    found, entropies = log_probs_and_entropies(model, texts, chunk=16)
+    found, entropies, _ = log_probs_and_entropies(model, texts, chunk=16)
     inside = np.arange(LENGTH - 1) < np.asarray(texts.lengths)[:, None] - 1
     np.testing.assert_allclose(np.asarray(found)[inside], wanted[inside], atol=2e-5)
     entropy = -np.sum(np.exp(logs) * logs, axis=-1)

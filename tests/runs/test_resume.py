@@ -29,6 +29,7 @@ from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.loop import Outcome, train
 from dsv3_jax.runs.metrics import JsonLines, Record, read_metrics
 from dsv3_jax.runs.saved_run import list_checkpoints
+from dsv3_jax.runs.start import Continuation
 from dsv3_jax.training.config import RunConfig
 
 pytestmark = pytest.mark.slow
@@ -97,6 +98,23 @@ def test_a_signal_saves_and_the_run_resumes_exactly(
     assert train(config, tmp_path).exit_code == 0
     # The checkpoint written at the stop displaces none of the later ones; all else is the same.
     assert_same_end(tmp_path, uninterrupted, config)
+
+
+def test_a_run_of_muon_resumes_exactly(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With QK-clip at a threshold that some heads exceed."""
+    muon = dataclasses.replace(config.training, optimizer="muon", qk_clip=1e-4)
+    config = dataclasses.replace(config, training=muon)
+    assert train(config, tmp_path / "whole").exit_code == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3, "loss", signal.SIGTERM)
+        assert train(config, tmp_path / "stopped").exit_code == 143
+    assert train(config, tmp_path / "stopped").exit_code == 0
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole", config)
+    records = [record for record in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "loss" in record]
+    assert all(record["largest_logit"] > 0 for record in records)
+    adamw = dataclasses.replace(config, training=dataclasses.replace(muon, optimizer="adamw", steps=8))
+    with pytest.raises(UserError, match=r"training\.optimizer"):
+        train(adamw, tmp_path / "other", continuation=Continuation(RunFolder(tmp_path / "whole")))
 
 
 def test_a_signal_while_evaluating_saves(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

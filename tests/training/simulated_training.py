@@ -29,9 +29,15 @@ def run_of(kind: str) -> RunConfig:
     """Returns a run of one MoE layer ("small"), also with an MTP module ("with_mtp"), of two in four passes ("staged"),
     or of four, one of them in the first stage ("uneven").
 
-    With "adapted-" before it, low-rank adapters are trained. With "masked-" before it, rows are packed samples of which
-    only the answers are learned.
+    With "muon-" before it, the optimizer is Muon with QK-clip, which clips most heads. With "adapted-" before it,
+    low-rank adapters are trained. With "masked-" before it, rows are packed samples of which only the answers are
+    learned.
     """
+    if kind.startswith("muon-"):
+        run = run_of(kind.removeprefix("muon-"))
+        return dataclasses.replace(
+            run, training=dataclasses.replace(run.training, optimizer="muon", qk_clip=1e-4, weight_decay=0.0)
+        )
     if kind.startswith("adapted-"):
         run = run_of(kind.removeprefix("adapted-"))
         training = dataclasses.replace(run.training, ema_decay=0.0)
@@ -76,10 +82,11 @@ def compare(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> dict[st
 
     parameters = [name for name in one if ".params" in name or ".adapters" in name]
     updates = [float(np.sqrt(np.mean((one[name] - other[name]) ** 2))) / RATE for name in parameters]
+    others = [relative(word) for word in (".momentum", ".largest_logit") if any(word in name for name in one)]
     load = next(value for name, value in one.items() if name.endswith(".load"))
     return {
         "loss": relative("[1].loss"),
-        "gradient": relative(".mu"),
+        "gradient": max([relative(".mu"), *others]),
         "norm": relative(".gradient_norm"),
         "update": max(updates),
         "load": relative("[1].load"),

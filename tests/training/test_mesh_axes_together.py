@@ -13,6 +13,7 @@ pytestmark = pytest.mark.slow
 _SCRIPT = Path(__file__).with_name("simulated_training.py")
 
 
-def test_step_equals_one_device() -> None:
-    (found,) = run_simulated(_SCRIPT, "with_mtp", "data=2,fsdp=2,expert=2,tensor=2", **SIXTEEN).values()
+@pytest.mark.parametrize("kind", ["with_mtp", "muon-with_mtp"])
+def test_step_equals_one_device(kind: str) -> None:
+    (found,) = run_simulated(_SCRIPT, kind, "data=2,fsdp=2,expert=2,tensor=2", **SIXTEEN).values()
     check_equal(found)
