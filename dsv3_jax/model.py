@@ -106,7 +106,7 @@ class DeepSeekV3(CachedDecoding):
         self.precision = precision
         self.devices = devices
         self.remat = remat
-        self.attention = attention
+        self.attention: AttentionChoice = attention
         dtype = jnp.dtype(param_dtype)
         make: dict[str, Any] = {"dtype": dtype, "precision": precision, "devices": devices}
         self.embedding = Embedding(config, rngs=rngs, **make)

@@ -24,7 +24,7 @@ from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.sharding.ranks import axes_of
 from dsv3_jax.sharding.rules import BATCH_AXES, parameter_specs, rules_over_stages
 from dsv3_jax.training.config import Optimizer
-from dsv3_jax.training.muon import hidden_matrices
+from dsv3_jax.training.muon import hidden_matrices, parameter_name
 
 LayerKind = Literal["embedding", "dense", "moe", "mtp", "head"]
 KINDS: dict[str, LayerKind] = {

@@ -243,8 +243,8 @@ class _Run:
             "seconds_updating": times["update"],
             "seconds": times["whole"],
         }
-        if metrics[0].largest_logit is not None:
-            record["largest_logit"] = float(np.max([each.largest_logit for each in metrics]))
+        if largest := [float(each.largest_logit) for each in metrics if each.largest_logit is not None]:
+            record["largest_logit"] = max(largest)
         if self.settings.objective.kl_weight:
             record["kl"] = float(np.mean([each.terms.kl for each in metrics]))
         self.records.write_step(record)
