@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from dsv3_jax.bounds import LARGEST_SEED
+from dsv3_jax.cli.models import add_sets
 from dsv3_jax.cli.options import OptionParser, number
 from dsv3_jax.errors import UserError
 from dsv3_jax.regular_files import read_regular
@@ -44,10 +45,11 @@ def main(argv: list[str]) -> int:
     # These imports are slow, so wrong arguments are reported before them.
     import jax
 
-    from dsv3_jax.cli.models import load_model
+    from dsv3_jax.cli.models import load_model, sets_of
     from dsv3_jax.inference import complete, stream
 
-    loaded = load_model(arguments.run, arguments.dtype, arguments.step)
+    sets = sets_of(arguments)
+    loaded = load_model(arguments.run, arguments.dtype, arguments.step, sets)
     model, tokenizer = loaded.model, loaded.tokenizer
     sampler = _sampler(arguments, tokenizer)
     texts = [_standard_input() if text == "-" else text for text in arguments.prompt or []]
@@ -59,11 +61,11 @@ def main(argv: list[str]) -> int:
     key, stop = jax.random.key(arguments.seed), tokenizer.end_ids
     shown = printable if sys.stdout.isatty() else str
     if len(prompts) == 1 and arguments.stream:
-        steps = stream(model, prompts, new_tokens, sampler, key, stop_token=stop)
+        steps = stream(model, prompts, new_tokens, sampler, key, stop_token=stop, sets=sets)
         pieces = _decoded(tokenizer, (int(step[0]) for step in steps))
         _print_pieces(map(shown, itertools.chain([texts[0]], pieces)))
         return 0
-    written = complete(model, prompts, new_tokens, sampler, key, stop_token=stop)
+    written = complete(model, prompts, new_tokens, sampler, key, stop_token=stop, sets=sets)
     for count, (prompt, ids) in enumerate(zip(texts, written, strict=True), start=1):
         if len(prompts) > 1:
             print(f"{'' if count == 1 else chr(10)}--- {count} ---")
@@ -121,6 +123,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=True,
         help="print tokens as they are generated (the default); with several prompts the texts are printed at the end",
     )
+    add_sets(parser)
     arguments = parser.parse_args(argv)
     if not arguments.prompt and arguments.prompt_file is None:
         arguments.prompt = ["-"] if _is_given(sys.stdin) else [""]

@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from dsv3_jax.cli.models import add_sets
 from dsv3_jax.cli.options import OptionParser, number
 from dsv3_jax.errors import UserError
 from dsv3_jax.regular_files import read_regular
@@ -37,14 +38,15 @@ def main(argv: list[str]) -> int:
     from dsv3_jax.serving.server import listen
 
     with listen(arguments.host, arguments.port) as listening:
-        from dsv3_jax.cli.models import default_sampler, load_model
+        from dsv3_jax.cli.models import default_sampler, load_model, sets_of
         from dsv3_jax.data import ChatTemplate
         from dsv3_jax.inference import Engine, EngineConfig
         from dsv3_jax.runs.interruption import Interruption
         from dsv3_jax.serving.server import serve
         from dsv3_jax.serving.settings import ServedModel, ServerSettings
 
-        loaded = load_model(arguments.run, arguments.dtype)
+        sets = sets_of(arguments)
+        loaded = load_model(arguments.run, arguments.dtype, sets=sets)
         model = ServedModel(
             name=arguments.model_name or arguments.run.resolve().name,
             note=loaded.note,
@@ -61,6 +63,7 @@ def main(argv: list[str]) -> int:
             cache_memory=None if arguments.cache_gib is None else int(arguments.cache_gib * 2**30),
             drafts=arguments.drafts,
             record_experts=arguments.experts,
+            sets=sets,
         )
         engine = Engine(loaded.model, config, to_bytes=loaded.tokenizer.to_bytes, progress=_progress)
         settings = ServerSettings(
@@ -137,4 +140,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--request-seconds", type=number(float, 1, 1e6), default=600, help="longest time of a request (default: 600)"
     )
+    add_sets(parser)
     return parser.parse_args(argv)

@@ -14,6 +14,12 @@ from dsv3_jax.inference.sampling import GREEDY, Sampler, SamplerRows, TextSoFar
 from dsv3_jax.inference.scheduler import Sequence
 
 
+def chunk_length(sequences: SequenceOf[Sequence], lengths: SequenceOf[int]) -> int:
+    """Returns the least of `lengths` with which all sequences are read to their end, or the largest."""
+    missing = max(len(sequence.tokens) - 1 - sequence.read for sequence in sequences)
+    return next((length for length in lengths if length >= missing), lengths[-1])
+
+
 def chunk_of(sequences: SequenceOf[Sequence], length: int, sizes: Sizes) -> Chunk:
     """Returns the next `length` tokens, or fewer, of each sequence's prompt; rows without a sequence are padding."""
     rows = sizes.chunk_rows

@@ -23,16 +23,17 @@ from flax import nnx
 
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.inference import programs
-from dsv3_jax.inference.batches import chunk_of, running_of, table_of, text_of
+from dsv3_jax.inference.batches import chunk_length, chunk_of, running_of, table_of, text_of
 from dsv3_jax.inference.engine_config import EngineConfig, Sizes, empty_pages
-from dsv3_jax.inference.int8_model import with_int8_weights
 from dsv3_jax.inference.pages import PageAllocator
-from dsv3_jax.inference.redundancy import with_redundant_experts
+from dsv3_jax.inference.prefill_set import Piece, PrefillSet, received
+from dsv3_jax.inference.redundancy import OwnModel
 from dsv3_jax.inference.requests import FinishReason, Output, Request, Result, TokenLogprobs
 from dsv3_jax.inference.sampling import Sampler
 from dsv3_jax.inference.scheduler import Scheduler, Sequence
 from dsv3_jax.inference.stopping import StopStrings
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.sharding.moved_model import on_devices
 
 
 @dataclasses.dataclass
@@ -65,10 +66,13 @@ class Engine:
     """Generates text for many requests at once.
 
     Args:
-      model: a model of any precision.
+      model: a model of any precision. With `config.sets` its weights are copied to both sets of devices.
       config: settings.
       to_bytes: returns the bytes of tokens, for text in outputs and for stop strings.
       progress: called before each compilation with its number, the number of all, and what is compiled.
+
+    Attributes:
+      prefill: the devices that read prompts; None where the same devices generate.
 
     Raises:
       ConfigError: the settings do not fit the model.
@@ -84,20 +88,24 @@ class Engine:
     ):
         self.model_config = model.config
         self.config = config
+        self._sets = None if config.sets is None else config.sets.devices_for(model.config)
+        self.prefill: PrefillSet | None = None
+        if self._sets is not None:
+            read_by, model = (on_devices(model, devices) for devices in self._sets)
+            self.prefill = PrefillSet(read_by, config, self._sets[1])
+        self._devices = model.devices
         self.sizes = Sizes.of(config, model)
         self.context, self.drafts = self.sizes.context, self.sizes.drafts
         self.statistics = Statistics(drafted=[0] * self.drafts, accepted=[0] * self.drafts)
         self._to_bytes = to_bytes
-        self._model = model if config.redundant_experts else None
-        self._placed_load: np.ndarray | None = None  # what all requests before the last placement had counted
+        self._own = OwnModel(config)
         self._ended = 0
         self._graph, self._weights = nnx.split(self._own(model))
         slots = programs.Slots.empty(model.config, self.sizes.slots, self.drafts, model.precision.dtype)
         self._pages, self._slots = model.devices.replicated((empty_pages(config, model, self.sizes), slots))
         self._allocator = PageAllocator(self.sizes.pages, config.page_size)
-        self._scheduler = Scheduler(
-            self._allocator, self.sizes.slots, self.drafts, reuse_prefixes=config.reuse_prefixes
-        )
+        reuse = config.reuse_prefixes and self.prefill is None
+        self._scheduler = Scheduler(self._allocator, self.sizes.slots, self.drafts, reuse_prefixes=reuse)
         self._sequences: dict[int, Sequence] = {}
         self._texts: dict[int, StopStrings] = {}
         self._next_number = 0
@@ -112,22 +120,31 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Number of requests that wait for a slot or for pages."""
-        return len(self._scheduler.waiting)
+        return sum(len(each.waiting) for each in self.schedulers)
 
     @property
     def running(self) -> int:
         """Number of requests that have a slot."""
-        return len(self._scheduler.running)
+        return sum(len(each.running) for each in self.schedulers)
 
     @property
     def free_pages(self) -> int:
-        """Number of pages that no request holds."""
+        """Number of pages that no request holds, of the decode set's where there are two sets of devices."""
         return self._allocator.available
 
     @property
     def expert_load(self) -> np.ndarray:
         """Tokens that chose each expert so far, int32 [MoE layers, then the MTP block if it drafts; experts]."""
+        return self._load if self.prefill is None else self._load + self.prefill.load
+
+    @property
+    def _load(self) -> np.ndarray:
         return np.asarray(self._slots.load)
+
+    @property
+    def schedulers(self) -> list[Scheduler]:
+        """The scheduler of each set of devices, the prefill set first; requests wait in the first one's queue."""
+        return [self._scheduler] if self.prefill is None else [self.prefill.scheduler, self._scheduler]
 
     def submit(self, request: Request) -> int:
         """Puts a request into the queue and returns its number.
@@ -137,9 +154,10 @@ class Engine:
         """
         request.check(self.model_config, self.context)
         needed = -(-(len(request.prompt) + request.max_new_tokens) // self.config.page_size)
-        if needed > self._allocator.count:
+        there_are = min(each.allocator.count for each in self.schedulers)
+        if needed > there_are:
             raise UserError(
-                f"the request needs {needed} pages of the cache, which has {self._allocator.count}; shorten the "
+                f"the request needs {needed} pages of the cache, which has {there_are}; shorten the "
                 "prompt, ask for fewer tokens, or give the engine a larger cache"
             )
         if (request.top_logprobs or 0) > min(self.config.top_logprobs, self.model_config.vocab_size):
@@ -152,7 +170,7 @@ class Engine:
         self._sequences[number] = sequence
         if self._to_bytes is not None:
             self._texts[number] = StopStrings(self._to_bytes, request.stop_strings)
-        self._scheduler.add(sequence)
+        self.schedulers[0].add(sequence)
         return number
 
     def cancel(self, number: int) -> None:
@@ -170,12 +188,15 @@ class Engine:
         Raises:
           ConfigError: the weights have other names, shapes or dtypes.
         """
-        weights = nnx.state(self._own(model))
+        read_by, model = (model, model) if self._sets is None else (on_devices(model, each) for each in self._sets)
+        weights = nnx.state(self._own(model, self._load))
         kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), each) for each in (weights, self._weights)]
         if kinds[0] != kinds[1]:
             raise ConfigError("the new weights have other names, shapes or dtypes than the engine's; make a new engine")
         self._weights = weights
         self._scheduler.start_again()
+        if self.prefill is not None:
+            self.prefill.update(read_by)
 
     def run(self, requests: Iterable[Request]) -> list[Result]:
         """Serves requests to their end; results are in their order. Other requests of the engine go on meanwhile."""
@@ -188,36 +209,22 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Admits requests, reads a chunk of prompts, gives tokens to all whose prompt is read; returns what is new."""
-        for sequence in self._scheduler.admit():
-            self._prepare_slot(sequence)
-        reading = self._scheduler.to_read(self.sizes.chunk_rows)
-        if reading:
-            self._read(reading)
-        steps = 1 if self._scheduler.to_read(1) else self.config.steps
+        steps = self.config.steps
+        if self.prefill is not None:
+            for arrived in self.prefill.step(self._scheduler):
+                self._receive(arrived.sequence, arrived.pieces)
+            self.statistics.read_tokens = self.prefill.read_tokens
+        else:
+            for sequence in self._scheduler.admit():
+                self._prepare_slot(sequence)
+            reading = self._scheduler.to_read(self.sizes.chunk_rows)
+            if reading:
+                self._read(reading)
+            steps = 1 if self._scheduler.to_read(1) else steps
         rows, steps = self._scheduler.to_write(steps)
         self.statistics.preemptions = self._scheduler.preemptions
-        self.statistics.reused_tokens = self._scheduler.reused_tokens
+        self.statistics.reused_tokens = self.schedulers[0].reused_tokens
         return self._write(rows, steps) if rows else []
-
-    def _own(self, model: DeepSeekV3) -> DeepSeekV3:
-        """Returns the model as the engine computes with it."""
-        if self._model is not None:
-            self._model = model
-            model = with_redundant_experts(model, self.config.redundant_experts, self._load_since_placement())
-        if not self.config.int8_weights:
-            return model
-        if model.precision.fp8 is not None:
-            raise ConfigError("engine.int8_weights is for models of precision float32 or bfloat16, not fp8")
-        return with_int8_weights(model)
-
-    def _load_since_placement(self) -> np.ndarray | None:
-        """Returns the experts' load since copies were last chosen; None before any request."""
-        if self._placed_load is None:
-            self._placed_load = np.zeros((), np.int32)
-            return None
-        total = self.expert_load
-        since, self._placed_load = total - self._placed_load, total
-        return since
 
     def _prepare_slot(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -226,17 +233,17 @@ class Engine:
             text = text_of(request.sampler, request.prompt, new, self.model_config.vocab_size)
             self._slots = programs.begin(self._slots, np.int32(sequence.slot), text)
 
+    def _receive(self, sequence: Sequence, pieces: SequenceOf[Piece]) -> None:
+        """Takes over a prompt that the prefill set has read."""
+        self._pages, self._slots = received(self._devices, self._pages, self._slots, sequence, pieces, self.sizes)
+        sequence.read = len(sequence.tokens) - 1
+        self._prepare_slot(sequence)
+
     def _read(self, sequences: list[Sequence]) -> None:
         """Reads one chunk of each sequence's prompt."""
-        missing = [len(sequence.tokens) - 1 - sequence.read for sequence in sequences]
-        lengths = self.config.chunk_sizes
-        length = next((length for length in lengths if length >= max(missing)), lengths[-1])
+        length = chunk_length(sequences, self.config.chunk_sizes)
         self._call_read(sequences, length)
-        for sequence, count in zip(sequences, missing, strict=True):
-            self.statistics.read_tokens += min(count, length)
-            sequence.read += min(count, length)
-            if not sequence.is_reading:
-                self._scheduler.finished_reading(sequence)
+        self.statistics.read_tokens += self._scheduler.have_read(sequences, length)
 
     def _call_read(self, sequences: list[Sequence], length: int) -> None:
         chunk = chunk_of(sequences, length, self.sizes)
@@ -313,10 +320,11 @@ class Engine:
 
     def _end(self, sequence: Sequence) -> None:
         self._ended += 1
-        if self._model is not None and self._ended % self.config.requests_per_placement == 0:
-            # The copies compute what their originals do: running requests and the cache stay as they are.
-            self._weights = nnx.state(self._own(self._model))
-        self._scheduler.remove(sequence)
+        if self._ended % self.config.requests_per_placement == 0:
+            self._weights = self._own.placed_again(self._weights, self._load)
+            if self.prefill is not None:
+                self.prefill.place_again()
+        next(each for each in self.schedulers if sequence in each).remove(sequence)
         del self._sequences[sequence.number]
         self._texts.pop(sequence.number, None)
 
@@ -329,15 +337,20 @@ class Engine:
 
     def _compile(self, progress: Callable[[int, int, str], None] | None) -> None:
         """Compiles every shape by running it on padding alone."""
-        work: list[tuple[str, Callable[[], object]]] = [
-            (f"reading {length} tokens of a prompt", functools.partial(self._call_read, [], length))
+        read = self._call_read if self.prefill is None else self.prefill.call_read
+        nobody = Sequence(0, Request(prompt=(0,), sampler=Sampler(presence_penalty=1)), [0], slot=0)
+        work: list[tuple[str, Callable[[], object]]] = []
+        if self.prefill is not None:
+            nothing = self.prefill.nothing
+            work.append(("handing a prompt over", lambda: self._receive(nobody, [nothing()])))
+        work += [
+            (f"reading {length} tokens of a prompt", functools.partial(read, [], length))
             for length in self.config.chunk_sizes
         ]
         work += [
             (f"writing tokens of {rows} requests", functools.partial(self._call_write, [], rows, 1))
             for rows in self.sizes.row_counts
         ]
-        nobody = Sequence(0, Request(prompt=(0,), sampler=Sampler(presence_penalty=1)), [0], slot=0)
         work.append(("penalties and logit bias", lambda: self._prepare_slot(nobody)))
         if self.config.record_experts:
             work.append(("experts of a prompt", lambda: self._experts_of_prompt(nobody)))

@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from dsv3_jax.errors import ConfigError
+from dsv3_jax.inference.device_sets import DeviceSets
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.paged_cache import Pages, tokens_that_fit
 
@@ -35,6 +36,8 @@ class EngineConfig:
         multiplies in int8 (`dsv3_jax.precision.int8_weight`), which is faster on a CPU.
       redundant_experts: copies of routed experts of each layer, of those that serve most tokens (section 3.4).
       requests_per_placement: finished requests after which the copies are chosen anew by the load measured since.
+      sets: meshes of two sets of devices, one of which reads prompts while the other generates; None where the model's
+        devices do both.
       compile_at_start: whether all shapes are compiled when the engine is made; else each when it is first needed.
     """
 
@@ -54,6 +57,7 @@ class EngineConfig:
     int8_weights: bool = False
     redundant_experts: int = 0
     requests_per_placement: int = 100
+    sets: DeviceSets | None = None
     compile_at_start: bool = True
 
     def __post_init__(self) -> None:

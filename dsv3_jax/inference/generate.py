@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from dsv3_jax.errors import UserError
+from dsv3_jax.inference.device_sets import DeviceSets
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.engine_config import EngineConfig
 from dsv3_jax.inference.requests import Request
@@ -87,10 +88,15 @@ def complete(
     key: Key[Array, "*B"] | None = None,
     *,
     stop_token: StopTokens = None,
+    sets: DeviceSets | None = None,
 ) -> list[list[int]]:
-    """Returns the new tokens of each prompt, without the stop token. Arguments as of `generate`."""
+    """Returns the new tokens of each prompt, without the stop token. Arguments as of `generate`.
+
+    Args:
+      sets: meshes of the devices that read the prompts and of those that generate; the model's own devices if None.
+    """
     requests = _requests(model, prompts, max_new_tokens, sampler, key, stop_token)
-    results = _engine(model, requests, _STEPS).run(requests)
+    results = _engine(model, requests, _STEPS, sets).run(requests)
     return [result.tokens[:-1] if result.finished == "stop" else result.tokens for result in results]
 
 
@@ -102,15 +108,19 @@ def stream(
     key: Key[Array, "*B"] | None = None,
     *,
     stop_token: StopTokens = None,
+    sets: DeviceSets | None = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yields one token per prompt and step, int32 [B], as they are generated. Arguments as of `generate`.
 
     Rows that have ended repeat the (first) stop token. The arguments are checked when the function is called.
+
+    Args:
+      sets: as of `complete`.
     """
     requests = _requests(model, prompts, max_new_tokens, sampler, key, stop_token)
 
     def tokens() -> Iterator[Int[np.ndarray, " B"]]:
-        engine = _engine(model, requests, _STREAMED_STEPS)
+        engine = _engine(model, requests, _STREAMED_STEPS, sets)
         numbers = [engine.submit(request) for request in requests]
         texts: dict[int, list[int]] = {number: [] for number in numbers}
         ended: set[int] = set()
@@ -173,7 +183,7 @@ def _seeds(prompts: Sequence[Sequence[int]], sampler: Sampler, key: Key[Array, "
     return [int(high) << 32 | int(low) for high, low in words[:, :2]]
 
 
-def _engine(model: DeepSeekV3, requests: Sequence[Request], steps: int) -> Engine:
+def _engine(model: DeepSeekV3, requests: Sequence[Request], steps: int, sets: DeviceSets | None = None) -> Engine:
     """Returns an engine that these requests fit. Sizes are rounded up, so that similar batches share programs."""
     rows = min(_power_of_two(len(requests)), _MOST_SEQUENCES)
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
@@ -186,6 +196,7 @@ def _engine(model: DeepSeekV3, requests: Sequence[Request], steps: int) -> Engin
         drafts=0,
         top_logprobs=0,
         reuse_prefixes=False,
+        sets=sets,
         compile_at_start=False,
     )
     return Engine(model, config)

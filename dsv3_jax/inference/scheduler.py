@@ -71,6 +71,9 @@ class Scheduler:
         self._drafts = drafts
         self._reuse = reuse_prefixes
 
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self.running or sequence in self.waiting
+
     def add(self, sequence: Sequence) -> None:
         """Puts a new request at the end of the queue."""
         self.waiting.append(sequence)
@@ -131,9 +134,21 @@ class Scheduler:
             self._put_back(self.running[-1])
         self.allocator.clear()
 
-    def finished_reading(self, sequence: Sequence) -> None:
-        """Lets other requests share the pages of a prompt that has been read."""
-        self._publish(sequence)
+    def have_read(self, sequences: list[Sequence], length: int) -> int:
+        """Notes that up to `length` tokens of each sequence were read, and returns how many were in all.
+
+        Other requests may share the pages of a prompt that has been read to its end.
+        """
+        before = sum(sequence.read for sequence in sequences)
+        for sequence in sequences:
+            sequence.read = min(sequence.read + length, len(sequence.tokens) - 1)
+            if not sequence.is_reading:
+                self._publish(sequence)
+        return sum(sequence.read for sequence in sequences) - before
+
+    def has_room(self, sequence: Sequence) -> bool:
+        """Returns whether a slot and pages are free for a sequence of another scheduler."""
+        return bool(self._free_slots) and self._pages_for(len(sequence.tokens)) <= self.allocator.available
 
     def remove(self, sequence: Sequence) -> None:
         """Frees the slot and the pages of a request that has ended or is cancelled, wherever it is."""

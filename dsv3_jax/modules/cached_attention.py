@@ -3,16 +3,23 @@
 The softmax is computed in one pass over the blocks: a running maximum, a running sum and a running weighted sum of
 latents. A block in which a row sees nothing leaves its three numbers as they are, bit for bit. A row's result therefore
 does not depend on how many blocks other rows of the batch need.
+
+Where there is a kernel for the device and the cache is in pages, `pallas_kernels.latent_decode` computes the same.
 """
 
 from __future__ import annotations
+
+import functools
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
+from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.latent_cache import LatentCache
 from dsv3_jax.modules.ordered_sum import ordered_sum
+from dsv3_jax.modules.paged_cache import PagedCache
 
 _LOWEST = -1e30  # the maximum before the first logit; finite, so that differences of maxima are never NaN
 
@@ -26,6 +33,7 @@ def attend_to_cache(
     *,
     first: int,
     scale: float,
+    devices: Devices = OneDevice(),
 ) -> Float[Array, "B T H kv_rank"]:
     """Returns softmax(scale * (q c + q^R k^R)) c over the cached latents c of each query's own sequence.
 
@@ -34,10 +42,19 @@ def attend_to_cache(
       rope_queries: rotated q^R.
       positions: a query at position p sees entries `first` .. p; one at -1 sees none and gets zeros.
       scale: multiplier of the logits.
+      devices: what runs a kernel on the queries' own ranks.
 
     Returns:
       Weighted sums of latents, in the dtype of `queries`. Logits, maxima and sums are at least float32.
     """
+    if isinstance(cache, PagedCache):
+        pages = cache.pages
+        latents, rope_keys = (x.reshape(-1, *x.shape[2:]) for x in (pages.latent, pages.rope_key))
+        if pallas_kernels.has_decode_kernel(queries, rope_queries, latents, rope_keys):
+            # The kernel is given the pages of all layers, since slicing out a layer's would copy them.
+            table = cache.table + layer * pages.count
+            attend = functools.partial(pallas_kernels.latent_decode, scale=scale, first=first)
+            return devices.attend_to_pages(attend, queries, rope_queries, latents, rope_keys, table, positions)
     dtype = queries.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     batch, _, heads, rank = queries.shape

@@ -102,6 +102,22 @@ class Devices(Protocol):
         """
         ...
 
+    def attend_to_pages(
+        self,
+        attention: Callable[..., Array],
+        queries: Float[Array, "B T H c"],
+        rope_queries: Float[Array, "B T H r"],
+        latents: Float[Array, "P page c"],
+        rope_keys: Float[Array, "P page r"],
+        table: Int[Array, "B N"],
+        positions: Int[Array, "B T"],
+    ) -> Float[Array, "B T H c"]:
+        """Returns attention(queries, rope_queries, latents, rope_keys, table, positions), a kernel's.
+
+        It may be called with a shard of the sequences and of the heads, and with all pages.
+        """
+        ...
+
     def gate(
         self,
         logits: Float[Array, "B T E"],
@@ -182,6 +198,19 @@ class OneDevice:
     ) -> Float[Array, "B T H v"]:
         """Returns attention(queries, keys, values, shared_keys, segment_ids=segment_ids)."""
         return attention(queries, keys, values, shared_keys, segment_ids=segment_ids)
+
+    def attend_to_pages(
+        self,
+        attention: Callable[..., Array],
+        queries: Float[Array, "B T H c"],
+        rope_queries: Float[Array, "B T H r"],
+        latents: Float[Array, "P page c"],
+        rope_keys: Float[Array, "P page r"],
+        table: Int[Array, "B N"],
+        positions: Int[Array, "B T"],
+    ) -> Float[Array, "B T H c"]:
+        """Returns attention(queries, rope_queries, latents, rope_keys, table, positions)."""
+        return attention(queries, rope_queries, latents, rope_keys, table, positions)
 
     def gate(
         self,

@@ -51,6 +51,22 @@ class Pages:
             experts=jnp.zeros(chosen, jnp.int16) if experts else None,
         )
 
+    def of(self, pages: Int[Array, " N"]) -> Pages:
+        """Returns copies of N pages; the entries of an index that is no page have no meaning."""
+        taken = dataclasses.replace(self, experts=None)
+        taken = jax.tree.map(lambda entries: entries.at[:, pages].get(mode="clip"), taken)
+        if self.experts is None:
+            return taken
+        return dataclasses.replace(taken, experts=self.experts.at[pages].get(mode="clip"))
+
+    def with_pages(self, pages: Int[Array, " N"], new: Pages) -> Pages:
+        """Returns the entries with N pages replaced by those of `new`; an index that is no page is dropped."""
+        layers, others = (dataclasses.replace(each, experts=None) for each in (self, new))
+        layers = jax.tree.map(lambda own, other: own.at[:, pages].set(other, mode="drop"), layers, others)
+        if self.experts is None or new.experts is None:
+            return layers
+        return dataclasses.replace(layers, experts=self.experts.at[pages].set(new.experts, mode="drop"))
+
     @property
     def count(self) -> int:
         """Number of pages."""

@@ -49,6 +49,7 @@ class Metrics:
         self._duration = Histogram()
         self._written: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         self._engine: dict[str, int] = {}
+        self._sets: dict[str, dict[str, int]] = {}
         self._drafts: tuple[list[int], list[int]] = ([], [])
         self._load = np.zeros((0, 0), np.int64)
         self._load_at = 0.0
@@ -70,6 +71,7 @@ class Metrics:
                 "dsv3_written_tokens_total": done.written_tokens,
                 "dsv3_preemptions_total": done.preemptions,
             }
+            self._sets = _of_sets(engine)
             self._drafts = list(done.drafted), list(done.accepted)
             self._written.append((now, done.written_tokens))
             while self._written[0][0] < now - _WINDOW:
@@ -94,6 +96,8 @@ class Metrics:
     def _lines(self) -> Iterator[str]:
         for name, value in self._engine.items():
             yield from _metric(name, [("", value)])
+        for name, values in self._sets.items():
+            yield from _metric(name, [(f'{{set="{devices}"}}', value) for devices, value in values.items()])
         (start, before), (end, after) = self._written[0], self._written[-1]
         # Without steps in the last seconds nothing was written in them.
         rate = 0.0 if time.monotonic() - end > _WINDOW or end <= start else (after - before) / (end - start)
@@ -113,6 +117,27 @@ class Metrics:
         for name, histogram in (("first_token", self._first_token), ("request", self._duration)):
             yield f"# TYPE dsv3_{name}_seconds histogram"
             yield from histogram.lines(f"dsv3_{name}_seconds")
+
+
+def _of_sets(engine: Engine) -> dict[str, dict[str, int]]:
+    """Returns the requests and pages of the prefill set and the decode set; nothing where the same devices do both.
+
+    A prompt that has been read waits for the decode set until its entries have arrived there.
+    """
+    if engine.prefill is None:
+        return {}
+    prefill, decode = engine.schedulers
+    reading = sum(sequence.is_reading for sequence in prefill.running)
+    arriving = sum(sequence.is_reading for sequence in decode.running)
+    return {
+        "dsv3_set_requests_waiting": {
+            "prefill": engine.waiting,
+            "decode": len(prefill.running) - reading + arriving,
+        },
+        "dsv3_set_requests_running": {"prefill": reading, "decode": len(decode.running) - arriving},
+        "dsv3_set_pages": {"prefill": prefill.allocator.count, "decode": decode.allocator.count},
+        "dsv3_set_pages_free": {"prefill": prefill.allocator.available, "decode": decode.allocator.available},
+    }
 
 
 def _metric(name: str, rows: Iterable[tuple[str, float]]) -> Iterator[str]:

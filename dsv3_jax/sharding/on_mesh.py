@@ -21,7 +21,7 @@ import pallas_kernels
 from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.fp8_weight import Fp8Weight
-from dsv3_jax.sharding.attention_on_ranks import attend_on_ranks
+from dsv3_jax.sharding.attention_on_ranks import attend_on_ranks, attend_to_pages_on_ranks
 from dsv3_jax.sharding.embedding_lookup import look_up_on_ranks
 from dsv3_jax.sharding.expert_parallel import ExpertExchange
 from dsv3_jax.sharding.gate_on_ranks import gate_on_ranks
@@ -84,6 +84,21 @@ class OnMesh:
         if not pallas_kernels.has_attention_kernel(queries, keys, values):
             return attention(queries, keys, values, shared_keys, segment_ids=segment_ids)
         return attend_on_ranks(self.mesh, attention, queries, keys, values, shared_keys, segment_ids)
+
+    def attend_to_pages(
+        self,
+        attention: Callable[..., Array],
+        queries: Float[Array, "B T H c"],
+        rope_queries: Float[Array, "B T H r"],
+        latents: Float[Array, "P page c"],
+        rope_keys: Float[Array, "P page r"],
+        table: Int[Array, "B N"],
+        positions: Int[Array, "B T"],
+    ) -> Float[Array, "B T H c"]:
+        """Returns attention(...), which every rank runs for its own sequences and heads."""
+        return attend_to_pages_on_ranks(
+            self.mesh, attention, queries, rope_queries, latents, rope_keys, table, positions
+        )
 
     def gate(
         self,

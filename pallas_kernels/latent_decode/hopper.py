@@ -51,6 +51,7 @@ class Form(NamedTuple):
     rope: int
     exponent: float  # the factor of a logit in the exponent of 2
     parts: int  # of a sequence
+    first: int  # entry that is seen
 
     @property
     def copies(self) -> int:
@@ -58,7 +59,7 @@ class Form(NamedTuple):
         return max(ENTRIES // self.page, 1)
 
 
-@once_a_program("scale", "parts")
+@once_a_program("scale", "first", "parts")
 def decode(
     q_latent: Float[Array, "B T H c"],
     q_rope: Float[Array, "B T H r"],
@@ -67,6 +68,7 @@ def decode(
     table: Int[Array, "B N"],
     positions: Int[Array, "B T"],
     scale: float,
+    first: int = 0,
     *,
     parts: int | None = None,
     interpret: Interpret = None,
@@ -80,7 +82,7 @@ def decode(
     if parts is None:
         tiles = -(-table.shape[1] * page // ENTRIES)
         parts = max(1, min(multiprocessors() // (batch * row_tiles), tiles // LEAST_TILES))
-    form = Form(page, width // CONSUMERS, q_rope.shape[-1], scale * LOG2_E, parts)
+    form = Form(page, width // CONSUMERS, q_rope.shape[-1], scale * LOG2_E, parts, first)
     last = jnp.repeat(positions.astype(jnp.int32), heads, axis=1)
     last = jnp.pad(last, ((0, 0), (0, rows - last.shape[1])), mode="edge").reshape(batch, row_tiles, ROWS)
     end = (last.max(axis=-1) + ENTRIES) // ENTRIES  # tiles that a row of the block sees
@@ -246,7 +248,10 @@ def _consume(
 
     def masked(logits, tile):
         entry = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA) + tile * ENTRIES
-        return jnp.where(over_columns(limit, logits.shape) >= entry, logits, HIDDEN)
+        visible = over_columns(limit, logits.shape) >= entry
+        if form.first:
+            visible &= entry >= form.first
+        return jnp.where(visible, logits, HIDDEN)
 
     def all_entries(acc):
         def step(t, carry):
@@ -254,7 +259,10 @@ def _consume(
             stage = lax.rem(piece.steps_before + t, STAGES)
             plgpu.barrier_wait(filled.at[stage])
             logits, tile = logits_of(stage), piece.start + t
-            logits = lax.cond(tile >= whole, lambda: masked(logits, tile), lambda: logits)
+            hides = tile >= whole
+            if form.first:
+                hides |= tile * ENTRIES < form.first
+            logits = lax.cond(hides, lambda: masked(logits, tile), lambda: logits)
             now = jnp.maximum(largest, logits.max(axis=1) * form.exponent)
             shrink = jnp.exp2(largest - now)
             weights = jnp.exp2(logits * form.exponent - over_columns(now, logits.shape))

@@ -14,6 +14,7 @@ def decode(
     table: Int[Array, "B N"],
     positions: Int[Array, "B T"],
     scale: float,
+    first: int = 0,
 ) -> Float[Array, "B T H c"]:
     """Returns the attended latents; zeros for a query without visible entries. Operands as in `latent_decode`."""
     wide = jnp.promote_types(q_latent.dtype, jnp.float32)
@@ -24,7 +25,8 @@ def decode(
     latent, rope = latent.astype(wide), rope.astype(wide)  # a CPU has no products of bfloat16 summed in float32
     logits = jnp.einsum("bthc,bsc->bhts", q_latent.astype(wide), latent)
     logits += jnp.einsum("bthr,bsr->bhts", q_rope.astype(wide), rope)
-    visible = positions[:, None, :, None] >= jnp.arange(latent.shape[1])
+    entry = jnp.arange(latent.shape[1])
+    visible = (positions[:, None, :, None] >= entry) & (entry >= first)
     logits = jnp.where(visible, logits * scale, -jnp.inf)
     largest = jnp.maximum(logits.max(axis=-1, keepdims=True), jnp.finfo(wide).min)
     weights = jnp.where(visible, jnp.exp(logits - largest), 0)

@@ -21,7 +21,7 @@ from pallas_kernels.latent_attention.tpu_form import HIDDEN, LOWEST, VMEM_BYTES,
 ROW_MULTIPLE = 16  # of query rows: the sublanes of a bfloat16 register
 
 
-@once_a_program("scale")
+@once_a_program("scale", "first")
 def decode(
     q_latent: Float[Array, "B T H c"],
     q_rope: Float[Array, "B T H r"],
@@ -30,6 +30,7 @@ def decode(
     table: Int[Array, "B N"],
     positions: Int[Array, "B T"],
     scale: float,
+    first: int = 0,
     *,
     interpret: Interpret = None,
 ) -> Float[Array, "B T H c"]:
@@ -54,7 +55,7 @@ def decode(
         return pl.BlockSpec((None, page, size), index)
 
     out = pl.pallas_call(
-        functools.partial(_kernel, page=page, scale=scale),
+        functools.partial(_kernel, page=page, scale=scale, first=first),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(batch, table.shape[1]),
@@ -77,7 +78,8 @@ def decode(
 
 
 def _kernel(
-    count, table, last, q_latent, q_rope, latents, rope_keys, out, largest, total, attended, *, page: int, scale: float
+    count, table, last, q_latent, q_rope, latents, rope_keys, out, largest, total, attended,
+    *, page: int, scale: float, first: int,
 ):  # fmt: skip
     b, n = pl.program_id(0), pl.program_id(1)
 
@@ -92,7 +94,10 @@ def _kernel(
         latent = latents[...].astype(q_latent.dtype)
         logits = product(q_latent[...], latent, (1, 1)) + product(q_rope[...], rope_keys[...], (1, 1))
         entry = lax.broadcasted_iota(jnp.int32, logits.shape, 1) + n * page
-        logits = jnp.where(last[:, :1] >= entry, logits * scale, HIDDEN)
+        visible = last[:, :1] >= entry
+        if first:
+            visible &= entry >= first
+        logits = jnp.where(visible, logits * scale, HIDDEN)
         before = largest[:, :1]
         now = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
         weights, shrink = jnp.exp(logits - now), jnp.exp(before - now)

@@ -41,7 +41,6 @@ def main() -> None:
     compiled: list[str] = []
     first = engine._weights
     engine._own(model)  # compiles what placing needs
-    engine._placed_load = np.zeros((), np.int32)
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None
     )

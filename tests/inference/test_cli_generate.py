@@ -38,7 +38,7 @@ def run() -> tuple[DeepSeekV3, Tokenizer]:
 @pytest.fixture
 def loaded(run, monkeypatch: pytest.MonkeyPatch):
     """Makes the command load the random model instead of a run."""
-    monkeypatch.setattr("dsv3_jax.cli.models.load_model", lambda folder, dtype, step: Loaded(*run, "step 7"))
+    monkeypatch.setattr("dsv3_jax.cli.models.load_model", lambda folder, dtype, step, sets: Loaded(*run, "step 7"))
     return run
 
 
@@ -126,7 +126,7 @@ def published(run, **files: dict) -> tuple[DeepSeekV3, Tokenizer, str]:
 def test_begin_turn_and_end_tokens_of_a_published_model(run, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     generation = {"temperature": 0.0, "do_sample": True, "eos_token_id": list(range(40))}
     it = published(run, tokenizer_config={"add_bos_token": True}, generation_config=generation)
-    monkeypatch.setattr("dsv3_jax.cli.models.load_model", lambda folder, dtype, step: Loaded(*it))
+    monkeypatch.setattr("dsv3_jax.cli.models.load_model", lambda folder, dtype, step, sets: Loaded(*it))
     ids = [it[1].bos_id, it[1].control_id(USER), *it[1].encode("pears")]
     (written,) = complete(it[0], [ids], 60, GREEDY, stop_token=range(40))
     assert len(written) < 60

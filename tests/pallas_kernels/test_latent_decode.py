@@ -36,14 +36,14 @@ def operands(tokens, heads, page, pages_each, positions, seed=0, dtype=jnp.bfloa
     )
 
 
-def float64_decode(q_latent, q_rope, latents, rope_keys, table, positions):
+def float64_decode(q_latent, q_rope, latents, rope_keys, table, positions, first):
     q = np.concatenate([np.asarray(x, "f8") for x in (q_latent, q_rope)], axis=-1)
     keys = np.concatenate([np.asarray(x, "f8") for x in (latents, rope_keys)], axis=-1)
     out = np.zeros(q_latent.shape)
     for b, t, h in np.ndindex(*q.shape[:3]):
         seen = int(positions[b, t]) + 1
-        if seen:
-            used = keys[np.asarray(table[b])[: -(-seen // keys.shape[1])]].reshape(-1, keys.shape[-1])[:seen]
+        if seen > first:
+            used = keys[np.asarray(table[b])[: -(-seen // keys.shape[1])]].reshape(-1, keys.shape[-1])[first:seen]
             logits = SCALE * used @ q[b, t, h]
             weights = np.exp(logits - logits.max())
             out[b, t, h] = weights @ used[:, : out.shape[-1]] / weights.sum()
@@ -51,29 +51,29 @@ def float64_decode(q_latent, q_rope, latents, rope_keys, table, positions):
 
 
 # Pages smaller and larger than what a step reads; sequences of no entry, one, and all; two tokens, of which the second
-# sees one more entry; more rows of queries than one block has.
+# sees one more entry; more rows of queries than one block has; the first entries hidden from all.
 CASES = [
-    ((1, 3, 8, 10, [[-1], [0], [79], [13]]), 2),
-    ((2, 40, 64, 2, [[0, 1], [126, 127]]), 1),
+    ((1, 3, 8, 10, [[-1], [0], [79], [13]]), 2, 0),
+    ((2, 40, 64, 2, [[0, 1], [126, 127]]), 1, 1),
 ]
 
 
-@pytest.mark.parametrize(("sizes", "parts"), CASES)
-def test_reference_equals_float64(sizes, parts):
+@pytest.mark.parametrize(("sizes", "parts", "first"), CASES)
+def test_reference_equals_float64(sizes, parts, first):
     inputs = operands(*sizes, dtype=jnp.float32)
-    out = pk.latent_decode(*inputs, scale=SCALE)
-    assert np.abs(np.asarray(out) - float64_decode(*inputs)).max() < 1e-5
+    out = pk.latent_decode(*inputs, scale=SCALE, first=first)
+    assert np.abs(np.asarray(out) - float64_decode(*inputs, first)).max() < 1e-5
 
 
 @pytest.mark.parametrize("device", ["hopper", "tpu"])
-@pytest.mark.parametrize(("sizes", "parts"), CASES)
-def test_kernels_equal_float64(device, sizes, parts, monkeypatch):
+@pytest.mark.parametrize(("sizes", "parts", "first"), CASES)
+def test_kernels_equal_float64(device, sizes, parts, first, monkeypatch):
     inputs = operands(*sizes)
     with interpreted_hopper(num_cores=1) if device == "hopper" else interpreted_tpu() as interpret:
         kernel, more = (hopper, {"parts": parts}) if device == "hopper" else (tpu, {})
         monkeypatch.setattr(kernel, "decode", functools.partial(kernel.decode, interpret=interpret, **more))
-        out = jax.block_until_ready(pk.latent_decode(*inputs, scale=SCALE))
-    wanted = float64_decode(*inputs)
+        out = jax.block_until_ready(pk.latent_decode(*inputs, scale=SCALE, first=first))
+    wanted = float64_decode(*inputs, first)
     assert np.linalg.norm(np.asarray(out, "f8") - wanted) / np.linalg.norm(wanted) < 2**-8
 
 
