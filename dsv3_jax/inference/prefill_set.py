@@ -78,8 +78,8 @@ class PrefillSet:
 
     def __init__(self, model: DeepSeekV3, config: EngineConfig, decode: OnMesh):
         assert config.sets is not None
-        self._config = config = _own_config(config, config.sets)
         self._chunks_ahead = config.sets.chunks_ahead
+        self._config = config = _own_config(config, config.sets)
         self.sizes = Sizes.of(config, model)
         self._devices, self._everywhere = model.devices, NamedSharding(decode.mesh, PartitionSpec())
         self._own = OwnModel(config)
@@ -91,7 +91,7 @@ class PrefillSet:
         self.scheduler = Scheduler(allocator, self.sizes.slots, self.sizes.drafts, reuse_prefixes=config.reuse_prefixes)
         self.read_tokens = 0
         self.load = np.zeros(self._slots.load.shape, np.int32)
-        self._loads: deque[Array] = deque()  # after each chunk that was dispatched and may not be computed yet
+        self._loads: deque[Any] = deque()  # arrays, after each chunk that was dispatched and may not be computed yet
         self._arriving: deque[Arriving] = deque()
 
     def update(self, model: DeepSeekV3) -> None:
