@@ -31,6 +31,7 @@ from dsv3_jax.inference.redundancy import with_redundant_experts
 from dsv3_jax.inference.requests import FinishReason, Output, Request, Result, TokenLogprobs
 from dsv3_jax.inference.sampling import Sampler
 from dsv3_jax.inference.scheduler import Scheduler, Sequence
+from dsv3_jax.inference.scores import Scores
 from dsv3_jax.inference.stopping import StopStrings
 from dsv3_jax.model import DeepSeekV3
 
@@ -144,11 +145,14 @@ class Engine:
             )
         if (request.top_logprobs or 0) > min(self.config.top_logprobs, self.model_config.vocab_size):
             raise UserError(f"top_logprobs must be at most {self.config.top_logprobs}, not {request.top_logprobs}")
+        if request.score_from is not None and not self.config.score_prompts:
+            raise UserError("score_from needs an engine with score_prompts")
         if request.stop_strings and self._to_bytes is None:
             raise UserError("stop strings need an engine with a tokenizer (to_bytes); give stop_tokens instead")
         number = self._next_number
         self._next_number += 1
-        sequence = Sequence(number, request, list(request.prompt))
+        scores = None if request.score_from is None else []
+        sequence = Sequence(number, request, list(request.prompt), scores=scores)
         self._sequences[number] = sequence
         if self._to_bytes is not None:
             self._texts[number] = StopStrings(self._to_bytes, request.stop_strings)
@@ -191,13 +195,12 @@ class Engine:
         for sequence in self._scheduler.admit():
             self._prepare_slot(sequence)
         reading = self._scheduler.to_read(self.sizes.chunk_rows)
-        if reading:
-            self._read(reading)
+        outputs = self._read(reading) if reading else []
         steps = 1 if self._scheduler.to_read(1) else self.config.steps
         rows, steps = self._scheduler.to_write(steps)
         self.statistics.preemptions = self._scheduler.preemptions
         self.statistics.reused_tokens = self._scheduler.reused_tokens
-        return self._write(rows, steps) if rows else []
+        return outputs + (self._write(rows, steps) if rows else [])
 
     def _own(self, model: DeepSeekV3) -> DeepSeekV3:
         """Returns the model as the engine computes with it."""
@@ -226,21 +229,40 @@ class Engine:
             text = text_of(request.sampler, request.prompt, new, self.model_config.vocab_size)
             self._slots = programs.begin(self._slots, np.int32(sequence.slot), text)
 
-    def _read(self, sequences: list[Sequence]) -> None:
-        """Reads one chunk of each sequence's prompt."""
+    def _read(self, sequences: list[Sequence]) -> list[Output]:
+        """Reads one chunk of each sequence's prompt; returns the scores of prompts that are read now."""
         missing = [len(sequence.tokens) - 1 - sequence.read for sequence in sequences]
         lengths = self.config.chunk_sizes
         length = next((length for length in lengths if length >= max(missing)), lengths[-1])
-        self._call_read(sequences, length)
-        for sequence, count in zip(sequences, missing, strict=True):
-            self.statistics.read_tokens += min(count, length)
-            sequence.read += min(count, length)
+        scores = jax.tree.map(np.asarray, self._call_read(sequences, length))
+        outputs = []
+        for row, (sequence, count) in enumerate(zip(sequences, missing, strict=True)):
+            first, count = sequence.read + 1, min(count, length)
+            self.statistics.read_tokens += count
+            sequence.read += count
+            if scores is not None and sequence.scores is not None:
+                wanted = range(max(first, sequence.request.score_from or 0), first + count)
+                sequence.scores += [scores.at((row, index - first), 1) for index in wanted]
             if not sequence.is_reading:
                 self._scheduler.finished_reading(sequence)
+                if sequence.scores is not None:
+                    outputs.append(self._scored(sequence, sequence.scores))
+        return outputs
 
-    def _call_read(self, sequences: list[Sequence], length: int) -> None:
+    def _scored(self, sequence: Sequence, scores: list[TokenLogprobs]) -> Output:
+        """Returns the scores of a prompt; ends the request if nothing is to be written."""
+        sequence.scores = None
+        finished: FinishReason | None = None if sequence.remaining else "length"
+        if finished:
+            self._end(sequence)
+        return Output(sequence.number, (), (), (), (), "", finished, tuple(scores))
+
+    def _call_read(self, sequences: list[Sequence], length: int) -> Scores | None:
         chunk = chunk_of(sequences, length, self.sizes)
-        self._pages, self._slots = programs.read_chunk(self._graph, self._weights, self._pages, self._slots, chunk)
+        self._pages, self._slots, scores = programs.read_chunk(
+            self._graph, self._weights, self._pages, self._slots, chunk, scored=self.config.score_prompts
+        )
+        return scores
 
     def _write(self, sequences: list[Sequence], steps: int) -> list[Output]:
         """Gives tokens to the sequences."""
@@ -284,7 +306,7 @@ class Engine:
                 if written.experts is not None:
                     experts.append(np.asarray(written.experts[step, row, at], np.int32))
                 if request.top_logprobs is not None:
-                    logprobs.append(_logprobs(written, (step, row, at), request.top_logprobs))
+                    logprobs.append(written.scores.at((step, row, at), request.top_logprobs))
                 if token in request.stop_tokens:
                     finished = "stop"
                 elif text is not None:
@@ -345,8 +367,3 @@ class Engine:
             if progress is not None:
                 progress(number, len(work), what)
             call()
-
-
-def _logprobs(written: programs.Written, index: tuple[int, int, int], top: int) -> TokenLogprobs:
-    tokens, values = written.top_tokens[index][:top].tolist(), written.top_logprobs[index][:top].tolist()
-    return TokenLogprobs(float(written.logprobs[index]), tuple(zip(tokens, values, strict=True)))
