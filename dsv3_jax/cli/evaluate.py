@@ -45,7 +45,8 @@ class EvaluateOptions:
       step: step of the checkpoint; the newest if not given.
       dtype: dtype of the weights in memory; bfloat16 takes half of the memory.
       details: folder that details.json and details.png are written to: bits per byte by domain and by position in the
-        context, and the experts that each two domains share. A table is printed too. With --tasks, tasks.json.
+        context, the experts that each two domains share, and the drafts accepted by depth and position when texts are
+        continued. Tables are printed too. With --tasks, tasks.json.
       tasks: names of tasks of lm-evaluation-harness, with commas between them.
       include_path: folder with task files of your own (YAML).
       limit: largest number of examples of each task; all if not given.
@@ -110,10 +111,11 @@ def main(argv: list[str]) -> int:
 
 
 def _details(loaded: LoadedRun, data: Data, folder: Path, title: str) -> str:
-    """Writes the results by domain and position as JSON and as a picture, and returns them as a table."""
+    """Writes results by domain, position and depth of draft as JSON and as a picture, and returns them as tables."""
     import json
 
     from dsv3_jax.evaluation.by_domain import evaluate_domains
+    from dsv3_jax.evaluation.domain_drafts import measure_domains
     from dsv3_jax.evaluation.picture import draw_domains
     from dsv3_jax.runs.folder import write_atomically, writing
 
@@ -126,11 +128,14 @@ def _details(loaded: LoadedRun, data: Data, folder: Path, title: str) -> str:
         begins_rows=data.begins_rows,
         chunk=loaded.saved.config.training.loss_chunk,
     )
+    drafts = measure_domains(loaded.model, data.tokenizer, data.documents("validation"), results.domains)
+    numbers = results.to_dict() | ({} if drafts is None else {"drafts": drafts.to_dict()})
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "details.json", json.dumps(results.to_dict()) + "\n")
-    write_atomically(folder / "details.png", draw_domains(results, title))
-    return f"{results.describe()}\nwritten to {folder}: details.json, details.png"
+    write_atomically(folder / "details.json", json.dumps(numbers) + "\n")
+    write_atomically(folder / "details.png", draw_domains(results, drafts, title))
+    tables = "\n".join(part.describe() for part in (results, drafts) if part is not None)
+    return f"{tables}\nwritten to {folder}: details.json, details.png"
 
 
 def _tasks(folder: Path, options: EvaluateOptions) -> int:
