@@ -86,8 +86,9 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Id of the token that a text without a context follows."""
-        return self._text.bos_id
+        """Id of the token that a text without a context follows: the published begin token, or as in training here."""
+        named = self._text.adds_bos or self._text.settings.bos_token is not None
+        return self._text.bos_id if named else self._text.eos_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -222,7 +223,7 @@ def evaluate_tasks(
     results: Any = simple_evaluate(
         model,
         tasks=list(tasks),
-        task_manager=_Tasks(include_path=None if include_path is None else str(include_path)),
+        task_manager=_task_manager(tasks, include_path),
         limit=limit,
         num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template,
@@ -234,6 +235,15 @@ def evaluate_tasks(
 def describe_tasks(results: dict[str, Any]) -> str:
     """Returns the harness's table of what `evaluate_tasks` returned, with a second one for groups of tasks."""
     return "\n".join(make_table(results, column) for column in ("results", "groups") if results.get(column))
+
+
+def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> _Tasks:
+    """Returns the tasks of a folder if all are there, else the harness's too, whose thousands of files take seconds."""
+    if include_path is not None:
+        own = _Tasks(include_path=str(include_path), include_defaults=False)
+        if all(own.match_tasks([name]) for name in tasks):
+            return own
+    return _Tasks(include_path=None if include_path is None else str(include_path))
 
 
 class _Tasks(TaskManager):

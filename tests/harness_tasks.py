@@ -7,7 +7,7 @@ from pathlib import Path
 
 QUESTIONS = [
     {"question": "def f(x):", "choices": [" return x", " class", " import os and sys"], "answer": 0},
-    {"question": "once upon a", "choices": [" time", " tree", ""], "answer": 1},
+    {"question": "once upon a", "choices": [" time", " tree", "s"], "answer": 1},
     {"question": "Ünï", "choices": ["code", " 数"], "answer": 1},
     {"question": "", "choices": ["yes", "no"], "answer": 0},
 ]
