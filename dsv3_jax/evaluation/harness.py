@@ -161,7 +161,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[Scored], disable_tqdm: bool = False, **_: Any
+        self, requests: Sequence[Scored], disable_tqdm: bool = False, **unused: Any
     ) -> list[tuple[float, bool]]:
         """Returns for each continuation its log-likelihood, and whether every token of it is the most likely one."""
         wanted = []
