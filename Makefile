@@ -75,10 +75,11 @@ test-aot: setup-dev setup-aot
 .venv-oracle/.installed: pyproject.toml
 	$(ORACLE_PYTHON) -m venv .venv-oracle
 	.venv-oracle/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
-	  'torch==2.13.0' 'transformers>=5.23' 'safetensors>=0.8' 'numpy>=2'
+	  'torch==2.13.0' 'transformers>=5.23' 'safetensors>=0.8' 'numpy>=2' 'lm-eval>=0.4.13' 'accelerate>=1'
 	@touch $@
 
 test-oracle: setup-dev .venv-oracle/.installed
+	$(PIP) -e '.[eval]'
 	$(BIN)/python -m pytest -q -m oracle tests/interop tests/oracle
 
 mutants: setup-dev

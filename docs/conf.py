@@ -10,6 +10,7 @@ html_theme = "furo"
 html_title = f"DSv3-JAX {version}"
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3
+autodoc_mock_imports = ["lm_eval", "tqdm"]  # of an extra that the manual does not need
 autodoc_typehints = "none"  # shapes of arrays are in the text of each docstring
 autodoc_member_order = "bysource"
 napoleon_google_docstring = True

@@ -115,22 +115,24 @@ def parse_more_options(
     return options, given
 
 
-def run_of(options: Options, seed: int, *, steps: int, **training: Any) -> RunConfig:
+def run_of(options: Options, seed: int, *, steps: int, data: DataConfig | None = None, **training: Any) -> RunConfig:
     """Returns the run configuration that an experiment varies: the scale's model on the corpus of three domains.
 
     Args:
       seed: seed of the initial weights and of the data.
       steps: optimizer steps at scale tiny; the other scales prescribe their own number.
+      data: other data than the corpus of three domains.
       training: changed fields of the TrainingConfig; `schedule={...}` changes fields of its schedule.
     """
     schedule = training.pop("schedule", {})
     common: dict[str, Any] = {"seed": seed, "sample_tokens": 0, "log_every": 50, "checkpoint_every": 0}
     if options.scale == "tiny":
+        data = data or _data(options, seed, 64, 128)
         plan = {"learning_rate": 3e-3, "warmup_until": 0.05, "constant_until": 0.6, "ramp_until": 0.0, "ramp_from": 1.0}
         return RunConfig(
             preset="tiny",
-            model=tiny_model(),
-            data=_data(options, seed, 64, 128),
+            model=tiny_model().replace(vocab_size=data.vocab_size),
+            data=data,
             training=TrainingConfig(
                 steps=options.steps or steps,
                 batch_size=8,
@@ -141,13 +143,13 @@ def run_of(options: Options, seed: int, *, steps: int, **training: Any) -> RunCo
         )
     preset = {"small": "nano", "1b": "1b"}[options.scale]
     run = default_run(preset)
-    length = run.data.sequence_length
+    data = data or _data(options, seed, run.data.sequence_length, 256)
     values = {"steps": options.steps or {"small": 2000, "1b": 5000}[options.scale], "checkpoint_every": 500}
     training = common | values | training
     return dataclasses.replace(
         run,
-        model=run.model.replace(vocab_size=BYTES),
-        data=_data(options, seed, length, 256),
+        model=run.model.replace(vocab_size=data.vocab_size),
+        data=data,
         training=dataclasses.replace(
             run.training, schedule=dataclasses.replace(run.training.schedule, **schedule), **training
         ),

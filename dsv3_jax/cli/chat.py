@@ -41,6 +41,14 @@ _READ = {
     "max_new_tokens": number(int, 1, 2**24),
     "seed": number(int, 0, LARGEST_SEED),
 }
+_TEXTS = {
+    "temperature": "divides the logits before a token is drawn",
+    "top_p": "draw from the fewest most likely tokens whose probabilities sum to at least this",
+    "top_k": "draw from the K most likely tokens",
+    "min_p": "draw from tokens of at least this times the probability of the most likely one",
+    "max_new_tokens": "most tokens of an answer",
+    "seed": "random seed of the draws",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -251,5 +259,5 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--system", help="text before the first message")
     for name, read in _READ.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=read, help="as /set changes it in the chat")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=read, help=f"{_TEXTS[name]}; /set changes it")
     return parser.parse_args(argv)

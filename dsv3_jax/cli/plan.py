@@ -40,7 +40,7 @@ class PlanOptions:
     """Options of `dsv3 plan`.
 
     Attributes:
-      preset: the model.
+      preset: name of the model, such as v3-671b.
       target: the cluster: h200:2048, v5p:16x16x8, local ...
       mesh: sizes of the mesh axes, such as stage=16,expert=64,data=2; the best mesh of --search unless given.
       sequence_length: tokens per sequence; 0 for the preset's.

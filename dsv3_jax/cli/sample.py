@@ -151,10 +151,15 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--least",
         type=number(float, -1e6, 1e6),
         default=1.0,
-        help="least reward of a right one (default: 1)",
+        help="least reward of a completion that counts as right (default: 1)",
     )
     parser.add_argument("--reward", help="sum of rewards, such as numeric+0.1*format (default: the problem's own)")
-    parser.add_argument("--split", choices=["train", "held-out"], default="train", help="of a task (default: train)")
+    parser.add_argument(
+        "--split",
+        choices=["train", "held-out"],
+        default="train",
+        help="problems of a task to train on, or those that are held out (default: train)",
+    )
     parser.add_argument("--operands", type=number(int, 2, 8), default=3, help="most numbers in a problem (default: 3)")
     parser.add_argument(
         "--largest", type=number(int, 2, 10**9), default=20, help="largest number in a problem (default: 20)"
@@ -163,10 +168,19 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--max-new-tokens", type=number(int, 1, 2**24), default=64, help="most tokens of a completion (default: 64)"
     )
     parser.add_argument(
-        "--temperature", type=number(float, 0, 1e6), default=1.0, help="divides the logits (default: 1)"
+        "--temperature",
+        type=number(float, 0, 1e6),
+        default=1.0,
+        help="divides the logits before a token is drawn (default: 1)",
     )
-    parser.add_argument("--top-p", type=number(float, 0, 1), help="probability to keep (default: all)")
-    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of problems and draws (default: 0)")
+    parser.add_argument(
+        "--top-p",
+        type=number(float, 0, 1),
+        help="draw from the fewest most likely tokens whose probabilities sum to at least this (default: from all)",
+    )
+    parser.add_argument(
+        "--seed", type=number(int, 0, 2**32 - 1), default=0, help="random seed of problems and draws (default: 0)"
+    )
     arguments = parser.parse_args(argv)
     if arguments.out.is_dir() or not arguments.out.parent.is_dir():
         raise UserError(f"--out {arguments.out} must be a file in a folder that exists")

@@ -86,7 +86,34 @@ class ChatTemplate:
           UserError: there is no message, a role is unknown, a content is not text, or the template refuses the
             messages.
         """
-        return self._tokens(self._render([(_checked(messages, self._control), True)])[0], []).ids
+        return self.ids(self.render(messages))
+
+    def render(self, messages: Sequence[Message], *, continued: bool = False) -> str:
+        """Returns a chat as text, up to where the model is to answer.
+
+        Names of control tokens in a message hold a mark, with which `ids` takes them for text.
+
+        Args:
+          continued: the text ends with the content of the last message, for the model to go on with it.
+
+        Raises:
+          UserError: as of `prompt`.
+        """
+        chat = _checked(messages, self._control)
+        (text,) = self._render([(chat, not continued)])
+        if not continued:
+            return text
+        last = chat[-1]["content"].strip()
+        end = text.rfind(last)
+        if end < 0:
+            raise UserError(
+                "the chat template does not write the last message as it is, so that none can go on with it"
+            )
+        return text[: end + len(last)]
+
+    def ids(self, text: str) -> list[int]:
+        """Returns the ids of what `render` returned, with any text after it."""
+        return self._tokens(text, []).ids
 
     def encode(self, messages: Sequence[Message]) -> ChatTokens:
         """Returns the tokens of a whole chat, and which of them the assistant wrote.

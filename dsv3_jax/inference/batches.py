@@ -27,6 +27,7 @@ def chunk_of(sequences: SequenceOf[Sequence], length: int, sizes: Sizes) -> Chun
         "tokens": np.zeros((rows, length), np.int32),
         "next_tokens": np.zeros((rows, length), np.int32),
         "positions": np.full((rows, length), -1, np.int32),
+        "wants_logprobs": np.zeros(rows, bool),
         **_places(sequences, rows, sizes),
     }
     for row, sequence in enumerate(sequences):
@@ -34,6 +35,7 @@ def chunk_of(sequences: SequenceOf[Sequence], length: int, sizes: Sizes) -> Chun
         arrays["tokens"][row, : stop - start] = sequence.tokens[start:stop]
         arrays["next_tokens"][row, : stop - start] = sequence.tokens[start + 1 : stop + 1]
         arrays["positions"][row, : stop - start] = range(start, stop)
+        arrays["wants_logprobs"][row] = sequence.request.score_from is not None
     return Chunk(**arrays)
 
 

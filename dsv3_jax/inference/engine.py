@@ -31,6 +31,7 @@ from dsv3_jax.inference.redundancy import OwnModel
 from dsv3_jax.inference.requests import FinishReason, Output, Request, Result, TokenLogprobs
 from dsv3_jax.inference.sampling import Sampler
 from dsv3_jax.inference.scheduler import Scheduler, Sequence
+from dsv3_jax.inference.scores import Scores
 from dsv3_jax.inference.stopping import StopStrings
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.sharding.moved_model import on_devices
@@ -162,11 +163,14 @@ class Engine:
             )
         if (request.top_logprobs or 0) > min(self.config.top_logprobs, self.model_config.vocab_size):
             raise UserError(f"top_logprobs must be at most {self.config.top_logprobs}, not {request.top_logprobs}")
+        if request.score_from is not None and not self.config.score_prompts:
+            raise UserError("score_from needs an engine with score_prompts")
         if request.stop_strings and self._to_bytes is None:
             raise UserError("stop strings need an engine with a tokenizer (to_bytes); give stop_tokens instead")
         number = self._next_number
         self._next_number += 1
-        sequence = Sequence(number, request, list(request.prompt))
+        scores = None if request.score_from is None else []
+        sequence = Sequence(number, request, list(request.prompt), scores=scores)
         self._sequences[number] = sequence
         if self._to_bytes is not None:
             self._texts[number] = StopStrings(self._to_bytes, request.stop_strings)
@@ -209,7 +213,7 @@ class Engine:
 
     def step(self) -> list[Output]:
         """Admits requests, reads a chunk of prompts, gives tokens to all whose prompt is read; returns what is new."""
-        steps = self.config.steps
+        steps, outputs = self.config.steps, list[Output]()
         if self.prefill is not None:
             for arrived in self.prefill.step(self._scheduler):
                 self._receive(arrived.sequence, arrived.pieces)
@@ -219,12 +223,12 @@ class Engine:
                 self._prepare_slot(sequence)
             reading = self._scheduler.to_read(self.sizes.chunk_rows)
             if reading:
-                self._read(reading)
+                outputs = self._read(reading)
             steps = 1 if self._scheduler.to_read(1) else steps
         rows, steps = self._scheduler.to_write(steps)
         self.statistics.preemptions = self._scheduler.preemptions
         self.statistics.reused_tokens = self.schedulers[0].reused_tokens
-        return self._write(rows, steps) if rows else []
+        return outputs + (self._write(rows, steps) if rows else [])
 
     def _prepare_slot(self, sequence: Sequence) -> None:
         request = sequence.request
@@ -239,15 +243,35 @@ class Engine:
         sequence.read = len(sequence.tokens) - 1
         self._prepare_slot(sequence)
 
-    def _read(self, sequences: list[Sequence]) -> None:
-        """Reads one chunk of each sequence's prompt."""
-        length = chunk_length(sequences, self.config.chunk_sizes)
-        self._call_read(sequences, length)
+    def _read(self, sequences: list[Sequence]) -> list[Output]:
+        """Reads one chunk of each sequence's prompt; returns the scores of prompts that are read now."""
+        length, starts = chunk_length(sequences, self.config.chunk_sizes), [sequence.read for sequence in sequences]
+        scores = jax.tree.map(np.asarray, self._call_read(sequences, length))
         self.statistics.read_tokens += self._scheduler.have_read(sequences, length)
+        outputs = []
+        for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+            if scores is None or sequence.scores is None:
+                continue
+            wanted = range(max(start + 1, sequence.request.score_from or 0), sequence.read + 1)
+            sequence.scores += [scores.at((row, index - start - 1), 1) for index in wanted]
+            if not sequence.is_reading:
+                outputs.append(self._scored(sequence, sequence.scores))
+        return outputs
 
-    def _call_read(self, sequences: list[Sequence], length: int) -> None:
+    def _scored(self, sequence: Sequence, scores: list[TokenLogprobs]) -> Output:
+        """Returns the scores of a prompt; ends the request if nothing is to be written."""
+        sequence.scores = None
+        finished: FinishReason | None = None if sequence.remaining else "length"
+        if finished:
+            self._end(sequence)
+        return Output(sequence.number, (), (), (), (), "", finished, tuple(scores))
+
+    def _call_read(self, sequences: list[Sequence], length: int) -> Scores | None:
         chunk = chunk_of(sequences, length, self.sizes)
-        self._pages, self._slots = programs.read_chunk(self._graph, self._weights, self._pages, self._slots, chunk)
+        self._pages, self._slots, scores = programs.read_chunk(
+            self._graph, self._weights, self._pages, self._slots, chunk, scored=self.config.score_prompts
+        )
+        return scores
 
     def _write(self, sequences: list[Sequence], steps: int) -> list[Output]:
         """Gives tokens to the sequences."""
@@ -291,7 +315,7 @@ class Engine:
                 if written.experts is not None:
                     experts.append(np.asarray(written.experts[step, row, at], np.int32))
                 if request.top_logprobs is not None:
-                    logprobs.append(_logprobs(written, (step, row, at), request.top_logprobs))
+                    logprobs.append(written.scores.at((step, row, at), request.top_logprobs))
                 if token in request.stop_tokens:
                     finished = "stop"
                 elif text is not None:
@@ -358,8 +382,3 @@ class Engine:
             if progress is not None:
                 progress(number, len(work), what)
             call()
-
-
-def _logprobs(written: programs.Written, index: tuple[int, int, int], top: int) -> TokenLogprobs:
-    tokens, values = written.top_tokens[index][:top].tolist(), written.top_logprobs[index][:top].tolist()
-    return TokenLogprobs(float(written.logprobs[index]), tuple(zip(tokens, values, strict=True)))

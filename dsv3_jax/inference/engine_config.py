@@ -30,6 +30,7 @@ class EngineConfig:
       steps: decoding steps between two visits to the host, when no prompt is waiting to be read.
       drafts: tokens that the MTP module drafts per step; 0 for none, None for 1 if the model can.
       top_logprobs: most likely tokens that a request may ask for.
+      score_prompts: whether requests may ask for log-probabilities of their prompt's tokens (`Request.score_from`).
       reuse_prefixes: whether requests with equal beginnings share the pages of it.
       record_experts: whether outputs say which experts each token chose. The cache keeps them for shared beginnings.
       int8_weights: whether the engine keeps the weights of products in int8, a quarter of float32's memory, and
@@ -52,6 +53,7 @@ class EngineConfig:
     steps: int = 8
     drafts: int | None = None
     top_logprobs: int = 20
+    score_prompts: bool = False
     reuse_prefixes: bool = True
     record_experts: bool = False
     int8_weights: bool = False
@@ -73,6 +75,8 @@ class EngineConfig:
             raise ConfigError(f"engine.redundant_experts must be 0 or more, not {self.redundant_experts}")
         if self.cache_tokens is not None and self.cache_memory is not None:
             raise ConfigError("engine.cache_tokens and engine.cache_memory exclude each other; give one")
+        if self.sets is not None and self.score_prompts:
+            raise ConfigError("engine.score_prompts needs one set of devices; leave out engine.sets")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -129,7 +129,9 @@ class PrefillSet:
     def call_read(self, sequences: list[Sequence], length: int) -> None:
         """Dispatches the next `length` tokens of each sequence's prompt."""
         chunk = chunk_of(sequences, length, self.sizes)
-        self._pages, self._slots = programs.read_chunk(self._graph, self._weights, self._pages, self._slots, chunk)
+        self._pages, self._slots, _ = programs.read_chunk(
+            self._graph, self._weights, self._pages, self._slots, chunk, scored=False
+        )
         self._loads.append(_copy_of(self._devices, self._slots.load))
 
     def nothing(self) -> Piece:

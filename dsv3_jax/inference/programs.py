@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.sampling import SamplerRows, TextSoFar, adjust, choose, draw_keys
+from dsv3_jax.inference.scores import Scores
 from dsv3_jax.inference.speculation import DRAFT, TOKEN, check_draft
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.paged_cache import PagedCache, Pages
@@ -60,6 +61,7 @@ class Chunk:
     Attributes:
       tokens, positions: ids and their positions; -1 at padding.
       next_tokens: the token after each, which the MTP module reads with its hidden state.
+      wants_logprobs: whether log-probabilities of the next tokens are reported.
       table: pages of each sequence.
       slot: of each sequence; the number of slots where a row is padding.
     """
@@ -67,6 +69,7 @@ class Chunk:
     tokens: Int[Array, "B C"]
     next_tokens: Int[Array, "B C"]
     positions: Int[Array, "B C"]
+    wants_logprobs: Bool[Array, " B"]
     table: Int[Array, "B N"]
     slot: Int[Array, " B"]
 
@@ -107,22 +110,25 @@ class Written:
       count: number of them; 0 where the row had ended.
       accepted: how many of them, from the first, are accepted drafts.
       experts: int16, the experts that the token before each chose; None unless the pages record them.
-      logprobs: log-probabilities of the tokens.
-      top_tokens, top_logprobs: the most likely tokens at their positions.
+      scores: log-probabilities of the tokens, and of the most likely ones at their positions.
     """
 
     tokens: Int[Array, "steps B W"]
     count: Int[Array, "steps B"]
     accepted: Int[Array, "steps B"]
     experts: Int[Array, "steps B W layers K"] | None
-    logprobs: Float[Array, "steps B W"]
-    top_tokens: Int[Array, "steps B W top"]
-    top_logprobs: Float[Array, "steps B W top"]
+    scores: Scores  # positions: steps, B, W
 
 
-@functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("pages", "slots"))
-def read_chunk(graph: Any, weights: Any, pages: Pages, slots: Slots, chunk: Chunk) -> tuple[Pages, Slots]:
-    """Reads chunks of prompts into their pages; hidden states of the last tokens go to the slots."""
+@functools.partial(jax.jit, static_argnames=("graph", "scored"), donate_argnames=("pages", "slots"))
+def read_chunk(
+    graph: Any, weights: Any, pages: Pages, slots: Slots, chunk: Chunk, *, scored: bool
+) -> tuple[Pages, Slots, Scores | None]:
+    """Reads chunks of prompts into their pages; hidden states of the last tokens go to the slots.
+
+    Args:
+      scored: return the scores of the next tokens, with the most likely one; else None.
+    """
     model: DeepSeekV3 = nnx.merge(graph, weights)
     read = model.decode(chunk.tokens, PagedCache(pages, chunk.table), chunk.positions)
     cache, hidden = read.cache.with_experts(chunk.positions, read.experts), slots.hidden
@@ -135,7 +141,10 @@ def read_chunk(graph: Any, weights: Any, pages: Pages, slots: Slots, chunk: Chun
         newest = jnp.take_along_axis(read.hidden, jnp.maximum(last, 0)[:, None, None], axis=1)[:, 0]
         hidden = hidden.at[chunk.slot, -1].set(newest.astype(hidden.dtype), mode="drop")
     slots = dataclasses.replace(slots, hidden=hidden, load=slots.load + load)
-    return model.devices.replicated((cache.pages, slots))
+    scores = None
+    if scored:
+        scores = Scores.of(model.next_logits(read.hidden), chunk.next_tokens, 1, chunk.wants_logprobs)
+    return model.devices.replicated((cache.pages, slots, scores))
 
 
 @jax.jit
@@ -180,9 +189,7 @@ def write_tokens(
         count=jnp.zeros(shape[:2], jnp.int32),
         accepted=jnp.zeros(shape[:2], jnp.int32),
         experts=recorded,
-        logprobs=jnp.zeros(shape, jnp.float32),
-        top_tokens=jnp.zeros((*shape, min(top, vocabulary)), jnp.int32),
-        top_logprobs=jnp.zeros((*shape, min(top, vocabulary)), jnp.float32),
+        scores=Scores.zeros(shape, min(top, vocabulary)),
     )
     state = _State(jnp.zeros((), jnp.int32), running, pages, text, hidden, slots.load, written)
     state = lax.while_loop(
@@ -318,19 +325,11 @@ def _record(
 ) -> Written:
     written, step = state.written, state.step
 
-    def scores(_: None) -> tuple[Array, Array, Array]:
-        logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-        own = jnp.take_along_axis(logprobs, chosen[..., None], axis=-1)[..., 0]
-        best, tokens = lax.top_k(logprobs, written.top_tokens.shape[-1])
-        return own, tokens.astype(jnp.int32), best
-
-    def none(_: None) -> tuple[Array, Array, Array]:
-        return tuple(jnp.zeros_like(x[0]) for x in (written.logprobs, written.top_tokens, written.top_logprobs))  # pyright: ignore[reportReturnType]
-
-    own, tokens, best = lax.cond(jnp.any(state.running.wants_logprobs), scores, none, None)
+    top = written.scores.top_tokens.shape[-1]
+    scores = Scores.of(logits, chosen, top, state.running.wants_logprobs)
     if written.experts is not None and experts is not None:
         experts = jnp.moveaxis(experts, 0, 2).astype(written.experts.dtype)
     else:
         experts = None
-    new = Written(chosen, count, accepted, experts, own, tokens, best)
+    new = Written(chosen, count, accepted, experts, scores)
     return jax.tree.map(lambda all_, one: lax.dynamic_update_index_in_dim(all_, one, step, 0), written, new)

@@ -28,6 +28,8 @@ class Request:
       stop_strings: the text ends before one of these, wherever tokens begin and end. The engine needs a `to_bytes`.
       top_logprobs: number of most likely tokens to report at each position besides the chosen one; None reports
         no log-probabilities.
+      score_from: index, from 1, of the first token of the prompt whose log-probability is reported, up to the prompt's
+        end; None reports none. `max_new_tokens` may then be 0. The engine needs `score_prompts`.
     """
 
     prompt: tuple[int, ...]
@@ -37,6 +39,7 @@ class Request:
     stop_tokens: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    score_from: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**64:
@@ -52,11 +55,15 @@ class Request:
         Raises:
           UserError: it cannot; the message calls the prompt `name`.
         """
-        length = len(self.prompt)
-        if self.max_new_tokens < 1:
+        length, only_scored = len(self.prompt), self.score_from is not None and self.max_new_tokens == 0
+        if self.max_new_tokens < 1 and not only_scored:
             raise UserError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
         if length < 1:
             raise UserError(f"{name} is empty; give at least one token")
+        if self.score_from is not None and not 1 <= self.score_from < length:
+            raise UserError(f"score_from must be at least 1 and less than {length}, the number of tokens of {name}")
+        if only_scored:
+            context += 1  # the last token is predicted, but not read
         if length > context:
             raise UserError(f"{name} has {length} tokens but the model's context is {context}; shorten the prompt")
         if length + self.max_new_tokens > context:
@@ -74,11 +81,11 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural log-probabilities of one written token, by the model's own distribution: the softmax of its logits.
+    """Natural log-probabilities of a token, written or of a prompt, by the model's own distribution.
 
-    Temperature, top-k, top-p, min-p, penalties and logit bias have no part in it. A request with `Sampler()`, that is
-    temperature 1 and nothing else, draws from this distribution, with drafts too: `logprob` is then the log-probability
-    with which the token was drawn, as a policy gradient needs it.
+    That is the softmax of its logits. Temperature, top-k, top-p, min-p, penalties and logit bias have no part in it. A
+    request with `Sampler()`, that is temperature 1 and nothing else, draws from this distribution, with drafts too:
+    `logprob` is then the log-probability with which the token was drawn, as a policy gradient needs it.
 
     Attributes:
       logprob: of the token.
@@ -104,6 +111,8 @@ class Output:
       text: the new text, if the engine has a `to_bytes`. Text that may be the start of a stop string, or of a character
         that is not complete, comes with a later output.
       finished: why the request has ended; None if it has not.
+      prompt_logprobs: for each token of the prompt from `Request.score_from` on, with the most likely token at its
+        position. They come in one output, when the prompt has been read.
     """
 
     request_id: int
@@ -113,6 +122,7 @@ class Output:
     logprobs: tuple[TokenLogprobs, ...]
     text: str
     finished: FinishReason | None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclasses.dataclass
@@ -128,6 +138,7 @@ class Result:
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     text: str = ""
     finished: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
 
     def add(self, output: Output) -> None:
         """Appends an output."""
@@ -137,3 +148,4 @@ class Result:
         self.logprobs += output.logprobs
         self.text += output.text
         self.finished = output.finished
+        self.prompt_logprobs += output.prompt_logprobs

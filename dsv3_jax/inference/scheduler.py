@@ -11,7 +11,7 @@ import dataclasses
 from collections import deque
 
 from dsv3_jax.inference.pages import PageAllocator
-from dsv3_jax.inference.requests import Request
+from dsv3_jax.inference.requests import Request, TokenLogprobs
 
 
 @dataclasses.dataclass(eq=False)
@@ -25,6 +25,7 @@ class Sequence:
       pages: the pages it holds, in the order of positions.
       read: number of tokens that are in the cache. All but the last are before the request gets tokens.
       valid: number of last tokens that the MTP module has not read with the main model's hidden states.
+      scores: those of the prompt's tokens that have been read; None if they are not wanted or have been reported.
     """
 
     number: int
@@ -34,6 +35,7 @@ class Sequence:
     pages: list[int] = dataclasses.field(default_factory=list)
     read: int = 0
     valid: int = 0
+    scores: list[TokenLogprobs] | None = None
 
     @property
     def is_reading(self) -> bool:
@@ -84,8 +86,11 @@ class Scheduler:
         while self.waiting and self._free_slots:
             sequence = self.waiting[0]
             known = sequence.tokens[:-1]
-            shared = self.allocator.share(known) if self._reuse else []
-            own = self.allocator.allocate(self._pages_for(len(sequence.tokens)) - len(shared))
+            # A token has a score if the one before it is read, not shared.
+            shareable = known if sequence.scores is None else known[: (sequence.request.score_from or 1) - 1]
+            shared = self.allocator.share(shareable) if self._reuse else []
+            needed = self._pages_for(min(len(sequence.tokens), sequence.final_length - 1))
+            own = self.allocator.allocate(needed - len(shared))
             if own is None:
                 self.allocator.release(shared)
                 break
@@ -167,6 +172,7 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         self.allocator.release(sequence.pages)
         sequence.slot, sequence.pages, sequence.read = -1, [], 0
+        sequence.scores = None if sequence.scores is None else []
 
     def _publish(self, sequence: Sequence) -> None:
         if not self._reuse:

@@ -91,7 +91,12 @@ def test_the_command_writes_table_json_and_picture(tmp_path: Path, capsys: pytes
     printed = capsys.readouterr()
     assert json.loads(printed.out)["step"] == 0
     assert "experts shared" in printed.err
+    assert "drafts accepted  depth 1  depth 2  tokens a step" in printed.err
     content = json.loads((details / "details.json").read_text())
     assert content["domains"] == ["txt"]
     assert content["overlap"] == [[pytest.approx(1.0)]]
+    offered, accepted = (np.array(content["drafts"]["txt"][name]) for name in ("offered", "accepted"))
+    assert offered.shape == accepted.shape
+    assert offered[0, 0] > 0
+    assert (accepted <= offered).all()
     assert (details / "details.png").read_bytes().startswith(b"\x89PNG")

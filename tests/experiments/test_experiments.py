@@ -19,7 +19,7 @@ import pytest
 from dsv3_jax.post_training.rewards import numeric
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-TRAINING = ("fp8_vs_bf16", "mtp_ablation", "balance_ablation", "expert_specialisation", "long_context")
+TRAINING = ("fp8_vs_bf16", "mtp_ablation", "balance_ablation", "expert_specialisation", "long_context", "moe_vs_dense")
 
 
 @pytest.fixture
@@ -111,6 +111,41 @@ def test_a_finished_arm_is_read_not_run(load, tmp_path: Path, monkeypatch: pytes
     result = ablation.run_arm(config, folder)
     assert result.steps == [1, 2]
     assert result.validation_loss == 1.5
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "1b"])
+def test_dense_models_match_the_mixture(load, scale: str):
+    script = load("moe_vs_dense")
+    mixture, compute, memory = script.models_of(scale).values()
+    _, data = script.mixture_and_data(scale)
+    unit = 3 * mixture.hidden_size * mixture.num_hidden_layers  # parameters of a wider feed-forward network
+    operations = [script.count_flops(model, data.sequence_length).forward for model in (mixture, compute)]
+    assert abs(operations[0] - operations[1]) <= unit  # half a unit of width, two operations a parameter
+    assert abs(mixture.num_parameters() - memory.num_parameters()) <= unit / 2
+    for model in (compute, memory):
+        assert model.num_parameters(mtp=True) == model.num_active_parameters()
+        changed = {"first_k_dense_replace", "intermediate_size"}
+        fields = model.to_dict().items()
+        assert {name for name, value in fields if value != mixture.to_dict()[name]} == changed
+
+
+def test_mixture_and_dense_are_compared_seed_by_seed(load, tmp_path: Path):
+    script = load("moe_vs_dense")
+    bits = {script.MOE: (2.0, 2.5), script.COMPUTE: (2.25, 2.75), script.MEMORY: (1.75, 2.75)}
+    for name, values in bits.items():
+        for seed, value in enumerate(values):
+            folder = tmp_path / "runs" / f"{name.replace(' ', '_')}-{seed}"
+            folder.mkdir(parents=True)
+            (folder / "summary.json").write_text(json.dumps({"validation": {"main": {"bits_per_byte": value}}}))
+            record = {"step": 1, "main_loss": value, "max_violation": 0.0}
+            (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    script.main(["--seeds", "0", "1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out" / "moe_vs_dense.json").read_text())
+    assert found["arms"][script.COMPUTE]["more_than_mixture"]["values"] == [0.25, 0.25]
+    assert found["arms"][script.MEMORY]["more_than_mixture"]["values"] == [-0.25, 0.25]
+    assert "needs +0.2500 ± 0.0000 bits more" in found["verdict"]
+    assert "+0.0000 ± 0.3536 (within the noise of the seeds)" in found["verdict"]
+    assert (tmp_path / "out" / "moe_vs_dense.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", [*TRAINING, "memory"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def test_form(path: Path) -> None:
     cells = read(path)
     assert sum(map(is_parameters, cells)) == 1
     code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert re.search(r"two\s+(CPU\s+)?cores", source(cells[0])), "it does not say how long it takes"
+    assert 'find_spec("dsv3_jax") is None' in "".join(map(source, code[:2])), "the package is not installed first"
     counts = [cell["execution_count"] for cell in code]
     if any(cell["outputs"] for cell in code) or any(counts):
         assert counts == list(range(1, len(code) + 1)), "outputs are not of one run from top to bottom"
