@@ -31,7 +31,7 @@ def main() -> int:
     def report(**line: Any) -> None:
         lines.write(json.dumps(line, default=float) + "\n")
 
-    listeners.append(lambda what: report(kind=what))
+    listeners.append(lambda what, **numbers: report(kind=what, **numbers))
     with contextlib.ExitStack() as stack:
         if request.get("interpret"):
             stack.enter_context(interpreted_kernels())
