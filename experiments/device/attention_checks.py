@@ -15,6 +15,7 @@ from cases import BFLOAT16, Case, error_case, normal
 
 import pallas_kernels as pk
 from pallas_kernels.latent_attention import hopper_forward
+from pallas_kernels.latent_attention.operands import Operands
 
 # Weights are rounded to bfloat16 before they multiply the values, and the result is rounded once more.
 ATTENDED = 2 * BFLOAT16
@@ -106,7 +107,7 @@ def forward(
     name = f"forward {batch} x {length}, {heads} heads, {own} + {shared} and {value}, {segments} segments"
     return error_case(
         name + ", causal" * causal,
-        lambda *x: by_head(*hopper_forward.forward(*x, scale, causal)),
+        lambda *x: by_head(*hopper_forward.forward(Operands(*x), scale, causal)),
         inputs,
         lambda: attention(*inputs, scale=scale, causal=causal)[:2],
         (ATTENDED, LOG_SUMS),

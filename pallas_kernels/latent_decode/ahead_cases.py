@@ -1,4 +1,4 @@
-"""Lists what of this operation is compiled ahead: V3's widths, few and many heads, small and large pages, an FP8 cache."""
+"""Lists what of this operation is compiled ahead: V3's widths, few and many heads, small and large pages, FP8."""
 
 from __future__ import annotations
 
