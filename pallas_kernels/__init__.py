@@ -8,7 +8,7 @@ from pallas_kernels.grouped_matmul import (
     preferred_row_alignment,
 )
 from pallas_kernels.latent_attention import has_attention_kernel, latent_attention
-from pallas_kernels.latent_decode import latent_decode
+from pallas_kernels.latent_decode import has_decode_kernel, latent_decode
 from pallas_kernels.quantize import (
     PROMOTION_INTERVAL,
     TILE,
@@ -35,6 +35,7 @@ __all__ = [
     "grouped_matmul",
     "grouped_weight_gradient",
     "has_attention_kernel",
+    "has_decode_kernel",
     "latent_attention",
     "latent_decode",
     "masked_grouped_matmul",

@@ -3,6 +3,8 @@
 The softmax is computed in one pass over the blocks: a running maximum, a running sum and a running weighted sum of
 latents. A block in which a row sees nothing leaves its three numbers as they are, bit for bit. A row's result therefore
 does not depend on how many blocks other rows of the batch need.
+
+Where there is a kernel for the device, `pallas_kernels.latent_decode` reads the pages of a `PagedCache` in place.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from dsv3_jax.modules.latent_cache import LatentCache
 from dsv3_jax.modules.ordered_sum import ordered_sum
+from dsv3_jax.modules.paged_cache import PagedCache
 
 _LOWEST = -1e30  # the maximum before the first logit; finite, so that differences of maxima are never NaN
 
@@ -26,6 +30,7 @@ def attend_to_cache(
     *,
     first: int,
     scale: float,
+    by_kernel: bool,
 ) -> Float[Array, "B T H kv_rank"]:
     """Returns softmax(scale * (q c + q^R k^R)) c over the cached latents c of each query's own sequence.
 
@@ -34,10 +39,20 @@ def attend_to_cache(
       rope_queries: rotated q^R.
       positions: a query at position p sees entries `first` .. p; one at -1 sees none and gets zeros.
       scale: multiplier of the logits.
+      by_kernel: whether a kernel may compute it, which XLA cannot divide over the devices of a mesh.
 
     Returns:
       Weighted sums of latents, in the dtype of `queries`. Logits, maxima and sums are at least float32.
     """
+    # No GPU has run the kernel with FP8 entries yet.
+    if by_kernel and first == 0 and isinstance(cache, PagedCache) and cache.pages.scale is None:
+        latents, rope_keys = (_of_all_layers(entries) for entries in (cache.pages.latent, cache.pages.rope_key))
+        same = latents.dtype == rope_keys.dtype == queries.dtype
+        if same and pallas_kernels.has_decode_kernel(queries, rope_queries, latents):
+            table = cache.table + layer * cache.pages.count
+            return pallas_kernels.latent_decode(
+                queries, rope_queries, latents, rope_keys, table, positions, scale=scale
+            )
     dtype = queries.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     batch, _, heads, rank = queries.shape
@@ -76,3 +91,8 @@ def attend_to_cache(
         state = lax.fori_loop(0, needed, add_block, state)
     _, total, gathered = state
     return (gathered / jnp.where(total > 0, total, 1)[..., None]).astype(dtype).reshape(queries.shape)
+
+
+def _of_all_layers(entries: Float[Array, "L P page w"]) -> Float[Array, "LP page w"]:
+    """Returns the pages of all layers one after the other, so that no layer is copied out of the stack."""
+    return entries.reshape(-1, *entries.shape[2:])

@@ -132,7 +132,14 @@ class LatentAttention(nnx.Module):
         absorbed = jnp.einsum("bthn,hnr->bthr", query, key_up)
         with jax.named_scope("attention_core"):
             gathered = attend_to_cache(
-                absorbed, query_rope, cache, layer, positions, first=first, scale=softmax_scale(self.config)
+                absorbed,
+                query_rope,
+                cache,
+                layer,
+                positions,
+                first=first,
+                scale=softmax_scale(self.config),
+                by_kernel=isinstance(self.devices, OneDevice),
             )
         # Transposed, because XLA's CPU backend adds in another order for few tokens where r is last in both operands.
         value_up = lax.optimization_barrier(value_up.transpose(0, 2, 1))

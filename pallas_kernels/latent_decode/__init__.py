@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.device import Implementation, choose_implementation, kernel_module
 from pallas_kernels.latent_decode.operands import Operands
 
-__all__ = ["latent_decode"]
+__all__ = ["has_decode_kernel", "latent_decode"]
 
 
 @jax.named_scope("latent_decode")
@@ -48,16 +48,23 @@ def latent_decode(
     """
     x = Operands(q_latent, q_rope, latents, rope_keys, table, positions, scales)
     _check(x, scale)
-    name = choose_implementation(implementation, ("reference", "hopper", "tpu") if _fits(x) else ("reference", "tpu"))
+    name = choose_implementation(implementation, _available(q_latent, q_rope, latents))
     return kernel_module("latent_decode", name).decode(x, float(scale))
 
 
-def _fits(x: Operands) -> bool:
-    """Returns whether the kernel on Hopper can take the operands."""
-    page, width = x.latents.shape[1:]
+def has_decode_kernel(
+    q_latent: Float[Array, "B T H c"], q_rope: Float[Array, "B T H r"], latents: Float[Array, "P page c"]
+) -> bool:
+    """Returns whether `latent_decode` runs a kernel for such operands where the program being traced will run."""
+    return choose_implementation(None, _available(q_latent, q_rope, latents)) != "reference"
+
+
+def _available(q_latent, q_rope, latents) -> tuple[Implementation, ...]:
+    page, width = latents.shape[1:]
     fits = page in (8, 16, 32) or page % 64 == 0
-    fits = fits and width % (32 if x.scales is None else 64) == 0 and width <= 512 and x.q_rope.shape[-1] % 16 == 0
-    return fits and x.q_latent.dtype == jnp.bfloat16
+    fits = fits and width % (32 if latents.dtype == q_latent.dtype else 64) == 0 and width <= 512
+    fits = fits and q_rope.shape[-1] % 16 == 0 and q_latent.dtype == jnp.bfloat16
+    return ("reference", "hopper", "tpu") if fits else ("reference", "tpu")
 
 
 def _check(x: Operands, scale: float) -> None:

@@ -144,13 +144,17 @@ def scales_struct(contraction: int, others: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((pl.cdiv(contraction, TILE), others + -others % TILE), jnp.float32)
 
 
-def launch(kernel, name: str, shape: tuple[int, ...], out_types, scratch: dict[str, Any], interpret, columns=TILE):
-    """Returns a launch of `kernel` over a grid of tiles: one warpgroup per block, as many blocks as memory allows.
-
-    Args:
-      columns: those of a tile, which has 128 rows.
-    """
-    tiles = pl.cdiv(shape[0], TILE), pl.cdiv(shape[1], columns)
+def launch(
+    kernel,
+    name: str,
+    shape: tuple[int, ...],
+    out_types,
+    scratch: dict[str, Any],
+    interpret,
+    tile: tuple[int, int] = (TILE, TILE),
+):
+    """Returns a launch of `kernel` over a grid of tiles: one warpgroup per block, as many blocks as memory allows."""
+    tiles = pl.cdiv(shape[0], tile[0]), pl.cdiv(shape[1], tile[1])
     used = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(scratch) if isinstance(s, pl.MemoryRef))
     together = min(SHARED_MEMORY_BYTES // (used + 3072), _MAX_BLOCKS)
     blocks = min(tiles[0] * tiles[1], multiprocessors() * together)

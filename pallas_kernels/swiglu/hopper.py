@@ -1,6 +1,6 @@
 """SwiGLU with the quantization around it on Hopper, in Mosaic GPU: a block per tile, as in `quantize/hopper.py`.
 
-The backward pass has tiles of 128 rows and 64 columns, so that two blocks fit a multiprocessor. The activation is
+Tiles have 64 rows forward and 64 columns backward, so that two blocks or more fit a multiprocessor. The activation is
 transposed through shared memory in 16 bits, which ldmatrix takes.
 """
 
@@ -34,7 +34,7 @@ def quantize_swiglu(
     width = both // 2
 
     def written():
-        return tile_smem(E4M3, width), plgpu.SMEM((TILE,), jnp.float32)
+        return tile_smem(E4M3, width, rows=HALF), plgpu.SMEM((HALF,), jnp.float32)
 
     hidden, hidden_scales, kept, kept_scales = launch(
         functools.partial(_forward_kernel, width=width, power_of_two=power_of_two_scales),
@@ -47,14 +47,15 @@ def quantize_swiglu(
             scales_struct(both, rows),
         ],
         {
-            "gate_smem": tile_smem(x.dtype, width),
-            "up_smem": tile_smem(x.dtype, width),
+            "gate_smem": tile_smem(x.dtype, width, rows=HALF),
+            "up_smem": tile_smem(x.dtype, width, rows=HALF),
             "hidden_smem": written(),
             "kept_gate_smem": written(),
             "kept_up_smem": written(),
             "arrived": plgpu.Barrier(num_arrivals=2),
         },
         interpret,
+        tile=(HALF, TILE),
     )(x)
     return (
         Quantized(cut(hidden, m, width), cut(hidden_scales, width // TILE, m).T, "1x128"),
@@ -94,7 +95,7 @@ def swiglu_gradient(
             "arrived": plgpu.Barrier(num_arrivals=5),
         },
         interpret,
-        columns=HALF,
+        tile=(TILE, HALF),
     )(values, pad_to(gate_up.scales.T, TILE), gradient)
     columns = Quantized(cut(columns, width, m), cut(column_scales, column_scales.shape[0], width).T, "1x128")
     return cut(bars, m, 2 * width), columns
@@ -107,21 +108,17 @@ def _forward_kernel(
     @plgpu.nd_loop(tiles, collective_axes="blocks")
     def _(loop):
         i, j = loop.index
-        rows, own, other = pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE), pl.ds(width + j * TILE, TILE)
+        rows, own, other = pl.ds(i * HALF, HALF), pl.ds(j * TILE, TILE), pl.ds(width + j * TILE, TILE)
         plgpu.copy_gmem_to_smem(x.at[rows, own], gate_smem, arrived)
         plgpu.copy_gmem_to_smem(x.at[rows, other], up_smem, arrived)
         plgpu.barrier_wait(arrived)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for start in (0, HALF):
-            half = pl.ds(start, HALF)
-            wide = []
-            for source, (values, scales) in ((gate_smem, kept_gate_smem), (up_smem, kept_up_smem)):
-                part = plgpu.load(source.at[half], layout=plgpu.Layout.WGMMA_8BIT)
-                quantize_rows(part, values.at[half], scales.at[half], False)
-                wide.append(part.astype(jnp.float32))
-            quantize_rows(
-                activation(*wide).astype(x.dtype), hidden_smem[0].at[half], hidden_smem[1].at[half], power_of_two
-            )
+        wide = []
+        for source, (values, scales) in ((gate_smem, kept_gate_smem), (up_smem, kept_up_smem)):
+            part = plgpu.load(source, layout=plgpu.Layout.WGMMA_8BIT)
+            quantize_rows(part, values, scales, False)
+            wide.append(part.astype(jnp.float32))
+        quantize_rows(activation(*wide).astype(x.dtype), *hidden_smem, power_of_two)
         plgpu.commit_smem()
         for (values, scales), target, target_scales, columns, row in (
             (hidden_smem, hidden, hidden_scales, own, j),

@@ -32,7 +32,7 @@ def test_every_failure_costs_its_own_case_only(run, tmp_path, monkeypatch):
     assert passed == {"first", "after the hang", "last"}
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert "stopped after" in outcome["bad", "hang"]["message"]
-    (noted,) = (line for line in lines if line["kind"] == "note")
+    noted = next(line for line in lines if line["kind"] == "note")
     assert (noted["check"], noted["case"], noted["compile_s"]) == ("bad", "hang", 1.5)
     assert outcome["bad", "crash"]["message"] == "SIGABRT"
     assert "MemoryError" in outcome["bad", "out of memory"]["message"]
