@@ -1,6 +1,7 @@
 """Lists registers, spills and shared memory of every kernel, compiled for Hopper and TPU on any machine.
 
     python experiments/kernel_resources.py
+    python experiments/kernel_resources.py --only swiglu latent_decode     the other kernels keep their entries
 
 Writes kernel_resources.json and kernel_resources.md into experiments/results/ (or --out). Needs the extra `aot`
 (`make setup-aot`). Each compiler runs in a process of its own.
@@ -8,6 +9,7 @@ Writes kernel_resources.json and kernel_resources.md into experiments/results/ (
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -31,16 +33,29 @@ def operations() -> list[str]:
     return sorted(path.parent.name for path in package.glob("*/ahead_cases.py"))
 
 
-def compiled(target: str) -> dict[str, list[dict[str, Any]]]:
-    """Compiles every operation for a target in a new process and returns the resources of each case."""
+def compiled(target: str, chosen: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Compiles operations for a target in a new process and returns the resources of each case."""
     path = os.pathsep.join([str(WHEELS), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pallas_kernels.compile_ahead", target, "--all", *operations()]
+    command = [sys.executable, "-m", "pallas_kernels.compile_ahead", target, "--all", *chosen]
     run = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": path}, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False
     )
     if run.returncode:
         sys.exit(f"compiling for {target} failed (see above); `make setup-aot` installs the compilers")
-    return json.loads(run.stdout)
+    results = json.loads(run.stdout)
+    for case in itertools.chain.from_iterable(results.values()):
+        case.pop("seconds")
+        for kernel in case.get("kernels", ()):
+            kernel["main_loop"] = in_words(kernel["main_loop"])
+    return results
+
+
+def in_words(main_loop: list[str] | None) -> str | None:
+    """Returns the order of a loop's instructions in one line, such as "4 WGMMA, 5 LOAD, WAIT, RELEASE, 96 FFMA"."""
+    if main_loop is None:
+        return None
+    runs = [(what, sum(1 for _ in run)) for what, run in itertools.groupby(main_loop)]
+    return ", ".join(what if count == 1 else f"{count} {what}" for what, count in runs)
 
 
 def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
@@ -76,13 +91,15 @@ def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
 def main() -> None:
     parser = CommandLine(__doc__)
     parser.add_argument("--out", type=folder, default=RESULTS, help="folder of the results")
+    parser.add_argument("--only", nargs="+", default=operations(), choices=operations(), help="operations to compile")
     options = parser.parse_args()
-    results = {target: compiled(target) for target in TARGETS}
-    for operations_of_target in results.values():
-        for case in (case for cases in operations_of_target.values() for case in cases):
-            case.pop("seconds")
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "kernel_resources.json").write_text(json.dumps(results, indent=1) + "\n")
+    file = options.out / "kernel_resources.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    for target in TARGETS:
+        found = results.get(target, {}) | compiled(target, options.only)
+        results[target] = {operation: found[operation] for operation in sorted(found)}
+    file.write_text(json.dumps(results, indent=1) + "\n")
     (options.out / "kernel_resources.md").write_text(table(results))
     print(f"wrote kernel_resources.json and kernel_resources.md into {options.out}")
 

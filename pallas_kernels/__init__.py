@@ -19,6 +19,7 @@ from pallas_kernels.quantize import (
     requantize_transposed,
 )
 from pallas_kernels.routing import Gates, Permutation, combine, gate, gates_of_experts, permute
+from pallas_kernels.swiglu import quantize_swiglu, swiglu_gradient
 
 __all__ = [
     "PROMOTION_INTERVAL",
@@ -42,5 +43,7 @@ __all__ = [
     "preferred_row_alignment",
     "quantize",
     "quantize_both",
+    "quantize_swiglu",
     "requantize_transposed",
+    "swiglu_gradient",
 ]

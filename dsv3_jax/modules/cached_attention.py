@@ -47,10 +47,12 @@ def attend_to_cache(
     Returns:
       Weighted sums of latents, in the dtype of `queries`. Logits, maxima and sums are at least float32.
     """
-    if isinstance(cache, PagedCache):
+    # No GPU has run the kernel with FP8 entries yet.
+    if isinstance(cache, PagedCache) and cache.pages.scale is None:
         pages = cache.pages
         latents, rope_keys = (x.reshape(-1, *x.shape[2:]) for x in (pages.latent, pages.rope_key))
-        if pallas_kernels.has_decode_kernel(queries, rope_queries, latents, rope_keys):
+        same = latents.dtype == rope_keys.dtype == queries.dtype
+        if same and pallas_kernels.has_decode_kernel(queries, rope_queries, latents):
             # The kernel is given the pages of all layers, since slicing out a layer's would copy them.
             table = cache.table + layer * pages.count
             attend = functools.partial(pallas_kernels.latent_decode, scale=scale, first=first)
@@ -93,3 +95,8 @@ def attend_to_cache(
         state = lax.fori_loop(0, needed, add_block, state)
     _, total, gathered = state
     return (gathered / jnp.where(total > 0, total, 1)[..., None]).astype(dtype).reshape(queries.shape)
+
+
+def _of_all_layers(entries: Float[Array, "L P page w"]) -> Float[Array, "LP page w"]:
+    """Returns the pages of all layers one after the other, so that no layer is copied out of the stack."""
+    return entries.reshape(-1, *entries.shape[2:])

@@ -52,12 +52,12 @@ def fp8_product_by_row(
     x: Float[Array, "S in"], weights: Float[Array, "S out in"] | Fp8Weight, recipe: Fp8Recipe, role: Role
 ) -> Float[Array, "S out"]:
     """Returns W_s x_s for a matrix of each row's own, in the formats of `fp8_product`. It is not differentiable."""
-    operand = _activated(x) if role.swiglu else x
     if recipe.forward == "none":
+        operand = _activated(x) if role.swiglu else x
         return jnp.einsum("sk,snk->sn", operand, weights.astype(x.dtype))
     constant = isinstance(weights, Fp8Weight)
     stored = weights.tiles() if constant else weight_tiles(weights, recipe)
-    tiles = _input_tiles(operand, recipe, role)
+    tiles, _ = _input_tiles(x, recipe, role)
     out = rows_by_own_weights(tiles, stored, promotion=recipe.promotion, out_dtype=x.dtype)
     return weights.unpad(out) if constant else out
 
@@ -75,19 +75,18 @@ def _product(x: Array, weight: Array | Fp8Weight, group_sizes: Array | None, rec
 def _forward(
     x: Array, weight: Array | Fp8Weight, group_sizes: Array | None, recipe: Fp8Recipe, role: Role
 ) -> tuple[Array, Any]:
-    operand = _activated(x) if role.swiglu else x
-    tiles = _input_tiles(operand, recipe, role)
+    tiles, cache = _input_tiles(x, recipe, role)
     constant = isinstance(weight, Fp8Weight)
     stored = weight.tiles() if constant else weight_tiles(weight, recipe)
     if recipe.forward == "none":
-        out = _plain_product(operand, weight, group_sizes)
+        out = _plain_product(_activated(x) if role.swiglu else x, weight, group_sizes)
     else:
         out = rows_by_weights(tiles, stored, group_sizes, promotion=recipe.promotion, out_dtype=x.dtype)
         out = weight.unpad(out) if constant else out
     # What the input gradient needs of W; an empty array carries W's dtype, as residuals must be arrays.
     kept_weight = weight if constant or recipe.input_gradient == "none" else stored
-    # The input serves the weight gradient, which a constant has none of, and that of SwiGLU.
-    cache = None if constant and not role.swiglu else _cached(x, tiles, recipe, role)
+    if constant and not role.swiglu:
+        cache = None  # the input serves the weight gradient, which a constant has none of, and that of SwiGLU
     return out, (cache, kept_weight, group_sizes, jnp.empty(0, weight.dtype))
 
 
@@ -95,10 +94,14 @@ def _backward(
     recipe: Fp8Recipe, role: Role, residuals: Any, out_bar: Array
 ) -> tuple[Array, Float[Array, "..."] | None, None]:
     cache, weight, group_sizes, weight_like = residuals
-    before = None if cache is None else _restored(cache, out_bar.dtype)
-    operand, pull = jax.vjp(_activated, before) if role.swiglu else (before, None)
     for_rows, for_columns = _gradient_tiles(out_bar, weight, recipe, role)
     x_bar = _input_gradient(weight, out_bar, for_rows, group_sizes, recipe)
+    if for_columns is not None and _fuses_swiglu(2 * x_bar.shape[1], recipe, role):
+        x_bar, columns = pk.swiglu_gradient(cache, x_bar, power_of_two_scales=_rounded_scales(recipe, role))
+        weight_bar = columns_by_columns(for_columns, columns.mT, group_sizes, promotion=recipe.promotion)
+        return x_bar, weight_bar.astype(weight_like.dtype), None
+    before = None if cache is None else _restored(cache, out_bar.dtype)
+    operand, pull = jax.vjp(_activated, before) if role.swiglu else (before, None)
     if pull is not None:
         (x_bar,) = pull(x_bar)
     if isinstance(weight, Fp8Weight):
@@ -170,8 +173,20 @@ def _weight_gradient(
     return columns_by_columns(tiles, columns, group_sizes, promotion=recipe.promotion)
 
 
-def _input_tiles(x: Float[Array, "M in"], recipe: Fp8Recipe, role: Role) -> Tiles:
-    return quantize(x, _along_row(recipe), "e4m3", power_of_two=_rounded_scales(recipe, role))
+def _input_tiles(x: Float[Array, "M ..."], recipe: Fp8Recipe, role: Role) -> tuple[Tiles, Any]:
+    """Returns the map's input in FP8, and what is kept of x for the backward pass."""
+    powers = _rounded_scales(recipe, role)
+    if _fuses_swiglu(x.shape[1], recipe, role):
+        tiles, kept = pk.quantize_swiglu(x, power_of_two_scales=powers)
+        return tiles, _kept(kept)
+    tiles = quantize(_activated(x) if role.swiglu else x, _along_row(recipe), "e4m3", power_of_two=powers)
+    return tiles, _cached(x, tiles, recipe, role)
+
+
+def _fuses_swiglu(width: int, recipe: Fp8Recipe, role: Role) -> bool:
+    """Returns whether SwiGLU of an array so wide is computed together with quantization, in whole tiles of 128."""
+    report = recipe.tile == TILE and recipe.forward == "e4m3" and recipe.cache_swiglu_input
+    return role.swiglu and report and width % (2 * TILE) == 0
 
 
 def _rounded_scales(recipe: Fp8Recipe, role: Role) -> bool:

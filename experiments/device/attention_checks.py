@@ -15,6 +15,7 @@ from cases import BFLOAT16, Case, error_case, normal
 
 import pallas_kernels as pk
 from pallas_kernels.latent_attention import hopper_forward
+from pallas_kernels.latent_attention.operands import Operands
 
 # Weights are rounded to bfloat16 before they multiply the values, and the result is rounded once more.
 ATTENDED = 2 * BFLOAT16
@@ -57,9 +58,13 @@ def decode_cases(tiny: bool) -> Iterator[Case]:
         sizes = [(1, 2, 32, 16, 8, (-1, 20))]
     for size in sizes:
         yield decode(*size)
+    for size in sizes if not tiny else [(1, 2, 64, 16, 8, (-1, 20))]:
+        yield decode(*size, fp8=True)
 
 
-def decode(tokens: int, heads: int, width: int, rope: int, page: int, lengths: tuple[int, ...]) -> Case:
+def decode(
+    tokens: int, heads: int, width: int, rope: int, page: int, lengths: tuple[int, ...], *, fp8: bool = False
+) -> Case:
     """Returns absorbed decoding; sequences share a page, and pages after the last position do not exist."""
     batch, each, scale = len(lengths), max(lengths) // page + 1, 0.05
     positions = np.maximum(np.asarray(lengths)[:, None] - np.arange(tokens)[::-1], -1).astype("i4")
@@ -69,10 +74,15 @@ def decode(tokens: int, heads: int, width: int, rope: int, page: int, lengths: t
     for row, last in zip(table, lengths, strict=True):
         row[(last + page) // page :] = pages
     queries = normal(batch, tokens, heads, width, seed=1), normal(batch, tokens, heads, rope, seed=2)
-    entries = normal(pages, page, width, seed=3), normal(pages, page, rope, seed=4)
+    latents, rope_keys = normal(pages, page, width, seed=3), normal(pages, page, rope, seed=4)
+    scales: tuple[np.ndarray, ...] = ()
+    if fp8:
+        latents = latents.astype(jnp.float8_e4m3fn)
+        scales = (np.exp(np.random.default_rng(5).uniform(-2, 1, latents.shape[:2])).astype("f4"),)
 
     def wanted() -> np.ndarray:
-        keys = np.concatenate([np.asarray(x, "f8") for x in entries], axis=-1)
+        values = np.asarray(latents, "f8") * (np.asarray(scales[0], "f8")[..., None] if fp8 else 1)
+        keys = np.concatenate([values, np.asarray(rope_keys, "f8")], axis=-1)
         q = np.concatenate([np.asarray(x, "f8") for x in queries], axis=-1)
         out = np.zeros(queries[0].shape)
         for b, t in np.ndindex(batch, tokens):
@@ -83,11 +93,11 @@ def decode(tokens: int, heads: int, width: int, rope: int, page: int, lengths: t
                 out[b, t] = weights @ used[:, :width] / weights.sum(-1, keepdims=True)
         return out
 
-    def function(*x):
-        return pk.latent_decode(*x, scale=scale)
+    def function(q_latent, q_rope, latents, rope_keys, table, positions, scales=None):
+        return pk.latent_decode(q_latent, q_rope, latents, rope_keys, table, positions, scale=scale, scales=scales)
 
-    name = f"decode {tokens} tokens, {heads} heads, {width} + {rope}, pages of {page}"
-    return error_case(name, function, (*queries, *entries, table, positions), wanted, ATTENDED)
+    name = f"decode {tokens} tokens, {heads} heads, {width} + {rope}, pages of {page}{', FP8' * fp8}"
+    return error_case(name, function, (*queries, latents, rope_keys, table, positions, *scales), wanted, ATTENDED)
 
 
 def complete_interpreter() -> None:
@@ -106,7 +116,7 @@ def forward(
     name = f"forward {batch} x {length}, {heads} heads, {own} + {shared} and {value}, {segments} segments"
     return error_case(
         name + ", causal" * causal,
-        lambda *x: by_head(*hopper_forward.forward(*x, scale, causal)),
+        lambda *x: by_head(*hopper_forward.forward(Operands(*x), scale, causal)),
         inputs,
         lambda: attention(*inputs, scale=scale, causal=causal)[:2],
         (ATTENDED, LOG_SUMS),

@@ -12,6 +12,7 @@ from cases import Case
 from timing import Contender, Problem, timed_cases
 
 from pallas_kernels.latent_attention import cudnn, hopper_backward, hopper_forward
+from pallas_kernels.latent_attention.operands import OfResult, Operands
 
 OWN, SHARED, VALUE = 128, 64, 128
 SCALE = (OWN + SHARED) ** -0.5
@@ -36,7 +37,7 @@ def operations(batch: int, length: int, heads: int, widths: int) -> float:
 def forward(batch: int, length: int, heads: int) -> Problem:
     inputs = ("q", "k", "v", "k_shared")
     contenders = {
-        "ours": Contender(lambda *x: hopper_forward.forward(*x, None, SCALE, True), inputs),
+        "ours": Contender(lambda *x: hopper_forward.forward(Operands(*x, None), SCALE, True), inputs),
         "cuDNN, padded": Contender(through_cudnn, inputs),
     }
     return Problem(
@@ -52,7 +53,7 @@ def backward(batch: int, length: int, heads: int) -> Problem:
     inputs = ("q", "k", "v", "k_shared", "bar", "log_sums", "mean")
 
     def ours(q, k, v, k_shared, *others):
-        return hopper_backward.backward(q, k, v, k_shared, None, *others, SCALE, True)
+        return hopper_backward.backward(Operands(q, k, v, k_shared, None), OfResult(*others), SCALE, True)
 
     contenders = {
         "ours": Contender(ours, inputs),
@@ -84,7 +85,7 @@ def make(batch: int, length: int, heads: int, key: jax.Array) -> dict[str, Any]:
 
 
 def through_cudnn(q, k, v, k_shared):
-    return cudnn.attention(q, k, v, k_shared, SCALE, True)
+    return cudnn.attention(Operands(q, k, v, k_shared, None), SCALE, True)
 
 
 def torch_cases(batch: int, length: int, heads: int) -> Iterator[Case]:

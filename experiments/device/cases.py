@@ -27,8 +27,8 @@ FLOAT32_SUM = 3e-5
 RUNS = 5  # runs on the same inputs that must agree bit for bit
 
 
-# Called with what a case does next: "waiting" for the device, "alone" on it, or "free" again.
-listeners: list[Callable[[str], None]] = []
+# Called with what a case does next ("waiting" for the device, "alone" on it, or "free" again), or "note" and numbers.
+listeners: list[Callable[..., None]] = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +174,14 @@ def device_lock(shared: bool = False) -> Iterator[None]:
     _tell("free")
 
 
-def _tell(what: str) -> None:
+def note(**numbers: Any) -> None:
+    """Has numbers written at once, so that a case that is stopped later still says how far it came."""
+    _tell("note", **numbers)
+
+
+def _tell(what: str, **numbers: Any) -> None:
     for listener in listeners:
-        listener(what)
+        listener(what, **numbers)
 
 
 @functools.cache

@@ -1,23 +1,29 @@
 """Checks and times all kernels on a lent GPU, in one call that nothing can waste.
 
     python experiments/device/run.py correctness --jobs 4 --limit 280
-    python experiments/device/run.py timing training --limit 320
+    python experiments/device/run.py training --jobs 2 --limit 280
+    python experiments/device/run.py timing --jobs 1 --limit 280
     python experiments/device/run.py correctness --interpret      tiny shapes, on a CPU
 
 Every check is a process of its own. One that crashes, hangs or runs out of memory costs the case it was in; the cases
 after it run in another process. Each result is one JSON line in results.jsonl under --out ($OUT, or results), on the
-disk before the next one is read; printed.txt has the end of what each process printed. A table comes last. The exit
+disk before the next one is read; the first line names the device, the driver and the versions of the software.
+printed.txt has the end of what each process printed. A table comes last. The exit
 code is 1 if a case failed, 2 if checks were left out for lack of time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
+import platform
 import selectors
+import shutil
 import signal
 import site
 import subprocess
@@ -125,6 +131,7 @@ class Run:
         self.printed = (out / "printed.txt").open("a")
         self.compare = compare
         self.lock = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        self.write(kind="machine", **machine())
 
     def checks(self, checks: Sequence[Check], only: Sequence[str] = ()) -> None:
         """Runs checks, as many at once as there are jobs; returns when all ended or the time is up."""
@@ -191,6 +198,9 @@ class Run:
             process.case, process.stop_case = None, process.stop_check
             self.result(process.job, line)
             return
+        if line["kind"] == "note":
+            self.write(check=process.job.title, case=process.case, **line)
+            return
         limit = process.job.check.limit if line["kind"] == "waiting" else process.job.check.case_limit
         process.stop_case = time.monotonic() + limit
 
@@ -233,6 +243,30 @@ class Run:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         os.fsync(self.file.fileno())
+
+
+PACKAGES = (
+    *("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "flax", "optax", "orbax-checkpoint", "numpy"),
+    *("torch", "triton", "nvidia-cudnn-cu13", "nvidia-cublas"),
+)
+
+
+def machine() -> dict[str, Any]:
+    """Returns what identifies a measurement: the device and its driver, the versions of the software, the time."""
+    now = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+    found: dict[str, Any] = {"time": now, "python": platform.python_version()}
+    fields = "name,memory.total,memory.used,driver_version,clocks.sm,clocks.max.sm,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    if shutil.which(command[0]):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            found["gpu"] = (done.stdout + done.stderr).strip()[:300]
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def environment(interpret: bool, path: Sequence[str] = ()) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,23 +10,11 @@ import jax
 import jax.numpy as jnp
 from cases import Case
 
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "flax", "optax", "orbax-checkpoint", "torch", "triton", "numpy")
-
 
 def cases(tiny: bool) -> Iterator[Case]:
-    yield Case("nvidia-smi", lambda: {"passed": tiny or shutil.which("nvidia-smi") is not None, "text": _smi()})
-    yield Case("versions", lambda: {"passed": True} | {name: _version(name) for name in PACKAGES})
     yield Case("ptxas", lambda: {"passed": tiny or shutil.which("ptxas") is not None, "text": _ptxas()})
     yield Case("device", lambda: _device(tiny))
     yield Case("product", _product)
-
-
-def _smi() -> str:
-    if shutil.which("nvidia-smi") is None:
-        return "no nvidia-smi"
-    query = "--query-gpu=name,memory.total,memory.used,driver_version,clocks.sm,clocks.max.sm,power.limit"
-    done = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
-    return (done.stdout + done.stderr).strip()[:300]
 
 
 def _ptxas() -> str:
@@ -35,13 +22,6 @@ def _ptxas() -> str:
     if tool is None:
         return "no ptxas on PATH"
     return tool + ": " + subprocess.run([tool, "--version"], capture_output=True, text=True).stdout.split("\n")[-2]
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
 
 
 def _device(tiny: bool) -> dict:

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from cases import Case, device_lock
+from cases import Case, device_lock, note
 
 from dsv3_jax.counts import count_flops
 from dsv3_jax.runs.checkpoints import abstract_state, make_model
@@ -53,8 +53,11 @@ def train(config: RunConfig, tiny: bool) -> dict[str, Any]:
     segments = jax.device_put(np.ones(shape, "i4"))
     settings = step_settings(training.schedule.at(0.01, training.batch_size, training.rows_per_pass))
     start = time.perf_counter()
-    step = make_train_step(skeleton, config).lower(shapes, batches[0], segments, settings).compile()
+    lowered = make_train_step(skeleton, config).lower(shapes, batches[0], segments, settings)
+    note(lowered_s=round(time.perf_counter() - start, 1))
+    step = lowered.compile()
     outcome: dict[str, Any] = {"compile_s": round(time.perf_counter() - start, 1)}
+    note(**outcome)
     with device_lock():
         state = new_state(make_model(config), config)[1]
         return outcome | run(config, step, state, batches, segments, settings, tiny)
@@ -71,6 +74,7 @@ def run(
         state, metrics = step(state, batches[i % len(batches)], segments, settings)
         losses.append(float(metrics.main_loss))
         seconds.append(time.perf_counter() - start)
+        note(step=i, loss=losses[-1], step_s=seconds[-1])
     median = statistics.median(seconds[2:])
     tokens = training.batch_size * length
     operations = count_flops(config.model, length).training_with_mtp * tokens

@@ -31,7 +31,7 @@ def main() -> int:
     def report(**line: Any) -> None:
         lines.write(json.dumps(line, default=float) + "\n")
 
-    listeners.append(lambda what: report(kind=what))
+    listeners.append(lambda what, **numbers: report(kind=what, **numbers))
     with contextlib.ExitStack() as stack:
         if request.get("interpret"):
             stack.enter_context(interpreted_kernels())
@@ -85,6 +85,7 @@ INTERPRETED = {
     "latent_attention.hopper_forward": ("forward",),
     "latent_attention.hopper_backward": ("backward",),
     "latent_decode.hopper": ("decode",),
+    "swiglu.hopper": ("quantize_swiglu", "swiglu_gradient"),
     "routing.hopper_gate": ("gate",),
     "routing.hopper_rows": ("permute", "combine", "combine_gradient"),
 }

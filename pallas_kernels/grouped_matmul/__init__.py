@@ -79,24 +79,28 @@ def grouped_weight_gradient(
     rhs: Float[Array, "M K"] | Quantized,
     group_sizes: Int[Array, " G"],
     *,
+    accumulator: Float[Array, "G N K"] | None = None,
     row_alignment: int = 1,
     implementation: Implementation | None = None,
 ) -> Float[Array, "G N K"]:
-    """Returns lhs[rows of g]ᵀ · rhs[rows of g] for every group g in float32, zeros for an empty one. No gradient.
+    """Returns lhs[rows of g]ᵀ · rhs[rows of g] (+ accumulator) for every group g in float32. It has no gradient.
+
+    The product of an empty group is zero.
 
     Args:
       lhs, rhs: float32 or bfloat16, rows contiguous by group as in `grouped_matmul`; or FP8 and transposed, [N, M]
         and [K, M], in 1x128 tiles along the rows (as `quantize_both` gives them). FP8 groups are multiples of 128.
+      accumulator: float32, added to the gradients, as of the micro-batches before.
       row_alignment: the caller's promise that M and every group size are multiples of it.
 
     Raises:
       ValueError, TypeError: a shape or dtype that does not fit, which is named, or an implementation that cannot run.
     """
-    quantized = check_contraction(lhs, rhs, group_sizes, row_alignment)
+    quantized = check_contraction(lhs, rhs, group_sizes, accumulator, row_alignment)
     implementation = dispatch.choose(implementation, lhs)
     if quantized:
-        return dispatch.quantized_rows_by_rows(lhs, rhs, group_sizes, row_alignment, implementation)  # pyright: ignore
-    return dispatch.rows_by_rows(lhs, rhs, group_sizes, row_alignment, implementation)  # pyright: ignore
+        return dispatch.quantized_rows_by_rows(lhs, rhs, group_sizes, accumulator, row_alignment, implementation)  # pyright: ignore
+    return dispatch.rows_by_rows(lhs, rhs, group_sizes, accumulator, row_alignment, implementation)  # pyright: ignore
 
 
 @jax.named_scope("masked_grouped_matmul")
@@ -138,7 +142,7 @@ def _backward(row_alignment, out_dtype, implementation, residuals, out_bar):
     lhs_bar = dispatch.rows_by_weights(
         out_bar, rhs, group_sizes, row_alignment, lhs.dtype, implementation, transposed=True
     )
-    rhs_bar = dispatch.rows_by_rows(out_bar, lhs, group_sizes, row_alignment, implementation)
+    rhs_bar = dispatch.rows_by_rows(out_bar, lhs, group_sizes, None, row_alignment, implementation)
     return lhs_bar, rhs_bar.astype(rhs.dtype), None
 
 

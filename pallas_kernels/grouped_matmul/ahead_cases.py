@@ -31,7 +31,11 @@ def hopper() -> list[Case]:
                     variant = tiling != tilings[0] or form == "rows, transposed weights"
                     yield Case(name, functools.partial(function, tiling=tiling), arguments, variant)
 
-    return list(cases())
+    columns = _operand((_OUT, _ROWS), True, "1x128"), _operand((_IN, _ROWS), True, "1x128")
+    sums = jax.ShapeDtypeStruct((_GROUPS, _OUT, _IN), jnp.float32)
+    sizes = jax.ShapeDtypeStruct((_GROUPS,), jnp.int32)
+    added = Case("depth, FP8, added to an accumulator", kernels.rows_by_rows, (*columns, sizes, sums), variant=True)
+    return [*cases(), added]
 
 
 def _forms(fp8: bool, kernels: Any) -> Iterator[tuple[str, Any, tuple[Any, ...], int]]:

@@ -25,7 +25,7 @@ def check_rows(lhs, rhs, group_sizes, row_alignment: int) -> bool:
     return quantized
 
 
-def check_contraction(lhs, rhs, group_sizes, row_alignment: int) -> bool:
+def check_contraction(lhs, rhs, group_sizes, accumulator, row_alignment: int) -> bool:
     """Checks operands of rows by rows; returns whether both are FP8, and then transposed."""
     quantized = _both_or_neither(lhs, rhs)
     if quantized:
@@ -42,6 +42,11 @@ def check_contraction(lhs, rhs, group_sizes, row_alignment: int) -> bool:
         raise ValueError(f"group_sizes must have one dimension, not shape {group_sizes.shape}")
     _check_group_vector("group_sizes", group_sizes, group_sizes.shape[0])
     _check_alignment(lhs.shape[axis], row_alignment)
+    wanted = (group_sizes.shape[0], lhs.shape[1 - axis], rhs.shape[1 - axis])
+    if accumulator is not None and accumulator.shape != wanted:
+        raise ValueError(f"accumulator must have shape {wanted}, not {accumulator.shape}")
+    if accumulator is not None and accumulator.dtype != jnp.float32:
+        raise TypeError(f"accumulator must be float32, not {accumulator.dtype}")
     if quantized and row_alignment % ROW_ALIGNMENT:
         raise ValueError(
             f"row_alignment must be a multiple of {ROW_ALIGNMENT} for FP8 operands, whose tiles run along the rows, "

@@ -67,30 +67,35 @@ def rows_by_rows(
     lhs: Float[Array, "M N"],
     rhs: Float[Array, "M K"],
     group_sizes: Int[Array, " G"],
+    accumulator: Float[Array, "G N K"] | None,
     row_alignment: int,
     implementation: Implementation,
 ) -> Float[Array, "G N K"]:
+    """Returns `grouped_weight_gradient` of plain operands."""
     granule = _granule(lhs.shape[0], group_sizes.shape[0], row_alignment, implementation)
     if row_alignment % granule:
         layout = align(lhs.shape[0], group_sizes, granule)
         aligned = take_rows(lhs, layout.source), take_rows(rhs, layout.source)
-        return rows_by_rows(*aligned, layout.group_sizes, granule, implementation)
+        return rows_by_rows(*aligned, layout.group_sizes, accumulator, granule, implementation)
     if implementation == "reference":
-        return reference.rows_by_rows(lhs, rhs, group_sizes, row_alignment)
-    return kernel_module("grouped_matmul", implementation).rows_by_rows(lhs, rhs, group_sizes)
+        product = reference.rows_by_rows(lhs, rhs, group_sizes, row_alignment)
+        return product if accumulator is None else accumulator + product
+    return kernel_module("grouped_matmul", implementation).rows_by_rows(lhs, rhs, group_sizes, accumulator)
 
 
 def quantized_rows_by_rows(
     lhs: Quantized,
     rhs: Quantized,
     group_sizes: Int[Array, " G"],
+    accumulator: Float[Array, "G N K"] | None,
     row_alignment: int,
     implementation: Implementation,
 ) -> Float[Array, "G N K"]:
+    """Returns `grouped_weight_gradient` of operands in FP8."""
     if implementation == "reference":
         plain = dequantize(lhs, _FLOAT32).T, dequantize(rhs, _FLOAT32).T
-        return reference.rows_by_rows(*plain, group_sizes, row_alignment)
-    return kernel_module("grouped_matmul", implementation).rows_by_rows(lhs, rhs, group_sizes)
+        return rows_by_rows(*plain, group_sizes, accumulator, row_alignment, implementation)
+    return kernel_module("grouped_matmul", implementation).rows_by_rows(lhs, rhs, group_sizes, accumulator)
 
 
 def masked(

@@ -18,7 +18,7 @@ accumulator, where two steps' products are in flight.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -30,51 +30,18 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blockwise_matmul.tuning import TILE_M, WARPGROUP_ROWS
 from pallas_kernels.device import once_a_program
-from pallas_kernels.grouped_matmul.tiling import PART, STAGE_BYTES, WARPGROUPS, Groups, Tiling, choose_tiling
+from pallas_kernels.grouped_matmul.hopper_consumer import consume
+from pallas_kernels.grouped_matmul.hopper_form import Form, Tile
+from pallas_kernels.grouped_matmul.tiling import PART, WARPGROUPS, Tiling, choose_tiling
 from pallas_kernels.hopper_launch import multiprocessors, pad_to, swizzled
-from pallas_kernels.quantize.quantized import TILE, Quantized
+from pallas_kernels.quantize.quantized import Quantized
 
 PRODUCER = WARPGROUPS  # the third warpgroup
 PRODUCER_REGISTERS = 40
 CONSUMER_REGISTERS = 232
 ALIKE = 64  # columns of bfloat16 in the widest swizzle, which both operands must have where wgmma transposes one
 
-_ROWS = plgpu.Layout.WGMMA.reduce(1)
-_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
-
 Interpret = plgpu.InterpretGPUParams | None
-
-
-class Form(NamedTuple):
-    """The static properties of a product.
-
-    Attributes:
-      groups: whether groups are along the rows of the left operand or along the contraction (depth).
-      fp8: operands in e4m3 with scales.
-      row_major: the right operand is [contraction, columns] in memory, else [columns, contraction].
-      masked: rows past the count of a tile are set to zero.
-    """
-
-    groups: Groups
-    fp8: bool
-    row_major: bool = False
-    masked: bool = False
-
-    @property
-    def depth(self) -> int:
-        """The size of the contraction in one stage."""
-        return STAGE_BYTES if self.fp8 else STAGE_BYTES // 2
-
-
-class Tile(NamedTuple):
-    """The operands and the number of steps of one tile."""
-
-    group: Array
-    row: Array
-    column: Array
-    first_step: Array
-    steps: Array
-    rows_present: Array
 
 
 @once_a_program("out_dtype", "transposed", "tiling")
@@ -127,12 +94,17 @@ def rows_by_rows(
     lhs: Float[Array, "M N"] | Quantized,
     rhs: Float[Array, "M K"] | Quantized,
     group_sizes: Int[Array, " G"],
+    accumulator: Float[Array, "G N K"] | None = None,
     *,
     tiling: Tiling | None = None,
     interpret: Interpret = None,
 ) -> Float[Array, "G N K"]:
-    """Returns lhs[rows of g]ᵀ · rhs[rows of g]; FP8 operands are [N, M] and [K, M]. Sizes are multiples of 128."""
-    form = Form("depth", isinstance(lhs, Quantized), row_major=not isinstance(lhs, Quantized))
+    """Returns lhs[rows of g]ᵀ · rhs[rows of g] (+ accumulator); FP8 operands are [N, M] and [K, M].
+
+    Sizes are multiples of 128.
+    """
+    fp8 = isinstance(lhs, Quantized)
+    form = Form("depth", fp8, row_major=not fp8, accumulates=accumulator is not None)
     sizes = group_sizes.astype(jnp.int32)
     steps = sizes // form.depth
     tables = (jnp.cumsum(steps) - steps, steps)
@@ -146,6 +118,8 @@ def rows_by_rows(
     tiling = tiling or choose_tiling("depth", k, contraction, sizes.shape[0], form.fp8, 4)
     axis = 0 if form.fp8 else 1
     shape = (sizes.shape[0], operands[0].shape[axis], operands[1].shape[axis])
+    if accumulator is not None:
+        scales.append(jnp.pad(accumulator, [(0, 0), (0, shape[1] - n), (0, shape[2] - k)]))
     out = _launch([*tables, *operands, *scales], shape, jnp.dtype(jnp.float32), form, tiling, interpret)
     return out if shape[1:] == (n, k) else out[:, :n, :k]
 
@@ -157,9 +131,12 @@ def _rows(lhs, rhs, tables, form: Form, out_dtype, tiling, interpret):
     if form.fp8:
         scales = [pad_to(lhs.scales.T, 4), rhs.scales]
         lhs, rhs = lhs.values, rhs.values
-    # TMA moves whole swizzled tiles: 8 rows, 32 bytes.
+    # TMA moves whole swizzled tiles: 8 rows, 32 bytes. So a row of the result is a multiple of 32 bytes, too.
+    alike = 32 // out_dtype.itemsize
     operands = (
-        [pad_to(lhs, 8, ALIKE), pad_to(rhs, 32, ALIKE)] if form.row_major else [pad_to(x, 8, 32) for x in (lhs, rhs)]
+        [pad_to(lhs, 8, ALIKE), pad_to(rhs, 32, ALIKE)]
+        if form.row_major
+        else [pad_to(lhs, 8, 32), pad_to(rhs, alike, 32)]
     )
     tiling = tiling or choose_tiling("rows", n, contraction, groups, form.fp8, out_dtype.itemsize)
     columns = operands[1].shape[2 if form.row_major else 1]
@@ -173,7 +150,7 @@ def _launch(operands, shape: tuple[int, ...], out_dtype: jnp.dtype, form: Form, 
     stages, tile_n, cluster = tiling.stages, tiling.tile_n, tiling.cluster
     column_scales = form.fp8 and form.groups == "depth"
     # A consumer's part of the left operand, [rows, depth] or, groups along the depth in bfloat16, [depth, rows].
-    a_tile = (form.depth, WARPGROUP_ROWS) if _a_row_major(form) else (WARPGROUP_ROWS, form.depth)
+    a_tile = (form.depth, WARPGROUP_ROWS) if form.a_row_major else (WARPGROUP_ROWS, form.depth)
     b_tile = (form.depth, tile_n) if form.row_major else (tile_n, form.depth)
     freed: dict[str, Any] = {"num_arrivals": WARPGROUPS, "num_barriers": stages}
     scratch: dict[str, Any] = {
@@ -187,6 +164,7 @@ def _launch(operands, shape: tuple[int, ...], out_dtype: jnp.dtype, form: Form, 
         ),
         "filled": plgpu.Barrier(num_arrivals=WARPGROUPS + 1 + column_scales, num_barriers=stages),
         "freed": plgpu.ClusterBarrier(collective_axes=("cluster",), **freed) if cluster > 1 else plgpu.Barrier(**freed),
+        "accumulator_filled": plgpu.Barrier(num_barriers=WARPGROUPS) if form.accumulates else None,
     }
     kernel = plgpu.kernel(
         functools.partial(_kernel, form=form, tiling=tiling),
@@ -204,14 +182,11 @@ def _launch(operands, shape: tuple[int, ...], out_dtype: jnp.dtype, form: Form, 
     return kernel(*operands)
 
 
-def _a_row_major(form: Form) -> bool:
-    return form.groups == "depth" and not form.fp8
-
-
 def _kernel(*refs, form: Form, tiling: Tiling, **scratch):
-    """The program of one block. `refs` are the two tables, a, b, (their scales,) out, all in global memory."""
+    """The program of one block. `refs`: two tables, a, b, (their scales, accumulator,) out, all in global memory."""
     *tables, a, b = refs[:4]
     scales, out = refs[4:-1], refs[-1]
+    accumulator = scales[-1] if form.accumulates else None
     warpgroup = lax.axis_index("warpgroup")
     for_each_tile = functools.partial(_for_each_tile, tables=tables, a=a, out=out, form=form, tiling=tiling)
 
@@ -223,7 +198,7 @@ def _kernel(*refs, form: Form, tiling: Tiling, **scratch):
     @pl.when(warpgroup != PRODUCER)
     def _():
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-        _consume(for_each_tile, warpgroup, scales, out, form, tiling, **scratch)
+        consume(for_each_tile, warpgroup, scales, accumulator, out, form, tiling, **scratch)
 
 
 def _for_each_tile(body, *, tables, a, out, form: Form, tiling: Tiling):
@@ -280,7 +255,7 @@ def _produce(
             depth = pl.ds((tile.first_step + k) * form.depth, form.depth)
             for consumer in range(WARPGROUPS):
                 rows = pl.ds(tile.row + consumer * WARPGROUP_ROWS, WARPGROUP_ROWS)
-                source = a.at[depth, rows] if _a_row_major(form) else a.at[rows, depth]
+                source = a.at[depth, rows] if form.a_row_major else a.at[rows, depth]
                 plgpu.copy_gmem_to_smem(source, a_smem.at[stage, consumer], arrived, collective_axes=together)
             within_group = b.at[tile.group] if form.groups == "rows" else b
             source = within_group.at[depth, columns] if form.row_major else within_group.at[columns, depth]
@@ -295,118 +270,3 @@ def _produce(
     @pl.loop(jnp.maximum(steps - tiling.stages, 0), steps)
     def _(step):
         plgpu.barrier_wait(freed.at[lax.rem(step, tiling.stages)])
-
-
-def _consume(
-    for_each_tile, warpgroup, scales, out, form: Form, tiling: Tiling,
-    *, a_smem, b_smem, b_scales_smem, out_smem, filled, freed,
-):  # fmt: skip
-    """Multiplies the stages as they arrive and writes the tiles."""
-    parts = range(tiling.tile_n // PART)
-
-    def multiply(acc, stage):
-        a, b = a_smem.at[stage, warpgroup], b_smem.at[stage]
-        plgpu.wgmma(acc, _transposed(a) if _a_row_major(form) else a, b if form.row_major else _transposed(b))
-
-    def product_in_accumulator(tile: Tile, steps_before):
-        """Multiplies bfloat16. A stage is free when its products are done, while those of the next step run."""
-
-        def contract(acc):
-            @pl.loop(0, tile.steps)
-            def _(k):
-                step = steps_before + k
-                plgpu.barrier_wait(filled.at[lax.rem(step, tiling.stages)])
-                multiply(acc, lax.rem(step, tiling.stages))
-                plgpu.wgmma_wait(1)
-
-                @pl.when(k > 0)
-                def _():
-                    plgpu.barrier_arrive(freed.at[lax.rem(step - 1, tiling.stages)])
-
-            return acc[...]
-
-        total = pl.run_scoped(contract, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiling.tile_n), jnp.float32))
-
-        @pl.when(tile.steps > 0)
-        def _():
-            plgpu.barrier_arrive(freed.at[lax.rem(steps_before + tile.steps - 1, tiling.stages)])
-
-        return tuple(total[:, part * PART : (part + 1) * PART] for part in parts)
-
-    def product_promoted(tile: Tile, steps_before):
-        """Multiplies FP8: each step's sums leave the accumulator and are scaled and added up in registers."""
-        row = tile.row + warpgroup * WARPGROUP_ROWS
-
-        def scales_from_global(k):
-            k = tile.first_step + jnp.maximum(jnp.minimum(k, tile.steps - 1), 0)
-            k = jnp.minimum(k, scales[0].shape[0] - 1)  # for an empty group at the end
-            rows = plgpu.load(scales[0].at[k, pl.ds(row, WARPGROUP_ROWS)], layout=_ROWS, optimized=False)
-            if b_scales_smem is not None:
-                return rows, ()
-            last = scales[1].shape[1] - 1
-            blocks = (jnp.minimum(lax.div(tile.column + part * PART, TILE), last) for part in parts)
-            return rows, tuple(scales[1][tile.group, block, k] for block in blocks)
-
-        def columns_from_shared(stage):
-            """Returns the scales of the right operand's rows from the ring, none where it has a scale per block."""
-            if b_scales_smem is None:
-                return ()
-            return tuple(
-                plgpu.load(b_scales_smem.at[stage, pl.ds(part * PART, PART)], layout=_COLUMNS) for part in parts
-            )
-
-        def accumulate(k, carry):
-            totals, (row_scales, block_scales) = carry
-            stage = lax.rem(steps_before + k, tiling.stages)
-            plgpu.barrier_wait(filled.at[stage])
-
-            def one_step(acc):
-                multiply(acc, stage)
-                # While the tensor cores work: the columns' scales of this step, the others of the next.
-                columns, upcoming = columns_from_shared(stage), scales_from_global(k + 1)
-                return acc[...], columns, upcoming
-
-            partial, column_scales, upcoming = pl.run_scoped(
-                one_step, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiling.tile_n), jnp.float32)
-            )
-            plgpu.barrier_arrive(freed.at[stage])
-            promoted = []
-            for part in parts:
-                dots = partial[:, part * PART : (part + 1) * PART]
-                if b_scales_smem is not None:
-                    scale = lax.broadcast_in_dim(row_scales, dots.shape, (0,)) * lax.broadcast_in_dim(
-                        column_scales[part], dots.shape, (1,)
-                    )
-                else:
-                    scale = lax.broadcast_in_dim(row_scales * block_scales[part], dots.shape, (0,))
-                promoted.append(totals[part] + dots * scale)
-            return tuple(promoted), upcoming
-
-        zeros = tuple(
-            plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, PART), jnp.float32), plgpu.Layout.WGMMA) for _ in parts
-        )
-        totals, _ = lax.fori_loop(0, tile.steps, accumulate, (zeros, scales_from_global(0)))
-        return totals
-
-    def compute_tile(tile: Tile, steps_before):
-        totals = (product_promoted if form.fp8 else product_in_accumulator)(tile, steps_before)
-        row = tile.row + warpgroup * WARPGROUP_ROWS
-        within_group = out.at[tile.group] if form.groups == "depth" else out
-        for part in parts:
-            total = totals[part]
-            if form.masked:
-                index = plgpu.broadcasted_iota(jnp.int32, total.shape, 0, layout=plgpu.Layout.WGMMA)
-                total = jnp.where(index + warpgroup * WARPGROUP_ROWS < tile.rows_present, total, 0.0)
-            buffer = out_smem.at[warpgroup, part % tiling.slots]
-            plgpu.wait_smem_to_gmem(tiling.slots - 1, wait_read_only=True)
-            buffer[...] = total.astype(out.dtype)
-            plgpu.commit_smem()
-            columns = pl.ds(tile.column + part * PART, PART)
-            plgpu.copy_smem_to_gmem(buffer, within_group.at[pl.ds(row, WARPGROUP_ROWS), columns])
-
-    for_each_tile(compute_tile)
-    plgpu.wait_smem_to_gmem(0)
-
-
-def _transposed(ref):
-    return ref.transpose((1, 0))

@@ -79,10 +79,14 @@ def rows_by_rows(
     lhs: Float[Array, "M N"] | Quantized,
     rhs: Float[Array, "M K"] | Quantized,
     group_sizes: Int[Array, " G"],
+    accumulator: Float[Array, "G N K"] | None = None,
     *,
     interpret: Interpret = None,
 ) -> Float[Array, "G N K"]:
-    """Returns lhs[rows of g]ᵀ · rhs[rows of g]; FP8 operands are [N, M] and [K, M]. Sizes are multiples of 128."""
+    """Returns lhs[rows of g]ᵀ · rhs[rows of g] (+ accumulator); FP8 operands are [N, M] and [K, M].
+
+    Sizes are multiples of 128.
+    """
     group, row_tile, action = _visits(group_sizes.astype(jnp.int32), _rows_of(lhs) // TILE_M)
     groups = group_sizes.shape[0]
     if isinstance(lhs, Quantized) and isinstance(rhs, Quantized):
@@ -103,13 +107,17 @@ def rows_by_rows(
             pl.BlockSpec((TILE_M, tile_n), lambda i, j, v, group, row_tile, action: (row_tile[v], i)),
             pl.BlockSpec((TILE_M, tile_k), lambda i, j, v, group, row_tile, action: (row_tile[v], j)),
         ]
+    of_group = pl.BlockSpec((1, tile_n, tile_k), lambda i, j, v, group, row_tile, action: (group[v], i, j))
+    if accumulator is not None:
+        operands.append(accumulator)
+        in_specs.append(of_group)
     return pl.pallas_call(
-        _depth_kernel,
+        functools.partial(_depth_kernel, accumulates=accumulator is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(pl.cdiv(n, tile_n), pl.cdiv(k, tile_k), group.shape[0]),
             in_specs=in_specs,
-            out_specs=pl.BlockSpec((1, tile_n, tile_k), lambda i, j, v, group, row_tile, action: (group[v], i, j)),
+            out_specs=of_group,
         ),
         out_shape=jax.ShapeDtypeStruct((groups, n, k), jnp.float32),
         compiler_params=pltpu.CompilerParams(
@@ -209,14 +217,15 @@ def _promoted(a_ref, b_ref, a_scales_ref, b_scales_ref, shape) -> Float[Array, "
     return lax.fori_loop(0, a_ref.shape[1] // PROMOTION_INTERVAL, add_block, jnp.zeros(shape, jnp.float32))
 
 
-def _depth_kernel(group_ref, row_tile_ref, action_ref, a_ref, b_ref, *refs):
-    """The program of a grid step. `refs` are the scales of both operands if they are FP8, and a group's product."""
+def _depth_kernel(group_ref, row_tile_ref, action_ref, a_ref, b_ref, *refs, accumulates: bool):
+    """The program of a grid step. `refs`: both scales in FP8, the accumulator if there is one, a group's product."""
     *scales, out_ref = refs
+    accumulator_ref = scales.pop() if accumulates else None
     action = action_ref[pl.program_id(2)]
 
     @pl.when(action == _ZERO)
     def _():
-        out_ref[...] = jnp.zeros_like(out_ref)
+        out_ref[...] = jnp.zeros_like(out_ref) if accumulator_ref is None else accumulator_ref[...]
 
     @pl.when((action == _START) | (action == _ADD))
     def _():
@@ -229,7 +238,7 @@ def _depth_kernel(group_ref, row_tile_ref, action_ref, a_ref, b_ref, *refs):
 
         @pl.when(action == _START)
         def _():
-            out_ref[0] = partial
+            out_ref[0] = partial if accumulator_ref is None else accumulator_ref[0] + partial
 
         @pl.when(action == _ADD)
         def _():

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import Implementation, choose_implementation, kernel_module, target_platform
 from pallas_kernels.latent_attention import cudnn
+from pallas_kernels.latent_attention.operands import OfResult, Operands
 
 __all__ = ["has_attention_kernel", "latent_attention"]
 
@@ -50,13 +51,14 @@ def latent_attention(
     Raises:
       ValueError, TypeError: shapes or dtypes that do not fit, or an implementation that cannot run here.
     """
-    _check(q, k, v, scale, k_shared, segment_ids)
+    x = Operands(q, k, v, k_shared, segment_ids)
+    _check(x, scale)
     if implementation == "cudnn":
-        return _cudnn(q, k, v, k_shared, segment_ids, scale, causal)
+        return _cudnn(x, scale, causal)
     name = choose_implementation(implementation, _available(q, k, v))
     if name == "reference":
-        return kernel_module("latent_attention", name).attention(q, k, v, k_shared, segment_ids, scale, causal)[0]
-    return _kernel(q, k, v, k_shared, segment_ids, name, float(scale), causal)
+        return kernel_module("latent_attention", name).attention(x, scale, causal)[0]
+    return _kernel(x, name, float(scale), causal)
 
 
 def has_attention_kernel(q: Float[Array, "B T H qk"], k: Float[Array, "B T H c"], v: Float[Array, "B T H v"]) -> bool:
@@ -64,34 +66,31 @@ def has_attention_kernel(q: Float[Array, "B T H qk"], k: Float[Array, "B T H c"]
     return choose_implementation(None, _available(q, k, v)) != "reference"
 
 
-def _cudnn(q, k, v, k_shared, segment_ids, scale, causal):
+def _cudnn(x: Operands, scale: float, causal: bool) -> Float[Array, "B T H v"]:
     if target_platform() not in ("hopper", "gpu"):
         raise ValueError(f"implementation 'cudnn' cannot run here: this program is for {target_platform()}")
-    if segment_ids is not None:
+    if x.segment_ids is not None:
         raise ValueError("implementation 'cudnn' takes no segment_ids")
-    return cudnn.attention(q, k, v, k_shared, scale, causal)
+    return cudnn.attention(x, scale, causal)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _kernel(q, k, v, k_shared, segment_ids, name, scale, causal):
-    return _forward(q, k, v, k_shared, segment_ids, name, scale, causal)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _kernel(x, name, scale, causal):
+    return _forward(x, name, scale, causal)[0]
 
 
-def _forward(q, k, v, k_shared, segment_ids, name, scale, causal):
-    out, log_sums = kernel_module("latent_attention/forward", name).forward(
-        q, k, v, k_shared, segment_ids, scale, causal
-    )
-    return out, (q, k, v, k_shared, segment_ids, out, log_sums)
+def _forward(x, name, scale, causal):
+    out, log_sums = kernel_module("latent_attention/forward", name).forward(x, scale, causal)
+    return out, (x, out, log_sums)
 
 
 def _backward(name, scale, causal, kept, gradient):
-    *operands, segment_ids, out, log_sums = kept
+    x, out, log_sums = kept
     # A row's sum of weight times gradient of the weight, which the softmax's derivative subtracts.
     mean = jnp.einsum("bthv,bthv->bht", out, gradient, preferred_element_type=jnp.float32)
-    gradients = kernel_module("latent_attention/backward", name).backward(
-        *operands, segment_ids, gradient, log_sums, mean, scale, causal
-    )
-    return (*gradients, None)
+    result = OfResult(gradient, log_sums, mean)
+    gradients = kernel_module("latent_attention/backward", name).backward(x, result, scale, causal)
+    return (Operands(*gradients, segment_ids=None),)
 
 
 _kernel.defvjp(_forward, _backward)
@@ -103,20 +102,21 @@ def _available(q, k, v) -> tuple[Implementation, ...]:
     return ("reference", "hopper", "tpu") if fits else ("reference", "tpu")
 
 
-def _check(q, k, v, scale, k_shared, segment_ids) -> None:
+def _check(x: Operands, scale: float) -> None:
+    q, k, v, k_shared, segment_ids = x
     if q.ndim != 4:
         raise ValueError(f"q must be [batch, positions, heads, width], not {q.shape}")
-    for name, x, ndim in (("k", k, 4), ("v", v, 4), ("k_shared", k_shared, 3)):
-        if x is not None and (x.ndim != ndim or x.shape[:-1] != q.shape[: ndim - 1]):
+    for name, array, ndim in (("k", k, 4), ("v", v, 4), ("k_shared", k_shared, 3)):
+        if array is not None and (array.ndim != ndim or array.shape[:-1] != q.shape[: ndim - 1]):
             wanted = ", ".join(map(str, q.shape[: ndim - 1]))
-            raise ValueError(f"{name} must be [{wanted}, width] as q is {q.shape}, not {x.shape}")
+            raise ValueError(f"{name} must be [{wanted}, width] as q is {q.shape}, not {array.shape}")
     shared = 0 if k_shared is None else k_shared.shape[2]
     if k.shape[3] + shared != q.shape[3]:
         raise ValueError(f"keys are {k.shape[3]} + {shared} wide and q {q.shape[3]}; both must be equal")
     if segment_ids is not None and segment_ids.shape != q.shape[:2]:
         raise ValueError(f"segment_ids must have shape {q.shape[:2]}, not {segment_ids.shape}")
-    for name, x in (("k", k), ("v", v), ("k_shared", k_shared)):
-        if x is not None and x.dtype != q.dtype:
-            raise TypeError(f"{name} must be {q.dtype} as q is, not {x.dtype}")
+    for name, array in (("k", k), ("v", v), ("k_shared", k_shared)):
+        if array is not None and array.dtype != q.dtype:
+            raise TypeError(f"{name} must be {q.dtype} as q is, not {array.dtype}")
     if scale <= 0:
         raise ValueError(f"scale must be positive, not {scale}")

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compile_ahead import Case
+from pallas_kernels.latent_attention.operands import OfResult, Operands
 
 
 def _operands(length: int, heads: int, own: int, shared: int, value: int, segments: bool):
     def shape(*sizes: int, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct((1, length, *sizes), dtype)
 
-    return (
+    return Operands(
         shape(heads, own + shared),
         shape(heads, own),
         shape(heads, value),
@@ -25,12 +26,13 @@ def _operands(length: int, heads: int, own: int, shared: int, value: int, segmen
 
 def _cases(forward, backward, name: str, *sizes, causal: bool = True, variant: bool = False) -> list[Case]:
     inputs = _operands(*sizes)
-    q, v = inputs[0], inputs[2]
-    statistic = jax.ShapeDtypeStruct((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
+    batch, length, heads, _ = inputs.q.shape
+    statistic = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    result = OfResult(inputs.v, statistic, statistic)
     settings = {"scale": 0.1, "causal": causal}
     return [
-        Case(f"forward, {name}", functools.partial(forward, **settings), inputs, variant),
-        Case(f"backward, {name}", functools.partial(backward, **settings), (*inputs, v, statistic, statistic), variant),
+        Case(f"forward, {name}", functools.partial(forward, **settings), (inputs,), variant),
+        Case(f"backward, {name}", functools.partial(backward, **settings), (inputs, result), variant),
     ]
 
 

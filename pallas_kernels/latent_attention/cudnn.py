@@ -6,16 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.latent_attention.operands import Operands
 
-def attention(
-    q: Float[Array, "B T H qk"],
-    k: Float[Array, "B T H c"],
-    v: Float[Array, "B T H v"],
-    k_shared: Float[Array, "B T r"] | None,
-    scale: float,
-    causal: bool,
-) -> Float[Array, "B T H v"]:
+
+def attention(x: Operands, scale: float, causal: bool) -> Float[Array, "B T H v"]:
     """Returns the attended values; the shared keys are repeated for the heads, and values are padded with zeros."""
+    q, k, v, k_shared, _ = x
     if k_shared is not None:
         repeated = jnp.broadcast_to(k_shared[:, :, None], (*k.shape[:3], k_shared.shape[-1]))
         k = jnp.concatenate([k, repeated], axis=-1)

@@ -19,20 +19,20 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from pallas_kernels.device import once_a_program
-from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors, pad_to, swizzled
+from pallas_kernels.hopper_launch import multiprocessors, pad_to, swizzled
+from pallas_kernels.latent_attention.hopper_backward_consumer import consume
+from pallas_kernels.latent_attention.hopper_backward_plan import Arrays, Plan, Side, Tile
 from pallas_kernels.latent_attention.hopper_form import (
-    BY_COLUMN,
-    BY_ROW,
     CONSUMER_REGISTERS,
     CONSUMERS,
     PRODUCER,
@@ -42,74 +42,27 @@ from pallas_kernels.latent_attention.hopper_form import (
     Form,
     Interpret,
     make_form,
-    mask,
-    over_columns,
-    over_rows,
     segment_tables,
-    transposed,
 )
+from pallas_kernels.latent_attention.operands import OfResult, Operands
 from pallas_kernels.latent_attention.tiles import key_tiles, query_tiles
 
-MOST_ROWS = 192  # of the other side in the ring
 BLOCKS_WANTED = 4  # pieces of work per multiprocessor, before heads are put together in one
-
-Side = Literal["queries", "keys"]
-
-
-class Plan(NamedTuple):
-    """The static properties of one of the two kernels.
-
-    Attributes:
-      side: what the block's own rows are.
-      other: rows of the other side in a stage.
-      heads: heads that a block computes one after the other, with one sum for the keys that they share.
-    """
-
-    form: Form
-    side: Side
-    other: int
-    heads: int = 1
-
-    @property
-    def shares(self) -> bool:
-        return self.side == "keys" and any(part.shared for part in self.form.parts)
-
-    @property
-    def stages(self) -> int:
-        width = sum(part.width for part in self.form.parts) + self.form.value_width
-        stage_bytes = self.other * (width * 2 + 8)
-        return min((SHARED_MEMORY_BYTES - TILE * width * 2 - 4096) // stage_bytes, MOST_ROWS // self.other)
 
 
 @once_a_program("scale", "causal")
 def backward(
-    q: Float[Array, "B T H qk"],
-    k: Float[Array, "B T H c"],
-    v: Float[Array, "B T H v"],
-    k_shared: Float[Array, "B T r"] | None,
-    segment_ids: Int[Array, "B T"] | None,
-    gradient: Float[Array, "B T H v"],
-    log_sums: Float[Array, "B H T"],
-    mean: Float[Array, "B H T"],
-    scale: float,
-    causal: bool,
-    *,
-    interpret: Interpret = None,
+    x: Operands, result: OfResult, scale: float, causal: bool, *, interpret: Interpret = None
 ) -> tuple[Array, Array, Array, Array | None]:
-    """Returns the gradients of q, k, v and k_shared; the other operands are those of the forward pass.
-
-    Args:
-      gradient: of the attended values.
-      log_sums: natural logarithms of the rows' sums of exponentials.
-      mean: each row's sum of attended values times their gradients.
-    """
-    form = make_form(q, k, v, k_shared, segment_ids, scale, causal)
-    batch, length, heads, _ = q.shape
-    operands = [pad_to(x, 8, 1, 1) for x in (q, k, v, gradient.astype(q.dtype))]
-    operands += [pad_to(x, TILE) for x in (log_sums, mean)]
+    """Returns the gradients of q, k, v and k_shared."""
+    form = make_form(x, scale, causal)
+    (batch, length, heads, _), dtype = x.q.shape, x.q.dtype
+    k_shared, segment_ids = x.k_shared, x.segment_ids
+    operands = [pad_to(array, 8, 1, 1) for array in (x.q, x.k, x.v, result.gradient.astype(dtype))]
+    operands += [pad_to(statistic, TILE) for statistic in (result.log_sums, result.mean)]
     if k_shared is not None:
         operands.append(pad_to(k_shared, 8, 1))
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:3]]
+    shapes = [jax.ShapeDtypeStruct(array.shape, dtype) for array in operands[:3]]
 
     plan = Plan(form, "queries", 64)
     tables = key_tiles(segment_ids, batch, length, TILE, plan.other, causal)
@@ -181,41 +134,6 @@ def _scratch(plan: Plan, dtype) -> dict[str, Any]:
     }
 
 
-class Arrays(NamedTuple):
-    """The operands in global memory."""
-
-    q: Any
-    k: Any
-    v: Any
-    gradient: Any
-    log_sums: Any
-    mean: Any
-    k_shared: Any
-
-    def of(self, side: Side, form: Form, batch, rows, head) -> list[Any]:
-        """Returns the parts of queries or keys, then the gradients of attended values or the values."""
-        if side == "queries":
-            parts = [part.of_queries(self.q, batch, rows, head) for part in form.parts]
-            return [*parts, self.gradient.at[batch, rows, head]]
-        parts = [part.of_keys(self.k, self.k_shared, batch, rows, head) for part in form.parts]
-        return [*parts, self.v.at[batch, rows, head]]
-
-
-class Tile(NamedTuple):
-    """One tile of own rows and its range of tiles of the other side, for several heads."""
-
-    batch: Array
-    group: Array  # of heads
-    index: Array
-    first: Array  # tile of the other side
-    count: Array  # of tiles of the other side
-    steps_before: Array  # in this block
-
-    def other(self, plan: Plan, t):
-        """Returns the t-th tile of the other side: first those on the diagonal."""
-        return self.first + (self.count - 1 - t if plan.side == "queries" else t)
-
-
 def _kernel(first, end, *refs, plan: Plan, **scratch):
     """The program of one block. All arguments are in global memory."""
     inputs, optional = refs[:6], list(refs[6:])
@@ -234,7 +152,7 @@ def _kernel(first, end, *refs, plan: Plan, **scratch):
     @pl.when(warpgroup != PRODUCER)
     def _():
         plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
-        _consume(for_each_tile, warpgroup, arrays, segments, optional, plan, **scratch)
+        consume(for_each_tile, warpgroup, arrays, segments, optional, plan, **scratch)
 
 
 def _for_each_tile(body, *, first, end, groups: int, heads: int) -> Any:
@@ -318,139 +236,3 @@ def _produce(
     @pl.loop(jnp.maximum(steps - plan.stages, 0), steps)
     def _(step):
         plgpu.barrier_wait(freed.at[lax.rem(step, plan.stages)])
-
-
-def _consume(
-    for_each_tile, warpgroup, arrays: Arrays, segments, outputs, plan: Plan,
-    *, own_smem, own_value_smem, other_smem, other_value_smem, log_sums_smem, mean_smem,
-    own_filled, own_freed, filled, freed,
-):  # fmt: skip
-    """Computes the gradients of 64 rows of each tile."""
-    form = plan.form
-    own_parts = [i for i, part in enumerate(form.parts) if not (plan.shares and part.shared)]
-    shape = (ROWS, plan.other)
-
-    def statistics(tile: Tile, head, row):
-        """Returns a function of a stage that gives what both accumulators start from, broadcast to the tile.
-
-        Sums of logits start from minus the logarithm of the row's sum, divided by the scale, and those of the weights'
-        gradients from minus the row's mean: neither takes registers while products run.
-        """
-
-        def starts(by_own, broadcast):
-            log_sums, mean = by_own
-            return broadcast(log_sums * (-1 / form.scale), shape), broadcast(-mean, shape)
-
-        if log_sums_smem is None:
-            rows = pl.ds(row, ROWS)
-            by_row = [
-                plgpu.load(x.at[tile.batch, head, rows], layout=BY_ROW, optimized=False)
-                for x in (arrays.log_sums, arrays.mean)
-            ]
-            return lambda stage: starts(by_row, over_columns)
-
-        def of_stage(stage):
-            by_column = [plgpu.load(x.at[stage], layout=BY_COLUMN) for x in (log_sums_smem, mean_smem)]
-            plgpu.commit_smem()  # orders these reads before TMA's next write
-            return starts(by_column, over_rows)
-
-        return of_stage
-
-    def masked_where_needed(logits, tile: Tile, row, t):
-        """Masks the tile unless all of its queries see all of its keys."""
-        needed: Any = False
-        if form.causal:
-            needed = t < TILE // plan.other
-        elif plan.side == "queries" and form.length % plan.other:
-            needed = t == 0
-        ids = None
-        if segments is not None:
-            own, other = (1, 2) if plan.side == "queries" else (2, 1)
-            ids = segments[0].at[tile.batch]
-            needed |= segments[own][tile.batch, tile.index] != segments[other][tile.batch, tile.other(plan, t)]
-        if needed is False:
-            return logits
-        column = tile.other(plan, t) * plan.other
-        masked = functools.partial(mask, logits, form, row, column, ids, keys_in_rows=plan.side == "keys")
-        return lax.cond(needed, masked, lambda: logits)
-
-    def accumulate(tile: Tile, head, row, steps_before, to_parts, to_values):
-        """Adds the products of all tiles of the other side to the accumulators."""
-        statistics_of = statistics(tile, head, row)
-
-        @pl.loop(0, tile.count)
-        def _(t):
-            stage = lax.rem(steps_before + t, plan.stages)
-            plgpu.barrier_wait(filled.at[stage])
-
-            def products(logits_acc, weights_bar_acc):
-                logits_acc[...], weights_bar_acc[...] = statistics_of(stage)
-                for own, other in zip(own_smem, other_smem, strict=True):
-                    plgpu.wgmma(logits_acc, own.at[warpgroup], transposed(other.at[stage]))
-                plgpu.wgmma(weights_bar_acc, own_value_smem.at[warpgroup], transposed(other_value_smem.at[stage]))
-                logits = plgpu.wgmma_accumulator_load(logits_acc, wait_n=1)
-                weights = jnp.exp2(masked_where_needed(logits, tile, row, t) * form.exponent)
-                return weights, weights_bar_acc[...]
-
-            accumulator = plgpu.WGMMAAccumulatorRef(shape, jnp.float32)
-            weights, weights_bar = pl.run_scoped(products, accumulator, accumulator)
-            logits_bar = (weights * weights_bar).astype(arrays.q.dtype)
-            if to_values is not None:
-                plgpu.wgmma(to_values, weights.astype(arrays.q.dtype), other_value_smem.at[stage])
-            for to_part, other in zip(to_parts, other_smem, strict=True):
-                plgpu.wgmma(to_part, logits_bar, other.at[stage])
-            plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(freed.at[stage])
-
-    def write(tile: Tile, head, row, sums):
-        """Sends the gradients of one head through the shared memory of the own rows."""
-        targets = [own_smem[i] for i in own_parts]
-        rows = pl.ds(row, ROWS)
-        columns = [
-            pl.ds(part.column if plan.side == "queries" else part.key_column, part.width)
-            for part in (form.parts[i] for i in own_parts)
-        ]
-        places = [outputs[0].at[tile.batch, rows, head, column] for column in columns]
-        sums = [total * form.scale if i < len(own_parts) else total for i, total in enumerate(sums)]
-        if plan.side == "keys":
-            targets.append(own_value_smem)
-            places.append(outputs[1].at[tile.batch, rows, head])
-        for total, target in zip(sums, targets, strict=True):
-            target[warpgroup] = total.astype(arrays.q.dtype)
-        plgpu.commit_smem()
-        for target, place in zip(targets, places, strict=True):
-            plgpu.copy_smem_to_gmem(target.at[warpgroup], place)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(own_freed.at[warpgroup])
-
-    def compute_tile(tile: Tile):
-        row = tile.index * TILE + warpgroup * ROWS
-        widths = [form.parts[i].width for i in own_parts] + [form.value_width] * (plan.side == "keys")
-
-        def all_heads(*to_shared):
-            @pl.loop(0, plan.heads)
-            def _(i):
-                head = tile.group * plan.heads + i
-
-                def one_head(*sums):
-                    to_parts = [*sums[: len(own_parts)], *to_shared]
-                    to_values = sums[-1] if plan.side == "keys" else None
-                    steps_before = tile.steps_before + i * tile.count
-                    accumulate(tile, head, row, steps_before, to_parts, to_values)
-                    return [total[...] for total in sums]
-
-                plgpu.barrier_wait(own_filled.at[warpgroup])
-                sums = pl.run_scoped(one_head, *(plgpu.WGMMAAccumulatorRef((ROWS, w), jnp.float32) for w in widths))
-                write(tile, head, row, sums)
-
-            return [total[...] for total in to_shared]
-
-        if plan.shares:
-            width = form.parts[-1].width
-            (total,) = pl.run_scoped(all_heads, plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32))
-            outputs[2][tile.group, tile.batch, pl.ds(row, ROWS), :] = total * form.scale
-        else:
-            all_heads()
-
-    for_each_tile(compute_tile)
-    plgpu.wait_smem_to_gmem(0)

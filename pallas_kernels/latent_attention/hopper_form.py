@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.hopper_launch import pad_to
+from pallas_kernels.latent_attention.operands import Operands
 from pallas_kernels.latent_attention.tiles import SEVERAL_OF_KEYS, SEVERAL_OF_QUERIES, one_segment
 
 CONSUMERS = 2
@@ -64,17 +65,17 @@ class Form(NamedTuple):
         return self.scale * LOG2_E
 
 
-def make_form(q, k, v, k_shared, segment_ids, scale: float, causal: bool) -> Form:
+def make_form(x: Operands, scale: float, causal: bool) -> Form:
     """Returns the form of a call; the first part has the width of the values where it can."""
-    own, value_width = k.shape[-1], v.shape[-1]
+    own, value_width = x.k.shape[-1], x.v.shape[-1]
     first = value_width if own > value_width else own
-    width = q.shape[-1]
+    width = x.q.shape[-1]
     parts = [Part(0, first, False, 0, math.gcd(first, own, width, value_width))]
     if own > first:
         parts.append(Part(first, own - first, False, first, math.gcd(first, own, width)))
-    if k_shared is not None:
+    if x.k_shared is not None:
         parts.append(Part(own, width - own, True, 0, math.gcd(own, width)))
-    return Form(q.shape[1], tuple(parts), value_width, scale, causal, segment_ids is not None)
+    return Form(x.q.shape[1], tuple(parts), value_width, scale, causal, x.segment_ids is not None)
 
 
 def segment_tables(segment_ids: Int[Array, "B T"] | None, queries: int, keys: int) -> list[Array]:

@@ -23,7 +23,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.device import once_a_program
 from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors, pad_to, swizzled
@@ -44,6 +44,7 @@ from pallas_kernels.latent_attention.hopper_form import (
     segment_tables,
     transposed,
 )
+from pallas_kernels.latent_attention.operands import Operands
 from pallas_kernels.latent_attention.tiles import key_tiles
 
 STAGES = 2
@@ -51,28 +52,20 @@ STAGES = 2
 
 @once_a_program("scale", "causal")
 def forward(
-    q: Float[Array, "B T H qk"],
-    k: Float[Array, "B T H c"],
-    v: Float[Array, "B T H v"],
-    k_shared: Float[Array, "B T r"] | None,
-    segment_ids: Int[Array, "B T"] | None,
-    scale: float,
-    causal: bool,
-    *,
-    interpret: Interpret = None,
+    x: Operands, scale: float, causal: bool, *, interpret: Interpret = None
 ) -> tuple[Float[Array, "B T H v"], Float[Array, "B H T"]]:
     """Returns the attended values and the natural logarithm of each row's sum of exponentials, in float32.
 
-    Operands as in `latent_attention`. TMA moves whole swizzled tiles of 8 rows: other lengths are padded by a copy.
+    TMA moves whole swizzled tiles of 8 rows: other lengths are padded by a copy.
     """
-    form = make_form(q, k, v, k_shared, segment_ids, scale, causal)
-    batch, length, heads, _ = q.shape
-    first, end = key_tiles(segment_ids, batch, length, TILE, keys_per_tile(form), causal)
-    q, k, v = (pad_to(x, 8, 1, 1) for x in (q, k, v))
+    form = make_form(x, scale, causal)
+    batch, length, heads, _ = x.q.shape
+    first, end = key_tiles(x.segment_ids, batch, length, TILE, keys_per_tile(form), causal)
+    q, k, v = (pad_to(array, 8, 1, 1) for array in (x.q, x.k, x.v))
     operands = [first, end, q, k, v]
-    if k_shared is not None:
-        operands.append(pad_to(k_shared, 8, 1))
-    operands += segment_tables(segment_ids, TILE, keys_per_tile(form))
+    if x.k_shared is not None:
+        operands.append(pad_to(x.k_shared, 8, 1))
+    operands += segment_tables(x.segment_ids, TILE, keys_per_tile(form))
     rows = -(-length // TILE) * TILE
     out_types = [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32)]
     out, log_sums = plgpu.kernel(

@@ -5,20 +5,15 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.latent_attention.operands import Operands
 
-def attention(
-    q: Float[Array, "B T H qk"],
-    k: Float[Array, "B T H c"],
-    v: Float[Array, "B T H v"],
-    k_shared: Float[Array, "B T r"] | None,
-    segment_ids: Int[Array, "B T"] | None,
-    scale: float,
-    causal: bool,
-) -> tuple[Float[Array, "B T H v"], Float[Array, "B H T"]]:
+
+def attention(x: Operands, scale: float, causal: bool) -> tuple[Float[Array, "B T H v"], Float[Array, "B H T"]]:
     """Returns the attended values and the natural logarithm of each row's sum of exponentials, at least in float32."""
+    q, k, v, k_shared, segment_ids = x
     wide = jnp.promote_types(q.dtype, jnp.float32)
     own, dtype = k.shape[-1], v.dtype
-    q, k, v = (x.astype(wide) for x in (q, k, v))  # a CPU has no products of bfloat16 summed in float32
+    q, k, v = (array.astype(wide) for array in (q, k, v))  # a CPU has no products of bfloat16 summed in float32
     logits = jnp.einsum("bqhc,bkhc->bhqk", q[..., :own], k)
     if k_shared is not None:
         logits += jnp.einsum("bqhc,bkc->bhqk", q[..., own:], k_shared.astype(wide))

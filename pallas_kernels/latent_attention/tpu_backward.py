@@ -15,9 +15,10 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from pallas_kernels.device import LANES, once_a_program
+from pallas_kernels.latent_attention.operands import OfResult, Operands
 from pallas_kernels.latent_attention.tiles import key_tiles, query_tiles
 from pallas_kernels.latent_attention.tpu_form import (
     VMEM_BYTES,
@@ -36,24 +37,14 @@ from pallas_kernels.latent_attention.tpu_form import (
 
 @once_a_program("scale", "causal")
 def backward(
-    q: Float[Array, "B T H qk"],
-    k: Float[Array, "B T H c"],
-    v: Float[Array, "B T H v"],
-    k_shared: Float[Array, "B T r"] | None,
-    segment_ids: Int[Array, "B T"] | None,
-    gradient: Float[Array, "B T H v"],
-    log_sums: Float[Array, "B H T"],
-    mean: Float[Array, "B H T"],
-    scale: float,
-    causal: bool,
-    *,
-    interpret: Interpret = None,
+    x: Operands, result: OfResult, scale: float, causal: bool, *, interpret: Interpret = None
 ) -> tuple[Array, Array, Array, Array | None]:
-    """Returns the gradients of q, k, v and k_shared; operands as in `hopper_backward.backward`."""
+    """Returns the gradients of q, k, v and k_shared."""
+    q, k, v, k_shared, segment_ids = x
     batch, length = q.shape[:2]
     form = make_form(length, scale, causal)
-    operands = [by_head(x, form) for x in (q, k, v, gradient.astype(q.dtype))]
-    operands += [padded(x, form.tile, 2)[:, :, None] for x in (log_sums, mean)]
+    operands = [by_head(array, form) for array in (q, k, v, result.gradient.astype(q.dtype))]
+    operands += [padded(statistic, form.tile, 2)[:, :, None] for statistic in (result.log_sums, result.mean)]
     if k_shared is not None:
         operands.append(padded(k_shared, form.tile, 1))
     ids = ids_of(segment_ids, form)

@@ -13,9 +13,10 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.tpu as pltpu
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.device import LANES, once_a_program
+from pallas_kernels.latent_attention.operands import Operands
 from pallas_kernels.latent_attention.tiles import key_tiles
 from pallas_kernels.latent_attention.tpu_form import (
     LOWEST,
@@ -35,17 +36,10 @@ from pallas_kernels.latent_attention.tpu_form import (
 
 @once_a_program("scale", "causal")
 def forward(
-    q: Float[Array, "B T H qk"],
-    k: Float[Array, "B T H c"],
-    v: Float[Array, "B T H v"],
-    k_shared: Float[Array, "B T r"] | None,
-    segment_ids: Int[Array, "B T"] | None,
-    scale: float,
-    causal: bool,
-    *,
-    interpret: Interpret = None,
+    x: Operands, scale: float, causal: bool, *, interpret: Interpret = None
 ) -> tuple[Float[Array, "B T H v"], Float[Array, "B H T"]]:
     """Returns the attended values and the natural logarithm of each row's sum of exponentials, in float32."""
+    q, k, v, k_shared, segment_ids = x
     batch, length, heads, width = q.shape
     form = make_form(length, scale, causal)
     tables = key_tiles(segment_ids, batch, length, form.tile, form.tile, causal)
@@ -63,7 +57,7 @@ def forward(
             (None, None, form.tile, size), lambda b, h, i, j, first, end: (b, h, at_key(b, i, j, first, end), 0)
         )
 
-    operands = [by_head(x, form) for x in (q, k, v)]
+    operands = [by_head(array, form) for array in (q, k, v)]
     in_specs = [of_query(width), of_key(own), of_key(v.shape[-1])]
     if k_shared is not None:
         operands.append(padded(k_shared, form.tile, 1))

@@ -5,6 +5,9 @@ pages. A producer warpgroup has TMA fetch 64 entries at a time from the pages th
 value at once, so it is fetched once. The accumulator of 64 x 512 latents is too large for one warpgroup: two
 consumers have half of the columns each, and both compute the same logits.
 
+Entries in e4m3 are widened to bfloat16, exactly, in shared memory, each consumer its half of the columns: a tensor core
+multiplies FP8 by FP8 only. Their scales multiply logits and weights.
+
 Sequences are split over blocks so that a few long ones keep all multiprocessors busy; the parts are put together with
 the logarithms of their sums.
 """
@@ -19,11 +22,12 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.device import once_a_program
 from pallas_kernels.hopper_launch import multiprocessors, pad_to, swizzled
 from pallas_kernels.latent_attention.hopper_form import (
+    BY_COLUMN,
     BY_ROW,
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -35,8 +39,10 @@ from pallas_kernels.latent_attention.hopper_form import (
     ROWS,
     Interpret,
     over_columns,
+    over_rows,
     transposed,
 )
+from pallas_kernels.latent_decode.operands import Operands
 
 ENTRIES = 64  # of a stage
 STAGES = 2
@@ -52,6 +58,7 @@ class Form(NamedTuple):
     exponent: float  # the factor of a logit in the exponent of 2
     parts: int  # of a sequence
     first: int  # entry that is seen
+    fp8: bool  # latents are e4m3 with scales
 
     @property
     def copies(self) -> int:
@@ -61,29 +68,19 @@ class Form(NamedTuple):
 
 @once_a_program("scale", "first", "parts")
 def decode(
-    q_latent: Float[Array, "B T H c"],
-    q_rope: Float[Array, "B T H r"],
-    latents: Float[Array, "P page c"],
-    rope_keys: Float[Array, "P page r"],
-    table: Int[Array, "B N"],
-    positions: Int[Array, "B T"],
-    scale: float,
-    first: int = 0,
-    *,
-    parts: int | None = None,
-    interpret: Interpret = None,
+    x: Operands, scale: float, first: int = 0, *, parts: int | None = None, interpret: Interpret = None
 ) -> Float[Array, "B T H c"]:
     """Computes `reference.decode`; each sequence in `parts` parts, chosen by the sizes unless given."""
-    batch, tokens, heads, width = q_latent.shape
-    page = latents.shape[1]
-    queries = [pad_to(x.reshape(batch, tokens * heads, x.shape[-1]), ROWS, 1) for x in (q_latent, q_rope)]
+    batch, tokens, heads, width = x.q_latent.shape
+    page = x.latents.shape[1]
+    queries = [pad_to(x.rows(q), ROWS, 1) for q in (x.q_latent, x.q_rope)]
     rows = queries[0].shape[1]
     row_tiles = rows // ROWS
     if parts is None:
-        tiles = -(-table.shape[1] * page // ENTRIES)
+        tiles = -(-x.table.shape[1] * page // ENTRIES)
         parts = max(1, min(multiprocessors() // (batch * row_tiles), tiles // LEAST_TILES))
-    form = Form(page, width // CONSUMERS, q_rope.shape[-1], scale * LOG2_E, parts, first)
-    last = jnp.repeat(positions.astype(jnp.int32), heads, axis=1)
+    form = Form(page, width // CONSUMERS, x.q_rope.shape[-1], scale * LOG2_E, parts, first, x.scales is not None)
+    last = x.last_entries()
     last = jnp.pad(last, ((0, 0), (0, rows - last.shape[1])), mode="edge").reshape(batch, row_tiles, ROWS)
     end = (last.max(axis=-1) + ENTRIES) // ENTRIES  # tiles that a row of the block sees
     whole = (last.min(axis=-1) + 1) // ENTRIES  # tiles that all of them see
@@ -93,7 +90,7 @@ def decode(
             jax.ShapeDtypeStruct((parts, batch, rows, width), jnp.float32),
             jax.ShapeDtypeStruct((parts, batch, rows), jnp.float32),
         ],
-        scratch_types=_scratch(form, q_latent.dtype),
+        scratch_types=_scratch(form, x),
         grid=(multiprocessors(),),
         grid_names=("blocks",),
         num_threads=CONSUMERS + 1,
@@ -101,25 +98,43 @@ def decode(
         kernel_name="latent_decode",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(end, whole, last.reshape(batch, rows), table.astype(jnp.int32), *queries, latents, rope_keys)
+    )(
+        end,
+        whole,
+        last.reshape(batch, rows),
+        x.table.astype(jnp.int32),
+        *queries,
+        x.latents,
+        x.rope_keys,
+        *([] if x.scales is None else [x.scales]),
+    )
     share = jax.nn.softmax(log_sums, axis=0)
     attended = jnp.sum(out * share[..., None], axis=0) if parts > 1 else out[0]
-    return attended[:, : tokens * heads].reshape(q_latent.shape).astype(q_latent.dtype)
+    return attended[:, : tokens * heads].reshape(x.q_latent.shape).astype(x.q_latent.dtype)
 
 
-def _scratch(form: Form, dtype) -> dict[str, Any]:
-    def tiles(*shape: int, alike: int = form.half) -> Any:
+def _scratch(form: Form, x: Operands) -> dict[str, Any]:
+    wide = x.q_latent.dtype
+
+    def tiles(*shape: int, dtype=wide, alike: int = form.half) -> Any:
         return plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype, alike))
 
+    entries = (CONSUMERS, ENTRIES, form.half)
+    arrivals = form.copies * (CONSUMERS + 1 + form.fp8)
     return {
         "q_smem": tiles(CONSUMERS, ROWS, form.half),
         "q_rope_smem": tiles(ROWS, form.rope),
-        "latents_smem": tiles(STAGES, CONSUMERS, ENTRIES, form.half),
+        "stored_smem": tiles(STAGES, *entries, dtype=x.latents.dtype),
+        "wide_smem": tiles(*entries) if form.fp8 else None,
+        "scales_smem": plgpu.SMEM((STAGES, ENTRIES), jnp.float32) if form.fp8 else None,
         "rope_smem": tiles(STAGES, ENTRIES, form.rope),
         "q_filled": plgpu.Barrier(num_arrivals=CONSUMERS + 1),
         "q_freed": plgpu.Barrier(num_arrivals=CONSUMERS),
-        "filled": plgpu.Barrier(num_arrivals=form.copies * (CONSUMERS + 1), num_barriers=STAGES),
+        "filled": plgpu.Barrier(num_arrivals=arrivals, num_barriers=STAGES),
         "freed": plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
+        # Of the one widened tile: both halves are written, and both consumers have multiplied by it.
+        "widened": plgpu.Barrier(num_arrivals=CONSUMERS) if form.fp8 else None,
+        "multiplied": plgpu.Barrier(num_arrivals=CONSUMERS) if form.fp8 else None,
     }
 
 
@@ -139,8 +154,9 @@ class Piece(NamedTuple):
         return pl.ds(self.row_tile * ROWS, ROWS)
 
 
-def _kernel(end, whole, last, table, q_latent, q_rope, latents, rope_keys, out, log_sums, *, form: Form, **scratch):
+def _kernel(end, whole, last, table, q_latent, q_rope, latents, rope_keys, *refs, form: Form, **scratch):
     """The program of one block."""
+    *scales, out, log_sums = refs
     warpgroup = lax.axis_index("warpgroup")
 
     def for_each_piece(body):
@@ -162,7 +178,7 @@ def _kernel(end, whole, last, table, q_latent, q_rope, latents, rope_keys, out, 
     @pl.when(warpgroup == PRODUCER)
     def _():
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        _produce(for_each_piece, table, q_latent, q_rope, latents, rope_keys, form, **scratch)
+        _produce(for_each_piece, table, q_latent, q_rope, latents, rope_keys, scales, form, **scratch)
 
     @pl.when(warpgroup != PRODUCER)
     def _():
@@ -178,12 +194,17 @@ def _kernel(end, whole, last, table, q_latent, q_rope, latents, rope_keys, out, 
             def _():
                 log_sums[piece.part, piece.batch, piece.rows] = log_sum
 
-        for_each_piece(compute)
+        _, steps = for_each_piece(compute)
+        if form.fp8:
+
+            @pl.when(steps > 0)
+            def _():
+                plgpu.barrier_wait(scratch["multiplied"])
 
 
 def _produce(
-    for_each_piece, table, q_latent, q_rope, latents, rope_keys, form: Form,
-    *, q_smem, q_rope_smem, latents_smem, rope_smem, q_filled, q_freed, filled, freed,
+    for_each_piece, table, q_latent, q_rope, latents, rope_keys, scales, form: Form,
+    *, q_smem, q_rope_smem, stored_smem, rope_smem, scales_smem, q_filled, q_freed, filled, freed, **_,
 ):  # fmt: skip
     """Brings the queries, then 64 entries at a time."""
     halves = [pl.ds(half * form.half, form.half) for half in range(CONSUMERS)]
@@ -206,6 +227,8 @@ def _produce(
             @pl.when(step >= STAGES)
             def _():
                 plgpu.barrier_wait(freed.at[stage])
+                if form.fp8:
+                    plgpu.commit_smem()  # orders the consumers' ordinary reads before TMA's next write
 
             for copy in range(form.copies):
                 position = (piece.start + t) * ENTRIES + copy * size
@@ -215,8 +238,10 @@ def _produce(
                 within, target = pl.ds(lax.rem(position, form.page), size), pl.ds(copy * size, size)
                 for half, columns in enumerate(halves):
                     source = latents.at[page, within, columns]
-                    plgpu.copy_gmem_to_smem(source, latents_smem.at[stage, half, target], filled.at[stage])
+                    plgpu.copy_gmem_to_smem(source, stored_smem.at[stage, half, target], filled.at[stage])
                 plgpu.copy_gmem_to_smem(rope_keys.at[page, within], rope_smem.at[stage, target], filled.at[stage])
+                if form.fp8:
+                    plgpu.copy_gmem_to_smem(scales[0].at[page, within], scales_smem.at[stage, target], filled.at[stage])
 
     pieces, steps = for_each_piece(fill)
 
@@ -232,19 +257,52 @@ def _produce(
 
 def _consume(
     piece: Piece, whole, limit, warpgroup, form: Form,
-    *, q_smem, q_rope_smem, latents_smem, rope_smem, q_filled, q_freed, filled, freed,
+    *, q_smem, q_rope_smem, stored_smem, wide_smem, rope_smem, scales_smem,
+    q_filled, q_freed, filled, freed, widened, multiplied,
 ):  # fmt: skip
     """Returns half of the columns of the attended latents, and the logarithms of the rows' sums."""
     plgpu.barrier_wait(q_filled)
 
+    def latents_of(stage, half):
+        return wide_smem.at[half] if form.fp8 else stored_smem.at[stage, half]
+
+    def widen(step, stage):
+        """Converts this consumer's half of the entries once the other one needs the tile before no more."""
+
+        @pl.when(step > 0)
+        def _():
+            plgpu.barrier_wait(multiplied)
+
+        stored = plgpu.load(stored_smem.at[stage, warpgroup], layout=plgpu.Layout.WGMMA_8BIT)
+        wide_smem[warpgroup] = stored.astype(jnp.float32).astype(wide_smem.dtype)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(widened)
+        plgpu.barrier_wait(widened)
+
+    def scales_of(stage, shape):
+        return over_rows(plgpu.load(scales_smem.at[stage], layout=BY_COLUMN), shape)
+
     def logits_of(stage):
-        def multiply(acc):
+        def of_latents(acc):
             for half in range(CONSUMERS):
-                plgpu.wgmma(acc, q_smem.at[half], transposed(latents_smem.at[stage, half]))
+                plgpu.wgmma(acc, q_smem.at[half], transposed(latents_of(stage, half)))
+
+        def of_rope(acc):
             plgpu.wgmma(acc, q_rope_smem, transposed(rope_smem.at[stage]))
+
+        def together(acc):
+            of_latents(acc)
+            of_rope(acc)
             return acc[...]
 
-        return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((ROWS, ENTRIES), jnp.float32))
+        def apart(acc, rope_acc):
+            of_latents(acc)
+            of_rope(rope_acc)
+            logits = acc[...]
+            return logits * scales_of(stage, logits.shape) + rope_acc[...]
+
+        accumulator = plgpu.WGMMAAccumulatorRef((ROWS, ENTRIES), jnp.float32)
+        return pl.run_scoped(apart, accumulator, accumulator) if form.fp8 else pl.run_scoped(together, accumulator)
 
     def masked(logits, tile):
         entry = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=plgpu.Layout.WGMMA) + tile * ENTRIES
@@ -258,6 +316,8 @@ def _consume(
             largest, total = carry
             stage = lax.rem(piece.steps_before + t, STAGES)
             plgpu.barrier_wait(filled.at[stage])
+            if form.fp8:
+                widen(piece.steps_before + t, stage)
             logits, tile = logits_of(stage), piece.start + t
             hides = tile >= whole
             if form.first:
@@ -268,10 +328,14 @@ def _consume(
             weights = jnp.exp2(logits * form.exponent - over_columns(now, logits.shape))
             attended = acc[...]
             acc[...] = attended * over_columns(shrink, attended.shape)
-            plgpu.wgmma(acc, weights.astype(latents_smem.dtype), latents_smem.at[stage, warpgroup])
             total = total * shrink + weights.sum(axis=1)
+            if form.fp8:
+                weights = weights * scales_of(stage, weights.shape)
+            plgpu.wgmma(acc, weights.astype(q_smem.dtype), latents_of(stage, warpgroup))
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(freed.at[stage])
+            if form.fp8:
+                plgpu.barrier_arrive(multiplied)
             return now, total
 
         zeros = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), BY_ROW)

@@ -19,6 +19,7 @@ from pallas_kernels.quantize.quantized import (
     Tile,
     check_quantized,
     check_tile,
+    not_differentiable,
     scales_shape,
 )
 
@@ -65,7 +66,7 @@ def quantize(
             return reference.quantize(x, tile, power_of_two_scales)
         return _over_matrices(lambda matrix: kernels.quantize(matrix, tile, power_of_two_scales), x, tile)
 
-    return _not_differentiable(one_format)(x)
+    return not_differentiable(one_format)(x)
 
 
 @jax.named_scope("quantize_both")
@@ -85,7 +86,7 @@ def quantize_both(
     if x.ndim != 2:
         raise ValueError(f"x must be [M, K], not of shape {x.shape}")
     kernels = kernel_module("quantize", choose_implementation(implementation))
-    return _not_differentiable(lambda x: kernels.quantize_both(x, power_of_two_scales))(x)
+    return not_differentiable(lambda x: kernels.quantize_both(x, power_of_two_scales))(x)
 
 
 @jax.named_scope("requantize_transposed")
@@ -122,19 +123,6 @@ def _over_matrices(function: Callable[[Array], Quantized], x: Float[Array, "... 
     q = function(x.reshape(count * (m + excess), k))
     values = q.values.reshape(*batch, m + excess, k)[..., :m, :]
     return Quantized(values, q.scales.reshape(*batch, q.scales.shape[0] // count, q.scales.shape[1]), tile)
-
-
-def _not_differentiable(function):
-    """Returns `function` with an error for its derivative, which would itself be rounded to e4m3."""
-    wrapped = jax.custom_jvp(function)
-
-    @wrapped.defjvp
-    def _refuse(primals, tangents):
-        raise TypeError(
-            "quantized values carry no gradient: give the product one (jax.custom_vjp) or apply lax.stop_gradient first"
-        )
-
-    return wrapped
 
 
 def _check_input(x: Array) -> None:

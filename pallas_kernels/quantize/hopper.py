@@ -64,49 +64,49 @@ def requantize_transposed(
     (m, k), values = q.shape, pad_to(q.values, 32, 32)
     rows, columns = values.shape
     kernel = functools.partial(_requantize_kernel, power_of_two=power_of_two_scales)
-    out_values, out_scales = _launch(
+    out_values, out_scales = launch(
         kernel,
         "requantize_transposed",
         (rows, columns),
-        [jax.ShapeDtypeStruct((columns, rows), E4M3), _scales_struct(rows, columns)],
+        [jax.ShapeDtypeStruct((columns, rows), E4M3), scales_struct(rows, columns)],
         {
-            "q_smem": _tile_smem(E4M3, columns),
+            "q_smem": tile_smem(E4M3, columns),
             "scales_smem": plgpu.SMEM((TILE,), jnp.float32),
-            "wide_smem": _tile_smem(jnp.float16, TILE),
-            "values_smem": _tile_smem(E4M3, rows),
+            "wide_smem": tile_smem(jnp.float16, TILE),
+            "values_smem": tile_smem(E4M3, rows),
             "out_scales_smem": plgpu.SMEM((TILE,), jnp.float32),
             "arrived": plgpu.Barrier(num_arrivals=2),
         },
         interpret,
     )(values, pad_to(q.scales.T, TILE))
-    return Quantized(_cut(out_values, k, m), _cut(out_scales, out_scales.shape[0], k).T, "1x128")
+    return Quantized(cut(out_values, k, m), cut(out_scales, out_scales.shape[0], k).T, "1x128")
 
 
 def _quantize_tiles(x, power_of_two, interpret, *, rows: bool, columns: bool) -> list[Quantized]:
     """Quantizes along the rows, or along the columns (transposed), or both in this order."""
     (m, k), x = x.shape, pad_to(x, 32 if columns else 8, 32)
     padded_m, padded_k = x.shape
-    out_types, scratch = [], {"x_smem": _tile_smem(x.dtype, padded_k), "arrived": plgpu.Barrier()}
+    out_types, scratch = [], {"x_smem": tile_smem(x.dtype, padded_k), "arrived": plgpu.Barrier()}
     for wanted, name, (height, width) in (
         (rows, "rows_smem", (padded_m, padded_k)),
         (columns, "columns_smem", (padded_k, padded_m)),
     ):
-        scratch[name] = (_tile_smem(E4M3, width), plgpu.SMEM((TILE,), jnp.float32)) if wanted else None
+        scratch[name] = (tile_smem(E4M3, width), plgpu.SMEM((TILE,), jnp.float32)) if wanted else None
         if wanted:
-            out_types += [jax.ShapeDtypeStruct((height, width), E4M3), _scales_struct(width, height)]
+            out_types += [jax.ShapeDtypeStruct((height, width), E4M3), scales_struct(width, height)]
     kernel = functools.partial(_tiles_kernel, power_of_two=power_of_two)
     name = "quantize_" + "_and_".join(["rows"] * rows + ["columns"] * columns)
-    results = _launch(kernel, name, x.shape, out_types, scratch, interpret)(x)
+    results = launch(kernel, name, x.shape, out_types, scratch, interpret)(x)
     shapes = [(m, k)] * rows + [(k, m)] * columns
     return [
-        Quantized(_cut(values, *shape), _cut(scales, pl.cdiv(shape[1], TILE), shape[0]).T, "1x128")
+        Quantized(cut(values, *shape), cut(scales, pl.cdiv(shape[1], TILE), shape[0]).T, "1x128")
         for shape, values, scales in zip(shapes, results[::2], results[1::2], strict=True)
     ]
 
 
 def _quantize_blocks(x, power_of_two, interpret) -> Quantized:
     (m, k), x = x.shape, pad_to(x, 8, 32)
-    values, scales = _launch(
+    values, scales = launch(
         functools.partial(_blocks_kernel, power_of_two=power_of_two),
         "quantize_blocks",
         x.shape,
@@ -115,26 +115,27 @@ def _quantize_blocks(x, power_of_two, interpret) -> Quantized:
             jax.ShapeDtypeStruct((pl.cdiv(m, TILE), pl.cdiv(k, TILE)), jnp.float32),
         ],
         {
-            "x_smem": _tile_smem(x.dtype, x.shape[1]),
-            "values_smem": _tile_smem(E4M3, x.shape[1]),
+            "x_smem": tile_smem(x.dtype, x.shape[1]),
+            "values_smem": tile_smem(E4M3, x.shape[1]),
             "scale_smem": plgpu.SMEM((HALF,), jnp.float32),
             "arrived": plgpu.Barrier(),
         },
         interpret,
     )(x)
-    return Quantized(_cut(values, m, k), scales, "128x128")
+    return Quantized(cut(values, m, k), scales, "128x128")
 
 
-def _tile_smem(dtype, extent: int):
+def tile_smem(dtype, extent: int, rows: int = TILE, columns: int = TILE):
     """Returns the buffer for a tile of an array whose rows have `extent` elements."""
-    return plgpu.SMEM((TILE, TILE), dtype, transforms=swizzled(TILE, dtype, extent))
+    return plgpu.SMEM((rows, columns), dtype, transforms=swizzled(columns, dtype, extent))
 
 
-def _cut(x: Array, rows: int, columns: int) -> Array:
+def cut(x: Array, rows: int, columns: int) -> Array:
+    """Returns the first rows and columns of `x`, which is not copied where these are all."""
     return x if x.shape == (rows, columns) else x[:rows, :columns]
 
 
-def _scales_struct(contraction: int, others: int) -> jax.ShapeDtypeStruct:
+def scales_struct(contraction: int, others: int) -> jax.ShapeDtypeStruct:
     """Returns the type of scales [tiles along the contraction, others]; rows are whole tiles.
 
     A part of one row is contiguous, and Mosaic copies such a part without TMA's check of the row's end: what is past
@@ -143,9 +144,17 @@ def _scales_struct(contraction: int, others: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((pl.cdiv(contraction, TILE), others + -others % TILE), jnp.float32)
 
 
-def _launch(kernel, name: str, shape: tuple[int, ...], out_types, scratch: dict[str, Any], interpret):
+def launch(
+    kernel,
+    name: str,
+    shape: tuple[int, ...],
+    out_types,
+    scratch: dict[str, Any],
+    interpret,
+    tile: tuple[int, int] = (TILE, TILE),
+):
     """Returns a launch of `kernel` over a grid of tiles: one warpgroup per block, as many blocks as memory allows."""
-    tiles = pl.cdiv(shape[0], TILE), pl.cdiv(shape[1], TILE)
+    tiles = pl.cdiv(shape[0], tile[0]), pl.cdiv(shape[1], tile[1])
     used = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(scratch) if isinstance(s, pl.MemoryRef))
     together = min(SHARED_MEMORY_BYTES // (used + 3072), _MAX_BLOCKS)
     blocks = min(tiles[0] * tiles[1], multiprocessors() * together)
@@ -174,11 +183,11 @@ def _tiles_kernel(x, *outs, x_smem, rows_smem, columns_smem, arrived, tiles, pow
             half = pl.ds(start, HALF)
             if rows_smem is not None:
                 part = plgpu.load(x_smem.at[half], layout=plgpu.Layout.WGMMA_8BIT)
-                _quantize_rows(part, rows_smem[0].at[half], rows_smem[1].at[half], power_of_two)
+                quantize_rows(part, rows_smem[0].at[half], rows_smem[1].at[half], power_of_two)
             if columns_smem is not None:
                 transposed = x_smem.at[:, half].transpose((1, 0))
                 part = plgpu.load(transposed, layout=plgpu.Layout.WGMMA, optimized=False)
-                _quantize_rows(part, columns_smem[0].at[half], columns_smem[1].at[half], power_of_two)
+                quantize_rows(part, columns_smem[0].at[half], columns_smem[1].at[half], power_of_two)
         plgpu.commit_smem()
         if rows_smem is not None:
             plgpu.copy_smem_to_gmem(rows_smem[0], outs[0].at[along_m, along_k])
@@ -224,7 +233,7 @@ def _requantize_kernel(
             half = pl.ds(start, HALF)
             part = plgpu.load(wide_smem.at[:, half].transpose((1, 0)), layout=plgpu.Layout.WGMMA, optimized=False)
             part = part.astype(jnp.float32) * lax.broadcast_in_dim(row_scales, part.shape, (1,))
-            _quantize_rows(part, values_smem.at[half], out_scales_smem.at[half], power_of_two)
+            quantize_rows(part, values_smem.at[half], out_scales_smem.at[half], power_of_two)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(values_smem, out.at[along_k, along_m])
         plgpu.copy_smem_to_gmem(out_scales_smem, out_scales.at[i, along_k])
@@ -257,7 +266,8 @@ def _blocks_kernel(x, values, scales, *, x_smem, values_smem, scale_smem, arrive
     plgpu.wait_smem_to_gmem(0)
 
 
-def _quantize_rows(x: Float[Array, "64 128"], values_smem, scales_smem, power_of_two: bool) -> None:
+def quantize_rows(x: Float[Array, "64 128"], values_smem, scales_smem, power_of_two: bool) -> None:
+    """Writes 64 rows in e4m3, and a scale for each."""
     x = x.astype(jnp.float32)
     scales = scales_from_magnitude(jnp.max(magnitude_bits(x), axis=1), power_of_two)
     values_smem[...] = values_from_scaled(_scale_rows(x, scales))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -85,3 +86,16 @@ def check_quantized(name: str, q: Quantized, ndim: int | None = None) -> None:
             f"{name}.scales must have shape {wanted} as values are {q.values.shape} in {q.tile} tiles, "
             f"not {q.scales.shape}"
         )
+
+
+def not_differentiable[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """Returns `function` with an error for its derivative, which would itself be rounded to e4m3."""
+    wrapped = jax.custom_jvp(function)
+
+    @wrapped.defjvp
+    def _refuse(primals, tangents):
+        raise TypeError(
+            "quantized values carry no gradient: give the product one (jax.custom_vjp) or apply lax.stop_gradient first"
+        )
+
+    return wrapped

@@ -22,7 +22,7 @@ from pallas_kernels.device import once_a_program
 from pallas_kernels.quantize.quantized import E4M3, TILE, Quantized, Tile
 from pallas_kernels.quantize.reference import magnitude_bits, reciprocal, scales_from_magnitude, values_from_scaled
 
-_MAX_TILES = 8  # tiles of columns in one grid step
+MAX_TILES = 8  # tiles of columns in one grid step
 
 Interpret = pltpu.InterpretParams | None
 
@@ -60,8 +60,8 @@ def requantize_transposed(q: Quantized, power_of_two_scales: bool, *, interpret:
             pl.BlockSpec((TILE, width), lambda i, j: (i, j)),
             pl.BlockSpec((width // TILE, 1, TILE), lambda i, j: (j, 0, i)),
         ],
-        out_specs=[_transposed_spec(width), _column_scales_spec(width)],
-        out_shape=[jax.ShapeDtypeStruct((k, m), E4M3), _scales_struct(m, k)],
+        out_specs=[transposed_spec(width), column_scales_spec(width)],
+        out_shape=[jax.ShapeDtypeStruct((k, m), E4M3), scales_struct(m, k)],
         interpret=interpret or False,
         name="requantize_transposed",
     )(q.values, q.scales.T[:, None])
@@ -79,10 +79,10 @@ def _quantize_tiles(x, power_of_two, interpret, *, rows: bool, columns: bool) ->
             pl.BlockSpec((TILE, width), lambda i, j: (i, j)),
             pl.BlockSpec((width // TILE, 1, TILE), lambda i, j: (j, 0, i)),
         ]
-        out_shape += [jax.ShapeDtypeStruct((m, k), E4M3), _scales_struct(k, m)]
+        out_shape += [jax.ShapeDtypeStruct((m, k), E4M3), scales_struct(k, m)]
     if columns:
-        out_specs += [_transposed_spec(width), _column_scales_spec(width)]
-        out_shape += [jax.ShapeDtypeStruct((k, m), E4M3), _scales_struct(m, k)]
+        out_specs += [transposed_spec(width), column_scales_spec(width)]
+        out_shape += [jax.ShapeDtypeStruct((k, m), E4M3), scales_struct(m, k)]
     outs = pl.pallas_call(
         functools.partial(_tiles_kernel, shape=(m, k), rows=rows, columns=columns, power_of_two=power_of_two),
         grid=grid,
@@ -104,8 +104,8 @@ def _quantize_blocks(x, power_of_two, interpret) -> Quantized:
         functools.partial(_blocks_kernel, shape=(m, k), power_of_two=power_of_two),
         grid=grid,
         in_specs=[pl.BlockSpec((TILE, width), lambda i, j: (i, j))],
-        out_specs=[pl.BlockSpec((TILE, width), lambda i, j: (i, j)), _column_scales_spec(width)],
-        out_shape=[jax.ShapeDtypeStruct((m, k), E4M3), _scales_struct(m, lanes)],
+        out_specs=[pl.BlockSpec((TILE, width), lambda i, j: (i, j)), column_scales_spec(width)],
+        out_shape=[jax.ShapeDtypeStruct((m, k), E4M3), scales_struct(m, lanes)],
         interpret=interpret or False,
         name="quantize_blocks",
     )(x)
@@ -115,19 +115,19 @@ def _quantize_blocks(x, power_of_two, interpret) -> Quantized:
 def _grid(m: int, k: int) -> tuple[tuple[int, int], int]:
     """Returns the grid, and the columns of one grid step."""
     tiles = pl.cdiv(k, TILE)
-    width = TILE * math.gcd(tiles, _MAX_TILES)
+    width = TILE * math.gcd(tiles, MAX_TILES)
     return (pl.cdiv(m, TILE), pl.cdiv(k, width)), width
 
 
-def _scales_struct(contraction: int, others: int) -> jax.ShapeDtypeStruct:
+def scales_struct(contraction: int, others: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((pl.cdiv(contraction, TILE), 1, others), jnp.float32)
 
 
-def _transposed_spec(width: int) -> pl.BlockSpec:
+def transposed_spec(width: int) -> pl.BlockSpec:
     return pl.BlockSpec((width, TILE), lambda i, j: (j, i))
 
 
-def _column_scales_spec(width: int) -> pl.BlockSpec:
+def column_scales_spec(width: int) -> pl.BlockSpec:
     return pl.BlockSpec((1, 1, width), lambda i, j: (i, 0, j))
 
 
@@ -138,16 +138,16 @@ def _tiles_kernel(x_ref, *out_refs, shape, rows, columns, power_of_two):
         if rows:
             scales = scales_from_magnitude(jnp.max(magnitude_bits(x), axis=1, keepdims=True), power_of_two)
             out_refs[0][:, at] = values_from_scaled(x * reciprocal(scales))
-            out_refs[1][t] = _as_row(scales)
+            out_refs[1][t] = as_row(scales)
         if columns:
-            _quantize_columns(x, out_refs[-2].at[at], out_refs[-1].at[0, :, at], power_of_two)
+            quantize_columns(x, out_refs[-2].at[at], out_refs[-1].at[0, :, at], power_of_two)
 
 
 def _requantize_kernel(q_ref, scales_ref, values_ref, out_scales_ref, *, shape, power_of_two):
     for t in range(q_ref.shape[1] // TILE):
         at = pl.ds(t * TILE, TILE)
         x = q_ref[:, at].astype(jnp.float32) * jnp.broadcast_to(scales_ref[t], (TILE, TILE)).T
-        _quantize_columns(_without_outside(x, t, shape), values_ref.at[at], out_scales_ref.at[0, :, at], power_of_two)
+        quantize_columns(_without_outside(x, t, shape), values_ref.at[at], out_scales_ref.at[0, :, at], power_of_two)
 
 
 def _blocks_kernel(x_ref, values_ref, scales_ref, *, shape, power_of_two):
@@ -160,14 +160,14 @@ def _blocks_kernel(x_ref, values_ref, scales_ref, *, shape, power_of_two):
         scales_ref[0, :, at] = scale
 
 
-def _quantize_columns(x, values_ref, scales_ref, power_of_two) -> None:
+def quantize_columns(x, values_ref, scales_ref, power_of_two) -> None:
     """Writes the transpose of a tile, with one scale per column of the tile."""
     scales = scales_from_magnitude(jnp.max(magnitude_bits(x), axis=0, keepdims=True), power_of_two)
     values_ref[...] = (jnp.clip(x * reciprocal(scales), -448, 448)).T.astype(E4M3)
     scales_ref[...] = scales
 
 
-def _as_row(column: Float[Array, "128 1"]) -> Float[Array, "1 128"]:
+def as_row(column: Float[Array, "128 1"]) -> Float[Array, "1 128"]:
     return jnp.broadcast_to(column, (TILE, TILE)).T[:1]
 
 
@@ -176,7 +176,7 @@ def _without_outside(x: Float[Array, "128 128"], t: int, shape: tuple[int, int])
     m, k = shape
     if m % TILE == 0 and k % TILE == 0:
         return x
-    tiles_per_step = math.gcd(pl.cdiv(k, TILE), _MAX_TILES)
+    tiles_per_step = math.gcd(pl.cdiv(k, TILE), MAX_TILES)
     row = lax.broadcasted_iota(jnp.int32, x.shape, 0) + pl.program_id(0) * TILE
     column = lax.broadcasted_iota(jnp.int32, x.shape, 1) + (pl.program_id(1) * tiles_per_step + t) * TILE
     return jnp.where((row < m) & (column < k), x, 0)

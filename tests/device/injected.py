@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-from cases import Case
+from cases import Case, note
 
 
 def cases(tiny: bool) -> Iterator[Case]:
     yield Case("first", _pass)
-    yield Case("hang", lambda: time.sleep(1000) or {})
+    yield Case("hang", _hang)
     yield Case("after the hang", _pass)
     yield Case("crash", os.abort)
     yield Case("out of memory", lambda: {"passed": bool(np.ones(1 << 55).any())})
@@ -19,6 +19,12 @@ def cases(tiny: bool) -> Iterator[Case]:
     yield Case("wrong", lambda: {"passed": False, "error": 0.5, "tolerance": 0.1})
     yield Case("not a number", lambda: {"passed": True, "error": float("nan"), "tolerance": 0.1})
     yield Case("last", _pass)
+
+
+def _hang() -> dict:
+    note(compile_s=1.5)
+    time.sleep(1000)
+    return {}
 
 
 def _pass() -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import pathlib
 import sys
@@ -29,7 +30,10 @@ def test_every_failure_costs_its_own_case_only(run, tmp_path, monkeypatch):
     outcome = {(r["check"], r["case"]): r for r in runner.results}
     passed = {case for (check, case), r in outcome.items() if check == "bad" and r["passed"]}
     assert passed == {"first", "after the hang", "last"}
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert "stopped after" in outcome["bad", "hang"]["message"]
+    noted = next(line for line in lines if line["kind"] == "note")
+    assert (noted["check"], noted["case"], noted["compile_s"]) == ("bad", "hang", 1.5)
     assert outcome["bad", "crash"]["message"] == "SIGABRT"
     assert "MemoryError" in outcome["bad", "out of memory"]["message"]
     assert outcome["bad", "killed"]["message"] == "killed"
@@ -37,7 +41,8 @@ def test_every_failure_costs_its_own_case_only(run, tmp_path, monkeypatch):
     again = {case for check, case in outcome if check == "bad [no clusters]"}
     assert again >= {"hang", "crash"}
     assert not again & passed
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert lines[0]["kind"] == "machine"
+    assert lines[0]["jax"] == importlib.metadata.version("jax")
     assert [line["case"] for line in lines if line["kind"] == "result"] == [r["case"] for r in runner.results]
     assert "no_such_module" in (tmp_path / "printed.txt").read_text()
     report = run.table(runner.results)
@@ -53,3 +58,23 @@ def test_checks_and_timings_run_in_the_interpreter(run, tmp_path, capsys):
     assert not code, printed + (tmp_path / "printed.txt").read_text()
     assert "0 failed" in printed
     assert "masked" in printed
+
+
+def test_the_training_call_is_planned_for_its_limit(run):
+    """FP8 starts first, each case may take nearly all of the 280 seconds of a call, and both run at once."""
+    first, second = run.COMMANDS["training"]
+    assert [check.arguments["precision"] for check in (first, second)] == ["fp8", "bfloat16"]
+    assert min(first.case_limit, second.case_limit) >= 255
+
+
+@pytest.mark.slow
+def test_training_runs_in_a_rehearsal(run, tmp_path):
+    words = ["training", "--interpret", "--limit", "500", "--out", str(tmp_path), "--only", "fp8"]
+    code = run.main(words)
+    assert not code, (tmp_path / "printed.txt").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    notes = [line for line in lines if line["kind"] == "note"]
+    assert [line["step"] for line in notes if "step" in line] == [0, 1, 2]
+    (result,) = (line for line in lines if line["kind"] == "result")
+    assert result["passed"]
+    assert result["tokens_per_s"] > 0

@@ -263,9 +263,9 @@ def test_on_hopper_the_kernel_is_chosen():
 def test_cudnn_is_called_on_a_gpu_only(monkeypatch):
     calls = []
 
-    def attention(q, k, v, k_shared, scale, causal):
-        calls.append((scale, causal, k_shared.shape))
-        return v
+    def attention(x, scale, causal):
+        calls.append((scale, causal, x.k_shared.shape))
+        return x.v
 
     monkeypatch.setattr(cudnn, "attention", attention)
     q, k, v = (jnp.ones((1, 8, 2, width), jnp.bfloat16) for width in (48, 32, 32))

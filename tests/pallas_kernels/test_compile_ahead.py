@@ -14,7 +14,15 @@ import pytest
 from pallas_kernels import compile_ahead
 
 WHEELS = pathlib.Path(__file__).parents[2] / ".venv" / "aot"
-OPERATIONS = ("blockwise_matmul", "grouped_matmul", "latent_attention", "latent_decode", "quantize", "routing")
+OPERATIONS = (
+    "blockwise_matmul",
+    "grouped_matmul",
+    "latent_attention",
+    "latent_decode",
+    "quantize",
+    "routing",
+    "swiglu",
+)
 
 
 def compiled(target: str, operations: tuple[str, ...] = OPERATIONS) -> dict[str, list[dict]]:

@@ -193,6 +193,8 @@ def test_wrong_arguments_of_the_other_forms_are_named():
     lhs, sizes = jnp.zeros((8, 6)), jnp.array([4, 4])
     with pytest.raises(ValueError, match="same rows along axis 0"):
         pk.grouped_weight_gradient(lhs, lhs[:4], sizes)
+    with pytest.raises(ValueError, match="accumulator must have shape"):
+        pk.grouped_weight_gradient(lhs, lhs, sizes, accumulator=lhs)
     q = pk.quantize(jnp.zeros((5, 128)), tile="1x128")
     with pytest.raises(ValueError, match="multiple of 128 for FP8 operands"):
         pk.grouped_weight_gradient(q, q, sizes)

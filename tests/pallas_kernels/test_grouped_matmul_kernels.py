@@ -55,6 +55,11 @@ def by_form(form: str, fp8: bool, sizes: list[int]):
     if form == "depth":
         wanted = pk.grouped_weight_gradient(out_bar, columns, group_sizes, row_alignment=128)
         return (lambda kernels, **options: kernels.rows_by_rows(out_bar, columns, group_sizes, **options)), wanted
+    if form == "depth, added":
+        before = jax.random.normal(jax.random.key(2), (3, OUT, IN), f32)
+        wanted = pk.grouped_weight_gradient(out_bar, columns, group_sizes, accumulator=before, row_alignment=128)
+        arguments = out_bar, columns, group_sizes, before
+        return (lambda kernels, **options: kernels.rows_by_rows(*arguments, **options)), wanted
     counts = jnp.asarray(np.minimum(sizes, 130) // 2, jnp.int32)
     rows = jax.tree.map(lambda x: x[:390].reshape(3, 130, -1), lhs)
     wanted = pk.masked_grouped_matmul(rows, rhs, counts, out_dtype=f32)
@@ -62,7 +67,7 @@ def by_form(form: str, fp8: bool, sizes: list[int]):
 
 
 FORMS = [("rows", False), ("transposed", False), ("depth", False), ("masked", False)]
-FORMS += [("rows", True), ("depth", True), ("masked", True)]
+FORMS += [("rows", True), ("depth", True), ("masked", True), ("depth, added", True)]
 
 
 def check(got, wanted) -> None:

@@ -18,6 +18,7 @@ from pallas_kernels.latent_attention import (
     tpu_form,
     tpu_forward,
 )
+from pallas_kernels.latent_attention.operands import Operands
 
 
 def operands(batch, length, heads, own, shared, value, segments, seed=0, dtype=jnp.bfloat16):
@@ -56,7 +57,7 @@ def relative_error(got, wanted):
 @pytest.mark.parametrize("segments", [0, 3])
 def test_reference_equals_float64(causal, segments):
     inputs = operands(2, 19, 3, 8, 4, 6, segments, dtype=jnp.float32)
-    out, log_sums = reference.attention(*inputs, 0.3, causal)
+    out, log_sums = reference.attention(Operands(*inputs), 0.3, causal)
     wanted, wanted_log_sums = float64_attention(*inputs, 0.3, causal)
     assert relative_error(out, wanted) < 1e-6
     assert relative_error(log_sums, wanted_log_sums) < 1e-6
