@@ -1,4 +1,4 @@
-"""Everything that differs between operating systems: locks, pipes, signals, memory in use. Linux and macOS have it all.
+"""Everything that differs between operating systems: locks, pipes, signals, memory in use, the processor's features.
 
 Each function has a fallback, so that a system that lacks a facility loses only what depends on it.
 """
@@ -71,6 +71,16 @@ def peak_memory_bytes() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def processor_flags() -> frozenset[str]:
+    """Returns the names that Linux gives the processor's features, such as "avx512_bf16"; none on other systems."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            lines = [line for line in file if line.startswith(("flags", "Features"))]
+    except OSError:
+        return frozenset()
+    return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
 
 
 def call_before_abortion(function: Callable[[], None]) -> None:
