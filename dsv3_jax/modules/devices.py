@@ -26,7 +26,7 @@ Tree = Any
 
 
 class ExpertProduct(Protocol):
-    """Computes E_i(row) for rows that are sorted by expert: `group_sizes[i]` rows for expert i, equally many if None."""
+    """Computes E_i(row) for rows sorted by expert: `group_sizes[i]` rows for expert i, equally many without it."""
 
     def __call__(
         self,

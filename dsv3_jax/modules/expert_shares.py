@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 Product = Callable[..., Float[Array, "M d"]]
 """Applies experts to rows that are sorted by expert (`modules.devices.ExpertProduct`)."""

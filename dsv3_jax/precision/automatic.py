@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from dsv3_jax.default_device import default_device
 from dsv3_jax.operating_system import processor_flags
 from dsv3_jax.precision.recipe import Precision
+from dsv3_jax.precision.weight_product import weight_product
 
 _FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16", "svebf16"})
 _LEAST_WIDTH = 128  # of the hidden states; of a step of a narrower model products take a small part
@@ -64,9 +64,7 @@ def bfloat16_gain(width: int) -> float:
     return seconds[jnp.float32] / seconds[jnp.bfloat16]
 
 
-def _products(x: Float[Array, "N d"], weight: Float[Array, "w d"]) -> tuple[Array, Array, Array]:
-    """Returns what a linear map and its gradients multiply: W x, and the gradients to x and to W of its square."""
-    y = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)
-    x_bar = lax.dot_general(y, weight, (((1,), (0,)), ((), ())), preferred_element_type=x.dtype)
-    weight_bar = lax.dot_general(y, x, (((0,), (0,)), ((), ())), preferred_element_type=x.dtype)
-    return y, x_bar, weight_bar
+def _products(x: Float[Array, "N d"], weight: Float[Array, "w d"]) -> tuple[Array, tuple[Array, Array]]:
+    """Returns a linear map's result and what its gradients would be for that."""
+    y, pull = jax.vjp(lambda x, weight: weight_product(x, weight, x.dtype, x.dtype), x, weight)
+    return y, pull(y)

@@ -1,7 +1,8 @@
 """The product of rows with a weight, W x, in formats without scales, and its gradients.
 
-Autodiff would compute the same. Here the gradients are products in the recipe's dtype too where the result is wider (the
-logits), and on a CPU the gradient to the weight, which sums over rows, is written so that XLA has a fast product for it.
+Autodiff would compute the same. Here the operands of the gradients' products have the recipe's dtype too where the
+result is wider (the logits). On a CPU the gradient to the weight, which sums over rows, is written so that XLA has a
+fast product for it.
 """
 
 from __future__ import annotations

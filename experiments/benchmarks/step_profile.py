@@ -104,25 +104,27 @@ def profile(preset: str, precision: str, batch: int, length: int, steps: int, ch
             for _ in range(steps):
                 state, _ = jax.block_until_ready(step(state, tokens, segments, settings))
         thunks = thunks_of(Path(folder), known)
-    usual = statistics.median(seconds[1:])
-    print(
-        f"\n{preset}, {precision}, {rows[1]} x {rows[2] - 1} tokens: {usual * 1e3:.0f} ms a step (median of {steps}),"
-    )
-    print(f"least {min(seconds) * 1e3:.0f} ms, {len(thunks)} instructions run as thunks, compiled in {compiled:.1f} s")
+    usual, least = statistics.median(seconds[1:]) * 1e3, min(seconds) * 1e3
+    print(f"\n{preset}, {precision}, {rows[1]} x {rows[2] - 1} tokens: {usual:.0f} ms a step, at least {least:.0f} ms;")
+    print(f"{len(thunks)} instructions run as thunks; compiled in {compiled:.1f} s")
     by_kind: dict[str, Thunks] = defaultdict(Thunks)
     for name, ran in thunks.items():
         by_kind[kind_of(name)].add(ran)
     total = sum(ran.seconds for ran in by_kind.values())
     print(f"{'a step: thunks':>15} {'ms':>8} {'share':>6}  kind")
-    for kind, ran in sorted(by_kind.items(), key=lambda item: -item[1].seconds)[:32]:
+    for kind, ran in largest(by_kind, 32):
         print(f"{ran.count / steps:15.0f} {ran.seconds / steps * 1e3:8.2f} {ran.seconds / total:6.1%}  {kind}")
     print(f"{sum(ran.count for ran in by_kind.values()) / steps:15.0f} {total / steps * 1e3:8.2f}   100%  all")
-    print("largest:")
-    for name, ran in sorted(thunks.items(), key=lambda item: -item[1].seconds)[:40]:
+    print("the instructions that take longest:")
+    for name, ran in largest(thunks, 40):
         what, place = known[name]
-        print(
-            f"{ran.count / steps:6.0f} x {ran.seconds / ran.count * 1e3:7.3f} ms  {name}: {what[:70]}  {place[-110:]}"
-        )
+        line = f"{ran.count / steps:6.0f} x {ran.seconds / ran.count * 1e3:7.3f} ms  {name}: {what}"
+        print(f"{line[:90]:90}  {place[-100:]}")
+
+
+def largest(thunks: dict[str, Thunks], count: int) -> list[tuple[str, Thunks]]:
+    """Returns the `count` entries that take longest, the longest first."""
+    return sorted(thunks.items(), key=lambda item: -item[1].seconds)[:count]
 
 
 def main() -> None:
