@@ -12,6 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
@@ -38,25 +39,37 @@ def _backward(dtype, out_dtype, residuals, y_bar):
     x, weight = residuals
     y_bar, rows = y_bar.astype(dtype), x.astype(dtype)
     x_bar = _product(y_bar, weight.astype(dtype), (-1, -2), dtype)
-    wide = jnp.promote_types(dtype, jnp.float32)
-    if target_platform() != "cpu":
-        weight_bar = _product(y_bar, rows, (-2, -2), wide)
-    elif y_bar.shape[-1] <= x.shape[-1]:
-        weight_bar = lax.optimization_barrier(_product(_transposed(y_bar), rows, (-1, -2), wide))
-    else:
-        weight_bar = lax.optimization_barrier(_product(_transposed(rows), y_bar, (-1, -2), wide)).mT
+    weight_bar = product_over_rows(y_bar, rows, jnp.promote_types(dtype, jnp.float32))
     return x_bar.astype(x.dtype), weight_bar.astype(weight.dtype)
 
 
 weight_product.defvjp(_forward, _backward)
 
 
-def _transposed(x: Float[Array, "*E M n"]) -> Float[Array, "*E n M"]:
-    """Returns the transpose as a copy, whose product is fast: XLA has only a slow product that sums over rows.
+def product_over_rows(
+    left: Float[Array, "*E M m"], right: Float[Array, "*E M n"], dtype: jnp.dtype
+) -> Float[Array, "*E m n"]:
+    """Returns leftᵀ · right of matrices on any leading axes, as the gradients to weights are."""
+    if target_platform() != "cpu":
+        return _product(left, right, (-2, -2), dtype)
+    if left.shape[-1] > right.shape[-1]:  # the narrower one is transposed, and then the small result
+        return product_over_rows(right, left, dtype).mT
+    return lax.optimization_barrier(_product(_transposed_copy(left), right, (-1, -2), dtype))
 
-    Left to itself it would keep the order in memory, or move the transpose behind the product, and lose it again.
+
+@custom_vmap
+def _transposed_copy(x: Float[Array, "*E M m"]) -> Float[Array, "*E m M"]:
+    """Returns the transpose, its rows one after the other in memory.
+
+    XLA has a slow product that sums over rows. Left to itself it would keep the order in memory, or move a transpose
+    behind the product, and choose the slow one again.
     """
     return with_layout_constraint(x.mT, Layout(tuple(range(x.ndim))))
+
+
+@_transposed_copy.def_vmap
+def _transposed_copies(axis_size, in_batched, x):
+    return _transposed_copy(x), True
 
 
 def _product(

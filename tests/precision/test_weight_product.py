@@ -38,3 +38,16 @@ def test_product_and_gradients(dtype: str, groups: tuple[int, ...], rows: int, i
         error = np.abs(np.asarray(got, np.float64) - left @ right)
         rounding = np.abs(left @ right) * (EPSILON[dtype] if got is x_bar else 0.0)
         assert np.all(error <= bound + rounding)
+
+
+def test_gradients_of_each_row():
+    """Gradients per example, as `jax.vmap` of a gradient gives them, are the gradients of one example each."""
+    random = np.random.default_rng(0)
+    weight, rows = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((5, 7), (4, 3, 7)))
+
+    def loss(weight: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sum(weight_product(x, weight, jnp.dtype("float32"), jnp.dtype("float32")) ** 2)
+
+    together = jax.vmap(jax.grad(loss), in_axes=(None, 0))(weight, rows)
+    for x, got in zip(rows, together, strict=True):
+        np.testing.assert_allclose(got, jax.grad(loss)(weight, x), rtol=1e-5, atol=1e-5)
