@@ -75,12 +75,22 @@ def peak_memory_bytes() -> int:
 
 def processor_flags() -> frozenset[str]:
     """Returns the names that Linux gives the processor's features, such as "avx512_bf16"; none on other systems."""
+    return frozenset((_of_processor("flags", "Features") or "").split())
+
+
+def processor_name() -> str:
+    """Returns the name of the processor, or that of its architecture where the system does not name it."""
+    return _of_processor("model name") or platform.machine()
+
+
+def _of_processor(*names: str) -> str | None:
+    """Returns the first value in Linux's description of the processor that has one of these names."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            lines = [line for line in file if line.startswith(("flags", "Features"))]
+            pairs = [text.partition(":") for text in file]
     except OSError:
-        return frozenset()
-    return frozenset(lines[0].partition(":")[2].split()) if lines else frozenset()
+        return None
+    return next((value.strip() for name, _, value in pairs if name.strip() in names), None)
 
 
 def call_before_abortion(function: Callable[[], None]) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 from dsv3_jax import ModelConfig
 from dsv3_jax.counts import count_flops
+from dsv3_jax.operating_system import processor_name
 
 HERE = Path(__file__).resolve().parent
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for both sides; `make train` uses them too
@@ -231,13 +232,6 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def processor() -> str:
-    """Returns the name of the CPU, or of its architecture if the system does not name it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.machine()
-
-
 def parse() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,7 +258,7 @@ def main() -> None:
     ours = Worker(sys.executable, "jax_side.py", options.threads)
     theirs = Worker(options.oracle_python, "transformers_side.py", options.threads)
     try:
-        about = {"cpu": processor(), "python": platform.python_version()}
+        about = {"cpu": processor_name(), "python": platform.python_version()}
         about |= {name: getattr(options, name) for name in ("threads", "dtypes", "rounds", "repeats", "note")}
         report: dict[str, Any] = {"about": about | ours.ask(do="versions") | theirs.ask(do="versions")}
         report["comparisons"] = [
