@@ -1,4 +1,4 @@
-"""Everything that differs between operating systems: locks, pipes, signals, memory in use. Linux and macOS have it all.
+"""Everything that differs between operating systems: locks, pipes, signals, memory in use, the processor's features.
 
 Each function has a fallback, so that a system that lacks a facility loses only what depends on it.
 """
@@ -71,6 +71,26 @@ def peak_memory_bytes() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def processor_flags() -> frozenset[str]:
+    """Returns the names that Linux gives the processor's features, such as "avx512_bf16"; none on other systems."""
+    return frozenset((_of_processor("flags", "Features") or "").split())
+
+
+def processor_name() -> str:
+    """Returns the name of the processor, or that of its architecture where the system does not name it."""
+    return _of_processor("model name") or platform.machine()
+
+
+def _of_processor(*names: str) -> str | None:
+    """Returns the first value in Linux's description of the processor that has one of these names."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            pairs = [text.partition(":") for text in file]
+    except OSError:
+        return None
+    return next((value.strip() for name, _, value in pairs if name.strip() in names), None)
 
 
 def call_before_abortion(function: Callable[[], None]) -> None:

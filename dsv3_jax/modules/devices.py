@@ -16,22 +16,24 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
+from dsv3_jax.modules.expert_shares import LEAST_SHARE, apply_in_shares, share_of
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision import Fp8Recipe
+from pallas_kernels.device import target_platform
 
 Tree = Any
 """A pytree that contains nnx Variables."""
 
 
 class ExpertProduct(Protocol):
-    """Computes E_i(row) for rows that are sorted by expert: `group_sizes[i]` rows for expert i."""
+    """Computes E_i(row) for rows sorted by expert: `group_sizes[i]` rows for expert i, equally many without it."""
 
     def __call__(
         self,
         rows: Float[Array, "M d"],
         gate_up: Float[Array, "E 2 I d"],
         down: Float[Array, "E d I"],
-        group_sizes: Int[Array, " E"],
+        group_sizes: Int[Array, " E"] | None,
         row_alignment: int,
     ) -> Float[Array, "M d"]: ...
 
@@ -234,6 +236,9 @@ class OneDevice:
         """Returns sum_i g_i E_i(u): tokens are sorted by expert, multiplied, and their results added up per token."""
         experts, chosen = gate_up.shape[0], gates.expert_index.shape[-1]
         expert_index = gates.expert_index.reshape(-1, chosen)
+        plain = shapes.fp8 is None and isinstance(gate_up, jax.Array)
+        if plain and target_platform() == "cpu" and share_of(expert_index.size, experts) >= LEAST_SHARE:
+            return apply_in_shares(u, gates.gate.reshape(-1, chosen), expert_index, gate_up, down, product)
         alignment = pallas_kernels.preferred_row_alignment(expert_index.size, experts)
         rows, permutation = pallas_kernels.permute(u, expert_index, experts, row_alignment=alignment)
         out = product(rows, gate_up, down, permutation.group_sizes, alignment)

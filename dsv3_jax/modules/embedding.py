@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
@@ -12,6 +11,7 @@ from dsv3_jax.modules.devices import Devices
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision import Precision
 from dsv3_jax.precision.int8_weight import Int8Weight
+from dsv3_jax.precision.weight_product import weight_product
 
 
 class Embedding(nnx.Module):
@@ -58,11 +58,8 @@ class Head(nnx.Module):
         self, hidden: Float[Array, "*batch d"], weight: Float[Array, "V d"] | Int8Weight
     ) -> Float[Array, "*batch V"]:
         dtype = self.precision.dtype
+        wide = jnp.promote_types(dtype, jnp.float32)
         if isinstance(weight, Int8Weight):
-            return weight.product(hidden, jnp.promote_types(dtype, jnp.float32))
-        return lax.dot_general(
-            hidden.astype(dtype),
-            weight.astype(dtype),
-            (((hidden.ndim - 1,), (1,)), ((), ())),
-            preferred_element_type=jnp.promote_types(dtype, jnp.float32),
-        )
+            return weight.product(hidden, wide)
+        logits = weight_product(hidden.reshape(-1, hidden.shape[-1]), weight, dtype, wide)
+        return logits.reshape(*hidden.shape[:-1], -1)

@@ -113,10 +113,10 @@ class Experts(nnx.Module):
         rows: Float[Array, "M d"],
         gate_up: Float[Array, "E 2 I d"],
         down: Float[Array, "E d I"],
-        group_sizes: Int[Array, " E"],
+        group_sizes: Int[Array, " E"] | None,
         row_alignment: int,
     ) -> Float[Array, "M d"]:
-        """Returns FFN_i of rows sorted by expert i."""
+        """Returns FFN_i of rows sorted by expert i, equally many of each without `group_sizes`."""
         experts, _, width, d = gate_up.shape
         apply: dict[str, Any] = {
             "group_sizes": group_sizes,

@@ -7,7 +7,6 @@ Weights are arrays, or weights kept in a small format (`Fp8Weight`, `Int8Weight`
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
@@ -19,6 +18,7 @@ from dsv3_jax.precision.keeping import keep
 from dsv3_jax.precision.recipe import Precision
 from dsv3_jax.precision.swiglu import swiglu
 from dsv3_jax.precision.tiles import dequantize
+from dsv3_jax.precision.weight_product import weight_product
 from pallas_kernels import TILE
 
 
@@ -43,8 +43,10 @@ def linear(
         return y.reshape(*x.shape[:-1], -1)
     if after_attention:
         x = keep(x)
-    contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x.astype(dtype), weight.astype(dtype), contract_last, preferred_element_type=dtype)
+    if isinstance(weight, Fp8Weight):
+        weight = weight.astype(dtype)
+    y = weight_product(x.reshape(-1, x.shape[-1]), weight, dtype, dtype)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def swiglu_linear(
@@ -61,7 +63,7 @@ def swiglu_linear(
 def grouped_linear(
     rows: Float[Array, "M in"],
     weights: Float[Array, "E out in"] | Fp8Weight,
-    group_sizes: Int[Array, " E"],
+    group_sizes: Int[Array, " E"] | None,
     *,
     row_alignment: int,
     precision: Precision,
@@ -69,9 +71,14 @@ def grouped_linear(
     """Returns y_r = W_e x_r for rows r sorted by expert e.
 
     Args:
-      group_sizes: the number of rows of each expert, multiples of `row_alignment`.
+      group_sizes: the number of rows of each expert, multiples of `row_alignment`; None if all have equally many,
+        which is possible without FP8.
     """
     dtype = precision.dtype
+    if group_sizes is None:
+        assert not isinstance(weights, Fp8Weight)
+        by_expert = rows.reshape(weights.shape[0], -1, rows.shape[-1])
+        return weight_product(by_expert, weights, dtype, dtype).reshape(rows.shape[0], -1)
     if precision.fp8 is not None:
         role = Role(dispatched=True)
         return _fp8_by_group(rows.astype(dtype), weights, group_sizes, row_alignment, precision, role)
@@ -87,7 +94,7 @@ def grouped_linear(
 def grouped_swiglu_linear(
     gate_up: Float[Array, "M 2*width"],
     weights: Float[Array, "E out width"] | Fp8Weight,
-    group_sizes: Int[Array, " E"],
+    group_sizes: Int[Array, " E"] | None,
     *,
     row_alignment: int,
     precision: Precision,
@@ -96,6 +103,7 @@ def grouped_swiglu_linear(
     if precision.fp8 is None:
         hidden = swiglu(keep(gate_up).reshape(gate_up.shape[0], 2, -1))
         return grouped_linear(hidden, weights, group_sizes, row_alignment=row_alignment, precision=precision)
+    assert group_sizes is not None
     role = Role(swiglu=True, gradient_dispatched=True)
     return _fp8_by_group(gate_up.astype(precision.dtype), weights, group_sizes, row_alignment, precision, role)
 

@@ -25,7 +25,7 @@ from dsv3_jax.runs.peers import Peers
 from dsv3_jax.runs.reporter import Reporter
 from dsv3_jax.runs.results import write_results
 from dsv3_jax.runs.sample import sample_text, whole_model
-from dsv3_jax.runs.start import Continuation, RunStart, run_layout, start_or_resume
+from dsv3_jax.runs.start import Continuation, RunStart, run_layout, start_or_resume, with_known_precision
 from dsv3_jax.runs.step_inputs import StepInputs, step_settings
 from dsv3_jax.terminal import say
 from dsv3_jax.training.config import RunConfig
@@ -105,6 +105,7 @@ def train(
     try:
         with contextlib.ExitStack() as stack, PeerWatchdog(peers) as watchdog, interruption:
             share(lambda: stack.enter_context(folder.locked()) and None)
+            config = with_known_precision(config, folder, continuation)
             if folder.holds_run:
                 folder.check_same_run(config)
                 epochs = None

@@ -14,6 +14,7 @@ from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import Devices
 from dsv3_jax.pipeline.passes import check_passes
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
+from dsv3_jax.precision.automatic import automatic_recipe
 from dsv3_jax.runs.agreement import any_process, first_process_first, is_first, share
 from dsv3_jax.runs.checkpoints import restore
 from dsv3_jax.runs.folder import RunFolder, first_difference
@@ -82,6 +83,22 @@ def run_layout(config: RunConfig) -> StateLayout:
             batch_ranks=sizes.batch_ranks,
         )
     return StateLayout.of(sizes, zero=config.training.zero, overlap=config.training.overlap_exchange, layers=layers)
+
+
+def with_known_precision(config: RunConfig, folder: RunFolder, continuation: Continuation | None) -> RunConfig:
+    """Returns the configuration with a recipe for the precision `auto`: the run's, if it goes on, else the best here.
+
+    The recipe is saved with the run, so that a run that goes on computes the same on any machine.
+    """
+    if config.precision != "auto":
+        return config
+    source = folder if folder.holds_run or continuation is None else continuation.folder
+    if source.holds_run:
+        return dataclasses.replace(config, precision=source.read_config().precision)
+    name, reason = share(lambda: automatic_recipe(config.model.hidden_size))
+    if is_first():
+        say(f"precision auto is {name} here: {reason}")
+    return dataclasses.replace(config, precision=name)
 
 
 def start_or_resume(

@@ -21,6 +21,7 @@ from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.balance import Routing
 from dsv3_jax.training.config import Balance
 from dsv3_jax.training.qk_clip import LargestLogits
+from pallas_kernels.device import target_platform
 
 
 @jax.tree_util.register_dataclass
@@ -119,11 +120,30 @@ def cross_entropies(
     return in_pieces(of, hidden, targets, chunk)
 
 
+@jax.custom_vjp
 def cross_entropy(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
     """Returns -log P(target) of every token from its logits."""
-    # One comparison per column instead of a gather: its gradient is a comparison too, not a scatter.
-    at_target = jnp.where(targets[..., None] == jnp.arange(logits.shape[-1]), logits, 0.0)
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.sum(at_target, axis=-1)
+    return _cross_entropy_forward(logits, targets)[0]
+
+
+def _cross_entropy_forward(logits, targets):
+    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    if target_platform() == "cpu":
+        at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    else:  # one comparison per column, because columns may be on several devices
+        at_target = jnp.sum(jnp.where(targets[..., None] == jnp.arange(logits.shape[-1]), logits, 0.0), axis=-1)
+    return log_sum - at_target, (logits, targets, log_sum)
+
+
+def _cross_entropy_backward(residuals, bar):
+    """Returns the gradient to the logits, bar * (P - 1(target)), in one pass over them."""
+    logits, targets, log_sum = residuals
+    is_target = targets[..., None] == jnp.arange(logits.shape[-1])
+    probability = jnp.exp(logits - log_sum[..., None])
+    return (probability - is_target.astype(logits.dtype)) * bar[..., None], None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def in_pieces[Values](

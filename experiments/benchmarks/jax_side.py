@@ -1,6 +1,7 @@
 """Runs this project's side of vs_transformers.py and answers the same requests as transformers_side.py.
 
-It also answers `startup`: the seconds that tracing, lowering and compiling the training step take.
+It also answers `startup`: the seconds that tracing, lowering and compiling the training step take; and `rates`: the
+operations per second of a large product in each dtype, and the bytes per second of a copy.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import lax
 
 from dsv3_jax import DeepSeekV3, ModelConfig, Precision, default_run, generate
 from dsv3_jax.inference import GREEDY
@@ -32,11 +34,10 @@ def random_ids(vocab_size: int, batch: int, length: int) -> jax.Array:
     return jax.random.randint(jax.random.key(1), (batch, length), 0, vocab_size)
 
 
-def build_model(config: ModelConfig, dtype: str) -> DeepSeekV3:
-    """Returns a randomly initialised model that holds its parameters and computes in `dtype`."""
-    build = nnx.jit(
-        lambda rngs: DeepSeekV3(config, rngs=rngs, precision=Precision.preset(dtype), param_dtype=jnp.dtype(dtype))
-    )
+def build_model(config: ModelConfig, dtype: str, *, masters: bool = False) -> DeepSeekV3:
+    """Returns a randomly initialised model that computes in `dtype`, and holds its parameters in it or in float32."""
+    held = jnp.dtype("float32" if masters else dtype)
+    build = nnx.jit(lambda rngs: DeepSeekV3(config, rngs=rngs, precision=Precision.preset(dtype), param_dtype=held))
     return build(nnx.Rngs(0))
 
 
@@ -60,7 +61,7 @@ def make_step(graph: Any) -> Callable[..., Any]:
 
 def training_step(request: dict[str, Any]) -> Callable[[], float]:
     """Returns a function that trains on one fixed batch and returns the loss."""
-    model = build_model(ModelConfig.from_dict(request["config"]), request["dtype"])
+    model = build_model(ModelConfig.from_dict(request["config"]), request["dtype"], masters=True)
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
     step = make_step(graph)
     compiled = jax.jit(step, donate_argnums=(0, 2))
@@ -120,6 +121,23 @@ def startup(request: dict[str, Any]) -> dict[str, float]:
     return seconds
 
 
+def rates() -> dict[str, float]:
+    """Returns the operations per second of a product of 1024 x 1024 matrices, and the bytes per second of a copy."""
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        matrix = jnp.ones((1024, 1024), dtype)
+        multiply = jax.jit(lambda x: lax.dot_general(x, x, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype))
+        found[dtype] = 2 * 1024**3 / least_seconds(multiply, matrix)
+    numbers = jnp.ones(2**25, jnp.float32)
+    return found | {"copy": 2 * numbers.nbytes / least_seconds(jax.jit(lambda x: x + 1), numbers)}
+
+
+def least_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
+    """Returns the shortest of ten runs, after one that compiles."""
+    jax.block_until_ready(function(x))
+    return min(timed(lambda: jax.block_until_ready(function(x)), 10))
+
+
 def prepare(request: dict[str, Any]) -> tuple[Callable[[], float], float]:
     """Returns the step of a task, after two runs that compile it and warm it up, and the seconds of the first."""
     start = time.perf_counter()
@@ -130,7 +148,7 @@ def prepare(request: dict[str, Any]) -> tuple[Callable[[], float], float]:
     return step, seconds
 
 
-def timed(step: Callable[[], float], repeats: int) -> list[float]:
+def timed(step: Callable[[], Any], repeats: int) -> list[float]:
     """Returns the seconds of each of `repeats` runs."""
     seconds = []
     for _ in range(repeats):
@@ -153,6 +171,8 @@ def main() -> None:
             answer["device"] = jax.devices()[0].device_kind
         elif request["do"] == "startup":
             answer = startup(request)
+        elif request["do"] == "rates":
+            answer = rates()
         elif request["do"] == "prepare":
             steps[request["name"]], seconds = prepare(request)
             answer = {"seconds": seconds}

@@ -2,10 +2,13 @@
 
     python experiments/benchmarks/vs_transformers.py --oracle-python .venv-oracle/bin/python
 
-Configuration, batch, dtype and number of threads are the same. Each library runs in a process of its own, and only one
-runs at a time (the other is stopped), in alternating rounds, so that changes of the machine's speed affect both. The
-script times training steps (forward, backward, AdamW), prefill, and batch-1 decoding with a cache; then start-up times
-and the cost of more experts. Writes vs_transformers.json and vs_transformers.md into experiments/results/.
+Configuration, batch and number of threads are the same. Each library runs in a process of its own, and only one runs at
+a time (the other is stopped), in alternating rounds, so that changes of the machine's speed affect both. The script
+times training steps (forward, backward, AdamW), prefill, and batch-1 decoding with a cache, in float32 and in bfloat16,
+transformers eager and compiled; then start-up times and the cost of more experts. In bfloat16 transformers trains
+bfloat16 weights; this project trains its recipe, float32 masters and moments. Beside the times stands a floor: the
+model's operations at the rate of a large product, and the bytes of the weights and of AdamW at the rate of a copy, both
+measured in this project's process. Writes vs_transformers.json and vs_transformers.md into experiments/results/.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax import ModelConfig
+from dsv3_jax.counts import count_flops
+from dsv3_jax.operating_system import processor_name
 
 HERE = Path(__file__).resolve().parent
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for both sides; `make train` uses them too
@@ -101,14 +106,14 @@ def race(contenders: dict[str, Contender], rounds: int, repeats: int) -> dict[st
             "first_run_seconds": prepared[name],
             "round_seconds": seconds[name],
             "seconds": statistics.median(seconds[name]),
-            "times_ours": statistics.median(a / b for a, b in zip(seconds[name], seconds[first], strict=True)),
+            "times_first": statistics.median(a / b for a, b in zip(seconds[name], seconds[first], strict=True)),
         }
         for name in contenders
     }
 
 
 def compare(task: str, preset: str, ours: Worker, theirs: Worker, options: argparse.Namespace) -> dict[str, Any]:
-    """Compares one task at one size: this project, transformers, and, except for decoding, torch.compile."""
+    """Compares one task at one size in each dtype: this project, transformers, and, except for decoding, compiled."""
     # transformers has no MTP in training, so neither side computes it.
     config = ModelConfig.preset(preset, num_nextn_predict_layers=0)
     shapes = {
@@ -116,23 +121,41 @@ def compare(task: str, preset: str, ours: Worker, theirs: Worker, options: argpa
         "prefill": {"batch": 1, "length": options.length},
         "decode": {"batch": 1, "length": 32, "new_tokens": options.new_tokens},
     }[task]
-    request = {"task": task, "dtype": options.dtype, **shapes}
-    contenders = {
-        OURS: Contender(ours, request | {"config": config.to_dict()}),
-        EAGER: Contender(theirs, request | {"config": published(config), "compile": False}),
-    }
-    if task != "decode" and not options.no_compile:
-        contenders[COMPILED] = Contender(theirs, request | {"config": published(config), "compile": True})
+    contenders = {}
+    for dtype in options.dtypes:
+        request = {"task": task, "dtype": dtype, **shapes}
+        contenders[f"{OURS}, {dtype}"] = Contender(ours, request | {"config": config.to_dict()})
+        eager = Contender(theirs, request | {"config": published(config), "compile": False})
+        contenders[f"{EAGER}, {dtype}"] = eager
+        if task != "decode" and not options.no_compile:
+            contenders[f"{COMPILED}, {dtype}"] = Contender(theirs, eager.request | {"compile": True})
     results = race(contenders, options.rounds, options.repeats)
     tokens = shapes.get("new_tokens", shapes["batch"] * shapes["length"])
     for result in results.values():
         result["tokens_per_second"] = tokens / result["seconds"]
-    return {"task": task, "preset": preset, **shapes, "results": results}
+    return {"task": task, "preset": preset, **shapes, "results": results, "floors": floors(task, config, shapes, ours)}
+
+
+def floors(task: str, config: ModelConfig, shapes: dict[str, int], ours: Worker) -> dict[str, dict[str, float]]:
+    """Returns, by dtype, the seconds of a task's operations and bytes at rates measured now; none of decoding."""
+    if task == "decode":
+        return {}
+    rates = ours.ask(do="rates")
+    flops = count_flops(config, shapes["length"])
+    each = flops.training if task == "train" else flops.forward
+    weights = config.num_parameters()
+    found = {}
+    for dtype, bytes_each in (("float32", 4), ("bfloat16", 2)):
+        # AdamW reads weights, two moments and the gradient and writes all but the last, in float32.
+        moved = 7 * 4 * weights if task == "train" else bytes_each * weights
+        operations = each * shapes["batch"] * shapes["length"]
+        found[dtype] = {"operations": operations / rates[dtype], "bytes": moved / rates["copy"]}
+    return found
 
 
 def more_experts(ours: Worker, theirs: Worker, options: argparse.Namespace) -> dict[str, Any]:
     """Times a training step of the preset nano with 32 and with 128 routed experts, with equally many active."""
-    shapes = {"task": "train", "dtype": options.dtype, "batch": options.batch, "length": options.length}
+    shapes = {"task": "train", "dtype": options.dtypes[0], "batch": options.batch, "length": options.length}
     costs = {}
     for name, worker in ((OURS, ours), (EAGER, theirs)):
         contenders = {}
@@ -165,25 +188,35 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Against transformers",
         "",
-        f"{about['cpu']}, {about['threads']} threads, {about['dtype']}; jax {about['jax']}, torch {about['torch']}, "
+        *([f"**{about['note']}**", ""] if about["note"] else []),
+        f"{about['cpu']}, {about['threads']} threads; jax {about['jax']}, torch {about['torch']}, "
         f"transformers {about['transformers']}. Medians of {about['rounds']} alternating rounds; "
         "neither side computes MTP. Written by `experiments/benchmarks/vs_transformers.py`.",
         "",
-        "| task | size | batch x tokens | this project | transformers | torch.compile | times eager | times compiled |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | size | batch x tokens | dtype | this project | transformers | compiled | times eager "
+        "| times compiled | floor: operations + bytes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["comparisons"]:
-        results = row["results"]
-
-        def rate(name: str, results: dict[str, Any] = results) -> str:
-            return f"{results[name]['tokens_per_second']:,.0f} tok/s" if name in results else ""
-
-        def gain(name: str, results: dict[str, Any] = results) -> str:
-            return f"{results[name]['times_ours']:.2f}" if name in results else ""
-
         tokens = f"{row['length']} + {row['new_tokens']}" if "new_tokens" in row else str(row["length"])
-        cells = [row["task"], row["preset"], f"{row['batch']} x {tokens}", rate(OURS), rate(EAGER), rate(COMPILED)]
-        lines.append("| " + " | ".join([*cells, gain(EAGER), gain(COMPILED)]) + " |")
+        for dtype in about["dtypes"]:
+            found = [row["results"].get(f"{name}, {dtype}") for name in (OURS, EAGER, COMPILED)]
+            rates = [f"{result['tokens_per_second']:,.0f} tok/s" if result else "" for result in found]
+            gains = [f"{result['seconds'] / found[0]['seconds']:.2f}" if result else "" for result in found[1:]]
+            floor = row["floors"].get(dtype)
+            least = f"{floor['operations'] * 1e3:.0f} + {floor['bytes'] * 1e3:.0f} of " if floor else ""
+            cells = [row["task"], row["preset"], f"{row['batch']} x {tokens}", dtype, *rates, *gains]
+            lines.append("| " + " | ".join([*cells, f"{least}{found[0]['seconds'] * 1e3:.0f} ms"]) + " |")
+    lines += ["", "Best against best, over both dtypes, eager and compiled:", ""]
+    for row in report["comparisons"]:
+        best = {}
+        for name, result in row["results"].items():
+            side = name.startswith(OURS)
+            if side not in best or result["seconds"] < best[side][1]["seconds"]:
+                best[side] = (name, result)
+        (own, fast), (other, slow) = best[True], best[False]
+        gain = slow["seconds"] / fast["seconds"]
+        lines.append(f"- {row['task']} {row['preset']}: {own} is {gain:.2f} times as fast as {other}")
     if "start_up" in report:
         lines += ["", "| training step of | trace and lower | compile |", "|---|---|---|"]
         for name, seconds in report["start_up"].items():
@@ -194,16 +227,9 @@ def markdown(report: dict[str, Any]) -> str:
         for name, costs in report["more_experts"].items():
             few, many = costs["32"]["seconds"], costs["128"]["seconds"]
             lines.append(
-                f"| {name} | {few * 1e3:.0f} ms | {many * 1e3:.0f} ms | {costs['128']['times_ours'] - 1:+.0%} |"
+                f"| {name} | {few * 1e3:.0f} ms | {many * 1e3:.0f} ms | {costs['128']['times_first'] - 1:+.0%} |"
             )
     return "\n".join(lines) + "\n"
-
-
-def processor() -> str:
-    """Returns the name of the CPU, or of its architecture if the system does not name it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def parse() -> argparse.Namespace:
@@ -213,7 +239,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--oracle-python", default=default, help="a Python that has torch and transformers")
     parser.add_argument("--presets", nargs="+", default=["nano", "mini"], help="sizes of the model")
     parser.add_argument("--tasks", nargs="*", default=["train", "prefill", "decode"], help="tasks to time")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--note", default="", help="a remark that the table begins with, such as on other load")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads per library")
     parser.add_argument("--batch", type=int, default=8, help="sequences per training step")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
@@ -231,8 +258,8 @@ def main() -> None:
     ours = Worker(sys.executable, "jax_side.py", options.threads)
     theirs = Worker(options.oracle_python, "transformers_side.py", options.threads)
     try:
-        about = {"cpu": processor(), "python": platform.python_version()}
-        about |= {name: getattr(options, name) for name in ("threads", "dtype", "rounds", "repeats")}
+        about = {"cpu": processor_name(), "python": platform.python_version()}
+        about |= {name: getattr(options, name) for name in ("threads", "dtypes", "rounds", "repeats", "note")}
         report: dict[str, Any] = {"about": about | ours.ask(do="versions") | theirs.ask(do="versions")}
         report["comparisons"] = [
             compare(task, preset, ours, theirs, options) for preset in options.presets for task in options.tasks

@@ -33,7 +33,7 @@ import dsv3_jax
 for module in pkgutil.walk_packages(dsv3_jax.__path__, "dsv3_jax."):
     if module.name not in ("dsv3_jax.post_training.sandboxed_child",):  # runs in the sandbox, which is Linux's
         importlib.import_module(module.name)
-from dsv3_jax.operating_system import call_before_abortion, peak_memory_bytes
+from dsv3_jax.operating_system import call_before_abortion, peak_memory_bytes, processor_flags, processor_name
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.interruption import Interruption
 warnings.simplefilter("ignore")
@@ -42,14 +42,14 @@ with Interruption() as interruption, RunFolder(Path(sys.argv[1])).locked():
     signal.raise_signal(signal.SIGINT)
     while not interruption.requested:
         pass
-    print(interruption.exit_code, peak_memory_bytes())
+    print(interruption.exit_code, peak_memory_bytes(), len(processor_flags()), bool(processor_name()))
 """
 
 
 def test_every_module_works_without_what_only_linux_has(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _HIDE + _USE, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)
-    assert (done.stdout, done.returncode) == ("130 0\n", 0), done.stderr[-3000:]
+    assert (done.stdout, done.returncode) == ("130 0 0 True\n", 0), done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(
