@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.config import ModelConfig
 from dsv3_jax.training.config import TrainingConfig
 from dsv3_jax.training.optimizer import make_optimizer, update_average
 
@@ -30,7 +31,7 @@ def test_updates_are_adamws(moment_dtype: str, size: float) -> None:
 
     Rounding to bfloat16 happens between steps only: within a step the error is that of a few float32 operations.
     """
-    optimizer = make_optimizer(CONFIG, moment_dtype)
+    optimizer = make_optimizer(CONFIG, moment_dtype, ModelConfig.preset("tiny"))
     params = random_tree(0)
     state = optimizer.init(params)
     # 1 - 0.9^count and 1 - 0.95^count lose up to 20 times float32's relative error.
