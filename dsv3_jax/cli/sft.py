@@ -12,14 +12,14 @@ import tyro
 
 from dsv3_jax.bounds import check_bounds
 from dsv3_jax.cli.options import parse
-from dsv3_jax.cli.run_options import train_together, value_of, with_absolute_paths
+from dsv3_jax.cli.run_options import train_together, value_of, with_absolute_paths, with_absolute_run
 from dsv3_jax.data.config import LossOn
 from dsv3_jax.errors import UserError
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.processes import Processes
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.terminal import say
-from dsv3_jax.training.config import LoraConfig, RunConfig, TrainingConfig
+from dsv3_jax.training.config import LoraConfig, RunConfig, TeacherConfig, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 
 _DESCRIPTION = """Fine-tune the model in folder RUN (a run or a published checkpoint) on conversations.
@@ -32,12 +32,15 @@ The result is a run. If the folder --out already holds the same run, it is resum
 
 Rows hold whole samples, which do not see each other. The loss counts what the assistant says (--loss-on).
 
+With --teacher.run the model also learns another model's distribution of the next token (distillation on logits).
+
 With --lora.rank only low-rank adapters are trained, which `dsv3 export-hf` adds to the weights.
 
 Examples:
   dsv3 sft runs/nano --data chats.jsonl --out runs/chat
   dsv3 sft runs/nano --data right.jsonl --out runs/better --epochs 3 --learning-rate 1e-4
   dsv3 sft runs/nano --data chats.jsonl --out runs/lora --lora.rank 8 --learning-rate 2e-4
+  dsv3 sft runs/nano --data chats.jsonl --out runs/student --teacher.run runs/large --teacher.weight 0.8
   dsv3 sft checkpoints/moonlight --data chats/ --out runs/moonlight-chat --mesh.fsdp 8
 """
 _OF_DATA = (
@@ -88,6 +91,7 @@ class SftOptions:
     tokenizer: str
     precision: str = "auto"
     lora: LoraConfig
+    teacher: TeacherConfig
     training: TrainingConfig
     mesh: MeshConfig
     processes: Processes
@@ -144,6 +148,7 @@ def _parse(flags: list[str], base: RunConfig) -> SftOptions:
         mtp=schedule.mtp_weight > 0,
         precision=base.precision,
         lora=base.lora,
+        teacher=base.teacher,
         training=base.training,
         mesh=base.mesh,
         processes=Processes(),
@@ -172,6 +177,7 @@ def _configured(base: RunConfig, options: SftOptions, source: str) -> RunConfig:
         data=dataclasses.replace(with_absolute_paths(data, base.data), corpus=os.path.abspath(options.data)),
         training=training,
         lora=options.lora,
+        teacher=with_absolute_run(options.teacher),
         precision=options.precision,
         mesh=options.mesh,
     )

@@ -27,6 +27,7 @@ from dsv3_jax.runs.results import write_results
 from dsv3_jax.runs.sample import sample_text, whole_model
 from dsv3_jax.runs.start import Continuation, RunStart, run_layout, start_or_resume
 from dsv3_jax.runs.step_inputs import StepInputs, step_settings
+from dsv3_jax.runs.teacher import load_teacher
 from dsv3_jax.terminal import say
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.state_layout import StateLayout
@@ -144,7 +145,9 @@ class _Run:
         """Runs the remaining steps, then writes the results of the run."""
         training = self.config.training
         self.reporter.introduce(self.inputs.total_tokens, self.layout)
-        take_step = make_train_step(self.skeleton, self.config, self.layout)
+        teacher = load_teacher(self.config, self.layout, self.data.tokenizer)
+        given = () if teacher is None else (teacher,)
+        take_step = make_train_step(self.skeleton, self.config, self.layout, *given)
         self.evaluation_step = make_evaluation_step(self.skeleton, self.config, self.layout)
         if self.position.step > 0 > self.saved_step:  # what a run goes on from is in its own folder from now on
             self._save()

@@ -123,6 +123,8 @@ class Reporter(Records):
             "batch_size": values.batch_size,
             "tokens_per_second": tokens_per_second,
         }
+        if metrics.distillation_loss is not None:
+            record["distillation_loss"] = float(metrics.distillation_loss)
         if metrics.largest_logit is not None:
             record["largest_logit"] = float(metrics.largest_logit)
         if len(metrics.mtp_loss):

@@ -24,6 +24,7 @@ from dsv3_jax.pipeline.stage import StageObjective
 from dsv3_jax.sharding.rules import BATCH_AXES
 from dsv3_jax.training.adapters import Adapters, with_adapters
 from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.distillation import Teacher, divergences
 from dsv3_jax.training.losses import (
     BatchTargets,
     LossTerms,
@@ -68,6 +69,7 @@ class StepMetrics:
       applied: whether the step was applied, which it is if loss and gradient are finite.
       nonfinite_steps: how many steps in a row, this one included, were not applied.
       largest_logit: the largest attention logit of all heads before the update; None where not measured.
+      distillation_loss: divergence from the teacher, in nats per token; None without a teacher.
     """
 
     loss: Float[Array, ""]
@@ -81,12 +83,15 @@ class StepMetrics:
     applied: Bool[Array, ""]
     nonfinite_steps: Int[Array, ""]
     largest_logit: Float[Array, ""] | None
+    distillation_loss: Float[Array, ""] | None
 
 
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
-def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout | None = None) -> TrainStep:
+def make_train_step(
+    skeleton: Skeleton, config: RunConfig, layout: StateLayout | None = None, teacher: Teacher | None = None
+) -> TrainStep:
     """Returns the jitted step: (state, tokens [A, B, T+1], segment_ids [A, B, T+1], settings) -> (state, metrics).
 
     The gradients of A passes of B sequences are accumulated in float32. The state is donated. If the loss or the
@@ -94,6 +99,10 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
 
     Args:
       layout: the sharding of the state and of the batch; one device unless given.
+      teacher: a model whose distribution is learned too, as `config.teacher` says.
+
+    Raises:
+      ConfigError: there are pipeline stages, and the configuration needs something that pipelines do not compute.
     """
     layout = layout or StateLayout()
     training = config.training
@@ -108,17 +117,28 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         segment_ids: Int[Array, "B T1"],
         weights: LossWeights,
         targets: BatchTargets,
+        taught_by: tuple[nnx.State, Float[Array, "layers E"]] | None = None,
     ) -> tuple[Float[Array, ""], LossTerms]:
+        model, chunk = skeleton.model(nnx.merge_state(trained, kept), biases), training.loss_chunk * layout.batch_ranks
+        compare = None
+        if taught_by is not None and teacher is not None:
+            other = teacher.skeleton.model(*taught_by)
+            hidden = other.features(tokens[:, :-1], segment_ids=segment_ids[:, :-1], isolate_segments=isolate).hidden
+            compare = functools.partial(
+                divergences, model, other, teachers_hidden=hidden, top_k=config.teacher.top_k, chunk=chunk
+            )
         terms = objective(
-            skeleton.model(nnx.merge_state(trained, kept), biases),
+            model,
             tokens,
             segment_ids,
             weights=weights,
             targets=targets,
             balance=training.balance,
             isolate_segments=isolate,
-            chunk=training.loss_chunk * layout.batch_ranks,
+            chunk=chunk,
             measure_logits=bool(training.qk_clip),
+            teacher_weight=config.teacher.weight,
+            divergences=compare,
         )
         return terms.total, terms
 
@@ -129,26 +149,33 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         segment_ids: Int[Array, "A B T1"],
         weights: LossWeights,
         targets: BatchTargets,
+        taught_by: tuple[nnx.State, Float[Array, "layers E"]] | None = None,
     ) -> tuple[nnx.State, LossTerms]:
         def one_pass(tokens: Int[Array, "B T1"], segment_ids: Int[Array, "B T1"]) -> tuple[nnx.State, LossTerms]:
             compute = jax.grad(loss_of, has_aux=True)
-            return compute(*split_trained(params), biases, tokens, segment_ids, weights, targets)
+            return compute(*split_trained(params), biases, tokens, segment_ids, weights, targets, taught_by)
 
         return accumulate(one_pass, tokens, segment_ids)
 
     if layout.mesh is not None and layout.stages > 1:
+        if teacher is not None:
+            raise ConfigError("teacher.run cannot be used in a pipeline: give a mesh without mesh.stage")
         differentiate = make_pipelined_gradients(skeleton, config, layout.mesh)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(
-        state: TrainState, tokens: Int[Array, "A B T1"], segment_ids: Int[Array, "A B T1"], settings: StepSettings
+        state: TrainState,
+        tokens: Int[Array, "A B T1"],
+        segment_ids: Int[Array, "A B T1"],
+        settings: StepSettings,
+        *taught_by: tuple[nnx.State, Float[Array, "layers E"]],
     ) -> tuple[TrainState, StepMetrics]:
         if layout.stages > 1 and jax.tree.leaves(split_trained(state.params)[1]):
             raise ConfigError("a pipeline cannot train a model with weights kept in FP8; load it without keep_fp8")
         weights = LossWeights(balance=settings.balance_weight, mtp=settings.mtp_weight)
         targets = BatchTargets.count(segment_ids, config.model.num_nextn_predict_layers, isolate_segments=isolate)
 
-        batch = (state.router_biases, tokens, segment_ids, weights, targets)
+        batch = (state.router_biases, tokens, segment_ids, weights, targets, *taught_by)
         if state.adapters is None:
             gradients, terms = differentiate(state.params, *batch)
             gradients = layout.constrain_gradients(gradients)
@@ -177,11 +204,15 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
             load=terms.load,
             applied=finite,
             nonfinite_steps=new_state.nonfinite_steps,
+            distillation_loss=terms.distillation,
             largest_logit=None if terms.largest_logits is None else jnp.max(terms.largest_logits.values),
         )
         return layout.constrain_state(new_state), layout.replicate(metrics)
 
-    return train_step
+    if teacher is None:
+        return train_step
+    # As arguments, because arrays that a compiled program closes over are constants in it.
+    return lambda *arguments: train_step(*arguments, (teacher.params, teacher.biases))
 
 
 def updated[State: TrainState](

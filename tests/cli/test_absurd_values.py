@@ -61,6 +61,7 @@ def numbers() -> list[tuple[str, Any, str, type]]:
         data=run.data,
         training=run.training,
         lora=run.lora,
+        teacher=run.teacher,
         mesh=run.mesh,
         processes=Processes(),
     )

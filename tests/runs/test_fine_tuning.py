@@ -141,3 +141,30 @@ def test_adapters_are_merged_when_a_run_is_loaded_and_written_for_peft(tuned, un
     for name, value in tensors.items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
     assert main(["export-hf", str(uninterrupted), str(tmp_path / "none"), "--adapters"]) == 2
+
+
+def test_a_student_learns_from_a_teacher(tuned, uninterrupted: Path, tmp_path: Path):
+    """The teacher is the fine-tuned run, the student the run it started from; a resumed run ends as another does."""
+    folder, command = tuned
+    distil = [*command[:5], "RUN", *command[6:], "--teacher.run", str(folder), "--teacher.weight", "1", "--epochs", "3"]
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run in runs:
+        assert main([*distil[:5], str(run), *distil[6:]]) == 0
+        if run is runs[1]:
+            shutil.rmtree(list_checkpoints(RunFolder(run))[-1])
+            assert main([*distil[:5], str(run), *distil[6:]]) == 0
+    config = RunFolder(runs[0]).read_config()
+    assert config.teacher.run == str(folder)
+    states = [final_state(run, config, step=config.training.steps)[0] for run in runs]
+    assert_trees_equal(*states)
+    losses = [r["distillation_loss"] for r in read_metrics(RunFolder(runs[0]).metrics) if "distillation_loss" in r]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tuned, uninterrupted: Path, tmp_path: Path):
+    folder, command = tuned
+    other = shutil.copytree(folder, tmp_path / "teacher")
+    text = (other / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer" / "tokenizer.json").write_text(text.replace("<｜User｜>", "<｜Human｜>"), encoding="utf-8")
+    with pytest.raises(UserError, match="another tokenizer"):
+        main([*command[:5], str(tmp_path / "new"), *command[6:], "--teacher.run", str(other)])
