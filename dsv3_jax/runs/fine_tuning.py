@@ -78,6 +78,26 @@ def fine_tuning_of(run: RunConfig, data: str, tokenizer: str) -> RunConfig:
     )
 
 
+def default_reward_model(source: Path, data: str) -> RunConfig:
+    """Returns the default run that trains a reward model from a run or a published checkpoint.
+
+    Its schedules are those of fine-tuning, for one epoch. MTP modules are not trained.
+
+    Args:
+      source: folder of the model.
+      data: file or folder of preference pairs.
+
+    Raises:
+      UserError: the source is neither a run nor a checkpoint, or has no tokenizer.
+    """
+    run = default_fine_tuning(source, data)
+    return dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, form="preferences"),
+        training=dataclasses.replace(run.training, sample_tokens=0),
+    )
+
+
 def moving_bias_speed(source: Path) -> float:
     """Returns gamma of the run that trained a model; the report's where that is not known."""
     speed = 0.0

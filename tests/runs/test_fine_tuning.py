@@ -17,7 +17,7 @@ from dsv3_jax.cli.main import main
 from dsv3_jax.data.splitting import name_hash
 from dsv3_jax.errors import UserError
 from dsv3_jax.runs.checkpoints import load_checkpoint, load_run
-from dsv3_jax.runs.evaluation import evaluate_loaded, load_run_with_data
+from dsv3_jax.runs.evaluation import Evaluation, evaluate_loaded, load_run_with_data
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.loop import train
 from dsv3_jax.runs.metrics import read_metrics
@@ -96,6 +96,7 @@ def test_it_resumes_bit_for_bit(tuned: tuple[Path, list[str]], tmp_path: Path):
 def test_its_result_is_a_run(tuned: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder, _ = tuned
     result = evaluate_loaded(*load_run_with_data(folder))
+    assert isinstance(result, Evaluation)
     summary = json.loads(RunFolder(folder).summary.read_text(encoding="utf-8"))
     assert result.main.loss == pytest.approx(summary["validation"]["main"]["loss"], rel=1e-6)
     assert main(["generate", str(folder), "--prompt", "<｜User｜>1 + 1?<｜Assistant｜>", "--max-new-tokens", "2"]) == 0
