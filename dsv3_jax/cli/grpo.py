@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,10 +12,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dsv3_jax.bounds import LARGEST_COUNT, check_bounds
-from dsv3_jax.cli.options import notes, parse
+from dsv3_jax.cli.options import notes, parse, text_of_file
 from dsv3_jax.errors import UserError
 from dsv3_jax.post_training.config import ReinforcementConfig
 from dsv3_jax.post_training.grpo import GRPOConfig
+from dsv3_jax.post_training.rewards import MODEL_KINDS, JudgeConfig
 from dsv3_jax.post_training.rollouts import RolloutConfig
 from dsv3_jax.post_training.tasks import TASKS, TaskSize
 from dsv3_jax.sharding.mesh import MeshConfig
@@ -32,6 +34,7 @@ Examples:
   dsv3 grpo runs/base --out runs/reasoning --task countdown --reward "countdown+0.1*format" --steps 200 --group 16
   dsv3 grpo runs/base --out runs/mine --task mine.jsonl --objective.kl-weight 0 --learning-rate 1e-5
   dsv3 grpo runs/base --out runs/mine --task code --minibatches 4 --objective.clip-above 0.28 --replay-experts
+  dsv3 grpo runs/chat --out runs/helpful --task prompts.jsonl --reward model:runs/reward
   dsv3 grpo runs/base --out runs/mine --one-step-behind --objective.largest-correction 2
 """
 _OF_THE_RUN: Any = tyro.conf.arg(help_behavior_hint="(default: the run's)")
@@ -44,7 +47,10 @@ class GRPOOptions:
     Attributes:
       out: folder of the new run.
       task: kind of generated problems, or a file of JSON lines with prompt, answer and reward.
-      reward: sum of rewards, such as "numeric+0.1*format".
+      reward: sum of rewards, such as "numeric+0.1*format"; "model:FOLDER" is what a model of `dsv3 reward-model` says,
+        "judge:FOLDER" the vote of a run, "judge:self" that of the policy.
+      constitution: text file that tells a judge what is good.
+      votes: verdicts of a judge on each completion.
       operands: most numbers in a generated problem.
       largest: largest number in a generated problem.
       steps: number of rollouts.
@@ -77,6 +83,8 @@ class GRPOOptions:
     out: Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")] = ""
     task: str = "arithmetic"
     reward: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: each problem's own)")] = ""
+    constitution: Annotated[str, tyro.conf.arg(help_behavior_hint="(default: a sentence)")] = ""
+    votes: int = 8
     operands: int = 3
     largest: int = 20
     steps: int = 100
@@ -111,10 +119,13 @@ class GRPOOptions:
     def settings(self) -> ReinforcementConfig:
         """Returns rollouts and objective."""
         task = self.task if self.task in TASKS else os.path.abspath(self.task)
+        written = {"constitution": text_of_file(Path(self.constitution))} if self.constitution else {}
         return ReinforcementConfig(
             rollout=RolloutConfig(
                 task=task,
                 size=TaskSize(operands=self.operands, largest=self.largest),
+                reward=_with_absolute_folders(self.reward),
+                judge=JudgeConfig(votes=self.votes, **written),
                 **{name: getattr(self, name) for name in _OF_ROLLOUTS},
             ),
             objective=self.objective,
@@ -122,7 +133,13 @@ class GRPOOptions:
         )
 
 
-_OF_ROLLOUTS = ("reward", "prompts", "group", "max_new_tokens", "overlong_penalty", "seed")
+def _with_absolute_folders(reward: str) -> str:
+    """Returns the reward with paths of models that are right in any folder, from which the run is resumed."""
+    folders = re.compile(rf"\b({'|'.join(MODEL_KINDS)}):(?!self\b)([^+]+)")
+    return folders.sub(lambda found: f"{found[1]}:{os.path.abspath(found[2].strip())}", reward)
+
+
+_OF_ROLLOUTS = ("prompts", "group", "max_new_tokens", "overlong_penalty", "seed")
 _OF_UPDATES = ("epochs", "minibatches", "replay_experts", "one_step_behind", "reference_every", "held_out")
 _OF_TRAINING = (
     *("steps", "micro_batch_size", "learning_rate", "warmup", "weight_decay"),

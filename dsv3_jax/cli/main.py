@@ -19,6 +19,7 @@ from dsv3_jax.terminal import replace_what_cannot_be_shown, say
 COMMANDS = {
     "train": ("dsv3_jax.cli.train", "train a model, or resume a run"),
     "sft": ("dsv3_jax.cli.sft", "fine-tune a model on conversations"),
+    "reward-model": ("dsv3_jax.cli.reward_model", "train a reward model on pairs of a better and a worse answer"),
     "generate": ("dsv3_jax.cli.generate", "write text with a trained model"),
     "chat": ("dsv3_jax.cli.chat", "chat with a trained model in the terminal"),
     "serve": ("dsv3_jax.cli.serve", "serve a trained model over HTTP: OpenAI's API and a chat page"),

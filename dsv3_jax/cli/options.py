@@ -10,10 +10,12 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dsv3_jax.cli.fields import kinds_of_fields, read_value, with_fields
 from dsv3_jax.errors import ConfigError, UserError
+from dsv3_jax.regular_files import read_regular
 from dsv3_jax.terminal import say
 
 _SHORT_FORMS = {
@@ -131,6 +133,21 @@ def check_repeats(argv: list[str]) -> None:
     for name, count in Counter(given).items():
         if count > 1 and name != "--prompt":
             raise UserError(f"option {name} is given {count} times; give it once")
+
+
+def text_of_file(path: Path) -> str:
+    """Returns a text without the line break at its end.
+
+    Raises:
+      UserError: the file cannot be read, is larger than a megabyte, is empty, or is not UTF-8.
+    """
+    try:
+        text = read_regular(path, max_bytes=2**20).decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}") from None
+    if not text.strip():
+        raise UserError(f"{path} is empty")
+    return text
 
 
 def number(kind: type[int] | type[float], least: float, most: float) -> Callable[[str], int | float]:

@@ -16,7 +16,7 @@ from dsv3_jax.data.hub import HUB
 from dsv3_jax.data.mixture import MIXTURE, parse_mixture
 from dsv3_jax.runs.folder import by_dotted_name
 from dsv3_jax.runs.processes import Processes, ending_together, join, leave
-from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.config import RunConfig, TeacherConfig
 
 
 def value_of(argv: list[str], option: str) -> str | None:
@@ -43,6 +43,11 @@ def with_absolute_paths(data: DataConfig, defaults: DataConfig) -> DataConfig:
         ]
         paths["corpus"] = MIXTURE + "+".join(f"{count / 1000:g}*{name}" for name, count in parts)
     return dataclasses.replace(data, **paths)
+
+
+def with_absolute_run(teacher: TeacherConfig) -> TeacherConfig:
+    """Returns the teacher with a path that is right in any folder, from which the run is resumed."""
+    return dataclasses.replace(teacher, run=os.path.abspath(teacher.run)) if teacher.run else teacher
 
 
 def train_together(

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3_jax.bounds import LARGEST_COUNT
-from dsv3_jax.cli.options import OptionParser, notes, number
+from dsv3_jax.cli.options import OptionParser, notes, number, text_of_file
 from dsv3_jax.errors import UserError
 from dsv3_jax.terminal import say
 
 if TYPE_CHECKING:
     from dsv3_jax.post_training.rejection import Completion
+    from dsv3_jax.post_training.rewards import JudgeConfig
     from dsv3_jax.post_training.tasks import Problem
 
 _PROBLEMS_AT_A_TIME = 16
@@ -54,12 +55,14 @@ def main(argv: list[str]) -> int:
     from dsv3_jax.inference import Engine, EngineConfig, Sampler
     from dsv3_jax.post_training.rejection import SamplingConfig, keep, sample
     from dsv3_jax.runs.checkpoints import load_checkpoint
+    from dsv3_jax.runs.model_rewards import with_loaded_models
 
     keep_compiled_programs()
     with notes():
         model, tokenizer, step = load_checkpoint(arguments.run, step=arguments.step)
     say(f"sampling {arguments.samples} completions of {len(problems)} problems from step {step}", to=sys.stderr)
     engine = Engine(model, EngineConfig(max_sequences=min(32, arguments.samples * _PROBLEMS_AT_A_TIME)))
+    reward = with_loaded_models(reward, _judge(arguments), engine, tokenizer)
     config = SamplingConfig(
         samples=arguments.samples,
         max_new_tokens=arguments.max_new_tokens,
@@ -116,6 +119,13 @@ def _prompts_in(path: Path) -> set[str]:
     return prompts
 
 
+def _judge(arguments: argparse.Namespace) -> JudgeConfig:
+    from dsv3_jax.post_training.rewards import JudgeConfig
+
+    given = {"constitution": text_of_file(arguments.constitution)} if arguments.constitution else {}
+    return JudgeConfig(votes=arguments.votes, **given)
+
+
 def _problems(arguments: argparse.Namespace) -> list[Problem]:
     from dsv3_jax.post_training.tasks import TaskSize, distinct, generate_problems, read_problems
 
@@ -153,7 +163,17 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=1.0,
         help="least reward of a completion that counts as right (default: 1)",
     )
-    parser.add_argument("--reward", help="sum of rewards, such as numeric+0.1*format (default: the problem's own)")
+    parser.add_argument(
+        "--reward",
+        help="sum of rewards, such as numeric+0.1*format, or model:FOLDER for a reward model "
+        "(default: the problem's own)",
+    )
+    parser.add_argument(
+        "--constitution", type=Path, help="text file that tells a judge what is good (default: a short one)"
+    )
+    parser.add_argument(
+        "--votes", type=number(int, 1, 10_000), default=8, help="verdicts of a judge on a completion (default: 8)"
+    )
     parser.add_argument(
         "--split",
         choices=["train", "held-out"],

@@ -13,7 +13,7 @@ import tyro
 from dsv3_jax.bounds import check_bounds
 from dsv3_jax.cli.fields import read_toml, with_table
 from dsv3_jax.cli.options import parse
-from dsv3_jax.cli.run_options import train_together, value_of, with_absolute_paths
+from dsv3_jax.cli.run_options import train_together, value_of, with_absolute_paths, with_absolute_run
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.data import DataConfig
 from dsv3_jax.errors import ConfigError, UserError
@@ -22,7 +22,7 @@ from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.processes import Processes
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.terminal import say
-from dsv3_jax.training.config import LoraConfig, RunConfig, TrackerName, TrainingConfig
+from dsv3_jax.training.config import LoraConfig, RunConfig, TeacherConfig, TrackerName, TrainingConfig
 from dsv3_jax.training.defaults import default_run
 
 _DESCRIPTION = """Train a DeepSeek-V3 model. If the folder --out already holds the same run, it is resumed.
@@ -75,6 +75,7 @@ class TrainOptions:
     data: DataConfig
     training: TrainingConfig
     lora: LoraConfig
+    teacher: TeacherConfig
     mesh: MeshConfig
     processes: Processes
 
@@ -111,6 +112,7 @@ def main(argv: list[str]) -> int:
         data=with_absolute_paths(options.data, defaults.data),
         training=training,
         lora=options.lora,
+        teacher=with_absolute_run(options.teacher),
         precision=options.precision,
         mesh=options.mesh,
     )
@@ -150,6 +152,7 @@ def _defaults(argv: list[str]) -> TrainOptions:
         data=_with_tokenizer_of(source, argv, run.data) if source else run.data,
         training=run.training,
         lora=run.lora,
+        teacher=run.teacher,
         mesh=run.mesh,
         processes=Processes(),
     )

@@ -9,6 +9,7 @@ from dsv3_jax.bounds import LARGEST_COUNT, LARGEST_SEED, check_bounds
 from dsv3_jax.errors import ConfigError
 
 LossOn = Literal["assistant", "last", "all"]
+Form = Literal["text", "conversations", "preferences"]
 
 _BOUNDS = {
     "hub_documents": (0, LARGEST_COUNT),
@@ -49,14 +50,16 @@ class DataConfig:
         corpus has fewer than 1 / validation_fraction documents, the end of each document is held out instead.
       validation_sequences: largest number of rows of the validation set, evenly spaced over the held-out text.
       seed: random seed of the order of documents and rows, of fill-in-middle and of token splitting.
-      form: "text", or "conversations": JSON lines or Parquet files of samples to fine-tune on (`dsv3 sft --help`).
+      form: "text"; "conversations", JSON lines or Parquet files of samples to fine-tune on (`dsv3 sft --help`); or
+        "preferences", such files of pairs of a chosen and a rejected answer (`dsv3 reward-model --help`).
       loss_on: which tokens of a conversation the model learns to write: those of the "assistant", of the assistant's
         "last" turn, or "all".
       drop_unknown_roles: leave out conversations with a role that is not system, user or assistant; otherwise they are
         an error.
       drop_empty_turns: leave out conversations that are empty, or in which a turn is.
       drop_without_target: leave out conversations in which there is nothing to learn to write.
-      drop_overlong: leave out conversations of more than sequence_length + 1 tokens.
+      drop_overlong: leave out conversations of more than sequence_length + 1 tokens, or pairs of more than
+        sequence_length tokens together.
       worker_count: number of processes that prepare rows, which does not change the rows. With 0 the training process
         prepares them itself.
     """
@@ -73,7 +76,7 @@ class DataConfig:
     validation_fraction: float = 0.02
     validation_sequences: int = 64
     seed: int = 0
-    form: Literal["text", "conversations"] = "text"
+    form: Form = "text"
     loss_on: LossOn = "assistant"
     drop_unknown_roles: bool = False
     drop_empty_turns: bool = False
@@ -88,9 +91,14 @@ class DataConfig:
             raise ConfigError("data.tokenizer is empty: give 'train', 'byte' or the path of a tokenizer.json")
         if self.null_texts not in ("skip", "refuse"):
             raise ConfigError(f"data.null_texts must be skip or refuse, not {self.null_texts!r}")
-        for name, choices in (("form", ("text", "conversations")), ("loss_on", get_args(LossOn))):
+        for name, choices in (("form", get_args(Form)), ("loss_on", get_args(LossOn))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"data.{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        if self.form == "conversations" and self.tokenizer == "train":
-            raise ConfigError("data.tokenizer is train, but conversations need a tokenizer that exists: give its path")
+        if self.form != "text" and self.tokenizer == "train":
+            raise ConfigError(f"data.tokenizer is train, but {self.form} need a tokenizer that exists: give its path")
         check_bounds(self, _BOUNDS, "data.")
+
+    @property
+    def row_space(self) -> int:
+        """Number of tokens of a row that samples fill. The last token of a row of pairs is padding."""
+        return self.sequence_length + (self.form != "preferences")

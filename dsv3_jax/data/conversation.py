@@ -92,9 +92,7 @@ def read_sample(row: FileRow) -> Sample | None:
     if "messages" in values:
         return Conversation(_messages(values["messages"], f"{where}: messages"))
     if "chosen" in values:
-        if "prompt" in values:
-            return _continued(values["prompt"], values["chosen"], where, "chosen")
-        return Conversation(_messages(values["chosen"], f"{where}: chosen"))
+        return _answer(values, "chosen", where)
     if "rejected" in values and "prompt" not in values:
         return None
     if "prompt" in values:
@@ -105,6 +103,26 @@ def read_sample(row: FileRow) -> Sample | None:
         return Continuation(None, _string(values["text"], f"{where}: text"))
     fields = ", ".join(map(repr, list(row.values)[:8]))
     raise UserError(f"{where}: expected a field 'messages', 'prompt' or 'text'; the fields are {fields or 'none'}")
+
+
+def read_pair(row: FileRow) -> tuple[Sample, Sample]:
+    """Returns the chosen and the rejected sample of a preference pair.
+
+    Raises:
+      UserError: the row is no pair; the message gives the line.
+    """
+    values, where = _without_nulls(row), row.where
+    for name in ("chosen", "rejected"):
+        if name not in values:
+            raise UserError(f"{where}: a preference pair needs a field {name!r}")
+    return _answer(values, "chosen", where), _answer(values, "rejected", where)
+
+
+def _answer(values: dict[str, Any], name: str, where: str) -> Sample:
+    """Returns one of the answers of a pair, after the prompt if there is one."""
+    if "prompt" in values:
+        return _continued(values["prompt"], values[name], where, name)
+    return Conversation(_messages(values[name], f"{where}: {name}"))
 
 
 def _continued(prompt: Any, completion: Any, where: str, name: str, *, ends: bool = True) -> Sample:

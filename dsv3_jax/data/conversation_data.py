@@ -1,10 +1,13 @@
-"""Fine-tuning data of a run: conversations as tokens (cached), rows of whole samples, and the validation set."""
+"""Fine-tuning data of a run: conversations as tokens (cached), rows of whole samples, and the validation set.
+
+A preference pair is two samples in a row, the chosen one first, which are packed, held out and counted together.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -13,10 +16,10 @@ from jaxtyping import Bool, Int64
 
 from dsv3_jax.data.best_fit import best_fit, join_samples
 from dsv3_jax.data.config import DataConfig
-from dsv3_jax.data.conversation import NEEDED_FIELDS, OTHER_FIELDS, read_sample
+from dsv3_jax.data.conversation import NEEDED_FIELDS, OTHER_FIELDS, Sample, read_pair, read_sample
 from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.data.corpus_account import described
-from dsv3_jax.data.document_files import Document
+from dsv3_jax.data.document_files import Document, FileRow
 from dsv3_jax.data.packing import Row
 from dsv3_jax.data.prepared import PACK_VERSION, Data, cache_key
 from dsv3_jax.data.sample_tokens import SampleAccount, SampleEncoder, SampleTokens, with_chat_template
@@ -47,7 +50,8 @@ def prepare_conversations(
     tokenizer = with_chat_template(tokenizer)
     fingerprint = corpus.fingerprint()
     key = cache_key(fingerprint, tokenizer.fingerprint, *_settings(config, tokenizer).values())
-    folder = cache_folder / f"samples-{key}" if cache_folder else None
+    kind = "pairs" if config.form == "preferences" else "samples"
+    folder = cache_folder / f"{kind}-{key}" if cache_folder else None
     store = TokenStore.load(folder) if folder is not None else None
     if store is None:
         say(f"tokenising the conversations of {corpus.name}")
@@ -73,17 +77,19 @@ def _tokenise(corpus: Corpus, config: DataConfig, tokenizer: Tokenizer, say: Cal
 
     def samples() -> Iterator[tuple[str, str, bool, np.ndarray]]:
         for name, row in corpus.rows(NEEDED_FIELDS, OTHER_FIELDS):
-            sample = read_sample(row)
-            if sample is None:
+            some = _samples_of(row, config)
+            if not some:
                 account.rejected += 1
-            elif not account.problem_of(sample, row.where):
+            elif not any(account.problem_of(sample, row.where) for sample in some):
                 try:
-                    ids, learned = encoder.encode(sample)
+                    encoded = [encoder.encode(sample) for sample in some]
                 except UserError as error:
                     raise UserError(f"{row.where}: {error}") from error
-                if not account.problem_of_tokens((ids, learned), row.where):
+                ids, learned = (np.concatenate(parts) for parts in zip(*encoded, strict=True))
+                if not account.problem_of_tokens((ids, learned | (config.form == "preferences")), row.where):
                     account.used += 1
-                    yield name, "conversations", name_hash(name) < config.validation_fraction, 2 * ids + learned
+                    for ids, learned in encoded:
+                        yield name, config.form, name_hash(name) < config.validation_fraction, 2 * ids + learned
 
     store = TokenStore.build(samples(), 2 * tokenizer.vocab_size)
     account.check()
@@ -91,11 +97,19 @@ def _tokenise(corpus: Corpus, config: DataConfig, tokenizer: Tokenizer, say: Cal
         say(line)
     for reason, names in corpus.left_out.items():
         say(f"not read: {described(reason, names)}")
-    if len(store) < 2:
+    if account.used < 2:
         raise UserError(
-            f"{corpus.name} has {len(store)} samples that can be used; give at least two, one of them to validate on"
+            f"{corpus.name} has {account.used} samples that can be used; give at least two, one of them to validate on"
         )
     return store
+
+
+def _samples_of(row: FileRow, config: DataConfig) -> tuple[Sample, ...]:
+    """Returns the sample of a row, or the two of a pair; none where the row says that nothing was kept."""
+    if config.form == "preferences":
+        return read_pair(row)
+    sample = read_sample(row)
+    return () if sample is None else (sample,)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,13 +133,15 @@ class ConversationData(Data):
     @cached_property
     def num_train_tokens(self) -> int:
         """Number of tokens of the training samples, those that are read only included."""
-        return int(self.store.lengths[~self._held_out].sum())
+        return int(_lengths(self.store, self._together)[~self._held_out].sum())
 
     @cached_property
     def row_source(self) -> RowSource:
         """The training rows of every epoch."""
         samples, config = np.flatnonzero(~self._held_out), self.config
-        return ConversationRows(self.store, samples, config.sequence_length + 1, config.seed, self.tokenizer.pad_id)
+        together, pad_id = self._together, self.tokenizer.pad_id
+        length = config.sequence_length + 1
+        return ConversationRows(self.store, samples, together, config.row_space, length, config.seed, pad_id)
 
     def readings(self, tokens: int) -> dict[str, float]:
         """Returns how often the samples are read by a run of so many tokens, padding included, by the corpus's name."""
@@ -134,27 +150,37 @@ class ConversationData(Data):
     def documents(self, split: str = "train") -> Iterator[Document]:
         """Yields the samples of `split`, "train" or "validation", decoded from their tokens."""
         for index in np.flatnonzero(self._held_out == (split == "validation")):
-            ids, _ = _sample(self.store, int(index))
-            yield Document(self.store.names[index], self.store.domains[index], self.tokenizer.decode(ids))
+            for number in range(int(index) * self._together, (int(index) + 1) * self._together):
+                ids, _ = _sample(self.store, number)
+                yield Document(self.store.names[number], self.store.domains[number], self.tokenizer.decode(ids))
+
+    @property
+    def _together(self) -> int:
+        """How many samples are packed together: the two of a pair, or one."""
+        return 2 if self.config.form == "preferences" else 1
+
+    @property
+    def _names(self) -> list[str]:
+        return self.store.names[:: self._together]
 
     @cached_property
     def _held_out(self) -> Bool[np.ndarray, " D"]:
-        """Which samples are held out: of few, at least one on each side."""
-        held_out = self.store.held_out.copy()
-        hashes = [name_hash(name) for name in self.store.names]
+        """Which samples or pairs are held out: of few, at least one on each side."""
+        held_out = self.store.held_out[:: self._together].copy()
+        hashes = [name_hash(name) for name in self._names]
         held_out[int(np.argmin(hashes))] = True
         held_out[int(np.argmax(hashes))] = False
         return held_out
 
     @cached_property
     def _validation(self) -> tuple[np.ndarray, np.ndarray]:
-        held_out, names = np.flatnonzero(self._held_out), self.store.names
+        held_out, names = np.flatnonzero(self._held_out), self._names
         samples = np.array(sorted(held_out, key=lambda index: name_hash(names[index])), np.int64)
-        space = self.config.sequence_length + 1
-        packed = best_fit(self.store.lengths[samples].tolist(), space)
+        packed = best_fit(_lengths(self.store, self._together)[samples].tolist(), self.config.row_space)
         count = min(len(packed), self.config.validation_sequences)
         chosen = [samples[packed[index * len(packed) // count]] for index in range(count)]
-        rows = [join_samples([_sample(self.store, i) for i in row], space, self.tokenizer.pad_id) for row in chosen]
+        space, pad_id = self.config.sequence_length + 1, self.tokenizer.pad_id
+        rows = [join_samples(_samples(self.store, self._together, row), space, pad_id) for row in chosen]
         tokens, segment_ids = zip(*rows, strict=True)
         return np.stack(tokens), np.stack(segment_ids)
 
@@ -165,15 +191,19 @@ class ConversationRows:
 
     Attributes:
       store: all samples, as in `ConversationData`.
-      samples: indices of the training samples in the store.
-      space: tokens of a row, T + 1.
+      samples: numbers of the training samples or pairs in the store.
+      together: how many samples of the store each of them is.
+      space: tokens of a row that they fill.
+      length: tokens of a row, T + 1.
       seed: random seed of the order of samples and rows.
       pad_id: fills up rows.
     """
 
     store: TokenStore
     samples: Int64[np.ndarray, " D"]
+    together: int
     space: int
+    length: int
     seed: int
     pad_id: int
 
@@ -192,15 +222,26 @@ class PackedEpoch:
     def __init__(self, source: ConversationRows, number: int) -> None:
         self._source = source
         samples = source.samples[np.random.default_rng([source.seed, number, _ORDER]).permutation(len(source.samples))]
-        self._rows = [samples[row] for row in best_fit(source.store.lengths[samples].tolist(), source.space)]
+        lengths = _lengths(source.store, source.together)[samples]
+        self._rows = [samples[row] for row in best_fit(lengths.tolist(), source.space)]
         self.row_count = len(self._rows)
         self._order = np.random.default_rng([source.seed, number, _ROWS]).permutation(self.row_count)
 
     def row(self, index: int) -> Row:
         """Returns row `index` in the shuffled order: tokens and segment ids, int32 [T + 1] each."""
         source = self._source
-        samples = [_sample(source.store, int(sample)) for sample in self._rows[int(self._order[index])]]
-        return join_samples(samples, source.space, source.pad_id)
+        samples = _samples(source.store, source.together, self._rows[int(self._order[index])])
+        return join_samples(samples, source.length, source.pad_id)
+
+
+def _lengths(store: TokenStore, together: int) -> Int64[np.ndarray, " D"]:
+    """Returns the number of tokens of every sample or pair."""
+    return store.lengths.reshape(-1, together).sum(axis=1)
+
+
+def _samples(store: TokenStore, together: int, numbers: Iterable[int]) -> list[SampleTokens]:
+    """Returns the samples of a row: those of each number, one after the other."""
+    return [_sample(store, int(number) * together + part) for number in numbers for part in range(together)]
 
 
 def _sample(store: TokenStore, index: int) -> SampleTokens:

@@ -49,7 +49,7 @@ def prepare_data(
       UserError: the corpus or the tokenizer cannot be used; the message says what and where.
     """
     say = progress or (lambda _: None)
-    if config.form == "conversations":
+    if config.form != "text":
         return prepare_conversations(config, cache_folder, tokenizer, shard_index, shard_count, say)
     mixed = parse_mixture(config.corpus) if config.corpus.startswith(MIXTURE) else []
     configs = [_of_part(config, name, count) for name, count in mixed] or [config]

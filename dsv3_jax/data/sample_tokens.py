@@ -97,7 +97,7 @@ class SampleAccount:
     def problem_of_tokens(self, tokens: SampleTokens, where: str) -> bool:
         """Counts a sample that is too long or has nothing to learn; returns whether it was."""
         ids, learned = tokens
-        if len(ids) > self._config.sequence_length + 1:
+        if len(ids) > self._config.row_space:
             return self._count("too long", f"{where}, {len(ids):,} tokens")
         # The first token of a sample is predicted from nothing.
         return not learned[1:].any() and self._count("nothing to learn", where)
@@ -116,7 +116,7 @@ class SampleAccount:
         for problem, (option, remedy) in _PROBLEMS.items():
             if problem in self._found and not getattr(self._config, option):
                 count, first = self._found[problem]
-                limit = f" (more than {self._config.sequence_length + 1:,} tokens)" if problem == "too long" else ""
+                limit = f" (more than {self._config.row_space:,} tokens)" if problem == "too long" else ""
                 raise UserError(
                     f"{first}: {problem}{limit}; {count:,} of {self.total:,} samples are so: {remedy}, or leave them "
                     f"out with --{option.replace('_', '-')}"

@@ -8,6 +8,7 @@ from typing import Any
 from dsv3_jax.bounds import LARGEST_COUNT, check_bounds
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.post_training.grpo import GRPOConfig
+from dsv3_jax.post_training.rewards import JudgeConfig
 from dsv3_jax.post_training.rollouts import RolloutConfig
 from dsv3_jax.post_training.tasks import TaskSize
 
@@ -73,6 +74,7 @@ class ReinforcementConfig:
         try:
             rollout = dict(values["rollout"])
             rollout["size"] = TaskSize(**rollout["size"])
+            rollout["judge"] = JudgeConfig(**rollout.get("judge", {}))
             parts = {"rollout": RolloutConfig(**rollout), "objective": GRPOConfig(**values["objective"])}
             return cls(**(values | parts))
         except (KeyError, TypeError) as error:

@@ -76,14 +76,14 @@ class SamplingConfig:
 def sample(
     engine: Engine, tokenizer: Tokenizer, problems: Sequence[Problem], config: SamplingConfig
 ) -> Iterator[tuple[Problem, list[Completion]]]:
-    """Yields each problem with its scored completions, in order; all of them are in the engine's queue at once.
+    """Yields each problem with its scored completions, in order; all of them are drawn before the first is scored.
 
     Raises:
       UserError: a prompt does not fit the engine, or a reward cannot be computed on this machine.
     """
-    results = engine.run(requests_for(tokenizer, problems, config))
-    for problem, some in zip(problems, itertools.batched(results, config.samples), strict=True):
-        yield problem, [score(tokenizer, problem, result, config.reward) for result in some]
+    results = itertools.batched(engine.run(requests_for(tokenizer, problems, config)), config.samples)
+    for problem, some in zip(problems, list(results), strict=True):
+        yield problem, score(tokenizer, [(problem, result) for result in some], config.reward)
 
 
 def requests_for(tokenizer: Tokenizer, problems: Sequence[Problem], config: SamplingConfig) -> list[Request]:
@@ -102,19 +102,30 @@ def requests_for(tokenizer: Tokenizer, problems: Sequence[Problem], config: Samp
     ]
 
 
-def score(tokenizer: Tokenizer, problem: Problem, result: Result, reward: Reward | None) -> Completion:
-    """Returns what the engine wrote for a problem with its scores; without a `reward`, the problem's own counts."""
-    ended = result.finished == "stop"
-    text = tokenizer.decode(result.tokens[:-1] if ended else result.tokens)
-    reward = reward or Reward(((problem.reward, 1.0),))
-    return Completion(
-        text=text,
-        ids=tuple(result.tokens),
-        logprobs=tuple(each.logprob for each in result.logprobs),
-        experts=tuple(result.experts),
-        cut=not ended,
-        scores=reward.score(problem.prompt, text, problem.answer),
-    )
+def score(tokenizer: Tokenizer, answered: Sequence[tuple[Problem, Result]], reward: Reward | None) -> list[Completion]:
+    """Returns what the engine wrote for each problem with its scores; without a `reward`, a problem's own counts."""
+    ended = [result.finished == "stop" for _, result in answered]
+    texts = [
+        tokenizer.decode(result.tokens[:-1] if end else result.tokens)
+        for (_, result), end in zip(answered, ended, strict=True)
+    ]
+    items = [(problem.prompt, text, problem.answer) for (problem, _), text in zip(answered, texts, strict=True)]
+    if reward is None:
+        own = [Reward(((problem.reward, 1.0),)) for problem, _ in answered]
+        scores = [rule.score(*item) for rule, item in zip(own, items, strict=True)]
+    else:
+        scores = reward.score_all(items)
+    return [
+        Completion(
+            text=text,
+            ids=tuple(result.tokens),
+            logprobs=tuple(each.logprob for each in result.logprobs),
+            experts=tuple(result.experts),
+            cut=not end,
+            scores=values,
+        )
+        for (_, result), text, end, values in zip(answered, texts, ended, scores, strict=True)
+    ]
 
 
 def keep(completions: Sequence[Completion], rule: Keep, least: float) -> list[Completion]:

@@ -1,6 +1,8 @@
-"""Rewards that a rule computes (report section 5.2.1): named functions of prompt, completion and the right answer.
+"""Rewards (report section 5.2.1): named functions of prompt, completion and the right answer.
 
-A reward is a number from 0 to 1. `Reward.of("numeric+0.1*format")` adds several, each with a weight.
+A rule gives a number from 0 to 1. `Reward.of("numeric+0.1*format")` adds several rewards, each with a weight.
+"model:FOLDER" is the score of a reward model, "judge:FOLDER" the vote of a run and "judge:self" that of the model that
+writes; `Reward.with_models` loads them.
 """
 
 from __future__ import annotations
@@ -10,16 +12,23 @@ import dataclasses
 import importlib.util
 import json
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from types import MappingProxyType
 
+from dsv3_jax.bounds import check_bounds
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.post_training.answers import as_number, final_answer, thought_and_answer
 from dsv3_jax.post_training.sandbox import call_in_sandbox
 
 RewardFunction = Callable[[str, str, str], float]
 """(prompt, completion, answer) -> reward."""
+Item = tuple[str, str, str]
+"""(prompt, completion, answer)."""
+ModelReward = Callable[[Sequence[Item]], list[float]]
+"""A reward that a model gives to many items at a time."""
+MODEL_KINDS = ("model", "judge")
+"""What a name such as "model:FOLDER" begins with."""
 
 
 def exact(prompt: str, completion: str, answer: str) -> float:
@@ -99,19 +108,37 @@ REWARDS: Mapping[str, RewardFunction] = MappingProxyType(
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JudgeConfig:
+    """How a model judges completions.
+
+    Attributes:
+      constitution: text that says what is good.
+      votes: verdicts on each completion.
+    """
+
+    constitution: str = "A good answer is right, complete and short."
+    votes: int = 8
+
+    def __post_init__(self) -> None:
+        check_bounds(self, {"votes": (1, 10_000)}, "judge.")
+
+
 @dataclasses.dataclass(frozen=True)
 class Reward:
     """A weighted sum of named rewards.
 
     Attributes:
       parts: (name, weight) pairs.
+      models: the rewards of the parts that are models, by name.
     """
 
     parts: tuple[tuple[str, float], ...]
+    models: Mapping[str, ModelReward] = dataclasses.field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, text: str) -> Reward:
-        """Reads a sum such as "numeric+0.1*format".
+        """Reads a sum such as "numeric+0.1*format" or "model:runs/reward".
 
         Raises:
           ConfigError: a name that no reward has, a weight that is no finite number, or a name twice.
@@ -124,8 +151,9 @@ class Reward:
                 number = float(weight) if star else 1.0
             except ValueError:
                 raise ConfigError(f"'{weight.strip()}' in the reward '{text}' is no number") from None
-            if name not in REWARDS:
-                raise ConfigError(f"there is no reward '{name}'; choose of {', '.join(REWARDS)}")
+            if name not in REWARDS and not _is_model(name):
+                models = ", ".join(f"{kind}:FOLDER" for kind in MODEL_KINDS)
+                raise ConfigError(f"there is no reward '{name}'; choose of {', '.join(REWARDS)}, {models}")
             if not -1e6 < number < 1e6:
                 raise ConfigError(f"the weight of '{name}' in the reward '{text}' must be a finite number")
             parts.append((name, number))
@@ -133,10 +161,27 @@ class Reward:
             raise ConfigError(f"the reward '{text}' names one reward twice")
         return cls(tuple(parts))
 
+    def with_models(self, load: Callable[[str], ModelReward]) -> Reward:
+        """Returns the reward with its models loaded; `load` is given names such as "model:runs/reward"."""
+        return dataclasses.replace(self, models={name: load(name) for name, _ in self.parts if _is_model(name)})
+
     def score(self, prompt: str, completion: str, answer: str) -> dict[str, float]:
         """Returns each part's unweighted reward and their weighted sum, under the name "reward"."""
-        each = {name: REWARDS[name](prompt, completion, answer) for name, _ in self.parts}
-        return each | {"reward": sum(weight * each[name] for name, weight in self.parts)}
+        return self.score_all([(prompt, completion, answer)])[0]
+
+    def score_all(self, items: Sequence[Item]) -> list[dict[str, float]]:
+        """Returns, for each item, every part's unweighted reward and their weighted sum, under the name "reward"."""
+        columns = {name: self._part(name, items) for name, _ in self.parts}
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [row | {"reward": sum(weight * row[name] for name, weight in self.parts)} for row in rows]
+
+    def _part(self, name: str, items: Sequence[Item]) -> list[float]:
+        return self.models[name](items) if name in self.models else [REWARDS[name](*item) for item in items]
+
+
+def _is_model(name: str) -> bool:
+    kind, colon, folder = name.partition(":")
+    return bool(colon and folder) and kind in MODEL_KINDS
 
 
 _OPERATORS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = MappingProxyType(

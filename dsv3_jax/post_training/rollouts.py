@@ -20,7 +20,7 @@ from dsv3_jax.inference.requests import Result
 from dsv3_jax.post_training.grpo import Completions, group_advantages
 from dsv3_jax.post_training.policy_step import Texts
 from dsv3_jax.post_training.rejection import Completion, SamplingConfig, requests_for, score
-from dsv3_jax.post_training.rewards import Reward
+from dsv3_jax.post_training.rewards import JudgeConfig, Reward
 from dsv3_jax.post_training.tasks import Problem, TaskSize
 
 _SMALLEST_LENGTH = 16  # tokens of the smallest padded row
@@ -34,6 +34,7 @@ class RolloutConfig:
       task: a kind of generated problems, or a file of JSON lines with prompt, answer and reward.
       size: how hard generated problems are.
       reward: sum of rewards such as "numeric+0.1*format"; each problem's own if empty.
+      judge: how the judges vote that `reward` names.
       prompts: problems of a step.
       group: G, completions of each problem.
       max_new_tokens: most tokens of a completion.
@@ -44,6 +45,7 @@ class RolloutConfig:
     task: str = "arithmetic"
     size: TaskSize = dataclasses.field(default_factory=TaskSize)
     reward: str = ""
+    judge: JudgeConfig = dataclasses.field(default_factory=JudgeConfig)
     prompts: int = 16
     group: int = 8
     max_new_tokens: int = 64
@@ -148,12 +150,14 @@ def draw_rollout(
     config: RolloutConfig,
     *,
     step: int,
+    rule: Reward | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Rollout | None:
     """Draws and scores the completions of a step; the same step of the same policy gives the same completions.
 
     Args:
       step: number of the step; with the seed it decides the draws.
+      rule: the reward with its models loaded; that of `config` unless given.
       stop: is asked from time to time whether to give up.
 
     Returns:
@@ -171,10 +175,9 @@ def draw_rollout(
     if results is None:
         return None
     drawn = time.perf_counter()
-    groups = tuple(
-        tuple(score(tokenizer, problem, result, config.rule()) for result in some)
-        for problem, some in zip(problems, itertools.batched(results, config.group), strict=True)
-    )
+    asked = [problem for problem in problems for _ in range(config.group)]
+    completions = score(tokenizer, list(zip(asked, results, strict=True)), rule or config.rule())
+    groups = tuple(itertools.batched(completions, config.group))
     return Rollout(
         problems=tuple(problems),
         prompts=tuple(tuple(tokenizer.prompt_ids(problem.prompt)) for problem in problems),
@@ -211,7 +214,7 @@ def answer_held_out(
     )
     if results is None:
         return None
-    rows = [score(tokenizer, problem, result, None) for problem, result in zip(problems, results, strict=True)]
+    rows = score(tokenizer, list(zip(problems, results, strict=True)), None)
     right = [row.scores["reward"] >= 1 for row in rows]
     return HeldOut(float(np.mean(right)), float(np.mean([len(row.ids) for row in rows])))
 

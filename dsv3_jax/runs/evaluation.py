@@ -15,9 +15,9 @@ from jaxtyping import Array, Float
 from dsv3_jax.data import Data, prepare_data
 from dsv3_jax.runs.checkpoints import LoadedRun, load_run
 from dsv3_jax.runs.folder import RunFolder
+from dsv3_jax.training.evaluation_step import EvaluationSums, make_evaluation_step
 from dsv3_jax.training.state import split_model
 from dsv3_jax.training.state_layout import StateLayout
-from dsv3_jax.training.step import EvaluationSums, make_evaluation_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,42 @@ class Evaluation:
             "bits per byte (lower is better)"
         )
 
+    def numbers(self) -> dict[str, float]:
+        """Returns what metrics.jsonl records of it."""
+        found = {"validation_loss": self.main.loss, "validation_bits_per_byte": self.main.bits_per_byte}
+        if self.mtp:
+            found |= {"validation_mtp_loss": self.mtp[0].loss, "mtp_acceptance": self.mtp_acceptance[0]}
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class PairEvaluation:
+    """The result of a reward model on held-out preference pairs.
+
+    Attributes:
+      loss: mean of -log sigmoid(r(chosen) - r(rejected)), in nats.
+      accuracy: share of the pairs whose chosen answer has the higher score.
+      pairs: number of pairs.
+    """
+
+    loss: float
+    accuracy: float
+    pairs: int
+
+    def describe(self) -> str:
+        """Returns the result as one line of text."""
+        return (
+            f"validation loss {self.loss:.4f}, {self.accuracy:.1%} of {self.pairs} held-out pairs are ordered rightly"
+        )
+
+    def describe_baselines(self) -> str:
+        """Returns what the result can be compared with, as one line of text."""
+        return f"baseline: equal scores have a loss of {math.log(2):.4f}"
+
+    def numbers(self) -> dict[str, float]:
+        """Returns what metrics.jsonl records of it."""
+        return {"validation_loss": self.loss, "validation_accuracy": self.accuracy}
+
 
 def evaluate(
     step: Callable[..., EvaluationSums],
@@ -75,7 +111,7 @@ def evaluate(
     *,
     layout: StateLayout | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> Evaluation | None:
+) -> Evaluation | PairEvaluation | None:
     """Evaluates a model on the whole validation set.
 
     Args:
@@ -101,6 +137,9 @@ def evaluate(
         padded = [feeding.put_from_whole(np.pad(array, ((0, missing), (0, 0)))) for array in rows]
         sums.append(jax.device_get(step(params, biases, *padded, token_bytes)))
     total = jax.tree.map(lambda *parts: np.sum(np.asarray(parts, np.float64), axis=0), *sums)
+    if data.config.form == "preferences":
+        pairs = total.targets[0]
+        return PairEvaluation(float(total.nats[0] / pairs), float(total.accepted[0] / pairs), int(pairs))
     results = [
         HeadResult(loss=float(nats / targets), bits_per_byte=float(nats / math.log(2) / size))
         for nats, targets, size in zip(total.nats, total.targets, total.bytes, strict=True)
@@ -114,7 +153,7 @@ def evaluate(
     )
 
 
-def evaluate_loaded(loaded: LoadedRun, data: Data) -> Evaluation:
+def evaluate_loaded(loaded: LoadedRun, data: Data) -> Evaluation | PairEvaluation:
     """Evaluates a loaded run on the validation set of its data, or of others."""
     config = loaded.saved.config
     skeleton, params, biases = split_model(loaded.model)

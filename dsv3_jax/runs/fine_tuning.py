@@ -8,7 +8,7 @@ from pathlib import Path
 from dsv3_jax.data import DataConfig
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.starting_point import architecture_of_source, tokenizer_of_source
-from dsv3_jax.training.config import LoraConfig, RunConfig, TrainingConfig
+from dsv3_jax.training.config import LoraConfig, RunConfig, TeacherConfig, TrainingConfig
 from dsv3_jax.training.schedules import TrainingSchedule
 
 EPOCHS = 2.0
@@ -71,9 +71,30 @@ def fine_tuning_of(run: RunConfig, data: str, tokenizer: str) -> RunConfig:
         run,
         data=dataclasses.replace(run.data, corpus=data, tokenizer=tokenizer, punctuation_split_rate=0.0, **of_rows),
         lora=LoraConfig(),
+        teacher=TeacherConfig(),
         training=dataclasses.replace(
             run.training, steps=1, schedule=schedule, weight_decay=0.0, ema_decay=0.0, evaluate_every=0
         ),
+    )
+
+
+def default_reward_model(source: Path, data: str) -> RunConfig:
+    """Returns the default run that trains a reward model from a run or a published checkpoint.
+
+    Its schedules are those of fine-tuning, for one epoch. MTP modules are not trained.
+
+    Args:
+      source: folder of the model.
+      data: file or folder of preference pairs.
+
+    Raises:
+      UserError: the source is neither a run nor a checkpoint, or has no tokenizer.
+    """
+    run = default_fine_tuning(source, data)
+    return dataclasses.replace(
+        run,
+        data=dataclasses.replace(run.data, form="preferences"),
+        training=dataclasses.replace(run.training, sample_tokens=0),
     )
 
 
@@ -97,4 +118,6 @@ def describe_fine_tuning(config: RunConfig) -> str:
     if config.lora.rank:
         experts = " (experts too)" if config.lora.experts else ""
         parts.append(f"only adapters of rank {config.lora.rank} of {config.lora.targets}{experts} are trained")
+    if config.teacher.run:
+        parts.append(f"{config.teacher.weight:g} of the loss is the divergence from {config.teacher.run}")
     return "fine-tuning: " + "; ".join(parts)

@@ -16,7 +16,7 @@ from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import Devices
 from dsv3_jax.runs.agreement import any_process, is_first, share
 from dsv3_jax.runs.checkpoints import Checkpoints
-from dsv3_jax.runs.evaluation import Evaluation, evaluate
+from dsv3_jax.runs.evaluation import Evaluation, PairEvaluation, evaluate
 from dsv3_jax.runs.folder import RunFolder, write_atomically
 from dsv3_jax.runs.interruption import Interrupted, Interruption
 from dsv3_jax.runs.metrics import json_value
@@ -27,10 +27,12 @@ from dsv3_jax.runs.results import write_results
 from dsv3_jax.runs.sample import sample_text, whole_model
 from dsv3_jax.runs.start import Continuation, RunStart, run_layout, start_or_resume, with_known_precision
 from dsv3_jax.runs.step_inputs import StepInputs, step_settings
+from dsv3_jax.runs.teacher import load_teacher
 from dsv3_jax.terminal import say
 from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.evaluation_step import make_evaluation_step
 from dsv3_jax.training.state_layout import StateLayout
-from dsv3_jax.training.step import StepMetrics, make_evaluation_step, make_train_step
+from dsv3_jax.training.step import StepMetrics, make_train_step
 
 NOT_FINITE = 3
 """Exit code of a run that was stopped because too many steps in a row were infinite or NaN."""
@@ -42,8 +44,9 @@ class Outcome:
 
     Attributes:
       exit_code: 0 when the run is complete, 128 + n after signal n, 3 after too many steps that were not finite.
-      start: result on the validation set before the first step of this call; None where the run was interrupted.
-      end: result after the last step; None where the run was interrupted.
+      start: result on the validation set before the first step of this call; None where the run was interrupted, and of
+        a reward model, whose results are in summary.json.
+      end: result after the last step; None in the same cases.
     """
 
     exit_code: int
@@ -145,7 +148,9 @@ class _Run:
         """Runs the remaining steps, then writes the results of the run."""
         training = self.config.training
         self.reporter.introduce(self.inputs.total_tokens, self.layout)
-        take_step = make_train_step(self.skeleton, self.config, self.layout)
+        teacher = load_teacher(self.config, self.layout, self.data.tokenizer)
+        given = () if teacher is None else (teacher,)
+        take_step = make_train_step(self.skeleton, self.config, self.layout, *given)
         self.evaluation_step = make_evaluation_step(self.skeleton, self.config, self.layout)
         if self.position.step > 0 > self.saved_step:  # what a run goes on from is in its own folder from now on
             self._save()
@@ -171,7 +176,7 @@ class _Run:
         self.interruption.unsaved = False
         self.watchdog.end()
         self._write_results(end)
-        return Outcome(0, start, end)
+        return Outcome(0, *(result if isinstance(result, Evaluation) else None for result in (start, end)))
 
     def close(self) -> None:
         """Waits for files that are still being written, and closes them, whichever of them fails."""
@@ -200,7 +205,7 @@ class _Run:
         self.reporter.report_step(self.position, metrics, values, tokens / (time.perf_counter() - began))
         return metrics
 
-    def _evaluate(self, *, first: bool = False) -> Evaluation | None:
+    def _evaluate(self, *, first: bool = False) -> Evaluation | PairEvaluation | None:
         """Evaluates on the validation set and reports the result; None where the run was told to stop meanwhile."""
         params = self.state.weights(self.config.lora)
         result = evaluate(
@@ -226,7 +231,7 @@ class _Run:
             self.checkpoints.save(self.state, self.position, self.config)
             self.saved_step = self.position.step
 
-    def _write_results(self, end: Evaluation) -> None:
+    def _write_results(self, end: Evaluation | PairEvaluation) -> None:
         model = whole_model(self.skeleton, self.state, self.config, self.layout)  # by all processes together
         if not is_first():
             return

@@ -9,7 +9,7 @@ from typing import Any
 from dsv3_jax.post_training.config import ReinforcementConfig
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.starting_point import architecture_of_source, tokenizer_of_source
-from dsv3_jax.training.config import LoraConfig, RunConfig
+from dsv3_jax.training.config import LoraConfig, RunConfig, TeacherConfig
 from dsv3_jax.training.defaults import default_run
 from dsv3_jax.training.schedules import TrainingSchedule
 
@@ -58,4 +58,5 @@ def policy_run(
         data=dataclasses.replace(config.data, tokenizer=str(tokenizer_of_source(source))),
         precision=precision,
         lora=LoraConfig(),
+        teacher=TeacherConfig(),
     )

@@ -26,6 +26,7 @@ from dsv3_jax.runs.folder import RunFolder, write_atomically
 from dsv3_jax.runs.interruption import Interrupted, Interruption
 from dsv3_jax.runs.loop import NOT_FINITE
 from dsv3_jax.runs.metrics import Record, joined, read_metrics
+from dsv3_jax.runs.model_rewards import with_loaded_models
 from dsv3_jax.runs.plots import plot_rewards
 from dsv3_jax.runs.policy_updates import PolicyUpdates
 from dsv3_jax.runs.reinforcement_start import ReinforcementStart, start_or_resume
@@ -102,6 +103,8 @@ class _Run:
         self.checkpoints = Checkpoints(folder, self.tokenizer, keep=config.training.keep_checkpoints)
         self.records = Records(folder, config, self.position.step, _describe)
         self.engine = self._make_engine()
+        judge = settings.rollout.judge
+        self.rule = with_loaded_models(settings.rollout.rule(), judge, self.engine, self.tokenizer)
         self.drawing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="rollout")
         self.pending = read_rollout(start.saved_path) if start.saved_path is not None else None
         drawn = settings.rollout.prompts if self.pending is not None else 0
@@ -175,9 +178,8 @@ class _Run:
     def _draw(self, step: int) -> Rollout | None:
         """Draws the completions of a step; None where the run was told to stop."""
         problems = [next(self.problems) for _ in range(self.settings.rollout.prompts)]
-        return draw_rollout(
-            self.engine, self.tokenizer, problems, self.settings.rollout, step=step, stop=self._stop_requested
-        )
+        rollout, stop = self.settings.rollout, self._stop_requested
+        return draw_rollout(self.engine, self.tokenizer, problems, rollout, step=step, rule=self.rule, stop=stop)
 
     def _step(self) -> bool:
         """Takes one step; returns False where the run was told to stop, with the state before the step."""

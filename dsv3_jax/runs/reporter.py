@@ -12,7 +12,7 @@ from jaxtyping import Int
 from dsv3_jax.counts import count_flops
 from dsv3_jax.precision import Precision
 from dsv3_jax.runs.agreement import is_first
-from dsv3_jax.runs.evaluation import Evaluation
+from dsv3_jax.runs.evaluation import Evaluation, PairEvaluation
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.hardware import peak_flops
 from dsv3_jax.runs.metrics import JsonLines, Record, Terminal, describe
@@ -123,6 +123,8 @@ class Reporter(Records):
             "batch_size": values.batch_size,
             "tokens_per_second": tokens_per_second,
         }
+        if metrics.distillation_loss is not None:
+            record["distillation_loss"] = float(metrics.distillation_loss)
         if metrics.largest_logit is not None:
             record["largest_logit"] = float(metrics.largest_logit)
         if len(metrics.mtp_loss):
@@ -136,7 +138,7 @@ class Reporter(Records):
                 "not finite, so this update was skipped"
             )
 
-    def report_evaluation(self, step: int, result: Evaluation, *, first: bool) -> None:
+    def report_evaluation(self, step: int, result: Evaluation | PairEvaluation, *, first: bool) -> None:
         """Says a result on the validation set, and records it where the run evaluates after this step.
 
         Args:
@@ -147,15 +149,7 @@ class Reporter(Records):
         self.say(f"step {step}: {result.describe()}")
         if not self._config.training.evaluates_after(step):
             return
-        record: Record = {
-            "step": step,
-            "validation_loss": result.main.loss,
-            "validation_bits_per_byte": result.main.bits_per_byte,
-        }
-        if result.mtp:
-            record["validation_mtp_loss"] = result.mtp[0].loss
-            record["mtp_acceptance"] = result.mtp_acceptance[0]
-        self.write(record)
+        self.write({"step": step, **result.numbers()})
 
 
 def _devices(layout: StateLayout) -> str:

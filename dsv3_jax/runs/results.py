@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.runs.evaluation import Evaluation
+from dsv3_jax.runs.evaluation import Evaluation, PairEvaluation
 from dsv3_jax.runs.folder import RunFolder, write_atomically
 from dsv3_jax.runs.metrics import read_metrics
 from dsv3_jax.runs.plots import plot_expert_load, plot_losses
@@ -22,7 +22,7 @@ def write_results(
     config: RunConfig,
     position: RunPosition,
     load: Int[np.ndarray, "layers E"] | None,
-    end: Evaluation,
+    end: Evaluation | PairEvaluation,
 ) -> None:
     """Writes loss.png, expert_load.png and summary.json.
 

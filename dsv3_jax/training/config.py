@@ -193,6 +193,26 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """A teacher, whose distribution of the next token is learned beside the tokens themselves.
+
+    Attributes:
+      run: folder of a run or of a published checkpoint with the tokenizer of this run; empty for no teacher.
+      step: step of the run's checkpoint; 0 for the newest.
+      top_k: how many of the teacher's most likely tokens are told apart, all others being one outcome; 0 for all.
+      weight: weight of the teacher's distribution in the main loss; that of the tokens is 1 minus it.
+    """
+
+    run: str = ""
+    step: int = 0
+    top_k: int = 64
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_bounds(self, {"step": (0, 10**18), "top_k": (0, LARGEST_COUNT), "weight": (0.0, 1.0)}, "teacher.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The configuration of a run. Its JSON form is in the run's folder and inside every checkpoint.
 
@@ -204,6 +224,7 @@ class RunConfig:
       precision: name of the precision recipe (`Precision.preset`).
       mesh: number of devices along each mesh axis, by default all along fsdp. It may change when a run is resumed.
       lora: low-rank adapters; of rank 0, and so none, by default.
+      teacher: a model to distil; by default none.
     """
 
     preset: str
@@ -213,6 +234,7 @@ class RunConfig:
     precision: str = "auto"
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(fsdp=-1))
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
 
     def __post_init__(self) -> None:
         if self.lora.rank and self.training.ema_decay:
@@ -288,6 +310,7 @@ class RunConfig:
                 precision=values["precision"],
                 **({"mesh": MeshConfig(**values["mesh"])} if "mesh" in values else {}),
                 lora=LoraConfig(**values.get("lora", {})),
+                teacher=TeacherConfig(**values.get("teacher", {})),
             )
         except (KeyError, TypeError) as error:
             raise ConfigError(f"the run's configuration cannot be read: {error}") from error

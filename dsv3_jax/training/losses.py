@@ -82,6 +82,7 @@ class LossTerms:
       balance: unweighted balance term, summed over layers.
       load: int32, assignments to each expert of each layer.
       largest_logits: of the attention; None where not asked for.
+      distillation: divergence from the teacher, summed and divided as `main` is; None without a teacher.
     """
 
     total: Float[Array, ""]
@@ -90,6 +91,7 @@ class LossTerms:
     balance: Float[Array, ""]
     load: Int[Array, "layers E"]
     largest_logits: LargestLogits | None = None
+    distillation: Float[Array, ""] | None = None
 
 
 def is_target(segment_ids: Int[Array, "*B T1"], ahead: int, *, isolate_segments: bool) -> Bool[Array, "*B T1-ahead"]:
@@ -182,6 +184,8 @@ def objective(
     isolate_segments: bool,
     chunk: int,
     measure_logits: bool = False,
+    teacher_weight: float = 0.0,
+    divergences: Callable[[Float[Array, "B T d"]], Float[Array, "B T"]] | None = None,
 ) -> LossTerms:
     """Returns the loss of one pass and its terms.
 
@@ -194,6 +198,8 @@ def objective(
       isolate_segments: whether attention and targets stay inside a segment.
       chunk: about how many tokens' logits are held at a time.
       measure_logits: whether to return the largest attention logits.
+      teacher_weight: weight of the divergence from a teacher in the main loss, to which the cross-entropy has the rest.
+      divergences: returns each position's divergence from the teacher, given the hidden states of the main head.
     """
     features = model.features(
         tokens[:, :-1],
@@ -212,9 +218,14 @@ def objective(
     )
     balance_term = share_of(segment_ids, targets) * balance_of(features.routing, balance)
     load = features.routing.load if features.routing is not None else jnp.zeros((0, 1), jnp.int32)
-    total = total_loss(main, mtp, balance_term, weights)
+    distilled, learned = None, main
+    if divergences is not None:
+        counted = target_weights(segment_ids, 1, isolate_segments=isolate_segments)
+        distilled = jnp.sum(divergences(features.hidden) * counted) / targets.divisors[0]
+        learned = (1 - teacher_weight) * main + teacher_weight * distilled
+    total = total_loss(learned, mtp, balance_term, weights)
     largest = None if features.largest_logits is None else LargestLogits(features.largest_logits)
-    return LossTerms(total=total, main=main, mtp=mtp, balance=balance_term, load=load, largest_logits=largest)
+    return LossTerms(total, main, mtp, balance_term, load, largest, distilled)
 
 
 def prediction_losses(

@@ -1,4 +1,4 @@
-"""One optimizer step and one evaluation pass, as pure functions."""
+"""One optimizer step, as a pure function."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from dsv3_jax.pipeline.stage import StageObjective
 from dsv3_jax.sharding.rules import BATCH_AXES
 from dsv3_jax.training.adapters import Adapters, with_adapters
 from dsv3_jax.training.config import RunConfig
+from dsv3_jax.training.distillation import Teacher, divergences
 from dsv3_jax.training.losses import (
     BatchTargets,
     LossTerms,
     LossWeights,
     balance_of,
-    cross_entropies,
     objective,
     prediction_losses,
     share_of,
-    target_weights,
     total_loss,
 )
 from dsv3_jax.training.optimizer import make_optimizer, update_average
+from dsv3_jax.training.preferences import count_pairs, preference_objective
 from dsv3_jax.training.qk_clip import LargestLogits, clip_logits
 from dsv3_jax.training.state import Skeleton, TrainState, split_trained
 from dsv3_jax.training.state_layout import StateLayout
@@ -68,6 +68,7 @@ class StepMetrics:
       applied: whether the step was applied, which it is if loss and gradient are finite.
       nonfinite_steps: how many steps in a row, this one included, were not applied.
       largest_logit: the largest attention logit of all heads before the update; None where not measured.
+      distillation_loss: divergence from the teacher, in nats per token; None without a teacher.
     """
 
     loss: Float[Array, ""]
@@ -81,12 +82,15 @@ class StepMetrics:
     applied: Bool[Array, ""]
     nonfinite_steps: Int[Array, ""]
     largest_logit: Float[Array, ""] | None
+    distillation_loss: Float[Array, ""] | None
 
 
 TrainStep = Callable[..., tuple[TrainState, StepMetrics]]
 
 
-def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout | None = None) -> TrainStep:
+def make_train_step(
+    skeleton: Skeleton, config: RunConfig, layout: StateLayout | None = None, teacher: Teacher | None = None
+) -> TrainStep:
     """Returns the jitted step: (state, tokens [A, B, T+1], segment_ids [A, B, T+1], settings) -> (state, metrics).
 
     The gradients of A passes of B sequences are accumulated in float32. The state is donated. If the loss or the
@@ -94,11 +98,16 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
 
     Args:
       layout: the sharding of the state and of the batch; one device unless given.
+      teacher: a model whose distribution is learned too, as `config.teacher` says.
+
+    Raises:
+      ConfigError: there are pipeline stages, and the configuration needs something that pipelines do not compute.
     """
     layout = layout or StateLayout()
     training = config.training
     optimizer = make_optimizer(training, config.moment_dtype, config.model)
     isolate = config.data.isolate_documents
+    of_pairs = config.data.form == "preferences"
 
     def loss_of(
         trained: nnx.State,
@@ -108,18 +117,31 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         segment_ids: Int[Array, "B T1"],
         weights: LossWeights,
         targets: BatchTargets,
+        taught_by: tuple[nnx.State, Float[Array, "layers E"]] | None = None,
     ) -> tuple[Float[Array, ""], LossTerms]:
-        terms = objective(
-            skeleton.model(nnx.merge_state(trained, kept), biases),
-            tokens,
-            segment_ids,
-            weights=weights,
-            targets=targets,
-            balance=training.balance,
-            isolate_segments=isolate,
-            chunk=training.loss_chunk * layout.batch_ranks,
-            measure_logits=bool(training.qk_clip),
-        )
+        model, chunk = skeleton.model(nnx.merge_state(trained, kept), biases), training.loss_chunk * layout.batch_ranks
+        compare = None
+        if taught_by is not None and teacher is not None:
+            other = teacher.skeleton.model(*taught_by)
+            hidden = other.features(tokens[:, :-1], segment_ids=segment_ids[:, :-1], isolate_segments=isolate).hidden
+            compare = functools.partial(
+                divergences, model, other, teachers_hidden=hidden, top_k=config.teacher.top_k, chunk=chunk
+            )
+        common: dict[str, Any] = {"weights": weights, "targets": targets, "balance": training.balance}
+        common["measure_logits"] = bool(training.qk_clip)
+        if of_pairs:
+            terms = preference_objective(model, tokens, segment_ids, **common)
+        else:
+            terms = objective(
+                model,
+                tokens,
+                segment_ids,
+                isolate_segments=isolate,
+                chunk=chunk,
+                teacher_weight=config.teacher.weight,
+                divergences=compare,
+                **common,
+            )
         return terms.total, terms
 
     def differentiate(
@@ -129,26 +151,37 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
         segment_ids: Int[Array, "A B T1"],
         weights: LossWeights,
         targets: BatchTargets,
+        taught_by: tuple[nnx.State, Float[Array, "layers E"]] | None = None,
     ) -> tuple[nnx.State, LossTerms]:
         def one_pass(tokens: Int[Array, "B T1"], segment_ids: Int[Array, "B T1"]) -> tuple[nnx.State, LossTerms]:
             compute = jax.grad(loss_of, has_aux=True)
-            return compute(*split_trained(params), biases, tokens, segment_ids, weights, targets)
+            return compute(*split_trained(params), biases, tokens, segment_ids, weights, targets, taught_by)
 
         return accumulate(one_pass, tokens, segment_ids)
 
     if layout.mesh is not None and layout.stages > 1:
+        if teacher is not None or of_pairs:
+            what = "teacher.run" if teacher is not None else "a reward model"
+            raise ConfigError(f"{what} cannot be trained in a pipeline: give a mesh without mesh.stage")
         differentiate = make_pipelined_gradients(skeleton, config, layout.mesh)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(
-        state: TrainState, tokens: Int[Array, "A B T1"], segment_ids: Int[Array, "A B T1"], settings: StepSettings
+        state: TrainState,
+        tokens: Int[Array, "A B T1"],
+        segment_ids: Int[Array, "A B T1"],
+        settings: StepSettings,
+        *taught_by: tuple[nnx.State, Float[Array, "layers E"]],
     ) -> tuple[TrainState, StepMetrics]:
         if layout.stages > 1 and jax.tree.leaves(split_trained(state.params)[1]):
             raise ConfigError("a pipeline cannot train a model with weights kept in FP8; load it without keep_fp8")
         weights = LossWeights(balance=settings.balance_weight, mtp=settings.mtp_weight)
-        targets = BatchTargets.count(segment_ids, config.model.num_nextn_predict_layers, isolate_segments=isolate)
+        depths = config.model.num_nextn_predict_layers
+        targets = BatchTargets.count(segment_ids, depths, isolate_segments=isolate)
+        if of_pairs:
+            targets = count_pairs(segment_ids)
 
-        batch = (state.router_biases, tokens, segment_ids, weights, targets)
+        batch = (state.router_biases, tokens, segment_ids, weights, targets, *taught_by)
         if state.adapters is None:
             gradients, terms = differentiate(state.params, *batch)
             gradients = layout.constrain_gradients(gradients)
@@ -177,11 +210,15 @@ def make_train_step(skeleton: Skeleton, config: RunConfig, layout: StateLayout |
             load=terms.load,
             applied=finite,
             nonfinite_steps=new_state.nonfinite_steps,
+            distillation_loss=terms.distillation,
             largest_logit=None if terms.largest_logits is None else jnp.max(terms.largest_logits.values),
         )
         return layout.constrain_state(new_state), layout.replicate(metrics)
 
-    return train_step
+    if teacher is None:
+        return train_step
+    # As arguments, because arrays that a compiled program closes over are constants in it.
+    return lambda *arguments: train_step(*arguments, (teacher.params, teacher.biases))
 
 
 def updated[State: TrainState](
@@ -301,55 +338,3 @@ def accumulate[Sums](one_pass: Callable[..., Sums], *batch: Any) -> Sums:
     start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     total, _ = lax.scan(add, start, batch)
     return total
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class EvaluationSums:
-    """Sums over one evaluation pass; index 0 is the main head, index k the MTP head of depth k.
-
-    Attributes:
-      nats: negative log-likelihood of the targets.
-      targets: number of targets.
-      bytes: number of bytes of text that the targets stand for.
-      accepted: number of targets of depth k for which the MTP head's most likely token is also that of the main head,
-        which sees k tokens more. Greedy self-speculation accepts these drafts.
-    """
-
-    nats: Float[Array, " D1"]
-    targets: Float[Array, " D1"]
-    bytes: Float[Array, " D1"]
-    accepted: Float[Array, " D1"]
-
-
-def make_evaluation_step(
-    skeleton: Skeleton, config: RunConfig, layout: StateLayout | None = None
-) -> Callable[..., EvaluationSums]:
-    """Returns the jitted pass: (params, biases, tokens [B, T+1], segment_ids, bytes of each token id [V]) -> sums."""
-    layout = layout or StateLayout()
-    isolate = config.data.isolate_documents
-    chunk = config.training.loss_chunk * layout.batch_ranks
-
-    @jax.jit
-    def evaluate(
-        params: nnx.State,
-        biases: Float[Array, "layers E"],
-        tokens: Int[Array, "B T1"],
-        segment_ids: Int[Array, "B T1"],
-        token_bytes: Int[Array, " V"],
-    ) -> EvaluationSums:
-        model = skeleton.model(params, biases)
-        features = model.features(tokens[:, :-1], segment_ids=segment_ids[:, :-1], isolate_segments=isolate)
-        main_choice = jnp.argmax(model.head(features.hidden), axis=-1)
-        sums = []
-        for k, hidden in enumerate((features.hidden, *features.mtp_hidden)):
-            targets = tokens[:, k + 1 :]
-            counted = target_weights(segment_ids, k + 1, isolate_segments=isolate)
-            losses = cross_entropies(model, hidden, targets, chunk)
-            choice = main_choice if k == 0 else jnp.argmax(model.head(hidden), axis=-1)
-            agrees = choice == main_choice[:, k:]
-            parts = (losses, jnp.ones_like(losses), token_bytes[targets], agrees)
-            sums.append([jnp.sum(part * counted) for part in parts])
-        return layout.replicate(EvaluationSums(*(jnp.stack(column) for column in zip(*sums, strict=True))))
-
-    return evaluate

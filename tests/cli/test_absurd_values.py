@@ -29,11 +29,11 @@ ABSURD = {
     float: (float("inf"), float("-inf"), float("nan"), 1e308, -1e308),
 }
 # Options of these commands are the fields of a dataclass, which is faster to walk than the command line.
-WITH_DATACLASSES = ("train", "sft", "grpo", "plan", "eval")
+WITH_DATACLASSES = ("train", "sft", "reward-model", "grpo", "plan", "eval")
 # What options of the other commands take that is not a number.
 NOT_NUMBERS = {
     *("--help", "--prompt", "--dtype", "--ue8m0", "--dry-run", "--no-mtp", "--tokenizer"),
-    *("--task", "--problems", "--text-file", "--json", "--out", "--keep", "--reward", "--split"),
+    *("--task", "--problems", "--text-file", "--json", "--out", "--keep", "--reward", "--split", "--constitution"),
     *("--prompt-file", "--system", "--api-key-file", "--host", "--model-name", "--experts"),
 }
 
@@ -61,6 +61,7 @@ def numbers() -> list[tuple[str, Any, str, type]]:
         data=run.data,
         training=run.training,
         lora=run.lora,
+        teacher=run.teacher,
         mesh=run.mesh,
         processes=Processes(),
     )

@@ -32,7 +32,7 @@ def commands(page: Path) -> list[list[str]]:
 def known_options(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
     if command in ("train", "plan"):
         run = default_run("nano")
-        sections = {name: getattr(run, name) for name in ("model", "data", "training", "lora", "mesh")}
+        sections = {name: getattr(run, name) for name in ("model", "data", "training", "lora", "teacher", "mesh")}
         options = PlanOptions() if command == "plan" else TrainOptions(**sections, processes=Processes())
         return {f"--{name.replace('_', '-')}" for name in kinds_of_fields(options)}
     with pytest.raises(SystemExit):

@@ -13,9 +13,10 @@ from small_runs import LENGTH, small_run, write_corpus
 
 from dsv3_jax.runs import loop
 from dsv3_jax.runs.metrics import read_metrics
+from dsv3_jax.training.evaluation_step import EvaluationSums
 from dsv3_jax.training.schedules import TrainingSchedule
 from dsv3_jax.training.state import TrainState
-from dsv3_jax.training.step import EvaluationSums, StepMetrics, StepSettings
+from dsv3_jax.training.step import StepMetrics, StepSettings
 
 SCHEDULE = TrainingSchedule(
     learning_rate=1.0,

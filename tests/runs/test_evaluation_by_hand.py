@@ -25,8 +25,9 @@ from dsv3_jax.runs.metrics import read_metrics
 from dsv3_jax.runs.plots import _smooth, plot_expert_load
 from dsv3_jax.runs.results import write_results
 from dsv3_jax.runs.saved_run import RunPosition
+from dsv3_jax.training.evaluation_step import make_evaluation_step
 from dsv3_jax.training.state import split_model
-from dsv3_jax.training.step import StepMetrics, make_evaluation_step
+from dsv3_jax.training.step import StepMetrics
 
 ROWS = 5  # of which the last pass of two has one
 
@@ -41,6 +42,7 @@ def validation() -> Any:
         segments[row, end:] = 0
     token_bytes = random.integers(0, 5, VOCABULARY)
     return SimpleNamespace(
+        config=small_run().data,
         tokenizer=SimpleNamespace(token_bytes=token_bytes),
         validation_rows=lambda: (tokens, segments),
         validation_entropy_bits_per_byte=4.5,
@@ -84,7 +86,7 @@ def test_losses_bits_per_byte_and_drafts(model: Any, validation: Any) -> None:
     skeleton, params, biases = split_model(model)
     config = small_run()
     found = evaluate(make_evaluation_step(skeleton, config), params, biases, validation, batch_size=2)
-    assert found is not None
+    assert isinstance(found, Evaluation)
     results, accepted = by_hand(model, validation)
     assert 0.2 < accepted < 0.9
     for head, (nats, bits) in zip((found.main, *found.mtp), results, strict=True):

@@ -17,7 +17,7 @@ from dsv3_jax.cli.main import main
 from dsv3_jax.data.splitting import name_hash
 from dsv3_jax.errors import UserError
 from dsv3_jax.runs.checkpoints import load_checkpoint, load_run
-from dsv3_jax.runs.evaluation import evaluate_loaded, load_run_with_data
+from dsv3_jax.runs.evaluation import Evaluation, evaluate_loaded, load_run_with_data
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.loop import train
 from dsv3_jax.runs.metrics import read_metrics
@@ -96,6 +96,7 @@ def test_it_resumes_bit_for_bit(tuned: tuple[Path, list[str]], tmp_path: Path):
 def test_its_result_is_a_run(tuned: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder, _ = tuned
     result = evaluate_loaded(*load_run_with_data(folder))
+    assert isinstance(result, Evaluation)
     summary = json.loads(RunFolder(folder).summary.read_text(encoding="utf-8"))
     assert result.main.loss == pytest.approx(summary["validation"]["main"]["loss"], rel=1e-6)
     assert main(["generate", str(folder), "--prompt", "<｜User｜>1 + 1?<｜Assistant｜>", "--max-new-tokens", "2"]) == 0
@@ -141,3 +142,30 @@ def test_adapters_are_merged_when_a_run_is_loaded_and_written_for_peft(tuned, un
     for name, value in tensors.items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
     assert main(["export-hf", str(uninterrupted), str(tmp_path / "none"), "--adapters"]) == 2
+
+
+def test_a_student_learns_from_a_teacher(tuned, uninterrupted: Path, tmp_path: Path):
+    """The teacher is the fine-tuned run, the student the run it started from; a resumed run ends as another does."""
+    folder, command = tuned
+    distil = [*command[:5], "RUN", *command[6:], "--teacher.run", str(folder), "--teacher.weight", "1", "--epochs", "3"]
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for run in runs:
+        assert main([*distil[:5], str(run), *distil[6:]]) == 0
+        if run is runs[1]:
+            shutil.rmtree(list_checkpoints(RunFolder(run))[-1])
+            assert main([*distil[:5], str(run), *distil[6:]]) == 0
+    config = RunFolder(runs[0]).read_config()
+    assert config.teacher.run == str(folder)
+    states = [final_state(run, config, step=config.training.steps)[0] for run in runs]
+    assert_trees_equal(*states)
+    losses = [r["distillation_loss"] for r in read_metrics(RunFolder(runs[0]).metrics) if "distillation_loss" in r]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tuned, uninterrupted: Path, tmp_path: Path):
+    folder, command = tuned
+    other = shutil.copytree(folder, tmp_path / "teacher")
+    text = (other / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer" / "tokenizer.json").write_text(text.replace("<｜User｜>", "<｜Human｜>"), encoding="utf-8")
+    with pytest.raises(UserError, match="another tokenizer"):
+        main([*command[:5], str(tmp_path / "new"), *command[6:], "--teacher.run", str(other)])
