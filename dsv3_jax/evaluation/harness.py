@@ -21,8 +21,8 @@ from dsv3_jax.inference import GREEDY, Engine, EngineConfig, Request, Result, Sa
 from dsv3_jax.model import DeepSeekV3
 
 try:
-    from lm_eval import simple_evaluate
     from lm_eval.api.model import TemplateLM
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table

@@ -173,7 +173,7 @@ class Reward:
         """Returns, for each item, every part's unweighted reward and their weighted sum, under the name "reward"."""
         columns = {name: self._part(name, items) for name, _ in self.parts}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        return [row | {"reward": sum(weight * row[name] for name, weight in self.parts)} for row in rows]
+        return [{**row, "reward": sum(weight * row[name] for name, weight in self.parts)} for row in rows]
 
     def _part(self, name: str, items: Sequence[Item]) -> list[float]:
         return self.models[name](items) if name in self.models else [REWARDS[name](*item) for item in items]

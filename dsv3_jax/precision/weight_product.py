@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 from pallas_kernels.device import target_platform
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def weight_product(
     x: Float[Array, "*E M in"], weight: Float[Array, "*E out in"], dtype: jnp.dtype, out_dtype: jnp.dtype
 ) -> Float[Array, "*E M out"]:
@@ -28,11 +27,16 @@ def weight_product(
     With a leading axis E there is a weight for each of E groups of rows. In the gradients' products every operand is in
     `dtype` too; the weight's gradient is rounded only to the dtype in which the weight was given.
     """
+    return _weight_product(x, weight, dtype, out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _weight_product(x, weight, dtype, out_dtype):
     return _product(x.astype(dtype), weight.astype(dtype), (-1, -1), out_dtype)
 
 
 def _forward(x, weight, dtype, out_dtype):
-    return weight_product(x, weight, dtype, out_dtype), (x, weight)
+    return _weight_product(x, weight, dtype, out_dtype), (x, weight)
 
 
 def _backward(dtype, out_dtype, residuals, y_bar):
@@ -43,7 +47,7 @@ def _backward(dtype, out_dtype, residuals, y_bar):
     return x_bar.astype(x.dtype), weight_bar.astype(weight.dtype)
 
 
-weight_product.defvjp(_forward, _backward)
+_weight_product.defvjp(_forward, _backward)
 
 
 def product_over_rows(

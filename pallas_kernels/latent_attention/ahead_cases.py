@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from pallas_kernels.latent_attention.operands import OfResult, Operands
 
 
 def _operands(length: int, heads: int, own: int, shared: int, value: int, segments: bool):
-    def shape(*sizes: int, dtype=jnp.bfloat16):
+    def shape(*sizes: int, dtype=jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct((1, length, *sizes), dtype)
 
     return Operands(
@@ -27,7 +28,7 @@ def _operands(length: int, heads: int, own: int, shared: int, value: int, segmen
 def _cases(forward, backward, name: str, *sizes, causal: bool = True, variant: bool = False) -> list[Case]:
     inputs = _operands(*sizes)
     batch, length, heads, _ = inputs.q.shape
-    statistic = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    statistic: Any = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
     result = OfResult(inputs.v, statistic, statistic)
     settings = {"scale": 0.1, "causal": causal}
     return [

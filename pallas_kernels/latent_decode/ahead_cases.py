@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def tpu() -> list[Case]:
 
 def _cases(decode) -> list[Case]:
     def case(tokens: int, heads: int, page: int, *, fp8: bool = False) -> Case:
-        def shape(*sizes: int, dtype=jnp.bfloat16):
+        def shape(*sizes: int, dtype=jnp.bfloat16) -> Any:
             return jax.ShapeDtypeStruct(sizes, dtype)
 
         batch, pages = 16, 65536 // page

@@ -118,7 +118,8 @@ def _forward_kernel(
             part = plgpu.load(source, layout=plgpu.Layout.WGMMA_8BIT)
             quantize_rows(part, values, scales, False)
             wide.append(part.astype(jnp.float32))
-        quantize_rows(activation(*wide).astype(x.dtype), *hidden_smem, power_of_two)
+        gate, up = wide
+        quantize_rows(activation(gate, up).astype(x.dtype), *hidden_smem, power_of_two)
         plgpu.commit_smem()
         for (values, scales), target, target_scales, columns, row in (
             (hidden_smem, hidden, hidden_scales, own, j),
