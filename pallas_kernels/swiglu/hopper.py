@@ -119,7 +119,8 @@ def _forward_kernel(
             quantize_rows(part, values, scales, False)
             wide.append(part.astype(jnp.float32))
         gate, up = wide
-        quantize_rows(activation(gate, up).astype(x.dtype), *hidden_smem, power_of_two)
+        values, scales = hidden_smem
+        quantize_rows(activation(gate, up).astype(x.dtype), values, scales, power_of_two)
         plgpu.commit_smem()
         for (values, scales), target, target_scales, columns, row in (
             (hidden_smem, hidden, hidden_scales, own, j),
