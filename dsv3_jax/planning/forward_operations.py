@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.counts import count_flops
 
