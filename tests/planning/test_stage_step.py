@@ -165,53 +165,11 @@ def test_memory_of_the_671b_step_by_hand() -> None:
     assert plan.activations.loss == logits + head + 4096 * kept
 
 
-@pytest.mark.parametrize(
-    ("changes", "arguments", "peak"),
-    [
-        ({}, 8_307_085_028, 82_801_510_554),
-        (
-            {
-                "model": V3.replace(num_hidden_layers=15, n_routed_experts=32),
-                "target": Target.parse("h800:32"),
-                "mesh": MeshConfig(stage=4, expert=8),
-                "precision": "bfloat16",
-                "batch_size": 0,
-            },
-            15_267_276_580,
-            87_012_085_930,
-        ),
-        (
-            {
-                "model": V3.replace(num_hidden_layers=16, n_routed_experts=32),
-                "target": Target.parse("h800:128"),
-                "mesh": MeshConfig(stage=4, fsdp=4, expert=8),
-                "precision": "bfloat16",
-                "batch_size": 0,
-                "schedule": "1f1b",
-            },
-            4_024_453_028,
-            29_493_994_090,
-        ),
-        (
-            {
-                "model": V3.replace(num_hidden_layers=16, n_routed_experts=32),
-                "target": Target.parse("h800:64"),
-                "mesh": MeshConfig(stage=4, expert=8, tensor=2),
-                "precision": "bfloat16",
-                "batch_size": 0,
-                "schedule": "zb1p",
-            },
-            8_271_775_652,
-            42_106_271_654,
-        ),
-    ],
-    ids=["671B, FP8, DualPipe", "bfloat16, DualPipe", "bfloat16, 1F1B and FSDP", "bfloat16, ZB1P and tensor"],
-)
-def test_the_compiler_said_so(changes: dict[str, Any], arguments: int, peak: int) -> None:
-    """Bytes that `--compile` found with jax 0.11.2 for H800s; compiling them again takes minutes each."""
-    plan = make_plan(dataclasses.replace(STEP, **changes))
-    assert plan.state.masters + plan.state.moments == pytest.approx(arguments, rel=0.02)
-    assert plan.memory - RESERVED == pytest.approx(peak, rel=0.1)
+def test_the_compiler_said_so() -> None:
+    """Bytes that `--compile` found for the report's mesh with jax 0.11.2; compiling it again takes minutes."""
+    plan = make_plan(dataclasses.replace(STEP, attention="scan"))
+    assert plan.state.masters + plan.state.moments == pytest.approx(8_307_085_028, rel=0.02)
+    assert plan.memory - RESERVED == pytest.approx(84_836_631_825, rel=0.03)
 
 
 def test_traffic_between_stages_by_hand() -> None:
