@@ -48,6 +48,7 @@ class ExpertShapes:
       reached_groups: the most groups that one token's experts belong to (topk_group); None where experts are not
         placed in the order of the groups.
       fp8: the FP8 recipe whose field `dispatch` says whether tokens are sent in FP8; None without FP8.
+      gather_dtype: dtype in which shards of the weights are all-gathered; None for their own.
     """
 
     gate_up: ParameterShape
@@ -55,6 +56,7 @@ class ExpertShapes:
     groups: int
     reached_groups: int | None
     fp8: Fp8Recipe | None
+    gather_dtype: jnp.dtype | None
 
 
 class Devices(Protocol):
@@ -79,7 +81,8 @@ class Devices(Protocol):
           weight: [*out, *in], of `shape`.
           batch_axes: number of batch dimensions of `x` and of the result; the first is the sequences.
           in_axes: number of input dimensions of the weight.
-          gather_dtype: dtype in which shards of the weight are all-gathered.
+          gather_dtype: dtype in which shards of the weight are all-gathered; float8_e4m3fn with a scale for every
+            block of 128 x 128.
         """
         ...
 

@@ -64,8 +64,6 @@ class Linear(nnx.Module):
         self, product: Callable[[Array, Array], Array], x: Float[Array, "..."], *, batch_axes: int
     ) -> Float[Array, "..."]:
         """Returns product(x, weight) for a product that is linear in the weight; `x` has `batch_axes` batch axes."""
-        # FP8 tiles are cut from the weight as it is stored: from a weight rounded for the all-gather they would differ.
-        gather_dtype = self.weight[...].dtype if self.precision.fp8 is not None else self.precision.dtype
         return self.devices.multiply(
             product,
             x,
@@ -73,7 +71,7 @@ class Linear(nnx.Module):
             self.shape,
             batch_axes=batch_axes,
             in_axes=self.in_axes,
-            gather_dtype=gather_dtype,
+            gather_dtype=self.precision.gather_dtype or self.weight[...].dtype,
         )
 
 

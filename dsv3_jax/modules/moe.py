@@ -94,6 +94,7 @@ class Experts(nnx.Module):
             groups=config.n_group,
             reached_groups=config.topk_group,
             fp8=precision.fp8,
+            gather_dtype=precision.gather_dtype,
         )
         gate_up = shapes.gate_up.normal(rngs, config.initializer_range, dtype)
         down = shapes.down.normal(rngs, config.initializer_range, dtype)

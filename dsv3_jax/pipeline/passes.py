@@ -23,13 +23,23 @@ from dsv3_jax.errors import ConfigError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.pipeline import weights as stage_weights
 from dsv3_jax.pipeline.executor import AXIS, run_ticks
+from dsv3_jax.pipeline.residuals import SlotLayout
 from dsv3_jax.pipeline.schedules import ScheduleName, check_micro_batches, make_schedule
 from dsv3_jax.pipeline.slots import TickEntry, TickTable, tick_table
-from dsv3_jax.pipeline.stage import BatchTargets, LossSums, LossWeights, StageCarry, StageComputation, StageObjective
+from dsv3_jax.pipeline.stage import (
+    DENSE,
+    MOE,
+    SHARED,
+    BatchTargets,
+    LossSums,
+    LossWeights,
+    StackedLayers,
+    StageCarry,
+    StageComputation,
+    StageObjective,
+    block_inputs,
+)
 from dsv3_jax.sharding.rules import BATCH_AXES, batch_spec
-
-_BLOCKS = "moe_blocks"
-"""Name of the stacked MoE layers in the tree of parameters."""
 
 PipelinedPass = Callable[..., tuple[nnx.State, LossSums]]
 
@@ -66,39 +76,37 @@ def make_pipelined_pass(
         schedule = make_schedule(schedule_name, mesh.shape[AXIS], micro_batches)
         table = tick_table(schedule)
         model = make_model(params, biases)
-        block_graph, _, block_rest = nnx.split(model.moe_blocks, nnx.Param, ...)
-        del model.moe_blocks
-        graph, _, rest = nnx.split(model, nnx.Param, ...)
-        blocks, shared = _split(params)
-        block_layouts, shared_layouts = _split(stage_weights.weight_layouts(params, mesh, layers))
+        formats = stage_weights.working_formats(model, mesh)
+        parts, layouts = _split(params), _split(stage_weights.weight_layouts(params, mesh, layers, formats))
+        graphs, rests = _parts_of_model(model)
         run_rank = functools.partial(
             _run_rank,
             objective=objective,
             layers=layers,
             directions=schedule.directions,
             table=table,
-            graphs=(block_graph, graph),
-            layouts=(block_layouts, shared_layouts),
+            graphs=graphs,
+            layouts=layouts,
             mesh=mesh,
         )
-        block_specs, shared_specs = stage_weights.specs_of(block_layouts), stage_weights.specs_of(shared_layouts)
-        block_gradients, shared_gradients, load, sums = jax.shard_map(
+        specs = stage_weights.specs_of(layouts)
+        gradients, load, sums = jax.shard_map(
             run_rank,
             mesh=mesh,
             axis_names=stage_weights.manual_axes(mesh),
             in_specs=(
                 PartitionSpec(None, AXIS),
-                (block_specs, everywhere),
-                (shared_specs, everywhere),
+                specs,
+                everywhere,
                 *[batch_spec(leading=1)] * 2,
                 *[everywhere] * 3,
             ),
-            out_specs=(block_specs, shared_specs, PartitionSpec(AXIS), everywhere),
+            out_specs=(specs, PartitionSpec(AXIS), everywhere),
             check_vma=False,
         )(
             table.entries,
-            (blocks, block_rest),
-            (shared, rest),
+            parts,
+            rests,
             tokens,
             segment_ids,
             loss_weights,
@@ -106,9 +114,10 @@ def make_pipelined_pass(
             jnp.asarray(layers, jnp.int32),
         )
         load = jnp.concatenate([stage_weights.unpad_stages(load, layers), sums.load])
-        gradients = nnx.State({**shared_gradients, _BLOCKS: block_gradients})
+        stacks = {name: gradients[name] for name in (MOE, DENSE) if name in params}
         # The leaves are in the order of `params`, but a State that is put together from parts has other inner nodes.
-        gradients = jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(gradients))
+        leaves = jax.tree.leaves(nnx.State({**gradients[SHARED], **stacks}))
+        gradients = jax.tree.unflatten(jax.tree.structure(params), leaves)
         return gradients, LossSums(sums.main, sums.mtp, sums.balance, load)
 
     return run
@@ -157,15 +166,27 @@ def _enough_micro_batches(schedule_name: ScheduleName, stages: int, at_least: in
             return at_least
 
 
-def _split(tree: nnx.State) -> tuple[nnx.State, nnx.State]:
-    """Returns the part of a tree of parameters that is the MoE layers, and all else."""
-    return tree[_BLOCKS], nnx.State({name: branch for name, branch in tree.items() if name != _BLOCKS})
+def _split(tree: nnx.State) -> dict[str, nnx.State]:
+    """Returns the parts of a tree of parameters."""
+    stacks = {name: tree[name] if name in tree else nnx.State({}) for name in (MOE, DENSE)}
+    return stacks | {SHARED: nnx.State({name: branch for name, branch in tree.items() if name not in stacks})}
+
+
+def _parts_of_model(model: DeepSeekV3) -> tuple[dict[str, Any], dict[str, nnx.State]]:
+    """Returns structure and router biases of every part that the model has; its stacked layers are taken out of it."""
+    graphs, rests = {}, {}
+    for name in (MOE, DENSE):
+        if hasattr(model, name):
+            graphs[name], _, rests[name] = nnx.split(getattr(model, name), nnx.Param, ...)
+            delattr(model, name)
+    graphs[SHARED], _, rests[SHARED] = nnx.split(model, nnx.Param, ...)
+    return graphs, rests
 
 
 def _run_rank(
     own: TickEntry,
-    blocks: tuple[nnx.State, nnx.State],
-    shared: tuple[nnx.State, nnx.State],
+    params: dict[str, nnx.State],
+    rests: dict[str, nnx.State],
     tokens: Int[Array, "A b T1"],
     segment_ids: Int[Array, "A b T1"],
     loss_weights: LossWeights,
@@ -176,56 +197,66 @@ def _run_rank(
     layers: tuple[int, ...],
     directions: int,
     table: TickTable,
-    graphs: tuple[Any, Any],
-    layouts: tuple[Any, Any],
+    graphs: dict[str, Any],
+    layouts: dict[str, Any],
     mesh: Mesh,
-) -> tuple[nnx.State, nnx.State, Int[Array, "L E"], LossSums]:
+) -> tuple[dict[str, nnx.State], Int[Array, "L E"], LossSums]:
     """Runs one rank's program.
 
     Args:
       own: this rank's part of the tick table.
-      blocks, shared: shards of the parameters as in the state, and router biases, of the MoE layers and of all else.
-      layouts: the `StageWeightLayout`s of both.
+      params, rests: shards of the parameters as in the state, and router biases, by part.
+      layouts: the `StageWeightLayout`s of the parameters.
 
     Returns:
-      The gradients of both, summed over ranks, sharded as the parameters; the load of this rank's layers; and the loss
-      terms of the batch, with the load of the MTP blocks.
+      The gradients of the parameters, summed over ranks, sharded as they are; the load of this rank's layers; and the
+      loss terms of the batch, with the load of the MTP blocks.
     """
-    block_layouts, shared_layouts = layouts
     slots = max(layers)
     with jax.named_scope("weights_to_stages"):
         to_stage = functools.partial(stage_weights.to_stage, layers=layers)
         own_layers = (
-            jax.tree.map(to_stage, blocks[0], block_layouts),
-            jax.tree.map(lambda leaf: to_stage(leaf, stage_weights.ON_ALL_RANKS), blocks[1]),
+            jax.tree.map(to_stage, params[MOE], layouts[MOE]),
+            jax.tree.map(lambda leaf: to_stage(leaf, stage_weights.ON_ALL_RANKS), rests[MOE]),
         )
         if directions == 2:
             own_layers = jax.tree.map(stage_weights.with_opposite_stage, own_layers)
-        block_params = stage_weights.keep_automatic(own_layers[0], block_layouts, mesh)
-        shared_params = jax.tree.map(stage_weights.to_all_stages, shared[0], shared_layouts)
-        shared_params = stage_weights.keep_automatic(shared_params, shared_layouts, mesh)
+        weights, moe_rest = {MOE: own_layers[0]}, own_layers[1]
+        for name in (DENSE, SHARED):
+            weights[name] = jax.tree.map(stage_weights.to_all_stages, params[name], layouts[name])
+        weights = stage_weights.keep_automatic(weights, layouts, mesh)
 
-    model = nnx.merge(graphs[1], shared_params, shared[1])
+    model = nnx.merge(graphs[SHARED], weights[SHARED], rests[SHARED])
     experts, depth = model.config.n_routed_experts, model.config.num_nextn_predict_layers
     shape = (tokens.shape[1], tokens.shape[2] - 1, model.config.hidden_size)
     message = jnp.zeros(shape, model.precision.dtype)
     zero = jnp.zeros((), targets.real.dtype)
 
-    def zeros(params: nnx.State, params_layouts: Any) -> nnx.State:
-        return stage_weights.keep_automatic(jax.tree.map(jnp.zeros_like, params), params_layouts, mesh)
-
+    stacked = functools.partial(
+        StackedLayers.of,
+        policy=model.remat,
+        balance_term=objective.balance_term,
+        inputs=block_inputs(model, objective, tokens[0], segment_ids[0]),
+        h=message,
+    )
+    moe = stacked(0, graphs[MOE], weights[MOE], moe_rest)
+    dense = stacked(1, graphs[DENSE], weights[DENSE], rests[DENSE]) if DENSE in graphs else None
+    of_dense = () if dense is None else (dense.passes.types, dense.count)
+    slot_layout = SlotLayout.of(moe.passes.types, layers, *of_dense)
+    gradients = stage_weights.keep_automatic(stage_weights.zero_gradients(weights, params), layouts, mesh)
     carry = StageCarry(
-        kept=jnp.zeros((table.slots.kept, slots, *shape), message.dtype),
-        block_gradients=zeros(block_params, block_layouts),
-        shared_gradients=zeros(shared_params, shared_layouts),
+        kept=slot_layout.buffers(table.slots.kept),
+        gradients=gradients,
         load=jnp.zeros((directions * slots, experts), jnp.int32),
         sums=LossSums(zero, jnp.zeros((depth,), zero.dtype), zero, jnp.zeros((depth, experts), jnp.int32)),
     )
     stage = StageComputation(
         objective=objective,
-        graphs=graphs,
-        blocks=(block_params, own_layers[1]),
-        shared=(shared_params, shared[1]),
+        moe=moe,
+        dense=dense,
+        graph=graphs[SHARED],
+        shared=(weights[SHARED], rests[SHARED]),
+        slot_layout=slot_layout,
         tokens=tokens,
         segment_ids=segment_ids,
         loss_weights=loss_weights,
@@ -237,12 +268,13 @@ def _run_rank(
     carry = run_ticks(table, own, stage.forward, stage.backward, carry, message)
 
     with jax.named_scope("gradients_from_stages"):
-        block_gradients, load = carry.block_gradients, carry.load
+        gradients, load = carry.gradients, carry.load
         if directions == 2:
-            block_gradients, load = jax.tree.map(stage_weights.add_opposite_stage, (block_gradients, load))
+            gradients[MOE], load = jax.tree.map(stage_weights.add_opposite_stage, (gradients[MOE], load))
         from_stage = functools.partial(stage_weights.from_stage, layers=layers)
-        block_gradients = jax.tree.map(from_stage, block_gradients, block_layouts)
-        shared_gradients = jax.tree.map(stage_weights.from_all_stages, carry.shared_gradients, shared_layouts)
+        summed = {MOE: jax.tree.map(from_stage, gradients[MOE], layouts[MOE])}
+        for name in (DENSE, SHARED):
+            summed[name] = jax.tree.map(stage_weights.from_all_stages, gradients[name], layouts[name])
         sums = lax.psum(carry.sums, AXIS)
         main, mtp, balance = lax.psum((sums.main, sums.mtp, sums.balance), BATCH_AXES)
-    return block_gradients, shared_gradients, load, LossSums(main, mtp, balance, sums.load)
+    return summed, load, LossSums(main, mtp, balance, sums.load)

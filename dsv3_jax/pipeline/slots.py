@@ -1,9 +1,10 @@
 """The tick table of a pipeline schedule: what every rank computes at every tick, and in which slots values wait.
 
 All ranks advance together, tick by tick: what a rank computes in one tick, other ranks can use from the next tick on.
-Values that wait are kept in buffers on their rank: activations and gradients that arrived from another rank, and layer
-inputs that the backward pass needs. A slot is an entry of such a buffer. The training step runs this table
-(`executor`), and plans count what it asks for (`facts`). How many MoE layers each stage holds is decided here too.
+Values that wait are kept in buffers on their rank: activations and gradients that arrived from another rank, and what
+the backward pass needs of the layers' forward pass (`residuals`). A slot is an entry of such a buffer. The training
+step runs this table (`executor`), and plans count what it asks for (`facts`). How many MoE layers each stage holds is
+decided here too.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ class TickEntry:
       forward_direction: its direction.
       forward_stage: the stage that is computed.
       forward_input_slot: slot of the stage's input among the received activations; -1 on the first stage.
-      forward_kept_slot: slot for the inputs of the stage's layers.
+      forward_kept_slot: slot for the residuals of the stage's layers.
       forward_output_slot: on the last stage, slot for its output among the received gradients. No gradient arrives
         there; the backward pass computes the loss from the output instead.
       backward_parts: which parts of a backward pass are computed: bits FOR_INPUT and FOR_WEIGHTS; 0 means none.
       backward_micro_batch, backward_direction, backward_stage: as for the forward pass.
       backward_gradient_slot: slot of the gradient by the stage's output (on the last stage, at first, of the output).
-      backward_kept_slot: slot of the inputs of the stage's layers.
+      backward_kept_slot: slot of the residuals of the stage's layers.
       activation_up_slot, activation_down_slot: slot for the activation that arrives going up or down.
       gradient_up_slot, gradient_down_slot: slot for the gradient that arrives going up or down.
     """
@@ -74,7 +75,7 @@ class SlotCounts:
 
     Attributes:
       activations: received activations, until their forward pass.
-      kept: layer inputs, from the forward pass to the backward for weights; one slot holds one micro-batch.
+      kept: residuals of layers, from the forward pass to the backward for weights; one slot holds one micro-batch.
       gradients: received gradients, until the backward for weights.
     """
 

@@ -4,9 +4,10 @@ Ranks with other sequences of the same stage communicate where weights are shard
 tokens are dispatched to experts, and in the balance statistics. Gradients stay on their rank; those of replicated
 weights are summed at the end of the step.
 
-For every micro-batch in flight a rank keeps the inputs of the stage's layers. The backward pass recomputes one layer at
-a time from its input, whatever rematerialisation the model has. A backward pass that is split in two parts recomputes
-each layer in both, because the second part needs the gradients inside the layers, which the first does not keep.
+For every micro-batch in flight a rank keeps what the model's rematerialisation policy keeps of each layer
+(`pipeline.residuals`), so that no forward pass is computed again for the backward pass. Both parts of a backward pass
+that is split read the same residuals. The second part computes the gradients inside the layers again, because it needs
+them and the first does not keep them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,14 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.balance import Routing
 from dsv3_jax.modules.block import BlockInputs, LayerStatistics
+from dsv3_jax.modules.rematerialisation import rematerialise
+from dsv3_jax.pipeline.residuals import SlotLayout, TwoPasses
 from dsv3_jax.pipeline.slots import FOR_INPUT, FOR_WEIGHTS, TickEntry
+from dsv3_jax.pipeline.weights import gradients_of, with_gradients
 from dsv3_jax.sharding.rules import BATCH_AXES
+
+MOE, DENSE, SHARED = "moe_blocks", "dense_blocks", "shared"
+"""Parts of the tree of parameters: two stacks of layers, by their names in it, and all else."""
 
 
 class LossWeights(Protocol):
@@ -101,18 +108,74 @@ class StageCarry:
     """What a rank carries from tick to tick.
 
     Attributes:
-      kept: inputs of a stage's layers: [slot, layer of the stage, ...].
-      block_gradients: gradients of the MoE layers, by layer slot.
-      shared_gradients: gradients of all other parameters.
+      kept: residuals of a stage's layers, as `StageComputation.slot_layout` says: each [slot, entry, ...].
+      gradients: gradients by part of the parameters; those of MoE layers by layer slot.
       load: assignments per layer slot and expert.
       sums: loss terms, and the load of the MTP blocks.
     """
 
-    kept: Float[Array, "K L b T d"]
-    block_gradients: nnx.State
-    shared_gradients: nnx.State
+    kept: tuple[Array, ...]
+    gradients: dict[str, nnx.State]
     load: Int[Array, "slots E"]
     sums: LossSums
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedLayers:
+    """The layers of one kind that a rank holds.
+
+    Attributes:
+      kind: their kind in the `SlotLayout`.
+      params, rest: parameters and router biases, stacked: [layer slot, ...].
+      passes: the forward and the backward pass of one layer: ((params), (rest, block inputs), h) -> ((h, balance term),
+        load), the load being None for a dense layer.
+    """
+
+    kind: int
+    params: nnx.State
+    rest: nnx.State
+    passes: TwoPasses
+
+    @classmethod
+    def of(
+        cls,
+        kind: int,
+        graph: Any,
+        params: nnx.State,
+        rest: nnx.State,
+        *,
+        policy: str,
+        balance_term: Callable[[Routing | None], Array],
+        inputs: BlockInputs,
+        h: Any,
+    ) -> StackedLayers:
+        """Returns layers that keep what a rematerialisation policy keeps.
+
+        Args:
+          graph: structure of a layer.
+          inputs, h: the block inputs and hidden states of a micro-batch, or their shapes.
+        """
+
+        def layer(
+            params: nnx.State, others: tuple[nnx.State, BlockInputs], h: Float[Array, "b T d"]
+        ) -> tuple[tuple[Float[Array, "b T d"], Float[Array, ""]], Int[Array, " E"] | None]:
+            rest, inputs = others
+            out, statistics = nnx.merge(graph, params, rest)(h, inputs)
+            routing = statistics.routing
+            return (out, balance_term(routing)), None if routing is None else routing.load
+
+        one, others = jax.eval_shape(_layer_at, params, rest, 0)
+        return cls(kind, params, rest, TwoPasses.of(rematerialise(layer, policy), one, (others, inputs), h))
+
+    @property
+    def count(self) -> int:
+        """The number of layer slots."""
+        return jax.tree.leaves(self.params)[0].shape[0]
+
+    def at(self, slot: Int[Array, ""], inputs: BlockInputs) -> tuple[nnx.State, tuple[nnx.State, BlockInputs]]:
+        """Returns the first two arguments of `passes` for the layer in a slot."""
+        params, rest = _layer_at(self.params, self.rest, slot)
+        return params, (rest, inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +187,11 @@ class StageComputation:
 
     Attributes:
       objective: the training objective.
-      graphs: structure of the MoE layers, and of the rest of the model.
-      blocks: parameters and router biases of the MoE layers, by layer slot.
+      moe: the MoE layers, by layer slot.
+      dense: all dense layers, which the first stage computes; None if the model has none.
+      graph: structure of the rest of the model.
       shared: parameters and router biases of the rest of the model.
+      slot_layout: where the residuals of layers are in a slot.
       tokens, segment_ids: this rank's sequences of every micro-batch.
       loss_weights: weights of the objective's terms.
       targets: numbers of targets of the whole batch.
@@ -136,9 +201,11 @@ class StageComputation:
     """
 
     objective: StageObjective
-    graphs: tuple[Any, Any]
-    blocks: tuple[nnx.State, nnx.State]
+    moe: StackedLayers
+    dense: StackedLayers | None
+    graph: Any
     shared: tuple[nnx.State, nnx.State]
+    slot_layout: SlotLayout
     tokens: Int[Array, "A b T1"]
     segment_ids: Int[Array, "A b T1"]
     loss_weights: LossWeights
@@ -150,20 +217,31 @@ class StageComputation:
     def forward(
         self, entry: TickEntry, h: Float[Array, "b T d"], carry: StageCarry
     ) -> tuple[Float[Array, "b T d"], StageCarry]:
-        """Returns a stage's output from its input `h`, and the carry with the inputs of the stage's layers."""
+        """Returns a stage's output from its input `h`, and the carry with the residuals of the stage's layers."""
         tokens, segment_ids, inputs = self._micro_batch(entry.forward_micro_batch)
-        h = lax.cond(entry.forward_stage == 0, lambda: self._before_layers(self.shared[0], tokens, inputs), lambda: h)
+        h = lax.cond(entry.forward_stage == 0, lambda: self._embed(self.shared[0], tokens), lambda: h)
         start = entry.forward_direction * self.slots_per_stage
         share = self._share(segment_ids)
 
-        def layer(i: Any, state: tuple) -> tuple:
+        def run(layers: StackedLayers, slot: Any, i: Any, h: Array, kept: tuple[Array, ...]) -> tuple:
+            outputs, load, residuals = layers.passes.forward(*layers.at(slot, inputs), h)
+            return *outputs, load, self.slot_layout.write(kept, entry.forward_kept_slot, layers.kind, i, residuals)
+
+        def moe_layer(i: Any, state: tuple) -> tuple:
             h, kept, load, balance = state
-            kept = lax.dynamic_update_slice(kept, h[None, None], _kept_index(entry.forward_kept_slot, i))
-            (h, term), layer_load = self._layer(start + i, inputs, self._layer_params(start + i), h)
+            h, term, layer_load, kept = run(self.moe, start + i, i, h, kept)
             return h, kept, load.at[start + i].add(layer_load.astype(load.dtype)), balance + share * term
 
-        state = (h, carry.kept, carry.load, carry.sums.balance)
-        h, kept, load, balance = lax.fori_loop(0, self._layer_count(entry.forward_stage), layer, state)
+        kept = carry.kept
+        if (dense := self.dense) is not None:
+
+            def dense_layer(i: Any, state: tuple) -> tuple:
+                h, _, _, kept = run(dense, i, i, *state)
+                return h, kept
+
+            h, kept = lax.fori_loop(0, jnp.where(entry.forward_stage == 0, dense.count, 0), dense_layer, (h, kept))
+        state = (h, kept, carry.load, carry.sums.balance)
+        h, kept, load, balance = lax.fori_loop(0, self._layer_count(entry.forward_stage), moe_layer, state)
         sums = dataclasses.replace(carry.sums, balance=balance)
         return h, dataclasses.replace(carry, kept=kept, load=load, sums=sums)
 
@@ -183,53 +261,63 @@ class StageComputation:
 
         def from_loss(total: nnx.State, sums: LossSums, h: Array) -> tuple[nnx.State, LossSums, Array]:
             loss = functools.partial(self._loss, tokens=tokens, segment_ids=segment_ids, inputs=inputs)
-            value, pull, terms = jax.vjp(loss, shared, h, has_aux=True)
-            by_shared, by_h = pull(jnp.ones_like(value))
-            return _add(total, by_shared), _add(sums, terms), by_h
+            embedded = self._embed(shared, tokens)
+            value, pull, terms = jax.vjp(loss, with_gradients(shared), h, embedded, has_aux=True)
+            by_shared, by_h, by_embedded = pull(jnp.ones_like(value))
+            total = self._add_embedding(_add(total, gradients_of(by_shared)), tokens, by_embedded)
+            return total, _add(sums, terms), by_h
 
         total, sums, g = lax.cond(
             (stage == self.layer_counts.shape[0] - 1) & (entry.backward_parts & FOR_INPUT != 0),
             from_loss,
             lambda *unchanged: unchanged,
-            carry.shared_gradients,
+            carry.gradients[SHARED],
             carry.sums,
             g,
         )
 
-        count = self._layer_count(stage)
         by_balance = self.loss_weights.balance * self._share(segment_ids)
 
-        def layer_input(i: Any) -> Float[Array, "b T d"]:
-            return lax.dynamic_slice(carry.kept, _kept_index(entry.backward_kept_slot, i), (1, 1, *g.shape))[0, 0]
+        def pull(layers: StackedLayers, slot: Any, i: Any, g: Array) -> tuple[nnx.State, Array]:
+            residuals = self.slot_layout.read(carry.kept, entry.backward_kept_slot, layers.kind, i)
+            return layers.passes.backward(*layers.at(slot, inputs), g, residuals, (g, by_balance))
 
-        def full_layer(step: Any, state: tuple) -> tuple:
-            g, total = state
-            i = count - 1 - step
-            layer = functools.partial(self._layer, start + i, inputs)
-            (_, term), pull, _ = jax.vjp(layer, self._layer_params(start + i), layer_input(i), has_aux=True)
-            by_params, g = pull((g, by_balance.astype(term.dtype)))
-            return g, jax.tree.map(lambda all_, one: all_.at[start + i].add(one), total, by_params)
+        def through(
+            layers: StackedLayers, first: Any, count: Any, state: tuple[Array, nnx.State]
+        ) -> tuple[Array, nnx.State]:
+            """Returns the gradient by the input of `count` layers, and `total` with those by their parameters."""
 
-        def layer_for_input(step: Any, g: Array) -> Array:
-            i = count - 1 - step
-            layer = functools.partial(self._layer, start + i, inputs, self._layer_params(start + i))
-            (_, term), pull, _ = jax.vjp(layer, layer_input(i), has_aux=True)
-            return pull((g, by_balance.astype(term.dtype)))[0]
+            def layer(step: Any, state: tuple[Array, nnx.State]) -> tuple[Array, nnx.State]:
+                g, total = state
+                i = count - 1 - step
+                by_params, g = pull(layers, first + i, i, g)
+                by_params = gradients_of(by_params)
+                return g, jax.tree.map(lambda all_, one: all_.at[first + i].add(one), total, by_params)
 
-        by_input, block_gradients = lax.fori_loop(
-            0, jnp.where(for_weights, count, 0), full_layer, (g, carry.block_gradients)
-        )
+            return lax.fori_loop(0, count, layer, state)
+
+        count = self._layer_count(stage)
+        by_input, moe_gradients = through(self.moe, start, jnp.where(for_weights, count, 0), (g, carry.gradients[MOE]))
         if self.splits_backward:
             # No rank receives the gradient by the first stage's input.
             alone = (entry.backward_parts == FOR_INPUT) & (stage != 0)
+
+            def layer_for_input(step: Any, g: Array) -> Array:
+                i = count - 1 - step
+                return pull(self.moe, start + i, i, g)[1]
+
             by_input = lax.fori_loop(0, jnp.where(alone, count, 0), layer_for_input, by_input)
 
-        def from_first_layers(total: nnx.State) -> nnx.State:
-            _, pull = jax.vjp(lambda shared: self._before_layers(shared, tokens, inputs), shared)
-            return _add(total, pull(by_input)[0])
+        of_first_stage = (stage == 0) & for_weights
+        by_embedded, dense_gradients = by_input, carry.gradients[DENSE]
+        if (dense := self.dense) is not None:
+            dense_count = jnp.where(of_first_stage, dense.count, 0)
+            by_embedded, dense_gradients = through(dense, 0, dense_count, (by_input, dense_gradients))
 
-        total = lax.cond((stage == 0) & for_weights, from_first_layers, lambda total: total, total)
-        carry = dataclasses.replace(carry, block_gradients=block_gradients, shared_gradients=total, sums=sums)
+        add_embedding = functools.partial(self._add_embedding, tokens=tokens, by_embedded=by_embedded)
+        total = lax.cond(of_first_stage, add_embedding, lambda total: total, total)
+        gradients = {MOE: moe_gradients, DENSE: dense_gradients, SHARED: total}
+        carry = dataclasses.replace(carry, gradients=gradients, sums=sums)
         return by_input, g, carry
 
     def _share(self, segment_ids: Int[Array, "b T1"]) -> Float[Array, ""]:
@@ -237,43 +325,52 @@ class StageComputation:
         return lax.pmean(self.objective.share_of_batch(segment_ids, self.targets), BATCH_AXES)
 
     def _shared_model(self, params: nnx.State) -> DeepSeekV3:
-        """Returns the model without MoE layers."""
-        return nnx.merge(self.graphs[1], params, jax.tree.map(lambda leaf: leaf, self.shared[1]))
+        """Returns the model without its layers."""
+        return nnx.merge(self.graph, params, jax.tree.map(lambda leaf: leaf, self.shared[1]))
 
     def _micro_batch(self, m: Int[Array, ""]) -> tuple[Int[Array, "b T1"], Int[Array, "b T1"], BlockInputs]:
         """Returns tokens, segment ids and block inputs of micro-batch `m`; of any one if `m` is -1."""
         m = jnp.maximum(m, 0)
         tokens, segment_ids = (lax.dynamic_index_in_dim(x, m, keepdims=False) for x in (self.tokens, self.segment_ids))
         model = self._shared_model(self.shared[0])
-        inputs = model.block_inputs(
-            tokens[:, :-1], None, segment_ids[:, :-1], isolate_segments=self.objective.isolate_documents
-        )
-        return tokens, segment_ids, inputs
+        return tokens, segment_ids, block_inputs(model, self.objective, tokens, segment_ids)
 
-    @jax.named_scope("embedding_and_dense_layers")
-    def _before_layers(
-        self, params: nnx.State, tokens: Int[Array, "b T1"], inputs: BlockInputs
-    ) -> Float[Array, "b T d"]:
-        """Returns the input of the first MoE layer, which the first stage computes."""
-        model = self._shared_model(params)
-        h = model.embedding(tokens[:, :-1])
-        if model.config.num_dense_layers:
-            h, _ = model.scan_blocks(model.dense_blocks, h, inputs)
-        return h
+    @jax.named_scope("embedding")
+    def _embed(self, params: nnx.State, tokens: Int[Array, "b T1"]) -> Float[Array, "b T d"]:
+        """Returns the embeddings of a micro-batch, which are the input of the first layer."""
+        return self._shared_model(params).embedding(tokens[:, :-1])
+
+    def _add_embedding(
+        self, total: nnx.State, tokens: Int[Array, "b T1"], by_embedded: Float[Array, "b T d"]
+    ) -> nnx.State:
+        """Returns the gradients of all shared parameters, with those of the embedding added up in their own dtype."""
+
+        def embed(table: nnx.State) -> Float[Array, "b T d"]:
+            return self._embed(nnx.State({**self.shared[0], "embedding": table}), tokens)
+
+        like = total["embedding"]  # of the table only the shape is read, and the dtype of its gradient
+        _, pull = jax.vjp(embed, like)
+        added = _add(like, pull(by_embedded)[0])
+        return jax.tree.unflatten(jax.tree.structure(total), jax.tree.leaves(nnx.State({**total, "embedding": added})))
 
     @jax.named_scope("losses")
     def _loss(
         self,
         params: nnx.State,
         h: Float[Array, "b T d"],
+        embedded: Float[Array, "b T d"],
         tokens: Int[Array, "b T1"],
         segment_ids: Int[Array, "b T1"],
         inputs: BlockInputs,
     ) -> tuple[Float[Array, ""], LossSums]:
-        """Returns the losses from the output of the last MoE layer, with the balance term of the MTP blocks."""
+        """Returns the losses from the output of the last MoE layer, with the balance term of the MTP blocks.
+
+        Args:
+          embedded: embeddings of the tokens, for the MTP modules.
+        """
         model = self._shared_model(params)
         hidden = model.final_norm(h)
-        mtp_hidden, statistics = model.multi_token(h, hidden, model.embedding(tokens[:, :-1]), inputs)
+        mtp_hidden, statistics = model.multi_token(h, hidden, embedded, inputs)
         main, mtp = self.objective.prediction_losses(
             model, (hidden, *mtp_hidden), tokens, segment_ids, targets=self.targets
         )
@@ -283,29 +380,24 @@ class StageComputation:
         total = self.objective.total_loss(main, mtp, balance, self.loss_weights)
         return total, LossSums(main, mtp, balance, load)
 
-    @jax.named_scope("moe_layer")
-    def _layer(
-        self, slot: Int[Array, ""], inputs: BlockInputs, params: nnx.State, h: Float[Array, "b T d"]
-    ) -> tuple[tuple[Float[Array, "b T d"], Float[Array, ""]], Int[Array, " E"]]:
-        """Returns ((output, balance term), load) of the MoE layer in a slot, for `jax.vjp` with `has_aux`."""
-        out, statistics = nnx.merge(self.graphs[0], params, _at(self.blocks[1], slot))(h, inputs)
-        return (out, self.objective.balance_term(statistics.routing)), statistics.routing.load
-
-    def _layer_params(self, slot: Int[Array, ""]) -> nnx.State:
-        return _at(self.blocks[0], slot)
-
     def _layer_count(self, stage: Int[Array, ""]) -> Int[Array, ""]:
         """Returns how many MoE layers a stage has; 0 for stage -1."""
         return jnp.where(stage >= 0, self.layer_counts[jnp.maximum(stage, 0)], 0)
 
 
-def _at(stacked: nnx.State, slot: Int[Array, ""]) -> nnx.State:
-    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, slot, keepdims=False), stacked)
+def block_inputs(
+    model: DeepSeekV3, objective: StageObjective, tokens: Int[Array, "b T1"], segment_ids: Int[Array, "b T1"]
+) -> BlockInputs:
+    """Returns what all layers are given of a micro-batch besides the hidden state."""
+    isolate = objective.isolate_documents
+    return model.block_inputs(tokens[:, :-1], None, segment_ids[:, :-1], isolate_segments=isolate)
 
 
-def _kept_index(slot: Int[Array, ""], layer: Int[Array, ""]) -> tuple[Array, ...]:
-    """Returns where the input of a layer begins in `StageCarry.kept`."""
-    return tuple(jnp.asarray(index, jnp.int32) for index in (slot, layer, 0, 0, 0))
+def _layer_at(params: nnx.State, rest: nnx.State, slot: Any) -> tuple[nnx.State, nnx.State]:
+    """Returns parameters and router biases of the layer in a slot."""
+    of_slot = functools.partial(lax.dynamic_index_in_dim, index=slot, keepdims=False)
+    params, rest = jax.tree.map(of_slot, (params, rest))
+    return with_gradients(params), rest
 
 
 def _add(total: Any, one: Any) -> Any:

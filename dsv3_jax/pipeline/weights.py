@@ -4,29 +4,89 @@ The state shards a stack of MoE layers over the stage axis: by layers if all sta
 hidden size. All other weights are needed by every stage, and are sharded along the hidden size too. A rank's program
 begins with an exchange, in which each rank sends every stage its shards of that stage's layers. It ends with the
 opposite exchange of gradients. So no rank ever holds all layers.
+
+Weights are exchanged and kept for the step in the dtype in which products multiply by them, FP8 with scales included,
+so that every product has the bits that it would have with masters.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array
 
+from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.modules.embedding import Embedding, Head
+from dsv3_jax.modules.linear import Linear
+from dsv3_jax.modules.moe import Experts
 from dsv3_jax.pipeline.executor import AXIS
+from dsv3_jax.precision.fp8_weight import Fp8Weight
+from dsv3_jax.sharding.fp8_shards import quantized_shard
 from dsv3_jax.sharding.ranks import axes_of, without_axes
 from dsv3_jax.sharding.rules import BATCH_AXES, AxisRules, parameter_specs, rules_over_stages
+from pallas_kernels import TILE
 
+Path = tuple[str | int, ...]
 Tree = Any
 """A pytree of arrays, of their shapes, or of `StageWeightLayout`s."""
 
 _TENSOR_ONLY = AxisRules(embed=(), latent=(), expert=(), layers=())
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """The dtype in which stages keep a weight for the step: the one in which products multiply by it.
+
+    Attributes:
+      dtype: float8_e4m3fn is with a scale for every block of 128 x 128.
+      stacked, inputs: of the axes [*stacked, *out, *in] of the weight, how many are stacked, layers included, and how
+        many are inputs. Only FP8 needs them.
+    """
+
+    dtype: jnp.dtype
+    stacked: int = 0
+    inputs: int = 0
+
+    @property
+    def bytes(self) -> float:
+        """Bytes per element, with an element's part of its block's scale."""
+        return self.dtype.itemsize + (4 / TILE**2 if self.in_fp8 else 0)
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether the dtype is float8_e4m3fn."""
+        return self.dtype == jnp.float8_e4m3fn
+
+
+def working_formats(model: DeepSeekV3, mesh: Mesh | AbstractMesh) -> dict[Path, Format]:
+    """Returns the format of every weight that stages keep in another dtype than its master, by its path.
+
+    Where FSDP shards the weights of a stage there are none, because it sums gradients in the dtype of a shard. Where a
+    tensor axis does, none are in FP8, because ranks would share blocks.
+    """
+    found: dict[Path, Format] = {}
+    if mesh.shape["fsdp"] > 1:
+        return found
+    for path, module in nnx.iter_modules(model):
+        layers = int(path[:1] in (("moe_blocks",), ("dense_blocks",)))
+        if isinstance(module, Embedding | Head):
+            found[*path, "weight"] = Format(module.precision.dtype)
+        elif isinstance(module, Linear) and (dtype := module.precision.gather_dtype):
+            found[*path, "weight"] = Format(dtype, layers, module.in_axes)
+        elif isinstance(module, Experts) and (dtype := module.precision.gather_dtype):
+            found |= {(*path, name): Format(dtype, layers + 1, 1) for name in ("gate_up", "down")}
+    return {path: form for path, form in found.items() if not (form.in_fp8 and mesh.shape["tensor"] > 1)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +98,14 @@ class StageWeightLayout:
       stage_dimension: the dimension that is sharded over the stage axis; None if every stage has all of it.
       replicas: batch axes whose ranks have the same shard.
       automatic: the sharding that the compiler keeps up inside a rank's program, along the axes it is left.
+      format: the format in which a stage keeps it; None for the master's own dtype.
     """
 
     spec: PartitionSpec
     stage_dimension: int | None
     replicas: tuple[str, ...]
     automatic: PartitionSpec
+    format: Format | None = None
 
 
 ON_ALL_RANKS = StageWeightLayout(PartitionSpec(), None, (), PartitionSpec())
@@ -55,26 +117,30 @@ def manual_axes(mesh: Mesh) -> set[str]:
     return {AXIS, *BATCH_AXES} | ({"tensor"} if mesh.shape["tensor"] == 1 else set())
 
 
-def weight_layouts(params: Tree, mesh: Mesh, layers: Sequence[int]) -> Tree:
+def weight_layouts(
+    params: Tree, mesh: Mesh, layers: Sequence[int], formats: Mapping[Path, Format] = MappingProxyType({})
+) -> Tree:
     """Returns a `StageWeightLayout` for every leaf.
 
     Args:
       params: all parameters of the model, as arrays or as shapes.
       layers: how many MoE layers each stage holds.
+      formats: those of `working_formats`.
     """
 
-    def layout(spec: PartitionSpec, automatic: PartitionSpec) -> StageWeightLayout:
+    def layout(path: tuple[Any, ...], spec: PartitionSpec, automatic: PartitionSpec) -> StageWeightLayout:
         spec = without_axes(spec, set(mesh.shape) - manual_axes(mesh))
         axes = [axes_of(entry) for entry in spec]
         stage_dimension = next((dimension for dimension, names in enumerate(axes) if AXIS in names), None)
         sharded = {name for names in axes for name in names}
-        return StageWeightLayout(
-            spec, stage_dimension, tuple(axis for axis in BATCH_AXES if axis not in sharded), automatic
-        )
+        replicas = tuple(axis for axis in BATCH_AXES if axis not in sharded)
+        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        return StageWeightLayout(spec, stage_dimension, replicas, automatic, formats.get(names))
 
     specs = parameter_specs(params, mesh, rules_over_stages(layers))
     automatic = parameter_specs(params, mesh, _TENSOR_ONLY)
-    return jax.tree.map(layout, specs, automatic, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    is_spec = functools.partial(_is_a, PartitionSpec)
+    return jax.tree_util.tree_map_with_path(layout, specs, automatic, is_leaf=is_spec)
 
 
 def specs_of(layouts: Tree) -> Tree:
@@ -89,12 +155,21 @@ def keep_automatic(tree: Tree, layouts: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda leaf, layout: lax.with_sharding_constraint(leaf, layout.automatic), tree, layouts)
 
 
-def to_stage(leaf: Array, layout: StageWeightLayout, layers: Sequence[int]) -> Array:
+def to_stage(leaf: Array, layout: StageWeightLayout, layers: Sequence[int]) -> Array | Fp8Weight:
     """Returns the layers of a rank's own stage, in as many slots as the largest stage has layers.
 
     Args:
       leaf: this rank's shard of a stack of layers [L, ...].
     """
+    form = layout.format
+    if form is None or not form.in_fp8:
+        return _to_stage(_cast(leaf, form), layout, layers)
+    part = _in_fp8(leaf, layout.stage_dimension or None, form)
+    scales = part.scales if layout.stage_dimension == 0 else _to_stage(part.scales, ON_ALL_RANKS, layers)
+    return _whole(_to_stage(part.values, layout, layers), scales, form)
+
+
+def _to_stage(leaf: Array, layout: StageWeightLayout, layers: Sequence[int]) -> Array:
     if layout.stage_dimension == 0:
         return leaf
     leaf = pad_stages(leaf, layers)
@@ -115,11 +190,64 @@ def from_stage(gradient: Array, layout: StageWeightLayout, layers: Sequence[int]
     return lax.psum(gradient, layout.replicas)
 
 
-def to_all_stages(leaf: Array, layout: StageWeightLayout) -> Array:
+def to_all_stages(leaf: Array, layout: StageWeightLayout) -> Array | Fp8Weight:
     """Returns the whole weight that every stage needs, all-gathered from the shards of the stage axis."""
+    form = layout.format
+    if form is None or not form.in_fp8:
+        return _to_all_stages(_cast(leaf, form), layout)
+    part = _in_fp8(leaf, layout.stage_dimension, form)
+    return _whole(_to_all_stages(part.values, layout), part.scales, form)
+
+
+def _to_all_stages(leaf: Array, layout: StageWeightLayout) -> Array:
     if layout.stage_dimension is None:
         return leaf
     return lax.all_gather(leaf, AXIS, axis=layout.stage_dimension, tiled=True)
+
+
+def _cast(leaf: Array, form: Format | None) -> Array:
+    return leaf if form is None else leaf.astype(form.dtype)
+
+
+def _in_fp8(leaf: Array, sharded: int | None, form: Format) -> Fp8Weight:
+    return quantized_shard(leaf, sharded, AXIS, in_axes=form.inputs, stacked=form.stacked)
+
+
+def _whole(values: Array, scales: Array, form: Format) -> Fp8Weight:
+    return Fp8Weight(values, scales, columns=math.prod(values.shape[values.ndim - form.inputs :]))
+
+
+def zero_gradients(weights: Tree, masters: Tree) -> Tree:
+    """Returns zeros of the shapes of the stage's weights and the dtypes of their masters."""
+
+    def one(weight: Array | Fp8Weight, master: Array) -> Array:
+        return jnp.zeros(weight.shape, master.dtype)
+
+    return jax.tree.map(one, weights, masters, is_leaf=functools.partial(_is_a, Fp8Weight))
+
+
+def with_gradients(weights: Tree) -> Tree:
+    """Returns the weights; those in FP8 have an array that gets their gradient (`Fp8Weight.gradient`)."""
+
+    def one(weight: Array | Fp8Weight) -> Array | Fp8Weight:
+        if not isinstance(weight, Fp8Weight):
+            return weight
+        return dataclasses.replace(weight, gradient=jnp.zeros(weight.values.shape, jnp.float32))
+
+    return jax.tree.map(one, weights, is_leaf=functools.partial(_is_a, Fp8Weight))
+
+
+def gradients_of(weights: Tree) -> Tree:
+    """Returns the gradients as arrays, from gradients by the weights of `with_gradients`."""
+
+    def one(weight: Array | Fp8Weight) -> Array | None:
+        return weight.gradient if isinstance(weight, Fp8Weight) else weight
+
+    return jax.tree.map(one, weights, is_leaf=functools.partial(_is_a, Fp8Weight))
+
+
+def _is_a(kind: type, leaf: Any) -> bool:
+    return isinstance(leaf, kind)
 
 
 def from_all_stages(gradient: Array, layout: StageWeightLayout) -> Array:

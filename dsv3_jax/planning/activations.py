@@ -14,17 +14,20 @@ from collections.abc import Callable
 
 from dsv3_jax.model import MOST_UNROLLED_LAYERS
 from dsv3_jax.pipeline.facts import schedule_facts
+from dsv3_jax.pipeline.residuals import SlotLayout
+from dsv3_jax.pipeline.slots import moe_layers_of_stages
+from dsv3_jax.pipeline.weights import Format
 from dsv3_jax.planning.attention_form import attention_core_memory, attention_form
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.traced_block import (
-    LAYER_INPUT,
     BlockKind,
     BlockShape,
     TracedBlock,
     kept_by_block,
+    residuals_of_block,
     traced_block,
 )
-from dsv3_jax.planning.weights import LayerKind, abstract_mesh, layers_of_rank, moe_slots, stages_per_rank, weights_of
+from dsv3_jax.planning.weights import LayerKind, abstract_mesh, layers_of_rank, stages_per_rank, weights_of
 from dsv3_jax.sharding.expert_parallel import BUFFER_ROWS
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.sharding.rules import WITHIN_A_STAGE, weight_axes
@@ -91,49 +94,63 @@ def _without_stages(config: PlanConfig) -> ActivationMemory:
 
 
 def _with_stages(config: PlanConfig) -> ActivationMemory:
-    """Returns the activations of a stage: inputs of layers are kept, and each layer is recomputed (`pipeline.stage`).
-
-    Only the dense layers of the first stage and the MTP modules of the last follow the rematerialisation policy.
-    """
+    """Returns the activations of a stage, which keeps the residuals of its layers in slots (`pipeline.residuals`)."""
     facts = schedule_facts(config.schedule, config.mesh.stage, config.passes)
-    of_stage = moe_slots(config) // stages_per_rank(config)
+    dense, moe = config.model.num_dense_layers, max(moe_layers_of_stages(config.model, config.mesh.stage))
+    slot = _slot_bytes(config)
+    received = (facts.activations + facts.gradients) * config.hidden_bytes
     return ActivationMemory(
-        kept={
-            LAYER_INPUT: facts.kept * of_stage * config.hidden_bytes,
-            "received from other stages": (facts.activations + facts.gradients) * config.hidden_bytes,
+        kept={f"kept in {dtype}": facts.kept * size for dtype, size in slot.items()}
+        | {"received from other stages": received},
+        kept_per_layer={
+            kind: sum(_slot_bytes(config, kind).values()) for kind in (("dense", "moe") if dense else ("moe",))
         },
-        kept_per_layer={"moe": config.hidden_bytes},
         micro_batches=facts.kept,
-        recomputed=max(_moe_layer(config), _first_stage(config)),
+        recomputed=max(
+            _layer_backward(config, kind, count) for kind, count in (("moe", moe), ("dense", dense)) if count
+        ),
         loss=_last_stage(config),
     )
 
 
-def _moe_layer(config: PlanConfig) -> float:
+def _slot_bytes(config: PlanConfig, kind: BlockKind | None = None) -> dict[str, float]:
+    """Returns the bytes of a slot for one micro-batch by dtype; with `kind`, of what one layer takes of it."""
+
+    def of_ranks(tensor: int) -> Counter[str]:
+        types = {
+            block: residuals_of_block(_shape(config, block, tensor), config.rematerialisation)
+            for block in ("moe", *["dense"] * (config.model.num_dense_layers > 0))
+        }
+        layers = moe_layers_of_stages(config.model, config.mesh.stage)
+        layout = SlotLayout.of(types["moe"], layers, types.get("dense", ()), config.model.num_dense_layers)
+        if kind is not None:
+            layout = SlotLayout.of(types[kind], (1,))
+        return layout.bytes_by_dtype
+
+    one = of_ranks(1)
+    two = of_ranks(2) if config.mesh.tensor > 1 else one
+    return {dtype: _of_rank(config, size, two[dtype]) for dtype, size in one.items()}
+
+
+def _layer_backward(config: PlanConfig, kind: BlockKind, layers: int) -> float:
     """Returns the bytes of one layer's backward pass, with its sliced weights and gradients before they are added."""
-    weights = _weight_bytes(config, "moe") / moe_slots(config)
-    return 2 * weights + gathered_bytes(config, "moe", ahead=0) + _backward(config, "moe")
-
-
-def _first_stage(config: PlanConfig) -> float:
-    """Returns the bytes of the backward pass of all dense layers, whose gradients are stacked before they are added."""
-    count = config.model.num_dense_layers
-    if not count:
-        return 0.0
-    kept = count * sum(kept_of_layer(config, "dense", unrolled=count <= MOST_UNROLLED_LAYERS).values())
-    return _weight_bytes(config, "dense") + gathered_bytes(config, "dense", ahead=0) + kept + _backward(config, "dense")
+    weights = sum(w.in_step * (w.working + w.itemsize) for w in weights_of(config) if w.kind == kind)
+    weights /= layers * (stages_per_rank(config) if kind == "moe" else 1)
+    return weights + gathered_bytes(config, kind, ahead=0) + _backward(config, kind)
 
 
 def _last_stage(config: PlanConfig) -> float:
-    """Returns the bytes of the losses: logits, the head as it is multiplied, its gradient, and what MTP modules keep.
+    """Returns the bytes of the losses: logits, the head's gradient, and what MTP modules keep.
 
-    With an fsdp axis the head's gradient is reduce-scattered from whole ones in float32.
+    With an fsdp axis the head is gathered, and its gradient is reduce-scattered from whole ones in float32.
     """
     model, depths = config.model, config.model.num_nextn_predict_layers
     tokens, whole = _tokens_per_piece(config, config.micro_batch_size)
     logits = (1 + depths if whole else _LOSS_COPIES) * _logits(config, tokens)
     head = model.vocab_size * model.hidden_size / config.mesh.tensor
-    copies = 2 * config.recipe.dtype.itemsize + (_FLOAT32 if config.mesh.fsdp > 1 else 0)
+    copies = config.recipe.dtype.itemsize
+    if config.mesh.fsdp > 1:
+        copies += config.recipe.dtype.itemsize + _FLOAT32
     return logits + copies * head + depths * sum(kept_of_layer(config, "mtp").values())
 
 
@@ -177,20 +194,20 @@ def working_bytes(config: PlanConfig, kind: LayerKind) -> float:
     return sum(_traced(config, block, lambda block: block.working) for block in _BLOCKS_OF[kind])
 
 
-def gathered_weights(config: PlanConfig, kind: LayerKind) -> tuple[tuple[float, int], ...]:
+def gathered_weights(config: PlanConfig, kind: LayerKind) -> tuple[tuple[float, float], ...]:
     """Returns the weights of a layer that FSDP all-gathers: elements on a device once gathered, and bytes of each."""
     shapes = tuple(_shape(config, block, 1) for block in _BLOCKS_OF[kind])
     return _gathered(shapes, config.mesh)
 
 
 @functools.lru_cache(maxsize=4096)
-def _gathered(shapes: tuple[BlockShape, ...], mesh: MeshConfig) -> tuple[tuple[float, int], ...]:
+def _gathered(shapes: tuple[BlockShape, ...], mesh: MeshConfig) -> tuple[tuple[float, float], ...]:
     found = []
     for weight in [weight for shape in shapes for weight in traced_block(shape).gathered]:
         axes = weight_axes(weight.shape, abstract_mesh(mesh), WITHIN_A_STAGE)
         if "fsdp" in axes:
             shards = math.prod(mesh.sizes[axis] for axis in axes if axis and axis != "fsdp")
-            found.append((math.prod(weight.shape.shape) / shards, weight.dtype.itemsize))
+            found.append((math.prod(weight.shape.shape) / shards, Format(weight.dtype).bytes))
     return tuple(found)
 
 
@@ -212,11 +229,6 @@ def exchange_buffers(config: PlanConfig) -> float:
     rows = BUFFER_ROWS * config.tokens_per_pass * model.num_experts_per_tok
     per_row = 2 * model.hidden_size + 3 * model.moe_intermediate_size / config.mesh.tensor
     return 2 * rows * per_row * config.recipe.dtype.itemsize
-
-
-def _weight_bytes(config: PlanConfig, kind: LayerKind) -> float:
-    """Returns the bytes of all weights of a kind that a rank computes with, or of their gradients."""
-    return sum(weight.in_step * weight.itemsize for weight in weights_of(config) if weight.kind == kind)
 
 
 def _shape(config: PlanConfig, kind: BlockKind, tensor: int) -> BlockShape:

@@ -1,8 +1,8 @@
 """Counts what the stages of a pipelined step compute, how often, and how long they wait for each other.
 
-As `pipeline.stage` runs it, a MoE layer is computed forward once, and every part of a backward pass recomputes it from
-its input. So the gradient for the input alone costs one forward pass more, and so does that for the weights. Ranks
-advance in ticks, each of which takes as long as the rank that computes most in it.
+As `pipeline.stage` runs it, a layer is computed forward once, and every part of a backward pass computes again what the
+rematerialisation policy does not keep. Where the gradients by input and by weights are computed apart, the second also
+computes the first again. Ranks advance in ticks, each of which takes as long as the rank that computes most in it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dsv3_jax.pipeline.facts import PARTS, ScheduleFacts, schedule_facts
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.planning.attention_form import AttentionCore, attention_core, attention_form
 from dsv3_jax.planning.config import PlanConfig
-from dsv3_jax.planning.forward_operations import forward_operations
+from dsv3_jax.planning.forward_operations import forward_operations, recomputed_operations
 from dsv3_jax.planning.weights import LayerKind, layers_of_rank, stages_per_rank
 
 
@@ -109,12 +109,13 @@ def _facts(config: PlanConfig) -> ScheduleFacts:
 
 def _costs(config: PlanConfig) -> Float[np.ndarray, "stages parts 3"]:
     core = attention_core(config.model, config.sequence_length, attention_form(config))
-    return _costs_of(config.model, config.mesh.stage, config.sequence_length, config.rematerialisation, core)
+    fp8 = config.recipe.fp8 is not None
+    return _costs_of(config.model, config.mesh.stage, config.sequence_length, config.rematerialisation, core, fp8)
 
 
 @functools.lru_cache(maxsize=64)
 def _costs_of(
-    model: ModelConfig, stages: int, length: int, policy: str, core: AttentionCore
+    model: ModelConfig, stages: int, length: int, policy: str, core: AttentionCore, fp8: bool
 ) -> Float[np.ndarray, "stages parts 3"]:
     """Returns operations per token of every stage and part of PARTS: linear maps, attention core, head and router."""
     layers = np.array(moe_layers_of_stages(model, stages))
@@ -123,22 +124,25 @@ def _costs_of(
     either /= model.num_hidden_layers
     routed = counts.terms["routed_experts"] + counts.terms["shared_experts"]
     moe = either + np.array([routed, 0, counts.terms["router"]]) / model.num_moe_layers
-    dense = model.num_dense_layers * either + np.array([counts.terms["dense_feed_forward"], 0, 0])
+    dense = either + np.array([counts.terms["dense_feed_forward"], 0, 0]) / max(model.num_dense_layers, 1)
     _, _, plain = forward_operations(model, length)
     last = model.num_nextn_predict_layers * moe
     last[2] = plain - counts.terms["router"]  # heads, projections and routers of the MTP modules with the head
-    gradient = np.array([2, core.backward, 2])
-    # The blocks of first and last stage that are not in the pipelined stack recompute what the policy says.
-    again = np.array([policy == "full", policy != "none", 0], float)
+    again = recomputed_operations(model, policy, on_mesh=True, fp8=fp8)
+    cores = np.array([0, again.core, 0]) * either
+    again_dense = cores + np.array([again.attention + again.dense, 0, 0])
+    again_moe = cores + np.array([again.attention + again.experts, 0, again.router])
+    both, by_input = np.array([2, core.backward, 2]), np.array([1, core.backward, 1])
 
-    of_layers = layers[:, None] * moe
+    of_layers = layers[:, None]
     first, end = (np.arange(len(layers))[:, None] == stage for stage in (0, len(layers) - 1))
-    by_weights = of_layers * (1 + gradient) + first * dense * (1 + gradient + again)
-    by_loss = end * last * (1 + gradient + again)
+    by_weights = of_layers * (moe * both + again_moe)
+    by_weights += first * model.num_dense_layers * (dense * both + again_dense)
+    by_loss = end * (last * (1 + both) + model.num_nextn_predict_layers * again_moe)
     parts = {
-        "F": of_layers + first * dense,
+        "F": of_layers * moe + first * model.num_dense_layers * dense,
         # The first stage sends its input's gradient to no one.
-        "I": ~first * of_layers * (1 + np.array([1, core.backward, 1])) + by_loss,
+        "I": ~first * of_layers * (moe * by_input + again_moe) + by_loss,
         "W": by_weights,
         "IW": by_weights + by_loss,
     }

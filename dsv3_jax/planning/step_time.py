@@ -26,7 +26,7 @@ communication. A careful run of 2,048 devices is known to have reached it. `expe
 _ATTENTION_REACHED = 0.65  # of what plain products reach, because softmax is between the two products
 _OPTIMIZER_PASSES = 2  # masters and moments are read and written
 _MEMORY_PASSES = 6  # activations: written and read forward; read and written backward, for themselves and gradients
-_FORWARD_PASSES, _BACKWARD_PASSES = 2, 6  # the same in a stage, whose backward parts recompute
+_FORWARD_PASSES, _BACKWARD_PASSES = 2, 4  # the same in a stage, whose backward pass may be in two parts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from dsv3_jax.modules.multi_token import MultiTokenModule
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.modules.rematerialisation import rematerialise
 from dsv3_jax.modules.rope import make_rotation
+from dsv3_jax.pipeline.residuals import ArrayType, TwoPasses
 from dsv3_jax.planning.attention_form import AttentionForm, attend_as_kernel
 from dsv3_jax.planning.materialised import materialised_bytes
 from dsv3_jax.precision import Precision, saved_bytes
@@ -97,6 +98,20 @@ def kept_by_block(shape: BlockShape, policy: str) -> dict[str, float]:
     return {LAYER_INPUT: block.input_bytes} | {f"kept in {dtype}": float(count) for dtype, count in saved.items()}
 
 
+@functools.lru_cache(maxsize=512)
+def residuals_of_block(shape: BlockShape, policy: str) -> tuple[ArrayType, ...]:
+    """Returns shape and dtype of what a pipeline stage keeps of a dense or MoE layer for its backward pass."""
+    block = _AbstractBlock.of(shape)
+    forward = block.forward(policy)
+
+    def layer(params: nnx.State, others: tuple[nnx.State, BlockInputs], h: Array) -> tuple[Any, None]:
+        out, statistics = forward((params, (h,)), *others)
+        routing = statistics.routing
+        return (out, None if routing is None else routing.sequence_balance), None
+
+    return TwoPasses.of(layer, block.params, (block.rest, block.inputs), block.hidden[0]).types
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _OneRank(OneDevice):
     """One rank of a mesh, without the others. It records the weights that it would all-gather."""
@@ -144,7 +159,8 @@ class _OneRank(OneDevice):
         shapes: ExpertShapes,
     ) -> Float[Array, "N d"]:
         """Returns what one device computes; on a mesh only its arguments are kept, as by `ExpertExchange`."""
-        self.gathered.extend((Gathered(shapes.gate_up, gate_up.dtype), Gathered(shapes.down, down.dtype)))
+        dtype = shapes.gather_dtype or gate_up.dtype
+        self.gathered.extend((Gathered(shapes.gate_up, dtype), Gathered(shapes.down, dtype)))
         if not self.on_mesh:
             return super().apply_experts(u, gates, gate_up, down, product, shapes)
 

@@ -94,8 +94,8 @@ def _while_computing(config: PlanConfig, runs: LayerRuns) -> list[Traffic]:
         flows.append(flow_over(config, "fsdp", WEIGHTS_GATHERED, weights))
         flows.append(flow_over(config, "fsdp", GRADIENTS_SUMMED, gradients))
     if config.mesh.tensor > 1:
-        # Behind attention and feed-forward: forward, for the gradients, and where a stage recomputes its layers again.
-        backward = 4 if config.has_stages else 2
+        # Behind attention and feed-forward: forward, for the gradients, and where layers are computed again.
+        backward = 4 if config.rematerialisation == "full" else 2
         sums = sum(2 * runs.forward.get(kind, 0) + backward * runs.backward.get(kind, 0) for kind in LAYERS)
         flows.append(
             flow_over(config, "tensor", TENSOR_SUMS, sums * 2 * (1 - 1 / config.mesh.tensor) * config.hidden_bytes)
@@ -153,12 +153,12 @@ def _once(config: PlanConfig) -> list[Traffic]:
     exchanged = opposite = 0.0
     replicas: dict[str, float] = defaultdict(float)
     for weight in weights_of(config):
-        own = (weight.in_step - weight.opposite) * weight.itemsize
+        own, both_ways = weight.in_step - weight.opposite, weight.working + weight.itemsize
         if weight.kind == "moe" and weight.stage_dimension is None:
-            exchanged += others * own * mesh.stage  # every rank has all of it, and of its gradient
+            exchanged += others * own * weight.itemsize * mesh.stage  # every rank has all of it, and of its gradient
         elif weight.kind != "moe" or weight.stage_dimension != 0:
-            exchanged += 2 * others * own  # all-gathered and reduce-scattered, or all-reduced
-        opposite += 2 * weight.opposite * weight.itemsize
+            exchanged += others * own * both_ways  # all-gathered and reduce-scattered, or all-reduced
+        opposite += weight.opposite * both_ways
         count = math.prod(mesh.sizes[axis] for axis in weight.replicas)
         # A sum over all replicas is a reduce-scatter and an all-gather; ZeRO all-gathers the new weights beside it.
         part = weight.in_state * weight.itemsize * (1 - 1 / count)

@@ -17,9 +17,11 @@ from flax import nnx
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model import abstract_model
+from dsv3_jax.model import DeepSeekV3, abstract_model
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
+from dsv3_jax.pipeline.weights import working_formats
 from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.sharding.ranks import axes_of
 from dsv3_jax.sharding.rules import BATCH_AXES, parameter_specs, rules_over_stages
@@ -46,7 +48,8 @@ class Weight:
 
     Attributes:
       kind: the kind of layer it belongs to.
-      itemsize: bytes per element of the master weight.
+      itemsize: bytes per element of the master weight, and of its gradient.
+      working: bytes per element of the weight that the step computes with, scales of FP8 included.
       in_state: elements of the master weight.
       moments: elements of the optimizer's moments together: both of Adam's, or Muon's one.
       in_step: elements that the rank computes with and keeps gradients of.
@@ -57,6 +60,7 @@ class Weight:
 
     kind: LayerKind
     itemsize: int
+    working: float
     in_state: float
     moments: float
     in_step: float
@@ -118,13 +122,13 @@ def state_memory(config: PlanConfig, gathered: float) -> StateMemory:
     """Returns the bytes of the state on any device; `gathered` are those of layers being all-gathered."""
     weights = weights_of(config)
     masters = sum(weight.in_state * weight.itemsize for weight in weights)
-    in_step = sum(weight.in_step * weight.itemsize for weight in weights)
+    working = sum(weight.in_step * weight.working for weight in weights)
     return StateMemory(
         parameters=sum(weight.in_step for weight in weights),
         masters=masters,
-        working_weights=in_step if config.has_stages else 0.0,
+        working_weights=working if config.has_stages else 0.0,
         gathered_weights=gathered,
-        gradients=in_step,
+        gradients=sum(weight.in_step * weight.itemsize for weight in weights),
         moments=sum(weight.moments for weight in weights) * moment_bytes(config),
         average=masters if config.average == "device" else 0.0,
     )
@@ -137,29 +141,36 @@ def moment_bytes(config: PlanConfig) -> int:
 
 def weights_of(config: PlanConfig) -> tuple[Weight, ...]:
     """Returns every array of the parameter tree."""
-    return _weights(config.model, config.mesh, stages_per_rank(config), config.zero, config.optimizer)
+    return _weights(config.model, config.mesh, stages_per_rank(config), config.zero, config.optimizer, config.recipe)
 
 
 @functools.lru_cache(maxsize=4)
-def _parameters(model: ModelConfig) -> nnx.State:
-    return nnx.state(abstract_model(model), nnx.Param)
+def _abstract(model: ModelConfig, precision: Precision) -> DeepSeekV3:
+    return abstract_model(model, precision=precision)
 
 
 @functools.lru_cache(maxsize=4096)
 def _weights(
-    model: ModelConfig, mesh: MeshConfig, stages_held: int, zero: bool, optimizer: Optimizer
+    model: ModelConfig,
+    mesh: MeshConfig,
+    stages_held: int,
+    zero: bool,
+    optimizer: Optimizer,
+    precision: Precision,
 ) -> tuple[Weight, ...]:
-    tree = _parameters(model)
+    module = _abstract(model, precision)
+    tree = nnx.state(module, nnx.Param)
     of_muon = hidden_matrices(model) if optimizer == "muon" else {}
     layers = moe_layers_of_stages(model, mesh.stage) if mesh.stage > 1 else ()
     abstract = abstract_mesh(mesh)
+    formats = working_formats(module, abstract) if layers else {}
     shapes = jax.tree_util.tree_leaves_with_path(tree)
     specs = _leaves(parameter_specs(tree, abstract, rules_over_stages(layers)))
     moments = _leaves(parameter_specs(tree, abstract, rules_over_stages(layers, zero=True))) if zero else specs
     found = []
     for (path, leaf), spec, moment in zip(shapes, specs, moments, strict=True):
-        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-        kind = KINDS[keys[0]]
+        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+        kind = KINDS[names[0]]
         elements = math.prod(leaf.shape)
         in_step, opposite = elements / _shards(spec, mesh, leave_out=_STAGE), 0.0
         if layers and kind == "moe":
@@ -170,8 +181,9 @@ def _weights(
             Weight(
                 kind=kind,
                 itemsize=leaf.dtype.itemsize,
+                working=formats[names].bytes if names in formats else leaf.dtype.itemsize,
                 in_state=elements / _shards(spec, mesh),
-                moments=(1 if parameter_name(keys) in of_muon else 2) * elements / _shards(moment, mesh),
+                moments=(1 if parameter_name(names) in of_muon else 2) * elements / _shards(moment, mesh),
                 in_step=in_step + opposite,
                 opposite=opposite,
                 stage_dimension=next((dim for dim, names in enumerate(axes) if _STAGE in names), None),

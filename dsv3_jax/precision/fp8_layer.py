@@ -11,6 +11,7 @@ whole recipe is in this file: every `if` on a recipe is a field of `Fp8Recipe`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -41,7 +42,7 @@ def fp8_product(
 
     Args:
       weight: [out, in], or [E, out, in] with groups. An `Fp8Weight` is multiplied as stored, in blocks of 128 x 128
-        whatever the recipe's tile, and gets no gradient.
+        whatever the recipe's tile.
       group_sizes: rows of each expert, multiples of 128; None for one matrix.
     """
     return _product(x, weight, group_sizes, recipe, role)
@@ -83,39 +84,58 @@ def _forward(
     else:
         out = rows_by_weights(tiles, stored, group_sizes, promotion=recipe.promotion, out_dtype=x.dtype)
         out = weight.unpad(out) if constant else out
-    # What the input gradient needs of W; an empty array carries W's dtype, as residuals must be arrays.
-    kept_weight = weight if constant or recipe.input_gradient == "none" else stored
-    if constant and not role.swiglu:
+    # What the input gradient needs of W. The array of the gradient's dtype is empty, as residuals must be arrays.
+    if constant:
+        kept_weight = dataclasses.replace(weight, gradient=None)
+        like = None if weight.gradient is None else jnp.empty(0, weight.gradient.dtype)
+    else:
+        kept_weight = weight if recipe.input_gradient == "none" else stored
+        like = jnp.empty(0, weight.dtype)
+    if like is None and not role.swiglu:
         cache = None  # the input serves the weight gradient, which a constant has none of, and that of SwiGLU
-    return out, (cache, kept_weight, group_sizes, jnp.empty(0, weight.dtype))
+    return out, (cache, kept_weight, group_sizes, like)
 
 
 def _backward(
     recipe: Fp8Recipe, role: Role, residuals: Any, out_bar: Array
-) -> tuple[Array, Float[Array, "..."] | None, None]:
-    cache, weight, group_sizes, weight_like = residuals
-    for_rows, for_columns = _gradient_tiles(out_bar, weight, recipe, role)
+) -> tuple[Array, Float[Array, "..."] | Fp8Weight | None, None]:
+    cache, weight, group_sizes, like = residuals
+    for_rows, for_columns = _gradient_tiles(out_bar, weight, recipe, role, for_weights=like is not None)
     x_bar = _input_gradient(weight, out_bar, for_rows, group_sizes, recipe)
     if for_columns is not None and _fuses_swiglu(2 * x_bar.shape[1], recipe, role):
         x_bar, columns = pk.swiglu_gradient(cache, x_bar, power_of_two_scales=_rounded_scales(recipe, role))
         weight_bar = columns_by_columns(for_columns, columns.mT, group_sizes, promotion=recipe.promotion)
-        return x_bar, weight_bar.astype(weight_like.dtype), None
+        return x_bar, _gradient_by(weight, weight_bar, like.dtype), None
     before = None if cache is None else _restored(cache, out_bar.dtype)
     operand, pull = jax.vjp(_activated, before) if role.swiglu else (before, None)
     if pull is not None:
         (x_bar,) = pull(x_bar)
-    if isinstance(weight, Fp8Weight):
+    if like is None:
         return x_bar, None, None
     assert operand is not None
     weight_bar = _weight_gradient(operand, cache, out_bar, for_columns, group_sizes, recipe, role)
-    return x_bar, weight_bar.astype(weight_like.dtype), None
+    return x_bar, _gradient_by(weight, weight_bar, like.dtype), None
 
 
 _product.defvjp(_forward, _backward)
 
 
+def _gradient_by(weight: Array | Tiles | Fp8Weight, bar: Float[Array, "..."], dtype: jnp.dtype) -> Array | Fp8Weight:
+    """Returns the gradient by a weight as its type has it: an `Fp8Weight` in its field `gradient`, else an array."""
+    bar = bar.astype(dtype)
+    if not isinstance(weight, Fp8Weight):
+        return bar
+    nothing = jax.tree.map(jnp.zeros_like, weight)
+    return dataclasses.replace(nothing, gradient=bar.reshape(weight.values.shape))
+
+
 def _gradient_tiles(
-    out_bar: Float[Array, "M out"], weight: Array | Tiles | Fp8Weight, recipe: Fp8Recipe, role: Role
+    out_bar: Float[Array, "M out"],
+    weight: Array | Tiles | Fp8Weight,
+    recipe: Fp8Recipe,
+    role: Role,
+    *,
+    for_weights: bool,
 ) -> tuple[Tiles | None, Tiles | None]:
     """Returns dY in the tiles of the input gradient and in those of the weight gradient; None where dY stays as it is.
 
@@ -127,7 +147,9 @@ def _gradient_tiles(
     column_tile = _along_column(recipe)
     row_format, column_format = recipe.input_gradient, recipe.weight_gradient
     if isinstance(weight, Fp8Weight):
-        out_bar, column_format = weight.pad(out_bar), "none"
+        out_bar = weight.pad(out_bar)
+    if not for_weights:
+        column_format = "none"
     report = row_format == column_format == "e4m3" and (row_tile, column_tile) == ((1, TILE), (TILE, 1))
     if report and row_powers == powers:
         rows, columns = pk.quantize_both(out_bar, power_of_two_scales=powers)

@@ -30,6 +30,8 @@ class Fp8Weight:
       values: e4m3 [*stack, *out, *in]: the shape of the parameter.
       scales: float32 [*stack, ceil(out / 128), ceil(in / 128)]; weight = value * scale.
       columns: the size of `in`, all its axes multiplied.
+      gradient: None for a constant. Else an array of the shape of `values` and of a wider dtype that gets the weight's
+        gradient; its values are never read.
       view: the shape that `reshape` asked for; None for that of `values`.
     """
 
@@ -37,6 +39,7 @@ class Fp8Weight:
     scales: Float[Array, "... out_blocks in_blocks"]
     columns: int = dataclasses.field(metadata={"static": True})
     view: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
+    gradient: Float[Array, "..."] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

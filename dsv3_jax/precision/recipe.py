@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dsv3_jax.default_device import default_device
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe
+from pallas_kernels import TILE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,18 @@ class Precision:
     def dtype(self) -> jnp.dtype:
         """Returns `compute_dtype` as a dtype object."""
         return jnp.dtype(self.compute_dtype)
+
+    @property
+    def gather_dtype(self) -> jnp.dtype | None:
+        """Returns the dtype in which shards of a linear map's weight are all-gathered; None for the weight's own.
+
+        It is float8_e4m3fn where all products multiply by the weight in e4m3 with a scale for every block of 128 x 128.
+        Other tiles are cut from the weight as it is stored: from one rounded for the all-gather they would differ.
+        """
+        if self.fp8 is None:
+            return self.dtype
+        in_blocks = self.fp8.tile == TILE and "none" not in (self.fp8.forward, self.fp8.input_gradient)
+        return jnp.dtype(jnp.float8_e4m3fn) if in_blocks else None
 
     @property
     def without_fp8(self) -> Precision:

@@ -21,9 +21,11 @@ from jaxtyping import Array, Float
 import pallas_kernels
 from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
 from dsv3_jax.precision.dispatch import dispatch_formats
+from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.sharding.expert_hops import Hop
 from dsv3_jax.sharding.expert_layout import hops_between
 from dsv3_jax.sharding.expert_rows import over_hops
+from dsv3_jax.sharding.fsdp_gather import gather_over_fsdp
 from dsv3_jax.sharding.ranks import on_every_rank
 from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, weight_axes
 
@@ -96,7 +98,7 @@ class ExpertExchange:
         self, product: ExpertProduct, u: Array, expert_index: Array, gate: Array, gate_up: Array, down: Array
     ) -> Float[Array, "n d"]:
         """Applies the experts to this rank's tokens, in pieces; weights are all-gathered once for all of them."""
-        gate_up, down = _gathered(gate_up, self._gate_up_axes), _gathered(down, self._down_axes)
+        gate_up, down = self._gathered(gate_up, self._gate_up_axes), self._gathered(down, self._down_axes)
         width_is_sharded = "tensor" in self._down_axes
         halves = 2 if self.overlap and u.shape[0] % 2 == 0 else 1
         pieces = self._pieces(u.shape[0] // halves, expert_index.shape[1], gate_up.shape[0])
@@ -116,16 +118,18 @@ class ExpertExchange:
             return a_piece(tuple(part[0] for part in parts)).reshape(u.shape)
         return lax.map(a_piece, parts).reshape(u.shape)
 
+    def _gathered(self, weight: Float[Array, "E ..."], axes: tuple[str | None, ...]) -> Array | Fp8Weight:
+        """Returns the weight with its shards along the fsdp axis all-gathered."""
+        if "fsdp" not in axes:
+            return weight
+        dtype = self.shapes.gather_dtype or weight.dtype
+        return gather_over_fsdp(weight, axes.index("fsdp"), dtype, in_axes=1, stacked=1)
+
     def _pieces(self, tokens: int, chosen: int, experts: int) -> int:
         """Returns the number of pieces with which buffers for one have at most `BUFFER_ROWS` times the even load."""
         worst = self.mesh.shape["expert"] * min(chosen, experts)
         wanted = -(-worst // (BUFFER_ROWS * chosen))
         return next(pieces for pieces in range(min(wanted, tokens), tokens + 1) if tokens % pieces == 0)
-
-
-def _gathered(weight: Float[Array, "..."], axes: tuple[str | None, ...]) -> Float[Array, "..."]:
-    """Returns the weight with its shards along the fsdp axis all-gathered."""
-    return lax.all_gather(weight, "fsdp", axis=axes.index("fsdp"), tiled=True) if "fsdp" in axes else weight
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

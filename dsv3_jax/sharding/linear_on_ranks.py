@@ -1,6 +1,6 @@
 """A linear map on a mesh: every rank multiplies its own tokens (report section 3.2).
 
-A weight's shards along the fsdp axis are all-gathered for the product, and its gradient is reduce-scattered in float32.
+A weight's shards along the fsdp axis are all-gathered for the product (`fsdp_gather`).
 Shards along the tensor axis are not gathered: a rank computes a part of the outputs, or multiplies a part of the
 inputs, and the partial results are then summed. This is done by hand because XLA cannot partition the kernels of FP8
 products, and because it would all-reduce whole gradients before each rank takes its shard.
@@ -8,16 +8,15 @@ products, and because it would all-reduce whole gradients before each rank takes
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from dsv3_jax.modules.parameter import ParameterShape
+from dsv3_jax.sharding.fsdp_gather import gather_over_fsdp
 from dsv3_jax.sharding.ranks import on_every_rank
 from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, weight_axes
 
@@ -44,7 +43,7 @@ def multiply_on_ranks(
 
     def on_a_rank(x: Array, weight: Array) -> Array:
         if gathered is not None:
-            weight = gather_over_fsdp(weight, gathered, gather_dtype)
+            weight = gather_over_fsdp(weight, gathered, gather_dtype, in_axes=in_axes)
         y = product(x, weight)
         return lax.psum(y, _TENSOR) if _TENSOR in inputs else y
 
@@ -55,26 +54,3 @@ def multiply_on_ranks(
         in_specs=(PartitionSpec(*batch, *between, *inputs), PartitionSpec(*axes)),
         out_specs=PartitionSpec(*batch, *out),
     )(x, weight)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gather_over_fsdp(shard: Float[Array, "..."], axis: int, dtype: jnp.dtype) -> Float[Array, "..."]:
-    """Returns the shards of all fsdp ranks along dimension `axis`, all-gathered in `dtype`.
-
-    The gradient is reduce-scattered in at least float32.
-    """
-    return lax.all_gather(shard.astype(dtype), _FSDP, axis=axis, tiled=True)
-
-
-def _gather_forward(shard: Array, axis: int, dtype: jnp.dtype) -> tuple[Array, Array]:
-    # Residuals must be arrays: this empty one carries the shard's dtype.
-    return gather_over_fsdp(shard, axis, dtype), jnp.empty(0, shard.dtype)
-
-
-def _gather_backward(axis: int, dtype: jnp.dtype, like: Array, bar: Array) -> tuple[Array]:
-    del dtype
-    wide = bar.astype(jnp.promote_types(like.dtype, jnp.float32))
-    return (lax.psum_scatter(wide, _FSDP, scatter_dimension=axis, tiled=True).astype(like.dtype),)
-
-
-gather_over_fsdp.defvjp(_gather_forward, _gather_backward)

@@ -1,7 +1,8 @@
 """`OnMesh`: what a model asks of its devices, on the sharded arrays of a mesh (report section 3.2).
 
 Weights kept in FP8 as published (`Fp8Weight`) are dequantized before they enter a rank's program: shards of a weight do
-not end at the borders of its blocks of 128 x 128. One device multiplies by the stored values themselves.
+not end at the borders of its blocks of 128 x 128. One device multiplies by the stored values themselves, and so does a
+pipeline stage, whose working weights are whole along the axes of a layer (`pipeline.weights`).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class OnMesh:
         gather_dtype: jnp.dtype,
     ) -> Float[Array, "..."]:
         """Returns product(x, weight), computed by every rank for its own tokens."""
-        if isinstance(weight, Fp8Weight):
+        if isinstance(weight, Fp8Weight) and weight.gradient is None:
             if gather_dtype == weight.dtype:  # an FP8 recipe gathers weights as they are stored
                 gather_dtype = jnp.dtype(jnp.float32)
             weight = weight.astype(gather_dtype)
@@ -120,7 +121,10 @@ class OnMesh:
         shapes: ExpertShapes,
     ) -> Float[Array, "N d"]:
         """Returns sum_i g_i E_i(u): tokens are dispatched to the ranks of their experts, and results combined."""
-        gate_up, down = (w.astype(jnp.float32) if isinstance(w, Fp8Weight) else w for w in (gate_up, down))
+        constants = [isinstance(w, Fp8Weight) and w.gradient is None for w in (gate_up, down)]
+        gate_up, down = (
+            w.astype(jnp.float32) if constant else w for w, constant in zip((gate_up, down), constants, strict=True)
+        )
         return ExpertExchange(self.mesh, shapes, self.overlap)(u, gates, gate_up, down, product)
 
     def sum_over_batch(self, x: Array) -> Array:

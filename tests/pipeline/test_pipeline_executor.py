@@ -15,22 +15,27 @@ pytestmark = pytest.mark.slow
 
 
 def test_pipelines_on_eight_devices_equal_one_device() -> None:
-    """Covers layers that do not divide evenly, a dense layer, MTP, padding, fewer passes than DualPipe asks for."""
+    """Covers layers that do not divide evenly, a dense layer, MTP, padding, fewer passes than DualPipe asks for.
+
+    In FP8 a pipeline is compared with one whose stages keep master weights, which products round.
+    """
     results = run_simulated(Path(__file__).with_name("simulated_pipelines.py"), JAX_ENABLE_X64="1")
     chains = results.pop("chains")
     assert set(chains) == {"1f1b", "zb1p", "dualpipe"}
     assert max(value for found in chains.values() for value in found) < 1e-12, chains
-    assert len(results) == 1
+    assert len(results) == 2
     for case, found in results.items():
+        tolerance = TOLERANCE["fp8" if "fp8" in case else "float64"]
         assert found["load"], case
-        assert max(found["terms"].values()) < TOLERANCE, (case, found["terms"])
+        assert max(found["terms"].values()) < tolerance, (case, found["terms"])
         worst = max(found["gradients"], key=found["gradients"].get)
-        assert found["gradients"][worst] < TOLERANCE, (case, worst, found["gradients"][worst])
+        assert found["gradients"][worst] < tolerance, (case, worst, found["gradients"][worst])
 
 
 # Sums of float64 are in another order, and some gradients are small differences of large terms. RoPE's angles and the
-# weights of the balance statistics are float32, but equal on both sides, so they add no error.
-TOLERANCE = 1e-9
+# weights of the balance statistics are float32, but equal on both sides, so they add no error. A weight that is
+# rounded to FP8 otherwise would change results by 1%.
+TOLERANCE = {"float64": 1e-9, "fp8": 1e-5}
 
 
 @pytest.mark.parametrize(

@@ -164,12 +164,12 @@ def test_cudnn_keeps_wide_values_and_repeated_keys() -> None:
 
 
 def test_what_fsdp_gathers() -> None:
-    """Experts and routers as stored, linear maps so in FP8 and else in bfloat16; of the embedding nothing."""
+    """Routers as stored, linear maps and experts in FP8 with a scale per block or in bfloat16; no embedding."""
     experts, linear = 59 * 4 * 3 * 7168 * 2048, 62 * 187_105_280 + 59 * 3 * 7168 * 2048 + 3 * 3 * 7168 * 18432
     plain = 129280 * 7168 + 2 * 7168**2  # head, and the MTP module's projection
-    for precision, width in (("bfloat16", 2), ("fp8", 4)):
+    for precision, width in (("bfloat16", 2), ("fp8", 1 + 4 / 128**2)):
         flows = {flow.what: flow.sent for flow in make_plan(plan_config(precision=precision)).flows}
-        whole = 4 * (experts + 59 * 256 * 7168) + width * linear + 2 * plain
+        whole = 4 * 59 * 256 * 7168 + width * (experts + linear) + 2 * plain
         assert flows["weights gathered"] == pytest.approx(2 * 31 / 32 * whole)
         assert flows["gradients summed"] == pytest.approx(31 / 32 * 4 * (experts + 59 * 256 * 7168 + linear + plain))
 

@@ -15,7 +15,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.precision.dispatch import DispatchFormat
 from dsv3_jax.precision.tiles import dequantize, quantize
 from dsv3_jax.sharding.expert_hops import Hop, Route, send, send_back
-from dsv3_jax.sharding.linear_on_ranks import gather_over_fsdp
+from dsv3_jax.sharding.fsdp_gather import gather_over_fsdp
 from dsv3_jax.sharding.mesh import AXES, MeshConfig
 from dsv3_jax.sharding.placed_experts import _to_physical
 from dsv3_jax.sharding.rules import AxisRules, _spec
@@ -30,7 +30,7 @@ def test_weight_gradients_are_summed_over_ranks_in_float32() -> None:
 
     def on_a_rank(shard, slope):
         def loss(shard):
-            whole = gather_over_fsdp(shard, 0, jnp.dtype(jnp.bfloat16))
+            whole = gather_over_fsdp(shard, 0, jnp.dtype(jnp.bfloat16), in_axes=1)
             return jnp.sum((whole * slope).astype(jnp.float32)), whole
 
         return jax.grad(loss, has_aux=True)(shard)
