@@ -83,7 +83,7 @@ HOPPER_CASES = [
     ((260, 300, 520), "1x128", Tiling(tile_n=128, stages=3), False),
     ((130, 70, 300), "1x128", Tiling(tile_n=64, stages=2), True),
     ((1, 50, 300), "128x128", Tiling(64, 16, 3, 2, "a"), False),
-    ((260, 200, 300), "128x128", Tiling(256, 96, 2, 2, "a"), False),
+    ((260, 200, 300), "128x128", Tiling(256, 128, 2, 2, "a"), False),
     ((70, 60, 600), "1x128", Tiling(64, 48, 2, splits=3), True),
 ]
 
