@@ -155,7 +155,7 @@ def test_few_rows_get_narrow_tiles_and_many_get_wide_ones():
         assert tiling.tile_m == 64
         assert -(-2112 // tiling.tile_n) * tiling.splits >= 66  # at least half of the multiprocessors work
     assert chosen(1, 2112, 7168).splits > 1
-    assert chosen(4096, 24576, 1536).tile_n * chosen(4096, 24576, 1536).tile_m == 128 * 192
+    assert chosen(4096, 24576, 1536).tile_n * chosen(4096, 24576, 1536).tile_m >= 128 * 192
 
 
 def test_on_hopper_the_kernel_is_chosen_and_sizes_that_fit_are_not_copied():
