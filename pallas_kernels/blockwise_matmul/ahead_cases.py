@@ -22,7 +22,7 @@ _ROWS = (1, 64, 128, 512, 4096)
 # Tilings that differ in code, of the block-scaled product: consumers, waves, the operand shared, parts of K.
 _BY_BLOCK = (
     Tiling(128, 192, 4, 2, "b"),
-    Tiling(256, 96, 4, 2, "a"),
+    Tiling(256, 128, 3, 2, "a"),
     Tiling(64, 16, 12, 2, "a"),
     Tiling(64, 48, 8, splits=4),
 )

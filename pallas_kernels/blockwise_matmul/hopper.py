@@ -242,32 +242,47 @@ def _consume(
             totals, block_scales = carry
             stage = lax.rem(tile.steps_before + k, tiling.stages)
             plgpu.barrier_wait(filled.at[stage])
-            promoted, upcoming = [], ()
-            for wave in waves:
+
+            def one_wave(wave, before):
+                """Returns the totals of 64 rows with this step's products; in the first wave the next step's scales."""
                 rows = pl.ds(first_row + wave * WARPGROUP_ROWS, WARPGROUP_ROWS)
 
-                def multiply(acc, rows=rows, last=wave == waves[-1]):
+                def multiply(acc):
                     plgpu.wgmma(acc, a_smem.at[stage, rows], b_smem.at[stage].transpose((1, 0)))
                     # While the tensor cores work: this step's scales from the ring, the next one's of the blocks.
                     row_scales = plgpu.load(a_scales_smem.at[stage, rows], layout=_ROWS)
-                    columns = scales_of_columns(stage)
-                    upcoming = scales_of_blocks(column, tile.first_k + k + 1) if last else ()
-                    return acc[...], row_scales, columns, upcoming
+                    upcoming = scales_of_blocks(column, tile.first_k + k + 1) if wave == 0 else ()
+                    return acc[...], row_scales, scales_of_columns(stage), upcoming
 
                 partial, row_scales, column_scales, upcoming = pl.run_scoped(
                     multiply, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiling.tile_n), jnp.float32)
                 )
                 if wave == waves[-1]:
                     plgpu.barrier_arrive(freed.at[stage])
+                promoted = []
                 for part in parts:
                     dots = partial[:, part * width : (part + 1) * width]
                     if b_scales is None:
-                        columns = _over_rows(column_scales[part], dots.shape)
-                        scale = _over_columns(row_scales, dots.shape) * columns
+                        scale = _over_columns(row_scales, dots.shape) * _over_rows(column_scales[part], dots.shape)
                     else:
                         scale = _over_columns(row_scales * block_scales[part], dots.shape)
-                    promoted.append(totals[len(promoted)] + dots * scale)
-            return tuple(promoted), upcoming
+                    promoted.append(before[part] + dots * scale)
+                return tuple(promoted), upcoming
+
+            first, second = totals[: len(parts)], totals[len(parts) :]
+            first, upcoming = one_wave(0, first)
+            if second:
+
+                def skip():
+                    plgpu.barrier_arrive(freed.at[stage])
+                    return second
+
+                # The compilers would start the second wave's products before the first one's are promoted, for which
+                # there are not enough registers: LLVM without this barrier, ptxas without a branch.
+                first = lax.optimization_barrier(first)
+                inside = row + WARPGROUP_ROWS < out.shape[-2]
+                second = lax.cond(inside, lambda: one_wave(1, second)[0], skip)
+            return (*first, *second), upcoming
 
         zeros = tuple(
             plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, width), jnp.float32), plgpu.Layout.WGMMA)

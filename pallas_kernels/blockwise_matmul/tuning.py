@@ -13,9 +13,8 @@ from pallas_kernels.quantize.quantized import PROMOTION_INTERVAL, TILE
 WARPGROUP_ROWS = 64  # rows of a tile that one warpgroup multiplies at a time: M of a wgmma
 TILE_M = 2 * WARPGROUP_ROWS  # rows of a block's tile with two consumer warpgroups and one wave each
 _MOST_STAGES = 12
-# Columns of a tile for which no register spills. A thread of a consumer has its totals and an accumulator for each wave
-# (the compiler lets one wave's products run while the other's are promoted) in 192 of its 232 registers. A width of 176
-# would have 11 block scales beside them.
+# Columns of a tile for which no register spills. A thread of a consumer has its totals and one accumulator in at most
+# 192 of its 232 registers: with two waves up to 128 columns. A width of 176 would have 11 block scales beside them.
 _WIDTHS = (192, 160, 144, 128, 112, 96, 80, 64, 48, 32, 16)
 
 
@@ -131,7 +130,7 @@ def tilings(out_bytes: int, by_column: bool) -> tuple[Tiling, ...]:
         if by_column and tile_m > TILE_M:
             continue
         for tile_n in _WIDTHS:
-            if tile_n > (TILE if by_column else _WIDTHS[0] // Tiling(tile_m, 16).waves):
+            if tile_n > (TILE if by_column or tile_m > TILE_M else _WIDTHS[0]):
                 continue
             for cluster, shared in shares:
                 for splits in (1, 2, 4, 8) if tile_m == WARPGROUP_ROWS else (1,):

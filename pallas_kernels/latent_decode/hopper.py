@@ -98,19 +98,21 @@ def decode(
         kernel_name="latent_decode",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(
-        end,
-        whole,
-        last.reshape(batch, rows),
-        x.table.astype(jnp.int32),
-        *queries,
-        x.latents,
-        x.rope_keys,
-        *([] if x.scales is None else [x.scales]),
-    )
+    )(end, whole, last.reshape(batch, rows), x.table.astype(jnp.int32), *queries, x.latents, x.rope_keys, *_scales(x))
     share = jax.nn.softmax(log_sums, axis=0)
     attended = jnp.sum(out * share[..., None], axis=0) if parts > 1 else out[0]
     return attended[:, : tokens * heads].reshape(x.q_latent.shape).astype(x.q_latent.dtype)
+
+
+def _scales(x: Operands) -> list[Float[Array, "B positions"]]:
+    """Returns the scales of each sequence in the order of its positions; none where entries have no scales.
+
+    TMA writes to multiples of 128 bytes, and the scales of a small page are fewer: they are gathered before.
+    """
+    if x.scales is None:
+        return []
+    gathered = x.scales.at[x.table].get(mode="fill", fill_value=0)
+    return [pad_to(gathered.reshape(gathered.shape[0], -1), ENTRIES)]
 
 
 def _scratch(form: Form, x: Operands) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def _scratch(form: Form, x: Operands) -> dict[str, Any]:
         return plgpu.SMEM(shape, dtype, transforms=swizzled(shape[-1], dtype, alike))
 
     entries = (CONSUMERS, ENTRIES, form.half)
-    arrivals = form.copies * (CONSUMERS + 1 + form.fp8)
+    arrivals = form.copies * (CONSUMERS + 1) + form.fp8
     return {
         "q_smem": tiles(CONSUMERS, ROWS, form.half),
         "q_rope_smem": tiles(ROWS, form.rope),
@@ -240,8 +242,9 @@ def _produce(
                     source = latents.at[page, within, columns]
                     plgpu.copy_gmem_to_smem(source, stored_smem.at[stage, half, target], filled.at[stage])
                 plgpu.copy_gmem_to_smem(rope_keys.at[page, within], rope_smem.at[stage, target], filled.at[stage])
-                if form.fp8:
-                    plgpu.copy_gmem_to_smem(scales[0].at[page, within], scales_smem.at[stage, target], filled.at[stage])
+            if form.fp8:
+                entries = pl.ds((piece.start + t) * ENTRIES, ENTRIES)
+                plgpu.copy_gmem_to_smem(scales[0].at[piece.batch, entries], scales_smem.at[stage], filled.at[stage])
 
     pieces, steps = for_each_piece(fill)
 

