@@ -1,13 +1,14 @@
 """Causal softmax attention with expanded keys and values: softmax(scale * q k^T) v, logits and softmax in float32.
 
 The queries of a short sequence are split into a few chunks, each of which multiplies only the keys before its end, so
-that as little as half the products of the full square are computed; all logits are kept for the backward pass. A long
+that as little as half the products of the full square are computed; all weights are kept for the backward pass. A long
 sequence is computed tile by tile (`tiled_attention`), so that the logits of at most one tile are held at a time. Where
 there is a kernel for the device, `pallas_kernels.latent_attention` computes sequences of any length.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 import pallas_kernels
 from dsv3_jax.errors import UserError
 from dsv3_jax.modules.tiled_attention import largest_of_tiles, tiled_attention
+from dsv3_jax.precision.weight_product import product_over_rows
 from pallas_kernels.device import target_platform
 
 AttentionChoice = Literal["auto", "scan", "cudnn"]
@@ -29,7 +31,7 @@ cuDNN on an NVIDIA GPU, with values padded to the width of the keys; on other de
 CHUNKS = 2  # of a short sequence: 3/4 of the square is computed, and the program stays small
 LARGEST_CHUNK = 512  # queries; a tile of 512 x 512 logits of a head takes 1 MB in float32
 CHUNK_MULTIPLE = 128  # chunks of a long sequence have the widths that matrix units like
-KEPT_LENGTH = 1024  # sequences up to this length keep their logits for the backward pass
+KEPT_LENGTH = 1024  # sequences up to this length keep their weights for the backward pass
 
 
 def causal_attention(
@@ -83,7 +85,7 @@ def causal_attention(
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
         segments = None if segment_ids is None else segment_ids[:, :stop]
-        part = _attend(queries[:, start:stop], keys[:, :stop], values[:, :stop], segments, scale=scale, start=start)
+        part = _attend(queries[:, start:stop], keys[:, :stop], values[:, :stop], segments, scale, start)
         parts.append(part)
     return jnp.concatenate(parts, axis=1)
 
@@ -142,18 +144,45 @@ def _check_for_cudnn(queries: Float[Array, "B T H qk"], segment_ids: Int[Array, 
         raise UserError(f"attention 'cudnn' takes bfloat16, not {queries.dtype}: choose precision bfloat16 or fp8")
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attend(
     queries: Float[Array, "B Q H qk"],
     keys: Float[Array, "B S H qk"],
     values: Float[Array, "B S H v"],
     segment_ids: Int[Array, "B S"] | None,
-    *,
     scale: float,
     start: int,
 ) -> Float[Array, "B Q H v"]:
     """Computes attention of the queries at positions start, start + 1, ... to the keys at positions 0 .. S-1."""
-    weights = jax.nn.softmax(_logits(queries, keys, segment_ids, scale=scale, start=start), axis=-1)
-    return jnp.einsum("bhqs,bshv->bqhv", weights.astype(values.dtype), values)
+    return _attend_forward(queries, keys, values, segment_ids, scale, start)[0]
+
+
+def _attend_forward(queries, keys, values, segment_ids, scale, start):
+    """Keeps exp(logit - largest) in the dtype of the values. Dividing the output by its sums passes over less."""
+    logits = _logits(queries, keys, segment_ids, scale=scale, start=start)
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)).astype(values.dtype)
+    sums = jnp.sum(weights, axis=-1, keepdims=True, dtype=logits.dtype)
+    out = jnp.einsum("bhqs,bshv->bhqv", weights, values, preferred_element_type=logits.dtype) / sums
+    return jnp.swapaxes(out, 1, 2).astype(values.dtype), (queries, keys, values, weights, sums, out)
+
+
+def _attend_backward(scale, start, residuals, out_bar):
+    """Returns the gradients; what a softmax subtracts, sum_s P_s dL/dP_s, is the output times its own gradient."""
+    queries, keys, values, weights, sums, out = residuals
+    dtype, wide = values.dtype, sums.dtype
+    out_bar = jnp.swapaxes(out_bar, 1, 2).astype(wide) / sums
+    subtracted = jnp.sum(out_bar * out, axis=-1, keepdims=True)
+    out_bar = out_bar.astype(dtype)
+    queries, keys, values = (jnp.swapaxes(x, 1, 2) for x in (queries, keys, values))
+    weights_bar = jnp.einsum("bhqv,bhsv->bhqs", out_bar, values, preferred_element_type=wide)
+    logits_bar = (weights.astype(wide) * (weights_bar - subtracted)).astype(dtype)
+    queries_bar = jnp.einsum("bhqs,bhsc->bhqc", logits_bar, keys) * scale
+    keys_bar = product_over_rows(logits_bar, queries, wide) * scale
+    values_bar = product_over_rows(weights, out_bar, wide)
+    return *(jnp.swapaxes(x, 1, 2).astype(dtype) for x in (queries_bar, keys_bar, values_bar)), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _logits(
