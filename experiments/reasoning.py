@@ -46,7 +46,7 @@ def fine_tune(source: Path, data: Path, out: Path, *, steps: int, seed: int, lea
 def reinforce(source: Path, out: Path, *, steps: int, seed: int) -> Path:
     """Trains the model of a run by reward with `dsv3 grpo`, unless `out` holds the finished run; returns `out`."""
     if not RunFolder(out).summary.exists():
-        drawn = (*_TASK, "--prompts", 16, "--group", 16, "--max-new-tokens", NEW_TOKENS, "--seed", seed)
+        drawn = (*_TASK, "--prompts", 16, "--group", 8, "--max-new-tokens", NEW_TOKENS, "--seed", seed)
         often = ("--held-out", 64, "--evaluate-every", 10, "--checkpoint-every", 20, "--log-every", 5)
         options = ("--steps", steps, "--learning-rate", 3e-4, "--objective.kl-weight", 0, *drawn, *often)
         call("grpo", source, "--out", out, *options)

@@ -154,6 +154,11 @@ def main(argv: list[str]) -> int:
       UserError: the options are wrong, or source, task or folder cannot be used.
     """
     run, *rest = argv if argv and not argv[0].startswith("-") else ["", *argv]
+    if any(word.startswith("--processes.") for word in rest):
+        raise UserError(
+            "dsv3 grpo trains in one process and has no --processes options; it uses all devices of this machine, as "
+            "--mesh.data, --mesh.fsdp and --mesh.expert say"
+        )
     options = parse(rest, prog="dsv3 grpo RUN", description=_DESCRIPTION, default=GRPOOptions())
     if not run:
         raise UserError("the run is missing: name it first, such as dsv3 grpo runs/base --out runs/reasoning")
