@@ -81,9 +81,10 @@ def main(argv: list[str] | None = None) -> None:
         line = [np.nan if group[depth] is None else group[depth] for group in found["by_position"]]
         label = topic if depth == 0 else None
         style = {"color": f"C{TOPICS.index(topic)}", "linestyle": "-" if depth == 0 else "--"}
-        positions.plot(found["positions"], line, marker="o", markersize=3, label=label, **style)
-    positions.set_xscale("symlog", linthresh=1)
-    positions.set(xlabel="position in the answer (dashed: the second draft)", ylabel="accepted", ylim=(0, 1))
+        positions.plot(range(len(line)), line, marker="o", markersize=3, label=label, **style)
+    firsts = max((measured["fine-tuned"]["drawn"][topic]["positions"] for topic in TOPICS), key=len)
+    positions.set_xticks(range(len(firsts)), firsts)
+    positions.set(xlabel="position in the answer, from (dashed: the second draft)", ylabel="accepted", ylim=(0, 1))
     positions.legend(fontsize=7)
     print(_describe(measured))
     numbers = {"acceptance": measured, "right_answers_to_arithmetic": accuracy}
@@ -220,13 +221,13 @@ def _numbers(counts: Sequence[DraftCounts]) -> dict[str, Any]:
 
 def _describe(measured: Mapping[str, Any]) -> str:
     """Returns the shares by stage, sampler and topic as a table."""
-    lines = [f"{'':26}" + "".join(f"{topic:>34}" for topic in TOPICS)]
+    lines = [f"{'':26}" + "".join(f"{topic:>37}" for topic in TOPICS)]
     for stage, way in itertools.product(STAGES, SAMPLERS):
         cells = []
         for topic in TOPICS:
             found = measured[stage][way][topic]
             parts = [*(show(each, 2) for each in found["by_depth"]), show(found["tokens_per_step"], 2)]
-            cells.append(f"{', '.join(parts):>34}")
+            cells.append(f"{', '.join(parts):>37}")
         lines.append(f"{stage + ', ' + way:26}" + "".join(cells))
     return "\n".join(["drafts accepted at depth 1 and 2, and tokens of a step", *lines])
 
