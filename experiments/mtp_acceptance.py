@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     topics.axhspan(0.85, 0.9, color="0.85", label="report")
     topics.set_xticks(range(len(TOPICS)), TOPICS)
     topics.set(ylabel="accepted drafts of the second token", ylim=(0, 1))
-    topics.legend(fontsize=7)
+    topics.legend(fontsize=7, loc="lower center", ncols=4)
     for topic, depth in itertools.product(TOPICS, range(DEPTHS)):
         found = measured["fine-tuned"]["drawn"][topic]
         line = [np.nan if group[depth] is None else group[depth] for group in found["by_position"]]
