@@ -101,7 +101,8 @@ def held_out(run: Path) -> dict[str, Score]:
     if kept.exists():
         return {kind: Score(**values) for kind, values in json.loads(kept.read_text()).items()}
     model, tokenizer, _ = load_checkpoint(run)
-    engine = Engine(model, EngineConfig(max_sequences=64, context=128, chunk_rows=8, drafts=0, top_logprobs=1))
+    rows = min(64, HELD_OUT)
+    engine = Engine(model, EngineConfig(max_sequences=rows, context=128, chunk_rows=8, drafts=0, top_logprobs=1))
     problems = distinct(generate_problems("arithmetic", "held-out", 0, SIZE), HELD_OUT)
     ways = {"likely": (1, GREEDY), "drawn": (_SAMPLES, Sampler())}
     rows: dict[str, list[tuple[Problem, float, float]]] = {}

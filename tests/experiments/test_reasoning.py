@@ -58,7 +58,10 @@ def small(load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(ablation, "tiny_model", lambda: model)
     monkeypatch.setattr(rewards, "REWARDS", {**rewards.REWARDS, "numeric": lambda *_: 1.0})
     monkeypatch.setattr(first, "TEXTS", 200)
-    monkeypatch.setattr(reasoning, "HELD_OUT", 6)
+    monkeypatch.setattr(reasoning, "HELD_OUT", 2)
+    # Engines of few rows have few programs to compile.
+    monkeypatch.setattr("dsv3_jax.runs.reinforcement._MOST_SEQUENCES", 2)
+    monkeypatch.setattr("dsv3_jax.cli.sample._PROBLEMS_AT_A_TIME", 1)
     return reasoning
 
 
@@ -114,7 +117,7 @@ def test_the_stages_of_r1(load, small: ModuleType, tmp_path: Path, monkeypatch: 
 def test_accepted_drafts(load, small: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = load("mtp_acceptance")
     monkeypatch.setattr(script, "ANSWERS", 100)
-    monkeypatch.setattr(script, "TEXTS", 4)
+    monkeypatch.setattr(script, "TEXTS", 2)
     found = finished(script, tmp_path, monkeypatch, small)["acceptance"]
     assert list(found) == list(script.STAGES)
     topic = found["base"]["drawn"]["code"]
