@@ -58,7 +58,7 @@ def small(load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setattr(ablation, "tiny_model", lambda: model)
     monkeypatch.setattr(rewards, "REWARDS", {**rewards.REWARDS, "numeric": lambda *_: 1.0})
     monkeypatch.setattr(first, "TEXTS", 200)
-    monkeypatch.setattr(reasoning, "HELD_OUT", 2)
+    monkeypatch.setattr(reasoning, "HELD_OUT", 4)
     # Engines of few rows have few programs to compile.
     monkeypatch.setattr("dsv3_jax.runs.reinforcement._MOST_SEQUENCES", 2)
     monkeypatch.setattr("dsv3_jax.cli.sample._PROBLEMS_AT_A_TIME", 1)
