@@ -69,13 +69,20 @@ class Options:
         return write_domains(self.runs / "corpus.jsonl", documents=150 if self.scale == "tiny" else 1000)
 
 
-def parse_options(name: str, description: str | None, argv: Sequence[str] | None = None, *, seeds: int = 2) -> Options:
-    """Parses the options that all experiments have; by default there are `seeds` seeds, counted from 0."""
-    return parse_more_options(name, CommandLine(description), argv, seeds=seeds)[0]
+def parse_options(
+    name: str, description: str | None, argv: Sequence[str] | None = None, *, seeds: int = 2, runs_of: str = ""
+) -> Options:
+    """Parses the options that all experiments have.
+
+    Args:
+      seeds: number of seeds by default, counted from 0.
+      runs_of: the experiment whose folder of runs is used by default, where it has runs that this one needs too.
+    """
+    return parse_more_options(name, CommandLine(description), argv, seeds=seeds, runs_of=runs_of)[0]
 
 
 def parse_more_options(
-    name: str, parser: CommandLine, argv: Sequence[str] | None, *, seeds: int = 2
+    name: str, parser: CommandLine, argv: Sequence[str] | None, *, seeds: int = 2, runs_of: str = ""
 ) -> tuple[Options, argparse.Namespace]:
     """Parses the options that all experiments have together with those that `parser` has already."""
     parser.add_argument(
@@ -98,7 +105,10 @@ def parse_more_options(
         "--out", type=folder, default=None, help="folder of the results (default: experiments/results/<name>[-<scale>])"
     )
     parser.add_argument(
-        "--runs", type=folder, default=None, help="folder of the training runs (default: runs/<name>-<scale>)"
+        "--runs",
+        type=folder,
+        default=None,
+        help=f"folder of the training runs (default: runs/{runs_of or name}-<scale>)",
     )
     given = parser.parse_args(argv)
     if len(set(given.seeds)) < len(given.seeds):
@@ -109,7 +119,7 @@ def parse_more_options(
         scale=given.scale,
         seeds=tuple(given.seeds),
         out=given.out or RESULTS / f"{name}{suffix}",
-        runs=given.runs or Path("runs") / f"{name}-{given.scale}",
+        runs=given.runs or Path("runs") / f"{runs_of or name}-{given.scale}",
         steps=given.steps,
     )
     return options, given

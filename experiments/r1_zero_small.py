@@ -31,7 +31,6 @@ from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.metrics import Record, read_metrics
 from dsv3_jax.runs.policy_run import policy_run
 from dsv3_jax.runs.reinforcement import reinforce
-from dsv3_jax.training.config import RunConfig
 
 SIZE = TaskSize(operands=3, largest=5)
 TEXTS = 60_000
@@ -42,7 +41,7 @@ NEW_TOKENS = 48
 def main(argv: list[str] | None = None) -> None:
     options = parse_options("r1_zero_small", __doc__, argv, seeds=1)
     keep_compiled_programs()
-    results = [_train(options, seed) for seed in options.seeds]
+    results = [read_metrics(RunFolder(train_policy(options, seed)).metrics) for seed in options.seeds]
     first = [spread([records[0][name] for records in results]) for name in ("validation_accuracy", "validation_length")]
     last = [spread([records[-1][name] for records in results]) for name in ("validation_accuracy", "validation_length")]
     holds = max(first[0]["values"]) < 0.25 and min(last[0]["values"]) > 0.8
@@ -85,10 +84,9 @@ def _tested(record: Record) -> bool:
     return "validation_accuracy" in record
 
 
-def _train(options: Options, seed: int) -> list[Record]:
-    """Trains the base model and the policy of a seed, or reads what is there; returns the records of the policy."""
-    base, policy = options.runs / f"base-{seed}", options.runs / f"policy-{seed}"
-    run_arm(_base(options, seed), base)
+def train_policy(options: Options, seed: int) -> Path:
+    """Trains the base model and the policy of a seed, unless they are there; returns the folder of the policy."""
+    base, policy = train_base(options, seed), options.runs / f"policy-{seed}"
     settings = ReinforcementConfig(
         rollout=RolloutConfig(task="arithmetic", size=SIZE, prompts=16, group=16, max_new_tokens=NEW_TOKENS, seed=seed),
         objective=GRPOConfig(kl_weight=0.0),
@@ -99,11 +97,11 @@ def _train(options: Options, seed: int) -> list[Record]:
     )
     if not RunFolder(policy).summary.exists() and (exit_code := reinforce(config, settings, base, policy)):
         sys.exit(exit_code)
-    return read_metrics(RunFolder(policy).metrics)
+    return policy
 
 
-def _base(options: Options, seed: int) -> RunConfig:
-    """Returns the run of the base model."""
+def train_base(options: Options, seed: int) -> Path:
+    """Trains the base model of a seed, unless it is there; returns its folder."""
     run = run_of(options, seed, steps=8000)
     data = DataConfig(
         corpus=str(write_texts(options.runs / "texts.jsonl")),
@@ -114,7 +112,8 @@ def _base(options: Options, seed: int) -> RunConfig:
         isolate_documents=True,
         seed=seed,
     )
-    return dataclasses.replace(run, data=data, model=run.model.replace(num_nextn_predict_layers=0))
+    config = dataclasses.replace(run, data=data, model=run.model.replace(num_nextn_predict_layers=0))
+    return run_arm(config, options.runs / f"base-{seed}").folder
 
 
 def write_texts(path: Path, count: int = TEXTS) -> Path:

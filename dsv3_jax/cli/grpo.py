@@ -13,12 +13,16 @@ import tyro
 
 from dsv3_jax.bounds import LARGEST_COUNT, check_bounds
 from dsv3_jax.cli.options import notes, parse, text_of_file
+from dsv3_jax.cli.run_options import run_together
 from dsv3_jax.errors import UserError
 from dsv3_jax.post_training.config import ReinforcementConfig
 from dsv3_jax.post_training.grpo import GRPOConfig
 from dsv3_jax.post_training.rewards import MODEL_KINDS, JudgeConfig
 from dsv3_jax.post_training.rollouts import RolloutConfig
 from dsv3_jax.post_training.tasks import TASKS, TaskSize
+from dsv3_jax.runs.folder import by_dotted_name
+from dsv3_jax.runs.peers import Peers
+from dsv3_jax.runs.processes import Processes
 from dsv3_jax.sharding.mesh import MeshConfig
 
 _DESCRIPTION = f"""Train a model by reward: group relative policy optimization (report section 5.2.2).
@@ -78,6 +82,7 @@ class GRPOOptions:
       precision: float32, bfloat16, fp8 or auto, as of dsv3 train.
       objective: choices of the objective.
       mesh: number of devices along each mesh axis.
+      processes: how several processes find each other; each draws the completions of its share of the problems.
     """
 
     out: Annotated[str, tyro.conf.arg(help_behavior_hint="(required)")] = ""
@@ -111,6 +116,7 @@ class GRPOOptions:
     precision: str = "auto"
     objective: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(fsdp=-1))
+    processes: Processes = dataclasses.field(default_factory=Processes)
 
     def __post_init__(self) -> None:
         bounds: dict[str, tuple[float, float]] = {"steps": (1, 10**7), "micro_batch_size": (0, LARGEST_COUNT)}
@@ -164,19 +170,22 @@ def main(argv: list[str]) -> int:
     if source.resolve() == out.resolve():
         raise UserError("--out must be another folder than that of the run that the policy starts from")
     # These imports are slow, so wrong arguments are reported before them.
-    from dsv3_jax.cli.compilation_cache import keep_compiled_programs
-    from dsv3_jax.precision import Precision
     from dsv3_jax.runs.policy_run import policy_run
-    from dsv3_jax.runs.reinforcement import reinforce
 
-    Precision.preset(options.precision)
-    keep_compiled_programs()
     with notes():
         given = {name: getattr(options, name) for name in ("optimizer", "qk_clip")}
         training = {name: getattr(options, name) for name in _OF_TRAINING}
         training |= {name: value for name, value in given.items() if value is not None}
         config = policy_run(source, settings, **training)
-        return reinforce(dataclasses.replace(config, mesh=options.mesh), settings, source, out)
+    config = dataclasses.replace(config, mesh=options.mesh)
+
+    def run_policy(peers: Peers | None) -> int:
+        from dsv3_jax.runs.reinforcement import reinforce
+
+        return reinforce(config, settings, source, out, peers=peers)
+
+    named = {"init_from": run, **by_dotted_name(settings.to_dict())}
+    return run_together(config, options.out, options.processes, named, run_policy)
 
 
 if __name__ == "__main__":

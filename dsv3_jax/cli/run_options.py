@@ -15,6 +15,7 @@ from dsv3_jax.data.corpus import STDLIB
 from dsv3_jax.data.hub import HUB
 from dsv3_jax.data.mixture import MIXTURE, parse_mixture
 from dsv3_jax.runs.folder import by_dotted_name
+from dsv3_jax.runs.peers import Peers
 from dsv3_jax.runs.processes import Processes, ending_together, join, leave
 from dsv3_jax.training.config import RunConfig, TeacherConfig
 
@@ -60,15 +61,33 @@ def train_together(
       named: what all processes must be given alike, beside `config` and `out`.
       start: returns the arguments of `train` that say what a new run starts from.
     """
+
+    def run(peers: Peers | None) -> int:
+        from dsv3_jax.runs.loop import train
+
+        return train(config, Path(out), peers=peers, **start()).exit_code
+
+    return run_together(config, out, processes, named, run)
+
+
+def run_together(
+    config: RunConfig, out: str, processes: Processes, named: dict[str, Any], run: Callable[[Peers | None], int]
+) -> int:
+    """Calls `run`, together with the other processes if there are some, and returns the exit code.
+
+    Args:
+      out: folder of the run.
+      named: what all processes must be given alike, beside `config` and `out`.
+      run: is given the other processes, and returns the exit code.
+    """
     shared = {"out": str(Path(out).absolute()), **named, **by_dotted_name(config.to_dict())}
     with notes():
         peers = join(processes, shared)
     from dsv3_jax.cli.compilation_cache import keep_compiled_programs
     from dsv3_jax.precision import Precision
-    from dsv3_jax.runs.loop import train
 
     with ending_together(peers), notes():
         Precision.preset(config.precision)
         keep_compiled_programs()
-        exit_code = train(config, Path(out), peers=peers, **start()).exit_code
+        exit_code = run(peers)
     return leave(peers, exit_code)

@@ -116,7 +116,7 @@ def make_log_probs(
     @jax.jit
     def log_probs(params: nnx.State, biases: Float[Array, "layers E"], texts: Texts) -> Float[Array, "A N T"]:
         model = skeleton.model(params, biases)
-        return jax.lax.map(lambda one: log_probs_and_entropies(model, one, chunk)[0], texts)
+        return layout.replicate(jax.lax.map(lambda one: log_probs_and_entropies(model, one, chunk)[0], texts))
 
     return log_probs
 

@@ -143,6 +143,18 @@ class Rollout:
         return int(np.sum(np.ptp(self.rewards(), axis=1) == 0))
 
 
+def joined_rollouts(parts: Sequence[Rollout]) -> Rollout:
+    """Returns the rollouts of several processes for the same step as one. The slowest of them tells the times."""
+    return Rollout(
+        problems=tuple(problem for part in parts for problem in part.problems),
+        prompts=tuple(prompt for part in parts for prompt in part.prompts),
+        groups=tuple(group for part in parts for group in part.groups),
+        penalty=parts[0].penalty,
+        seconds_drawing=max(part.seconds_drawing for part in parts),
+        seconds_scoring=max(part.seconds_scoring for part in parts),
+    )
+
+
 def draw_rollout(
     engine: Engine,
     tokenizer: Tokenizer,
@@ -193,12 +205,28 @@ class HeldOut:
     """The result on held-out problems, each answered once by the most likely tokens.
 
     Attributes:
-      accuracy: share of the problems whose own reward is 1.
-      length: mean number of tokens of a completion.
+      right: number of problems whose own reward is 1.
+      tokens: number of tokens of all completions.
+      count: number of problems.
     """
 
-    accuracy: float
-    length: float
+    right: int
+    tokens: int
+    count: int
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the problems that were answered rightly."""
+        return self.right / self.count
+
+    @property
+    def length(self) -> float:
+        """Mean number of tokens of a completion."""
+        return self.tokens / self.count
+
+    def __add__(self, other: HeldOut) -> HeldOut:
+        """Returns the result on the problems of both."""
+        return HeldOut(self.right + other.right, self.tokens + other.tokens, self.count + other.count)
 
 
 def answer_held_out(
@@ -215,8 +243,8 @@ def answer_held_out(
     if results is None:
         return None
     rows = score(tokenizer, list(zip(problems, results, strict=True)), None)
-    right = [row.scores["reward"] >= 1 for row in rows]
-    return HeldOut(float(np.mean(right)), float(np.mean([len(row.ids) for row in rows])))
+    right = sum(row.scores["reward"] >= 1 for row in rows)
+    return HeldOut(right, sum(len(row.ids) for row in rows), len(rows))
 
 
 def _run(

@@ -64,6 +64,17 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array([flag]))))
 
 
+def gather(text: bytes) -> list[bytes]:
+    """Returns what each process gave, in the order of the processes; the lengths may differ."""
+    if jax.process_count() == 1:
+        return [text]
+    lengths = np.asarray(multihost_utils.process_allgather(np.array([len(text)], np.int32))).reshape(-1)
+    padded = np.zeros(max(int(lengths.max()), 1), np.uint8)
+    padded[: len(text)] = np.frombuffer(text, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded)).astype(np.uint8).reshape(len(lengths), -1)
+    return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
 def _broadcast(text: bytes) -> bytes:
     """Returns the bytes of the first process on all processes."""
     if len(text) > _LONGEST_MESSAGE:

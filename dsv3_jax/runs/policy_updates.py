@@ -101,9 +101,11 @@ class PolicyUpdates:
         return rows.reshape(count, -1)
 
     def _in_passes(self, batch: Tree) -> Tree:
-        """Returns rows [1, N, ...] as passes [A, N / A, ...] over all devices."""
-        each = self._config.training.rows_per_pass
-        return jax.tree.map(lambda leaf: self._layout.feed.put(leaf.reshape(-1, each, *leaf.shape[2:])), batch)
+        """Returns rows [1, N, ...], which every process has, as passes [A, N / A, ...] over all devices."""
+        each, feed = self._config.training.rows_per_pass, self._layout.feed
+        return jax.tree.map(
+            lambda leaf: feed.put_from_whole(leaf.reshape(-1, each, *leaf.shape[2:]), pass_axis=True), batch
+        )
 
     def _gathered(self, values: Float[jax.Array, "A N T"]) -> Float[np.ndarray, "1 rows T"]:
         return np.asarray(values).reshape(1, -1, values.shape[-1])

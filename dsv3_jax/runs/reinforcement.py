@@ -7,11 +7,13 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dsv3_jax.data import Tokenizer
@@ -19,20 +21,23 @@ from dsv3_jax.errors import UserError
 from dsv3_jax.inference import Engine, EngineConfig
 from dsv3_jax.post_training.config import ReinforcementConfig
 from dsv3_jax.post_training.policy_step import PolicyMetrics
-from dsv3_jax.post_training.rollouts import Rollout, answer_held_out, draw_rollout
+from dsv3_jax.post_training.rollouts import HeldOut, Rollout, answer_held_out, draw_rollout, joined_rollouts
 from dsv3_jax.post_training.tasks import ProblemSource
+from dsv3_jax.runs.agreement import gather, is_first, share
 from dsv3_jax.runs.checkpoints import Checkpoints
 from dsv3_jax.runs.folder import RunFolder, write_atomically
 from dsv3_jax.runs.interruption import Interrupted, Interruption
 from dsv3_jax.runs.loop import NOT_FINITE
 from dsv3_jax.runs.metrics import Record, joined, read_metrics
 from dsv3_jax.runs.model_rewards import with_loaded_models
+from dsv3_jax.runs.peer_watchdog import PeerWatchdog
+from dsv3_jax.runs.peers import Peers
 from dsv3_jax.runs.plots import plot_rewards
 from dsv3_jax.runs.policy_updates import PolicyUpdates
 from dsv3_jax.runs.reinforcement_start import ReinforcementStart, start_or_resume
 from dsv3_jax.runs.reporter import Records
 from dsv3_jax.runs.samples import sample_page
-from dsv3_jax.runs.saved_rollout import read_rollout, write_rollout
+from dsv3_jax.runs.saved_rollout import read_rollout, rollout_from_bytes, rollout_to_bytes, write_rollout
 from dsv3_jax.runs.start import run_layout
 from dsv3_jax.terminal import say
 from dsv3_jax.training.config import RunConfig
@@ -41,11 +46,17 @@ from dsv3_jax.training.state_layout import StateLayout
 _MOST_SEQUENCES = 64  # that the engine writes at a time
 
 
-def reinforce(config: RunConfig, settings: ReinforcementConfig, source: Path, out: Path) -> int:
+def reinforce(
+    config: RunConfig, settings: ReinforcementConfig, source: Path, out: Path, *, peers: Peers | None = None
+) -> int:
     """Trains a policy by reward, as the command `dsv3 grpo` does, and returns the exit code.
 
     If the folder `out` already holds the same run, it goes on from its newest checkpoint. On a CPU in float32 a run
     that was interrupted computes the same bits as one that was not.
+
+    Several processes (`runs.processes.join`) train together when each calls this function with the same arguments and
+    `out` is on a file system they share. Each process has an engine on its first device, and draws the completions of
+    its share of a step's problems; they are then gathered, and updates are computed by all devices together.
 
     Args:
       config: the run: model, optimizer, steps and what is saved. `training.batch_size` is the number of completions of
@@ -53,26 +64,40 @@ def reinforce(config: RunConfig, settings: ReinforcementConfig, source: Path, ou
       settings: rollouts and objective.
       source: run or published checkpoint that the policy starts from.
       out: folder of the run.
+      peers: the other processes, which `runs.processes.join` returns; a process that loses them exits.
 
     Raises:
-      UserError: the folder holds another run or cannot be written, or source or task cannot be used.
+      UserError: the folder holds another run or cannot be written, source or task cannot be used, or the processes
+        cannot share the problems evenly.
     """
+    if settings.rollout.prompts % jax.process_count():
+        raise UserError(
+            f"prompts ({settings.rollout.prompts}) must be a multiple of the number of processes "
+            f"({jax.process_count()}), which draw the completions of equally many problems"
+        )
     folder = RunFolder(out)
     layout = run_layout(config)
     runs: list[_Run] = []
 
+    def how_to_resume() -> str:
+        return runs[0].how_to_resume() if runs else "run the same command to start again"
+
     def last_words() -> str:
-        return f"dsv3: stopped; {runs[0].how_to_resume() if runs else 'run the same command to start again'}"
+        if peers is not None:
+            peers.end_all(interruption.exit_code, "it was told to stop")
+        return f"dsv3: stopped; {how_to_resume()}"
 
     interruption = Interruption(last_words)
+    if peers is not None:
+        peers.last_words = how_to_resume
     try:
-        with contextlib.ExitStack() as stack, interruption:
-            stack.enter_context(folder.locked())
-            with folder.removed_if_no_run_starts():
+        with contextlib.ExitStack() as stack, PeerWatchdog(peers) as watchdog, interruption:
+            share(lambda: stack.enter_context(folder.locked()) and None)
+            with folder.removed_if_no_run_starts() if is_first() else contextlib.nullcontext():
                 problems = ProblemSource(settings.rollout.task, settings.rollout.seed, settings.rollout.size)
                 _check_lengths(config, settings, problems)
                 start = start_or_resume(config, settings, folder, layout, source)
-                runs.append(_Run(config, settings, folder, layout, problems, start, interruption))
+                runs.append(_Run(config, settings, folder, layout, problems, start, interruption, watchdog))
             stack.callback(runs[0].close)
             interruption.defer = True
             return runs[0].train()
@@ -93,9 +118,10 @@ class _Run:
         problems: ProblemSource,
         start: ReinforcementStart,
         interruption: Interruption,
+        watchdog: PeerWatchdog,
     ):
         self.config, self.settings, self.folder = config, settings, folder
-        self.interruption = interruption
+        self.interruption, self.watchdog = interruption, watchdog
         self.tokenizer: Tokenizer = start.tokenizer
         self.state, self.position, self.saved_step = start.state, start.position, start.saved_step
         self.updates = PolicyUpdates(start.skeleton, config, settings, layout)
@@ -129,7 +155,9 @@ class _Run:
         self._save()
         self.checkpoints.wait()
         self.interruption.unsaved = False
-        self._write_results()
+        self.watchdog.end()
+        if is_first():
+            self._write_results()
         return 0
 
     def close(self) -> None:
@@ -152,7 +180,7 @@ class _Run:
 
     def _make_engine(self) -> Engine:
         rollout, context = self.settings.rollout, self.config.model.max_position_embeddings
-        rows = min(rollout.prompts * rollout.group, _MOST_SEQUENCES)
+        rows = min(rollout.prompts // jax.process_count() * rollout.group, _MOST_SEQUENCES)
         engine_config = EngineConfig(
             max_sequences=rows,
             context=context,
@@ -176,16 +204,26 @@ class _Run:
             self.records.say(f"resuming from step {self.position.step}")
 
     def _draw(self, step: int) -> Rollout | None:
-        """Draws the completions of a step; None where the run was told to stop."""
-        problems = [next(self.problems) for _ in range(self.settings.rollout.prompts)]
+        """Draws the completions of this process's problems of a step; None where it was told to stop."""
+        count = self.settings.rollout.prompts // jax.process_count()
+        first = count * jax.process_index()
+        problems = [next(self.problems) for _ in range(self.settings.rollout.prompts)][first : first + count]
         rollout, stop = self.settings.rollout, self._stop_requested
         return draw_rollout(self.engine, self.tokenizer, problems, rollout, step=step, rule=self.rule, stop=stop)
+
+    def _of_all(self, drawn: Rollout | None) -> Rollout | None:
+        """Returns what all processes have drawn for a step; None where any of them was told to stop."""
+        if jax.process_count() == 1:
+            return drawn
+        parts = gather(b"" if drawn is None else rollout_to_bytes(drawn))
+        self.watchdog.progressed(by_a_step=False)
+        return joined_rollouts([rollout_from_bytes(part) for part in parts]) if all(parts) else None
 
     def _step(self) -> bool:
         """Takes one step; returns False where the run was told to stop, with the state before the step."""
         began = time.perf_counter()
         step = self.position.step
-        rollout = self.pending if self.pending is not None else self._draw(step)
+        rollout = self.pending if self.pending is not None else self._of_all(self._draw(step))
         if rollout is None:
             return False
         ahead = None
@@ -196,11 +234,12 @@ class _Run:
         compare = self.config.training.evaluates_after(step + 1)
         state, metrics, numbers = self.updates.take(self.state, rollout, step, learning_rate, compare_routing=compare)
         updated = time.perf_counter()
-        following = ahead.result() if ahead is not None else None
+        following = self._of_all(ahead.result()) if ahead is not None else None
         if ahead is not None and following is None:
             return False
         self.state, self.pending = state, following
         self.interruption.unsaved = True
+        self.watchdog.progressed()
         count = self.settings.rollout.prompts
         self.position = dataclasses.replace(
             self.position,
@@ -253,15 +292,15 @@ class _Run:
         for each in metrics:
             if not each.applied:
                 self.records.say(f"step {self.position.step}: loss or gradient not finite: an update was skipped")
-        if self.config.training.evaluates_after(self.position.step) or self.position.step == 1:
+        if is_first() and (self.config.training.evaluates_after(self.position.step) or self.position.step == 1):
             self.folder.samples.mkdir(exist_ok=True)
             page = sample_page(rollout, self.position.step)
             write_atomically(self.folder.samples / f"step-{self.position.step:06d}.txt", page)
 
     def _evaluate(self) -> float | None:
         """Answers the held-out problems and reports the result; None where the run was told to stop meanwhile."""
-        new_tokens = self.settings.rollout.max_new_tokens
-        found = answer_held_out(self.engine, self.tokenizer, self.held_out, new_tokens, self._stop_requested)
+        found = self._answer_held_out()
+        self.watchdog.progressed(by_a_step=False)
         if found is None:
             return None
         self.records.say(
@@ -272,6 +311,16 @@ class _Run:
             {"step": self.position.step, "validation_accuracy": found.accuracy, "validation_length": found.length}
         )
         return found.accuracy
+
+    def _answer_held_out(self) -> HeldOut | None:
+        """Answers this process's share of the held-out problems, and returns the result on all of them."""
+        own, new_tokens = (
+            self.held_out[jax.process_index() :: jax.process_count()],
+            self.settings.rollout.max_new_tokens,
+        )
+        found = answer_held_out(self.engine, self.tokenizer, own, new_tokens, self._stop_requested)
+        parts = gather(b"" if found is None else json.dumps(dataclasses.astuple(found)).encode())
+        return sum((HeldOut(*json.loads(part)) for part in parts), HeldOut(0, 0, 0)) if all(parts) else None
 
     def _save(self) -> None:
         if self.saved_step == self.position.step:
@@ -302,13 +351,15 @@ class _Run:
         self.records.say(f"results in {self.folder.path}: {names}")
 
     def _stop_requested(self) -> bool:
+        """Returns whether this process was told to stop. The others hear of it when completions are gathered."""
         return self.interruption.requested
 
     def _interrupted(self) -> int:
         self._save()
         self.checkpoints.wait()
         self.records.say(f"stopped and saved at step {self.position.step}; run the same command to resume")
-        return self.interruption.exit_code
+        # If another process was told to stop, this one exits with the code of SIGTERM.
+        return self.interruption.exit_code if self.interruption.requested else 128 + signal.SIGTERM
 
     def _not_finite(self) -> int:
         self.checkpoints.wait()

@@ -15,6 +15,7 @@ from dsv3_jax.data import Tokenizer
 from dsv3_jax.errors import UserError
 from dsv3_jax.post_training.config import ReinforcementConfig
 from dsv3_jax.post_training.policy_step import PolicyState
+from dsv3_jax.runs.agreement import is_first
 from dsv3_jax.runs.checkpoints import abstract_state, restore_arrays
 from dsv3_jax.runs.folder import RunFolder, differences, first_difference, write_atomically
 from dsv3_jax.runs.saved_run import RunPosition, SavedRun, use_newest
@@ -87,7 +88,7 @@ def start_or_resume(
 
     found = use_newest(folder, say, resume)
     if found is not None:
-        if config.training.steps > folder.read_config().training.steps:
+        if is_first() and config.training.steps > folder.read_config().training.steps:
             folder.write_config(config)
         return found
     tokenizer = Tokenizer.load(config.data.tokenizer)
@@ -95,9 +96,10 @@ def start_or_resume(
     policy = policy_state(state, reference=False)
     if settings.objective.kl_weight:
         policy = dataclasses.replace(policy, reference=jax.tree.map(jnp.copy, policy.params))
-    tokenizer.save(folder.tokenizer)
-    write_atomically(folder.grpo, json.dumps(settings.to_dict(), indent=1) + "\n")
-    folder.write_config(config)
+    if is_first():
+        tokenizer.save(folder.tokenizer)
+        write_atomically(folder.grpo, json.dumps(settings.to_dict(), indent=1) + "\n")
+        folder.write_config(config)
     position = RunPosition(step=0, tokens=0, data={"problems": 0})
     return ReinforcementStart(tokenizer, skeleton, policy, position, -1, None)
 

@@ -69,9 +69,13 @@ class BatchFeed:
         sharding = NamedSharding(self.mesh, batch_spec(leading=axis))
         return jax.make_array_from_callback(shape, sharding, part)
 
-    def put_from_whole(self, rows: Int[np.ndarray, "B T1"]) -> Any:
-        """Returns a batch as one array over all devices, where every process has all of its rows (validation)."""
+    def put_from_whole(self, rows: Int[np.ndarray, "*A B T1"], pass_axis: bool = False) -> Any:
+        """Returns a batch as one array over all devices, where every process has all of its rows.
+
+        Args:
+          rows: [rows, T+1]; with `pass_axis`, [passes, rows of a pass, ...].
+        """
         if self.mesh is None:
             return rows
-        sharding = NamedSharding(self.mesh, batch_spec())
+        sharding = NamedSharding(self.mesh, batch_spec(leading=int(pass_axis)))
         return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])

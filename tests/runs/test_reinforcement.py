@@ -137,6 +137,7 @@ def _check_refusals(source: Path, out: Path) -> None:
         pytest.param(["--out", "x", "--group", "1"], "group must be", id="group"),
         pytest.param(["--out", "x", "--reference-every", "3", "--objective.kl-weight", "0"], "kl_weight", id="kl"),
         pytest.param(["--out", "x", "--mesh.stage", "2"], "stage", id="stage"),
+        pytest.param(["--out", "x", "--processes.count", "2"], "processes.coordinator is missing", id="processes"),
         pytest.param(["--out", "x", "--max-new-tokens", "1000"], "context of 128", id="length"),
     ],
 )
