@@ -21,6 +21,7 @@ from dsv3_jax.modules.multi_token import MultiTokenModule
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import make_rotation
 from dsv3_jax.precision import Precision
+from dsv3_jax.precision.tiled_weight import TiledWeight
 
 _CachedLayer = Callable[
     [Block, Float[Array, "B T d"], Any, Int[Array, ""], Int[Array, ""]],
@@ -112,7 +113,7 @@ class CachedDecoding(nnx.Module):
         Returns:
           Hidden states, and the cache with the new entries.
         """
-        if tokens.size == 1:
+        if tokens.size == 1 and not self._is_tiled:
             return _first_of(self.decode(_twice(tokens), cache, _twice(positions)))
         rotation = make_rotation(self.config, positions)
 
@@ -146,7 +147,7 @@ class CachedDecoding(nnx.Module):
         Returns:
           Hidden states, which predict the token after `tokens`, and the cache.
         """
-        if tokens.size == 1:
+        if tokens.size == 1 and not self._is_tiled:
             hidden = jnp.repeat(hidden, 2, axis=1)
             return _first_of(self.draft(hidden, _twice(tokens), cache, _twice(positions), depth=depth))
         module = self.mtp[depth - 1]
@@ -160,9 +161,19 @@ class CachedDecoding(nnx.Module):
 
     def next_logits(self, hidden: Float[Array, "B T d"]) -> Float[Array, "B T V"]:
         """Returns the logits; on a CPU a row's are the same bits whatever the number of rows."""
-        if hidden.shape[0] * hidden.shape[1] == 1:
+        if hidden.shape[0] * hidden.shape[1] == 1 and not self._is_tiled:
             return self.head(jnp.repeat(hidden, 2, axis=1))[:, :1]
         return self.head(hidden)
+
+    def draft_logits(self, hidden: Float[Array, "B T d"]) -> Float[Array, "B T V"]:
+        """Returns the logits of the first MTP module's hidden states, by its own head if it has one."""
+        own = self.mtp[0].own_head
+        return self.next_logits(hidden) if own is None else own(hidden)
+
+    @property
+    def _is_tiled(self) -> bool:
+        """Whether products of a single row have the bits that they have among other rows."""
+        return isinstance(self.head.weight[...], TiledWeight)
 
     def _scan_cached_layers[Cache: LatentCache](
         self, layer: _CachedLayer, h: Float[Array, "B T d"], cache: Cache, *, slice_experts: bool

@@ -34,6 +34,7 @@ from dsv3_jax.inference.scheduler import Scheduler, Sequence
 from dsv3_jax.inference.scores import Scores
 from dsv3_jax.inference.stopping import StopStrings
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.modules.devices import OneDevice
 from dsv3_jax.sharding.moved_model import on_devices
 
 
@@ -103,7 +104,12 @@ class Engine:
         self._ended = 0
         self._graph, self._weights = nnx.split(self._own(model))
         slots = programs.Slots.empty(model.config, self.sizes.slots, self.drafts, model.precision.dtype)
-        self._pages, self._slots = model.devices.replicated((empty_pages(config, model, self.sizes), slots))
+        state = model.devices.replicated((empty_pages(config, model, self.sizes), slots))
+        if isinstance(model.devices, OneDevice):
+            # Bound to the device like the programs' outputs where the weights are, as those of a checkpoint: otherwise
+            # JAX would compile the first program twice, the second time when it is first needed.
+            state = jax.device_put(state, jax.tree.leaves(self._weights)[0].sharding)
+        self._pages, self._slots = state
         self._allocator = PageAllocator(self.sizes.pages, config.page_size)
         reuse = config.reuse_prefixes and self.prefill is None
         self._scheduler = Scheduler(self._allocator, self.sizes.slots, self.drafts, reuse_prefixes=reuse)
@@ -185,9 +191,9 @@ class Engine:
     def update(self, model: DeepSeekV3) -> None:
         """Replaces the weights by those of a model of the same kind, without copying or compiling anything.
 
-        The engine holds the model's own arrays (or new ones in int8): give it the new ones before its next step if they
-        are donated. Pages of finished requests are withdrawn. Running requests keep their text; it is read again with
-        the new weights.
+        The engine holds the model's own arrays, or new ones in int8 or tiles: give it the new ones before its next step
+        if they are donated. Pages of finished requests are withdrawn. Running requests keep their text; it is read
+        again with the new weights.
 
         Raises:
           ConfigError: the weights have other names, shapes or dtypes.

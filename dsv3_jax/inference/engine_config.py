@@ -35,6 +35,9 @@ class EngineConfig:
       record_experts: whether outputs say which experts each token chose. The cache keeps them for shared beginnings.
       int8_weights: whether the engine keeps the weights of products in int8, a quarter of float32's memory, and
         multiplies in int8 (`dsv3_jax.precision.int8_weight`), which is faster on a CPU.
+      tiled_weights: whether an engine of a float32 model on one CPU keeps a copy of the weights of products in tiles,
+        which decoding reads faster (`dsv3_jax.precision.tiled_weight`). Drafts are then computed with weights in int8,
+        which changes how many are accepted but not the text. Not with redundant experts.
       redundant_experts: copies of routed experts of each layer, of those that serve most tokens (section 3.4).
       requests_per_placement: finished requests after which the copies are chosen anew by the load measured since.
       sets: meshes of two sets of devices, one of which reads prompts while the other generates; None where the model's
@@ -57,6 +60,7 @@ class EngineConfig:
     reuse_prefixes: bool = True
     record_experts: bool = False
     int8_weights: bool = False
+    tiled_weights: bool = True
     redundant_experts: int = 0
     requests_per_placement: int = 100
     sets: DeviceSets | None = None

@@ -282,7 +282,7 @@ def _draft(
             at = jnp.where(active, running.position + number - 1, -1)[:, None]
             drafted = model.draft(drafted.hidden[:, -1:], drafts[-1][:, None], drafted.cache, at)
             load, text = load + drafted.load, text.with_token(drafts[-1], running.sampler.counts_tokens)
-        logits.append(adjust(model.next_logits(drafted.hidden[:, -1:])[:, 0], running.sampler, text))
+        logits.append(adjust(model.draft_logits(drafted.hidden[:, -1:])[:, 0], running.sampler, text))
         keys = draw_keys(running.sampler, running.position + number, DRAFT)
         drafts.append(choose(logits[-1], running.sampler, keys))
     return drafts, logits, drafted.cache, [load]

@@ -1,4 +1,4 @@
-"""The model as an engine computes with it: redundant experts by measured load (report section 3.4), int8 weights."""
+"""The model as an engine computes with it: redundant experts by measured load (report section 3.4), int8 or tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flax import nnx
 
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.inference.engine_config import EngineConfig
-from dsv3_jax.inference.int8_model import with_int8_weights
+from dsv3_jax.inference.product_weights import gains_from_tiles, with_int8_weights, with_tiled_weights
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.sharding.placed_experts import with_placed_experts
 from dsv3_jax.sharding.placement import place_experts
@@ -46,7 +46,7 @@ class OwnModel:
     """Returns models as one set of devices computes with them, and remembers the load that its copies were chosen by.
 
     Args:
-      config: says how many copies of experts there are, and whether weights are kept in int8.
+      config: says how many copies of experts there are, and whether weights are kept in int8 or in tiles.
     """
 
     def __init__(self, config: EngineConfig):
@@ -55,7 +55,7 @@ class OwnModel:
         self._counted: np.ndarray | int = 0  # the load at the last placement
 
     def __call__(self, model: DeepSeekV3, load: np.ndarray | None = None) -> DeepSeekV3:
-        """Returns the model with copies of experts and weights in int8, where the engine's settings ask for them.
+        """Returns the model with copies of experts, and weights in int8 or tiles, where the settings ask for them.
 
         Args:
           load: tokens that chose each expert since the engine started; None before any request.
@@ -68,7 +68,8 @@ class OwnModel:
             self._model, self._counted = model, 0 if load is None else load
             model = with_redundant_experts(model, self._config.redundant_experts, since)
         if not self._config.int8_weights:
-            return model
+            tiled = self._config.tiled_weights and not self._config.redundant_experts and gains_from_tiles(model)
+            return with_tiled_weights(model, drafts=self._config.drafts != 0) if tiled else model
         if model.precision.fp8 is not None:
             raise ConfigError("engine.int8_weights is for models of precision float32 or bfloat16, not fp8")
         return with_int8_weights(model)

@@ -11,6 +11,7 @@ from dsv3_jax.modules.devices import Devices
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision import Precision
 from dsv3_jax.precision.int8_weight import Int8Weight
+from dsv3_jax.precision.tiled_weight import TiledWeight
 from dsv3_jax.precision.weight_product import weight_product
 
 
@@ -55,11 +56,11 @@ class Head(nnx.Module):
         )
 
     def _logits(
-        self, hidden: Float[Array, "*batch d"], weight: Float[Array, "V d"] | Int8Weight
+        self, hidden: Float[Array, "*batch d"], weight: Float[Array, "V d"] | Int8Weight | TiledWeight
     ) -> Float[Array, "*batch V"]:
         dtype = self.precision.dtype
         wide = jnp.promote_types(dtype, jnp.float32)
-        if isinstance(weight, Int8Weight):
+        if isinstance(weight, Int8Weight | TiledWeight):
             return weight.product(hidden, wide)
         logits = weight_product(hidden.reshape(-1, hidden.shape[-1]), weight, dtype, wide)
         return logits.reshape(*hidden.shape[:-1], -1)

@@ -1,7 +1,8 @@
 """The routed experts on a CPU while decoding: a loop over blocks of rows that chose the same expert.
 
-Only the chosen experts' weights are read. A block always has at least two rows, because XLA's CPU backend multiplies a
-single row by another kernel that adds in another order. A row's result is then the same bits whatever the other rows.
+Only the chosen experts' weights are read. A block of plain weights has at least two rows, because XLA's CPU backend
+multiplies a single row by another kernel that adds in another order. A row's result is then the same bits whatever the
+other rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.modules.ordered_sum import ordered_sum
 
-_FEWEST_ROWS, _MOST_ROWS = 2, 64
+_MOST_ROWS = 64
 
 
 def blocks_of_experts(
@@ -23,6 +24,8 @@ def blocks_of_experts(
     gates: Float[Array, "N K"],
     experts: int,
     product: Callable[[Float[Array, "R d"], Int[Array, ""]], Float[Array, "R d"]],
+    *,
+    fewest_rows: int,
 ) -> Float[Array, "N d"]:
     """Returns sum_k gates[n, k] * product(u[n], expert_index[n, k]) of every token n, summed in at least float32.
 
@@ -30,10 +33,11 @@ def blocks_of_experts(
       expert_index: chosen experts; the largest int32 where nothing is to be computed, which needs a gate of zero.
       experts: number of experts that the tokens choose from. It decides the size of the blocks, not the result.
       product: computes one expert for a block of rows.
+      fewest_rows: of a block; a power of two.
     """
     chosen = expert_index.shape[1]
     slots = expert_index.size
-    block = _FEWEST_ROWS
+    block = fewest_rows
     while block < min(2 * slots // experts, _MOST_ROWS):
         block *= 2
 

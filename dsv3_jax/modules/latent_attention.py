@@ -129,7 +129,7 @@ class LatentAttention(nnx.Module):
         cache = cache.write(layer, positions, *self._latents(x, rotation, RMSNorm.decode))
         kv_up = rounded_weight(self.kv_b.weight[...], self.precision)
         key_up, value_up = jnp.split(kv_up, [self.config.qk_nope_head_dim], axis=1)
-        absorbed = jnp.einsum("bthn,hnr->bthr", query, key_up)
+        absorbed = _by_head(query, key_up)
         with jax.named_scope("attention_core"):
             gathered = attend_to_cache(
                 absorbed,
@@ -143,7 +143,7 @@ class LatentAttention(nnx.Module):
             )
         # Transposed, because XLA's CPU backend adds in another order for few tokens where r is last in both operands.
         value_up = lax.optimization_barrier(value_up.transpose(0, 2, 1))
-        return self.o(jnp.einsum("bthr,hrv->bthv", gathered, value_up)), cache
+        return self.o(_by_head(gathered, value_up)), cache
 
     def _queries(
         self, x: Float[Array, "B T d"], rotation: Rotation, norm: _Norm = RMSNorm.__call__
@@ -160,3 +160,9 @@ class LatentAttention(nnx.Module):
         """Returns the normed latent c^KV and the rotary key k^R, which has no norm and serves all heads (Eq. 1, 3)."""
         latent, rope = jnp.split(keep(self.kv_a(x)), [self.config.kv_lora_rank], axis=-1)
         return norm(self.kv_a_norm, latent), rotate(rope, rotation)
+
+
+def _by_head(x: Float[Array, "B T H in"], weight: Float[Array, "H in out"]) -> Float[Array, "B T H out"]:
+    """Returns each head's product; that of a single token from two equal ones, as XLA adds in another order for one."""
+    rows = jnp.repeat(x, 2, axis=1) if x.shape[0] * x.shape[1] == 1 else x
+    return jnp.einsum("bthi,hio->btho", rows, weight)[:, : x.shape[1]]

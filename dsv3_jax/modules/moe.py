@@ -33,6 +33,7 @@ from dsv3_jax.precision import (
     swiglu_linear,
 )
 from dsv3_jax.precision.keeping import keep
+from dsv3_jax.precision.tiled_weight import TiledWeight
 from pallas_kernels.device import target_platform
 
 
@@ -157,7 +158,9 @@ class Experts(nnx.Module):
                 hidden = linear(rows, gate_up[expert], self.precision).reshape(-1, 2, width)
                 return swiglu_linear(hidden, down[expert], self.precision)
 
-            return blocks_of_experts(u.astype(self.precision.dtype), index, weights, experts, product)
+            fewest = 1 if isinstance(gate_up, TiledWeight) else 2
+            u = u.astype(self.precision.dtype)
+            return blocks_of_experts(u, index, weights, experts, product, fewest_rows=fewest)
         dtype = self.precision.dtype
         rows = jnp.repeat(u, chosen, axis=0)
         hidden = linear_by_row(rows, gate_up[index.reshape(-1)], self.precision)

@@ -20,6 +20,7 @@ from dsv3_jax.modules.devices import Devices
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.keeping import keep
 from dsv3_jax.precision.split_product import split_product
+from dsv3_jax.precision.tiled_weight import TiledWeight
 from pallas_kernels.device import target_platform
 
 
@@ -87,8 +88,10 @@ class Router(nnx.Module):
             return dataclasses.replace(gates, expert_index=experts, gate=weights)
 
 
-def _logits(u: Float[Array, "B T d"], weight: Float[Array, "E d"]) -> Float[Array, "B T E"]:
+def _logits(u: Float[Array, "B T d"], weight: Float[Array, "E d"] | TiledWeight) -> Float[Array, "B T E"]:
     """Returns u_t^T e_i in float32 whatever the recipe: a bias step of 0.001 is far below bfloat16's spacing."""
+    if isinstance(weight, TiledWeight):
+        return weight.product(u, jnp.float32)
     if u.dtype == jnp.bfloat16 and target_platform() != "cpu":
         return split_product(u, weight.astype(jnp.float32))
     wide = jnp.promote_types(u.dtype, jnp.float32)

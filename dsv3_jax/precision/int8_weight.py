@@ -71,6 +71,9 @@ class Int8Weight:
 
     def product(self, x: Float[Array, "*batch in"], dtype: jax.typing.DTypeLike) -> Float[Array, "*batch out"]:
         """Returns y = W x for one matrix [out, in], with the rows of x rounded to eight bits."""
+        if x.size == x.shape[-1]:  # XLA's kernel for a single row is slow
+            twice = jnp.repeat(x.reshape(1, -1), 2, axis=0)
+            return self.product(twice, dtype)[:1].reshape(*x.shape[:-1], -1)
         rows, row_scales = _rounded(x)
         contract_last = (((x.ndim - 1,), (1,)), ((), ()))
         sums = lax.dot_general(rows, self.values, contract_last, preferred_element_type=jnp.int32)

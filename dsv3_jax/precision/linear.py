@@ -1,7 +1,7 @@
 """The linear maps of the model under a precision recipe: with one matrix or one per expert, plain or after SwiGLU.
 
 A map after SwiGLU takes the input of SwiGLU, so that a recipe can keep that in a small format and recompute the rest.
-Weights are arrays, or weights kept in a small format (`Fp8Weight`, `Int8Weight`), which get no gradient.
+Weights are arrays, or weights kept in another format (`Fp8Weight`, `Int8Weight`, `TiledWeight`), which get no gradient.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dsv3_jax.precision.int8_weight import Int8Weight
 from dsv3_jax.precision.keeping import keep
 from dsv3_jax.precision.recipe import Precision
 from dsv3_jax.precision.swiglu import swiglu
+from dsv3_jax.precision.tiled_weight import TiledWeight
 from dsv3_jax.precision.tiles import dequantize
 from dsv3_jax.precision.weight_product import weight_product
 from pallas_kernels import TILE
@@ -24,7 +25,7 @@ from pallas_kernels import TILE
 
 def linear(
     x: Float[Array, "*batch in"],
-    weight: Float[Array, "out in"] | Fp8Weight | Int8Weight,
+    weight: Float[Array, "out in"] | Fp8Weight | Int8Weight | TiledWeight,
     precision: Precision,
     *,
     after_attention: bool = False,
@@ -35,7 +36,7 @@ def linear(
       after_attention: x is the attention's output, which recipes keep for the backward pass in a format of its own.
     """
     dtype = precision.dtype
-    if isinstance(weight, Int8Weight):
+    if isinstance(weight, Int8Weight | TiledWeight):
         return weight.product(x, dtype)
     if precision.fp8 is not None:
         role = Role(after_attention=after_attention)

@@ -1,4 +1,4 @@
-"""Runs this project's side of vs_transformers.py and answers the same requests as transformers_side.py.
+"""Runs this project's side of vs_transformers.py and serving.py, and answers the same requests as transformers_side.py.
 
 It also answers `startup`: the seconds that tracing, lowering and compiling the training step take; and `rates`: the
 operations per second of a large product in each dtype, and the bytes per second of a copy.
@@ -17,16 +17,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import lax
 
-from dsv3_jax import DeepSeekV3, ModelConfig, Precision, default_run, generate
-from dsv3_jax.inference import GREEDY
+from dsv3_jax import DeepSeekV3, ModelConfig, Precision, default_run, generate, load_checkpoint
+from dsv3_jax.inference import GREEDY, Engine, EngineConfig, Request
 from dsv3_jax.runs.checkpoints import abstract_state, make_model
 from dsv3_jax.training.config import TrainingConfig
 from dsv3_jax.training.losses import cross_entropies
 from dsv3_jax.training.step import StepSettings, make_train_step
+
+_LINES = (
+    "def read(path):\n    with open(path) as file:\n",
+    "class Queue:\n    def __init__(self, maxsize=0):\n",
+    "import os\nimport sys\n\n\ndef main():\n",
+    "    if not isinstance(value, str):\n        raise TypeError(",
+)
 
 
 def random_ids(vocab_size: int, batch: int, length: int) -> jax.Array:
@@ -98,7 +106,43 @@ def decoding(request: dict[str, Any]) -> Callable[[], float]:
     return lambda: float(generate(model, ids, request["new_tokens"], GREEDY)[:, ids.shape[1] :].sum())
 
 
-TASKS = {"train": training_step, "prefill": prefill, "decode": decoding}
+def serving(request: dict[str, Any]) -> Callable[[], list[float]]:
+    """Returns a function that gives an engine all requests at once.
+
+    It returns the mean and the largest seconds to the first tokens of a request, and the share of drafts accepted.
+    The model is a run's, if the request names one; prompts are then the beginnings of a Python file's lines.
+    """
+    if request.get("run"):
+        model, tokenizer, _ = load_checkpoint(request["run"])
+        ids = [tokenizer.encode(text) for text in _LINES]
+    else:
+        config = ModelConfig.from_dict(request["config"])
+        model = build_model(config, request["dtype"])
+        ids = np.asarray(random_ids(config.vocab_size, len(request["prompts"]), max(request["prompts"]))).tolist()
+    sizes = {"context": request["context"], "top_logprobs": 0, "compile_at_start": False}
+    engine = Engine(model, EngineConfig(**sizes, reuse_prefixes=False, **request["engine"]))
+    requests = [
+        Request(prompt=tuple(row[:length]), max_new_tokens=new, sampler=GREEDY)
+        for row, length, new in zip(ids, request["prompts"], request["new_tokens"], strict=True)
+    ]
+
+    def run() -> list[float]:
+        start = time.perf_counter()
+        first: dict[int, float] = {}
+        drafted, accepted = (sum(counts) for counts in (engine.statistics.drafted, engine.statistics.accepted))
+        for each in requests:
+            engine.submit(each)
+        while engine.has_work:
+            for output in engine.step():
+                first.setdefault(output.request_id, time.perf_counter() - start)
+        drafted = sum(engine.statistics.drafted) - drafted
+        accepted = sum(engine.statistics.accepted) - accepted
+        return [sum(first.values()) / len(first), max(first.values()), accepted / max(drafted, 1)]
+
+    return run
+
+
+TASKS = {"train": training_step, "prefill": prefill, "decode": decoding, "serve": serving}
 
 
 def startup(request: dict[str, Any]) -> dict[str, float]:
@@ -135,10 +179,10 @@ def rates() -> dict[str, float]:
 def least_seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
     """Returns the shortest of ten runs, after one that compiles."""
     jax.block_until_ready(function(x))
-    return min(timed(lambda: jax.block_until_ready(function(x)), 10))
+    return min(timed(lambda: jax.block_until_ready(function(x)), 10)["seconds"])
 
 
-def prepare(request: dict[str, Any]) -> tuple[Callable[[], float], float]:
+def prepare(request: dict[str, Any]) -> tuple[Callable[[], Any], float]:
     """Returns the step of a task, after two runs that compile it and warm it up, and the seconds of the first."""
     start = time.perf_counter()
     step = TASKS[request["task"]](request)
@@ -148,14 +192,14 @@ def prepare(request: dict[str, Any]) -> tuple[Callable[[], float], float]:
     return step, seconds
 
 
-def timed(step: Callable[[], Any], repeats: int) -> list[float]:
-    """Returns the seconds of each of `repeats` runs."""
-    seconds = []
+def timed(step: Callable[[], Any], repeats: int) -> dict[str, list[Any]]:
+    """Returns the seconds of each of `repeats` runs, and what each returned."""
+    seconds, values = [], []
     for _ in range(repeats):
         start = time.perf_counter()
-        step()
+        values.append(step())
         seconds.append(time.perf_counter() - start)
-    return seconds
+    return {"seconds": seconds, "values": values}
 
 
 def main() -> None:
@@ -163,7 +207,7 @@ def main() -> None:
     # Libraries may print to stdout, so the answers go to a private copy of it.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    steps: dict[str, Callable[[], float]] = {}
+    steps: dict[str, Callable[[], Any]] = {}
     for line in sys.stdin:
         request = json.loads(line)
         if request["do"] == "versions":
@@ -177,7 +221,7 @@ def main() -> None:
             steps[request["name"]], seconds = prepare(request)
             answer = {"seconds": seconds}
         elif request["do"] == "round":
-            answer = {"seconds": timed(steps[request["name"]], request["repeats"])}
+            answer = timed(steps[request["name"]], request["repeats"])
         else:
             steps.clear()
             answer = {}

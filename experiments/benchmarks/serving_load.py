@@ -63,13 +63,13 @@ class Account:
     Attributes:
       statuses: number of requests by kind and HTTP status, or "left".
       wrong: requests that were not answered, or not as they should have been, in words.
-      first_token: seconds until the first event of each stream.
+      first_token: of each stream, seconds until its first event, and when it was sent.
       memory: bytes that the server held, at intervals.
     """
 
     statuses: Counter[tuple[str, str]] = dataclasses.field(default_factory=Counter)
     wrong: list[str] = dataclasses.field(default_factory=list)
-    first_token: list[float] = dataclasses.field(default_factory=list)
+    first_token: list[tuple[float, float]] = dataclasses.field(default_factory=list)
     memory: list[int] = dataclasses.field(default_factory=list)
 
     @property
@@ -172,7 +172,7 @@ class Load:
             if not line.startswith(b"data: "):
                 continue
             if not last:
-                self.account.first_token.append(time.monotonic() - began)
+                self.account.first_token.append((time.monotonic() - began, began))
             last = line.strip()
             if patience is not None and (patience := patience - 1) == 0:
                 return "left", ""
@@ -228,10 +228,13 @@ def _resident(process: int) -> int:
     return 0
 
 
-def _report(account: Account, metrics: dict[str, float], seconds: float, at_a_time: int) -> dict[str, Any]:
-    """Returns the figures."""
+def _report(
+    account: Account, metrics: dict[str, float], began: float, seconds: float, at_a_time: int
+) -> dict[str, Any]:
+    """Returns the figures of a test that began at that time and took so many seconds."""
     settled_memory = account.memory[len(account.memory) // 4 :]  # after the allocator's pools have filled
-    ordered = sorted(account.first_token) or [0.0]
+    waits = sorted(account.first_token) or [(0.0, began)]
+    ordered = [wait for wait, _ in waits]
     return {
         "device": jax.devices()[0].device_kind,
         "cores": os.cpu_count(),
@@ -244,6 +247,8 @@ def _report(account: Account, metrics: dict[str, float], seconds: float, at_a_ti
         "tokens_per_second": round(metrics["dsv3_written_tokens_total"] / seconds, 1),
         "first_event_median_seconds": round(statistics.median(ordered), 3),
         "first_event_99_percent_seconds": round(ordered[int(0.99 * (len(ordered) - 1))], 3),
+        "first_event_slowest_seconds": round(ordered[-1], 3),
+        "first_event_slowest_sent_at_seconds": round(waits[-1][1] - began, 1),
         "wrong_answers": account.wrong,
         "pages": metrics["dsv3_pages"],
         "pages_held_at_the_end": metrics["dsv3_pages"] - metrics["dsv3_pages_free"],
@@ -278,7 +283,7 @@ def main() -> int:
             metrics = asyncio.run(settled(port))
         finally:
             server.terminate()
-    report = _report(account, metrics, seconds, options.at_a_time)
+    report = _report(account, metrics, began, seconds, options.at_a_time)
     print(json.dumps(report, indent=1))
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

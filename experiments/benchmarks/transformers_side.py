@@ -1,8 +1,9 @@
-"""Runs the PyTorch side of vs_transformers.py: reads requests as JSON lines and answers each with one JSON line.
+"""Runs the PyTorch side of vs_transformers.py and serving.py: answers requests, both as JSON lines.
 
 It needs torch and transformers but nothing of this project. A request is {"do": NAME, ...}: `versions` answers the
 library versions, `prepare` builds and compiles a model and answers the seconds of its first run, `round` runs it
-several times and answers the seconds of each run, and `forget` drops all models.
+several times and answers the seconds of each run, `continuous` answers what is wrong with continuous batching, and
+`forget` drops all models.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache, GenerationConfig
 
 
 def build_model(config: dict[str, Any], dtype: str) -> DeepseekV3ForCausalLM:
@@ -80,7 +81,45 @@ def decoding(request: dict[str, Any]) -> Callable[[], float]:
     return step
 
 
-TASKS = {"train": training_step, "prefill": prefill, "decode": decoding}
+def serving(request: dict[str, Any]) -> Callable[[], float]:
+    """Returns a function that calls `generate` on batches of requests, in order, with prompts padded on the left.
+
+    A batch runs until its longest request ends.
+    """
+    model = build_model(request["config"], request["dtype"]).eval()
+    ids = random_ids(request["config"]["vocab_size"], len(request["prompts"]), max(request["prompts"]))
+    batches = []
+    for start in range(0, len(request["prompts"]), request["batch"]):
+        lengths = request["prompts"][start : start + request["batch"]]
+        width = max(lengths)
+        tokens, mask = torch.zeros(len(lengths), width, dtype=torch.long), torch.zeros(len(lengths), width)
+        for row, length in enumerate(lengths):
+            tokens[row, width - length :] = ids[start + row, :length]
+            mask[row, width - length :] = 1
+        batches.append((tokens, mask, max(request["new_tokens"][start : start + request["batch"]])))
+
+    @torch.inference_mode()
+    def run() -> float:
+        for tokens, mask, new in batches:
+            options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+            model.generate(tokens, attention_mask=mask, **options)
+        return 0.0
+
+    return run
+
+
+def continuous(request: dict[str, Any]) -> str:
+    """Returns what is wrong when the library's continuous batching serves a short prompt; nothing if it can."""
+    model = build_model(request["config"], request["dtype"]).eval()
+    settings = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    try:
+        answers = model.generate_batch([[1, 2, 3]], generation_config=settings, progress_bar=False)
+    except Exception as error:  # whatever it is, it is the answer
+        return f"{type(error).__name__}: {error}"
+    return next((str(each.error) for each in answers.values() if not each.generated_tokens), "")
+
+
+TASKS = {"train": training_step, "prefill": prefill, "decode": decoding, "serve": serving}
 
 
 def prepare(request: dict[str, Any]) -> tuple[Callable[[], float], float]:
@@ -120,6 +159,8 @@ def main() -> None:
             answer = {"seconds": seconds}
         elif request["do"] == "round":
             answer = {"seconds": timed(steps[request["name"]], request["repeats"])}
+        elif request["do"] == "continuous":
+            answer = {"error": continuous(request)}
         else:
             steps.clear()
             answer = {}

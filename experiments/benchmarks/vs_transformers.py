@@ -94,10 +94,12 @@ def race(contenders: dict[str, Contender], rounds: int, repeats: int) -> dict[st
         for name, contender in contenders.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    values: dict[str, list[Any]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
             answer = contender.worker.ask(do="round", name=name, repeats=repeats)
             seconds[name].append(statistics.median(answer["seconds"]))
+            values[name] += answer.get("values", [])
     for contender in contenders.values():
         contender.worker.ask(do="forget")
     first = next(iter(contenders))
@@ -107,6 +109,7 @@ def race(contenders: dict[str, Contender], rounds: int, repeats: int) -> dict[st
             "round_seconds": seconds[name],
             "seconds": statistics.median(seconds[name]),
             "times_first": statistics.median(a / b for a, b in zip(seconds[name], seconds[first], strict=True)),
+            "values": values[name],
         }
         for name in contenders
     }

@@ -119,6 +119,12 @@ def test_experts_are_those_of_the_expanded_model(engine: Engine, model: DeepSeek
         np.testing.assert_array_equal(got, want)
 
 
+def test_an_engine_without_tiles_holds_the_arrays_of_the_model(model: DeepSeekV3) -> None:
+    engine = Engine(model, EngineConfig(tiled_weights=False, compile_at_start=False, **SHAPES))
+    leaves = zip(jax.tree.leaves(engine._weights), jax.tree.leaves(nnx.state(model)), strict=True)
+    assert all(a is b for a, b in leaves)
+
+
 def test_new_weights_replace_the_old_ones_without_compiling(engine: Engine, model: DeepSeekV3, plain) -> None:
     """The text from then on is that of an engine of the new weights, also where a request began with the old ones."""
     other = small_model(model.config, 4)
@@ -127,8 +133,6 @@ def test_new_weights_replace_the_old_ones_without_compiling(engine: Engine, mode
     engine.run(wanted)
     engine.update(other)
     assert engine.free_pages == engine._allocator.count
-    mine, own = (jax.tree.leaves(weights) for weights in (engine._weights, nnx.state(other)))
-    assert all(a is b for a, b in zip(mine, own, strict=True))
     new = engine.run(wanted)
     assert [result.tokens for result in new] != plain
     number = engine.submit(wanted[3])
@@ -248,6 +252,16 @@ def test_nothing_is_compiled_after_the_start(engine: Engine) -> None:
     results = engine.run(wanted)
     assert not compiled
     assert all(len(result.tokens) == request.max_new_tokens for request, result in zip(wanted, results, strict=True))
+
+
+def test_nothing_is_compiled_later_for_weights_that_are_bound_to_a_device(model: DeepSeekV3) -> None:
+    """A checkpoint's weights are; the first program must not be compiled again when the first request comes."""
+    graph, state = nnx.split(model)
+    bound = nnx.merge(graph, jax.device_put(state, jax.devices()[0]))
+    engine = Engine(bound, EngineConfig(max_sequences=1, drafts=0, **SHAPES))
+    compiled = compilations()
+    engine.run([Request(prompt=(1, 2, 3), max_new_tokens=4)])
+    assert not compiled
 
 
 def test_an_fp8_cache_gives_nearly_the_same_log_probabilities(model: DeepSeekV3) -> None:

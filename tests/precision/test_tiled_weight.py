@@ -1,0 +1,46 @@
+"""Checks products with weights in tiles: their values, and that a row's bits do not depend on the other rows."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv3_jax.precision.tiled_weight import TiledWeight
+
+SHAPES = [((12,), (8,)), ((2, 64), (32,)), ((80,), (4, 16)), ((5, 30), (512,)), ((64,), (600,)), ((130,), (1100,))]
+multiply = jax.jit(lambda weight, x: weight.product(x, jnp.float32))
+
+
+def factors(out: tuple[int, ...], inputs: tuple[int, ...], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    return (random.standard_normal(shape).astype(np.float32) for shape in ((*out, *inputs), (rows, np.prod(inputs))))
+
+
+@pytest.mark.parametrize(("out", "inputs"), SHAPES)
+def test_a_row_gets_the_right_product_and_the_same_bits_in_every_batch(out, inputs) -> None:
+    w, x = factors(out, inputs, 70)
+    weight = TiledWeight.of(jnp.asarray(w), len(inputs))
+    assert weight.shape == w.shape
+    together = np.asarray(multiply(weight, x))
+    wide = x.astype(np.float64) @ w.reshape(-1, x.shape[1]).T.astype(np.float64)
+    np.testing.assert_allclose(together, wide, atol=2e-6 * x.shape[1])
+    for start, rows in ((0, 1), (69, 1), (3, 2), (5, 17), (6, 64)):
+        alone = np.asarray(multiply(weight, x[start : start + rows]))
+        np.testing.assert_array_equal(alone, together[start : start + rows])
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(2, 5), st.integers(1, 9))
+def test_stacks_are_selected_and_reshaped_as_arrays_are(layers: int, experts: int, width: int, inputs: int) -> None:
+    w = np.random.default_rng(0).standard_normal((layers, experts, 2, width, inputs)).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((3, inputs)).astype(np.float32)
+    flat = TiledWeight.of(jnp.asarray(w), 1, 2).reshape(-1, 2 * width, inputs)
+    assert flat.shape == (layers * experts, 2 * width, inputs)
+    want = x.astype(np.float64) @ w.reshape(*flat.shape)[-1].T.astype(np.float64)
+    np.testing.assert_allclose(
+        np.asarray(flat[layers * experts - 1].product(jnp.asarray(x), jnp.float32)), want, atol=1e-5
+    )
