@@ -150,7 +150,7 @@ def read_chunk(
 @jax.jit
 def experts_of(experts: Int[Array, "P page layers K"], table: Int[Array, " N"]) -> Int[Array, "positions layers K"]:
     """Returns the experts recorded for every position of one sequence; those without a page are meaningless."""
-    return experts.at[table].get(mode="clip").reshape(-1, *experts.shape[2:])
+    return experts.at[table].get(mode="clip").reshape(table.shape[0] * experts.shape[1], *experts.shape[2:])
 
 
 @functools.partial(jax.jit, donate_argnames=("slots",))

@@ -13,7 +13,8 @@ def on_devices(model: DeepSeekV3, devices: Devices) -> DeepSeekV3:
     """Returns the model with a copy of its weights on other devices, or the model itself if it is there already."""
     if model.devices == devices:
         return model
-    moved = abstract_model(model.config, precision=model.precision, devices=devices, remat=model.remat)
+    options = {"precision": model.precision, "remat": model.remat, "attention": model.attention}
+    moved = abstract_model(model.config, devices=devices, **options)
     state = nnx.state(model)
     nnx.update(moved, jax.device_put(state, devices.shardings(state)))
     return moved
