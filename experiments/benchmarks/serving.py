@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vs_transformers import HERE, Contender, Worker, processor, published, race
+from vs_transformers import HERE, Contender, Worker, published, race
 
 from dsv3_jax import ModelConfig
+from dsv3_jax.operating_system import processor_name
 
 REQUESTS, SLOTS, CONTEXT, STEPS = 64, 16, 256, 16
 REPORTED_ACCEPTANCE = 0.85  # of the second token, section 5.4.3 of the report: 85 % to 90 %
@@ -193,7 +194,11 @@ def main() -> None:
     ours = Worker(sys.executable, "jax_side.py", options.threads)
     theirs = Worker(options.oracle_python, "transformers_side.py", options.threads)
     try:
-        about = {"cpu": processor(), "copied_bytes_per_second": copied, "note": options.note and options.note + " "}
+        about = {
+            "cpu": processor_name(),
+            "copied_bytes_per_second": copied,
+            "note": options.note and options.note + " ",
+        }
         about |= {name: getattr(options, name) for name in ("threads", "dtype", "rounds")}
         report: dict[str, Any] = {"about": about | ours.ask(do="versions") | theirs.ask(do="versions")}
         smallest = published(ModelConfig.preset("tiny", num_nextn_predict_layers=0))
