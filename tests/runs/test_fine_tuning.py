@@ -166,6 +166,6 @@ def test_a_teacher_with_another_tokenizer_is_refused(tuned, uninterrupted: Path,
     folder, command = tuned
     other = shutil.copytree(folder, tmp_path / "teacher")
     text = (other / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8")
-    (other / "tokenizer" / "tokenizer.json").write_text(text.replace("<｜User｜>", "<｜Human｜>"), encoding="utf-8")
+    (other / "tokenizer" / "tokenizer.json").write_text(text.replace("User", "Human"), encoding="utf-8")
     with pytest.raises(UserError, match="another tokenizer"):
         main([*command[:5], str(tmp_path / "new"), *command[6:], "--teacher.run", str(other)])
