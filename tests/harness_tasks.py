@@ -25,7 +25,7 @@ TASKS = {
     },
     "own_generation": {
         "output_type": "generate_until",
-        "doc_to_text": "{{question}}",
+        "doc_to_text": "say {{question}}",  # the harness's own backend cannot start from nothing
         "doc_to_target": "{{choices[0]}}",
         "generation_kwargs": {"until": ["\n", "e"], "max_gen_toks": 12, "do_sample": False},
         "metric_list": [{"metric": "exact_match"}],

@@ -30,12 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(byte_tokenizer())
     config = json.loads((GOLDEN / "config.json").read_text())
     missing = tokenizer.vocab_size - config["vocab_size"]
-    random = np.random.default_rng(0)
     tensors = load_file(GOLDEN / "model.safetensors")
-    for name, value in tensors.items():
-        if value.shape[0] == config["vocab_size"] and ("embed_tokens" in name or "head" in name):
-            rows = random.normal(0, value.std(), (missing, value.shape[1])).astype(value.dtype)
-            tensors[name] = np.concatenate([value, rows])
+    for seed, part in enumerate(("embed_tokens", "head.weight")):  # the MTP layer has copies of both
+        for name, value in tensors.items():
+            if part in name and value.shape[0] == config["vocab_size"]:
+                rows = np.random.default_rng(seed).normal(0, value.std(), (missing, value.shape[1]))
+                tensors[name] = np.concatenate([value, rows.astype(value.dtype)])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     end = tokenizer.to_bytes([tokenizer.eos_id]).decode()
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": tokenizer.vocab_size}))
