@@ -241,8 +241,8 @@ def _run_rank(
     )
     moe = stacked(0, graphs[MOE], weights[MOE], moe_rest)
     dense = stacked(1, graphs[DENSE], weights[DENSE], rests[DENSE]) if DENSE in graphs else None
-    of_dense = () if dense is None else (dense.passes.types, dense.count)
-    slot_layout = SlotLayout.of(moe.passes.types, layers, *of_dense)
+    types, count = ((), 0) if dense is None else (dense.passes.types, dense.count)
+    slot_layout = SlotLayout.of(moe.passes.types, layers, types, count)
     gradients = stage_weights.keep_automatic(stage_weights.zero_gradients(weights, params), layouts, mesh)
     carry = StageCarry(
         kept=slot_layout.buffers(table.slots.kept),

@@ -75,7 +75,7 @@ def working_formats(model: DeepSeekV3, mesh: Mesh | AbstractMesh) -> dict[Path, 
     Where FSDP shards the weights of a stage there are none, because it sums gradients in the dtype of a shard. Where a
     tensor axis does, none are in FP8, because ranks would share blocks.
     """
-    found: dict[Path, Format] = {}
+    found: dict[Any, Format] = {}
     if mesh.shape["fsdp"] > 1:
         return found
     for path, module in nnx.iter_modules(model):

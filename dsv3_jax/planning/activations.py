@@ -11,6 +11,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Literal
 
 from dsv3_jax.model import MOST_UNROLLED_LAYERS
 from dsv3_jax.pipeline.facts import schedule_facts
@@ -36,6 +37,9 @@ _FLOAT32 = 4  # bytes
 _LOSS_COPIES = 3  # of the vocabulary's logits: logits, their exponentials and their gradient
 LAYERS: tuple[LayerKind, ...] = ("dense", "moe", "mtp")
 """Kinds of layers that have a transformer block."""
+
+StackKind = Literal["dense", "moe"]
+"""A kind of layer of which stages have a stack."""
 
 _BLOCKS_OF: dict[LayerKind, tuple[BlockKind, ...]] = {
     "dense": ("dense",),
@@ -97,30 +101,25 @@ def _with_stages(config: PlanConfig) -> ActivationMemory:
     """Returns the activations of a stage, which keeps the residuals of its layers in slots (`pipeline.residuals`)."""
     facts = schedule_facts(config.schedule, config.mesh.stage, config.passes)
     dense, moe = config.model.num_dense_layers, max(moe_layers_of_stages(config.model, config.mesh.stage))
+    counts: dict[StackKind, int] = {"dense": dense, "moe": moe}
     slot = _slot_bytes(config)
     received = (facts.activations + facts.gradients) * config.hidden_bytes
     return ActivationMemory(
         kept={f"kept in {dtype}": facts.kept * size for dtype, size in slot.items()}
         | {"received from other stages": received},
-        kept_per_layer={
-            kind: sum(_slot_bytes(config, kind).values()) for kind in (("dense", "moe") if dense else ("moe",))
-        },
+        kept_per_layer={kind: sum(_slot_bytes(config, kind).values()) for kind, count in counts.items() if count},
         micro_batches=facts.kept,
-        recomputed=max(
-            _layer_backward(config, kind, count) for kind, count in (("moe", moe), ("dense", dense)) if count
-        ),
+        recomputed=max(_layer_backward(config, kind, count) for kind, count in counts.items() if count),
         loss=_last_stage(config),
     )
 
 
 def _slot_bytes(config: PlanConfig, kind: BlockKind | None = None) -> dict[str, float]:
     """Returns the bytes of a slot for one micro-batch by dtype; with `kind`, of what one layer takes of it."""
+    blocks: tuple[BlockKind, ...] = ("moe", "dense") if config.model.num_dense_layers else ("moe",)
 
     def of_ranks(tensor: int) -> Counter[str]:
-        types = {
-            block: residuals_of_block(_shape(config, block, tensor), config.rematerialisation)
-            for block in ("moe", *["dense"] * (config.model.num_dense_layers > 0))
-        }
+        types = {block: residuals_of_block(_shape(config, block, tensor), config.rematerialisation) for block in blocks}
         layers = moe_layers_of_stages(config.model, config.mesh.stage)
         layout = SlotLayout.of(types["moe"], layers, types.get("dense", ()), config.model.num_dense_layers)
         if kind is not None:
@@ -132,7 +131,7 @@ def _slot_bytes(config: PlanConfig, kind: BlockKind | None = None) -> dict[str, 
     return {dtype: _of_rank(config, size, two[dtype]) for dtype, size in one.items()}
 
 
-def _layer_backward(config: PlanConfig, kind: BlockKind, layers: int) -> float:
+def _layer_backward(config: PlanConfig, kind: StackKind, layers: int) -> float:
     """Returns the bytes of one layer's backward pass, with its sliced weights and gradients before they are added."""
     weights = sum(w.in_step * (w.working + w.itemsize) for w in weights_of(config) if w.kind == kind)
     weights /= layers * (stages_per_rank(config) if kind == "moe" else 1)

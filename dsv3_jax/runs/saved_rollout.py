@@ -48,7 +48,9 @@ def read_rollout(folder: Path) -> Rollout | None:
 def rollout_to_bytes(rollout: Rollout) -> bytes:
     """Returns a rollout as bytes, which `rollout_from_bytes` reads."""
     text, experts = _parts(rollout)
-    arrays = {"text": np.frombuffer(text.encode(), np.uint8)} | ({} if experts is None else {"experts": experts})
+    arrays: dict[str, Any] = {"text": np.frombuffer(text.encode(), np.uint8)} | (
+        {} if experts is None else {"experts": experts}
+    )
     file = io.BytesIO()
     np.savez(file, **arrays)
     return file.getvalue()

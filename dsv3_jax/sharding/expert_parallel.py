@@ -57,8 +57,8 @@ class ExpertExchange:
         self,
         u: Float[Array, "N d"],
         gates: pallas_kernels.Gates,
-        gate_up: Float[Array, "E 2 I d"],
-        down: Float[Array, "E d I"],
+        gate_up: Float[Array, "E 2 I d"] | Fp8Weight,
+        down: Float[Array, "E d I"] | Fp8Weight,
         product: ExpertProduct,
     ) -> Float[Array, "N d"]:
         """Returns sum_i g_i E_i(u) of every token; tokens are sharded over the batch axes."""
@@ -95,7 +95,7 @@ class ExpertExchange:
         return self.mesh.devices.flat[0].platform != "cpu"
 
     def _on_a_rank(
-        self, product: ExpertProduct, u: Array, expert_index: Array, gate: Array, gate_up: Array, down: Array
+        self, product: ExpertProduct, u: Array, expert_index: Array, gate: Array, gate_up: Any, down: Any
     ) -> Float[Array, "n d"]:
         """Applies the experts to this rank's tokens, in pieces; weights are all-gathered once for all of them."""
         gate_up, down = self._gathered(gate_up, self._gate_up_axes), self._gathered(down, self._down_axes)
@@ -103,7 +103,7 @@ class ExpertExchange:
         halves = 2 if self.overlap and u.shape[0] % 2 == 0 else 1
         pieces = self._pieces(u.shape[0] // halves, expert_index.shape[1], gate_up.shape[0])
 
-        def one(u: Array, expert_index: Array, gate: Array, gate_up: Array, down: Array) -> Array:
+        def one(u: Array, expert_index: Array, gate: Array, gate_up: Any, down: Any) -> Array:
             experts = functools.partial(product, gate_up=gate_up, down=down)
             out = over_hops(self.hops, u, expert_index + 1, gate, gate_up.shape[0], experts)
             return lax.psum(out, "tensor") if width_is_sharded else out

@@ -9,6 +9,7 @@ products, and because it would all-reduce whole gradients before each rank takes
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from dsv3_jax.modules.parameter import ParameterShape
+from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.sharding.fsdp_gather import gather_over_fsdp
 from dsv3_jax.sharding.ranks import on_every_rank
 from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, weight_axes
@@ -25,9 +27,9 @@ _FSDP, _TENSOR = "fsdp", "tensor"
 
 def multiply_on_ranks(
     mesh: Mesh,
-    product: Callable[[Array, Array], Array],
+    product: Callable[[Array, Any], Array],
     x: Float[Array, "..."],
-    weight: Float[Array, "..."],
+    weight: Float[Array, "..."] | Fp8Weight,
     shape: ParameterShape,
     *,
     batch_axes: int,
@@ -41,7 +43,7 @@ def multiply_on_ranks(
     out, inputs = kept[: weight.ndim - in_axes], kept[weight.ndim - in_axes :]
     batch = (BATCH_AXES, *[None] * (batch_axes - 1))
 
-    def on_a_rank(x: Array, weight: Array) -> Array:
+    def on_a_rank(x: Array, weight: Any) -> Array:
         if gathered is not None:
             weight = gather_over_fsdp(weight, gathered, gather_dtype, in_axes=in_axes)
         y = product(x, weight)
