@@ -227,11 +227,15 @@ def zero_gradients(weights: Tree, masters: Tree) -> Tree:
 
 
 def with_gradients(weights: Tree) -> Tree:
-    """Returns the weights; those in FP8 have an array that gets their gradient (`Fp8Weight.gradient`)."""
+    """Returns the weights in a form whose gradients are at least float32, as those of masters are.
+
+    Those in FP8 have an array that gets their gradient (`Fp8Weight.gradient`). Others are converted to float32, which
+    the compiler leaves out before a product that rounds them again.
+    """
 
     def one(weight: Array | Fp8Weight) -> Array | Fp8Weight:
         if not isinstance(weight, Fp8Weight):
-            return weight
+            return weight.astype(jnp.promote_types(weight.dtype, jnp.float32))
         return dataclasses.replace(weight, gradient=jnp.zeros(weight.values.shape, jnp.float32))
 
     return jax.tree.map(one, weights, is_leaf=functools.partial(_is_a, Fp8Weight))
