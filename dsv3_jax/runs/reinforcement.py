@@ -187,6 +187,7 @@ class _Run:
             chunk_rows=min(8, rows),
             drafts=0,
             top_logprobs=1,
+            tiled_weights=False,  # a copy, which every update would make anew
             record_experts=self.settings.replay_experts and self.config.model.num_moe_layers > 0,
         )
         return Engine(self.updates.model(self.state), engine_config)
