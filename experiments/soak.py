@@ -2,8 +2,8 @@
 
 Promised is: nothing saved is lost, a resumed run ends bit for bit as one that was never interrupted, no damaged file is
 used, and whatever is wrong is answered by one line and an exit code within the time that was set. Trials are drawn from
-a seed, so that a failure can be repeated; the kinds of trial can be chosen by giving the others a count of 0. A call
-with the same seed adds to the figures of the one before, or replaces them.
+a seed, so that a failure can be repeated; the kinds of trial can be chosen by giving the others a count of 0. Figures
+are written after every trial, and a call with the same seed goes on from those: trials that were made are not repeated.
 
     python experiments/soak.py                           hours: the counts that the project promises
     python experiments/soak.py --kills 20 --damages 60 --folders 60 --faults 2 --disks 6 --signals 6
@@ -230,7 +230,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def earlier_results(file: Path, seed: int) -> dict[str, dict[str, Any]]:
-    """Returns the figures of other kinds of trial that an earlier call with the same seed wrote to a file."""
+    """Returns the figures that an earlier call with the same seed wrote to a file."""
     if not file.exists():
         return {}
     earlier = json.loads(file.read_text())
@@ -256,18 +256,19 @@ def main() -> None:
     found = earlier_results(options.out, options.seed)
 
     def trials(name: str, count: int, trial: Callable[[Bench], str], jobs: int = options.jobs) -> None:
-        began, failures = time.monotonic(), []
-        benches = [Bench(bench.folder, random.Random(f"{options.seed} {name} {number}")) for number in range(count)]
+        done = found.get(name, {"trials": 0, "failures": []})
+        began, left = time.monotonic(), range(done["trials"], count)
+        benches = [Bench(bench.folder, random.Random(f"{options.seed} {name} {number}")) for number in left]
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             # Trials inside this process have it for themselves: they set its alarm and its standard output.
-            for number, wrong in enumerate(pool.map(trial, benches) if jobs > 1 else map(trial, benches)):
+            for number, wrong in zip(left, pool.map(trial, benches) if jobs > 1 else map(trial, benches), strict=True):
                 if wrong:
-                    failures.append(wrong)
                     print(f"{name}, trial {number}: {wrong}", flush=True)
-        if count:
-            found[name] = {"trials": count, "failures": failures}
-            print(f"{name}: {len(failures)} of {count} failed, {time.monotonic() - began:.0f} s", flush=True)
-            options.out.write_text(json.dumps({"seed": options.seed, "found": found}, indent=1) + "\n")
+                done = {"trials": number + 1, "failures": [*done["failures"], *([wrong] if wrong else [])]}
+                found[name] = done
+                options.out.write_text(json.dumps({"seed": options.seed, "found": found}, indent=1) + "\n")
+        if left:
+            print(f"{name}: {len(done['failures'])} of {count} failed, {time.monotonic() - began:.0f} s", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         bench = Bench(Path(folder), random.Random(options.seed))
