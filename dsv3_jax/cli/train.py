@@ -51,7 +51,7 @@ class TrainOptions:
       steps: number of optimizer steps, the same as --training.steps.
       tracker: tensorboard, wandb, trackio or none, the same as --training.tracker.
       precision: float32, bfloat16, fp8 (report section 3.3; single choices can be changed: "fp8,promotion=false") or
-        auto (bfloat16 where the device computes fast in it, float32 elsewhere).
+        auto (bfloat16 where the device computes fast in it, float32 elsewhere: a new run finds out and keeps it).
       init_from: folder of a run or of a published checkpoint, whose weights and architecture a new run starts from, at
         step 0 with a new optimizer.
       continue_from: folder of a run that a new run goes on from, with its optimizer and schedules, at its step; --steps

@@ -25,7 +25,12 @@ _ROWS, _REPEATS = 1024, 7
 
 
 class Choice(NamedTuple):
-    """A recipe's name, and the reason for it in words."""
+    """The recipe that `auto` stands for.
+
+    Attributes:
+      name: the recipe's name.
+      reason: why this one, in words for the user.
+    """
 
     name: str
     reason: str

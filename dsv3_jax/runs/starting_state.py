@@ -13,7 +13,7 @@ from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import Devices
 from dsv3_jax.runs.checkpoints import abstract_state, make_model
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.state import Skeleton, TrainState, new_state
+from dsv3_jax.training.state import Skeleton, TrainState, new_state, split_model
 from dsv3_jax.training.state_layout import StateLayout
 
 
@@ -35,7 +35,10 @@ def starting_state(
     """
     make = functools.partial(distributed_model, config, layout)
     if initial is None and layout.mesh is None:
-        return new_state(make(), config)
+        skeleton, params, _ = split_model(make())
+        # One program makes the optimizer's state and the average. Outside it there would be one for every shape.
+        state = jax.jit(_new_state_without(config, skeleton.graph, "params"))(params, skeleton.rest)
+        return skeleton, dataclasses.replace(state, params=params)
     skeleton, _ = abstract_state(config, make)
     if initial is None:
         return skeleton, layout.make_state(lambda: new_state(make(), config)[1])

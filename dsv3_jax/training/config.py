@@ -221,7 +221,7 @@ class RunConfig:
       model: the architecture.
       data: the corpus, the tokenizer and how rows are made.
       training: the optimizer, the schedules and what is logged and saved.
-      precision: name of the precision recipe (`Precision.preset`).
+      precision: name of the precision recipe (`Precision.preset`); "auto" until the run starts.
       mesh: number of devices along each mesh axis, by default all along fsdp. It may change when a run is resumed.
       lora: low-rank adapters; of rank 0, and so none, by default.
       teacher: a model to distil; by default none.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -22,6 +23,8 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +223,8 @@ def markdown(report: dict[str, Any]) -> str:
         (own, fast), (other, slow) = best[True], best[False]
         gain = slow["seconds"] / fast["seconds"]
         lines.append(f"- {row['task']} {row['preset']}: {own} is {gain:.2f} times as fast as {other}")
+    if report["left_out"]:
+        lines += ["", f"Left out for lack of time: {', '.join(report['left_out'])}."]
     if "start_up" in report:
         lines += ["", "| training step of | trace and lower | compile |", "|---|---|---|"]
         for name, seconds in report["start_up"].items():
@@ -252,6 +257,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="runs of each contender per round")
     parser.add_argument("--no-compile", action="store_true", help="do not time torch.compile")
     parser.add_argument("--no-extras", action="store_true", help="do not time start-up and more experts")
+    parser.add_argument("--minutes", type=float, default=0, help="leave out what would take longer; 0 for no limit")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results", help="folder of the results")
     return parser.parse_args()
 
@@ -264,19 +270,38 @@ def main() -> None:
         about = {"cpu": processor_name(), "python": platform.python_version()}
         about |= {name: getattr(options, name) for name in ("threads", "dtypes", "rounds", "repeats", "note")}
         report: dict[str, Any] = {"about": about | ours.ask(do="versions") | theirs.ask(do="versions")}
-        report["comparisons"] = [
-            compare(task, preset, ours, theirs, options) for preset in options.presets for task in options.tasks
+        report["comparisons"] = []
+        parts: list[tuple[str, Callable[[], Any]]] = [
+            (f"{task} {preset}", functools.partial(compare, task, preset, ours, theirs, options))
+            for task in options.tasks
+            for preset in options.presets
         ]
         if not options.no_extras:
-            report["start_up"] = start_up(ours, options)
-            report["more_experts"] = more_experts(ours, theirs, options)
+            parts.append(("more_experts", functools.partial(more_experts, ours, theirs, options)))
+            parts.append(("start_up", functools.partial(start_up, ours, options)))
+        measure(parts, report, options)
     finally:
         ours.close()
         theirs.close()
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "vs_transformers.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / "vs_transformers.md").write_text(markdown(report))
     print(markdown(report))
+
+
+def measure(parts: list[tuple[str, Callable[[], Any]]], report: dict[str, Any], options: argparse.Namespace) -> None:
+    """Measures each part and writes the report after it; parts for which the time does not suffice are left out."""
+    began, longest = time.monotonic(), 0.0
+    options.out.mkdir(parents=True, exist_ok=True)
+    report["left_out"] = []
+    for name, part in parts:
+        start = time.monotonic()
+        if options.minutes and start + longest > began + 60 * options.minutes:
+            report["left_out"].append(name)
+        elif name in ("more_experts", "start_up"):
+            report[name] = part()
+        else:
+            report["comparisons"].append(part())
+        longest = max(longest, time.monotonic() - start)
+        (options.out / "vs_transformers.json").write_text(json.dumps(report, indent=1) + "\n")
+        (options.out / "vs_transformers.md").write_text(markdown(report))
 
 
 if __name__ == "__main__":
