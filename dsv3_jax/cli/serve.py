@@ -64,6 +64,7 @@ def main(argv: list[str]) -> int:
             drafts=arguments.drafts,
             record_experts=arguments.experts,
             sets=sets,
+            micro_batches=arguments.micro_batches,
         )
         engine = Engine(loaded.model, config, to_bytes=loaded.tokenizer.to_bytes, progress=_progress)
         settings = ServerSettings(
@@ -141,4 +142,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--request-seconds", type=number(float, 1, 1e6), default=600, help="longest time of a request (default: 600)"
     )
     add_sets(parser)
+    parser.add_argument(
+        "--micro-batches",
+        type=number(int, 1, 2),
+        default=1,
+        help="2 reads prompts as two micro-batches, one of which is sent to its experts while the other is multiplied; "
+        "for meshes whose expert axis is larger than 1 (default: 1)",
+    )
     return parser.parse_args(argv)

@@ -275,7 +275,13 @@ class Engine:
     def _call_read(self, sequences: list[Sequence], length: int) -> Scores | None:
         chunk = chunk_of(sequences, length, self.sizes)
         self._pages, self._slots, scores = programs.read_chunk(
-            self._graph, self._weights, self._pages, self._slots, chunk, scored=self.config.score_prompts
+            self._graph,
+            self._weights,
+            self._pages,
+            self._slots,
+            chunk,
+            scored=self.config.score_prompts,
+            micro_batches=self.config.micro_batches,
         )
         return scores
 

@@ -27,6 +27,8 @@ class EngineConfig:
       page_size: tokens per page of the cache.
       chunk_sizes: numbers of tokens of a prompt that may be read at a time, increasing.
       chunk_rows: most prompts that are read at a time.
+      micro_batches: 1, or 2 to read a chunk's prompts as two micro-batches, so that on a mesh tokens of one are sent to
+        their experts and back while the other is multiplied (report section 3.4.1). The texts are the same.
       steps: decoding steps between two visits to the host, when no prompt is waiting to be read.
       drafts: tokens that the MTP module drafts per step; 0 for none, None for 1 if the model can.
       top_logprobs: most likely tokens that a request may ask for.
@@ -53,6 +55,7 @@ class EngineConfig:
     page_size: int = 16
     chunk_sizes: tuple[int, ...] = (16, 64)
     chunk_rows: int = 1
+    micro_batches: int = 1
     steps: int = 8
     drafts: int | None = None
     top_logprobs: int = 20
@@ -75,6 +78,8 @@ class EngineConfig:
             raise ConfigError(f"engine.chunk_sizes must be positive and increasing, not {self.chunk_sizes}")
         if self.cache_dtype is not None and self.cache_dtype not in CACHE_DTYPES:
             raise ConfigError(f"engine.cache_dtype must be one of {', '.join(CACHE_DTYPES)}, not {self.cache_dtype!r}")
+        if self.micro_batches not in (1, 2):
+            raise ConfigError(f"engine.micro_batches must be 1 or 2, not {self.micro_batches}")
         if self.redundant_experts < 0:
             raise ConfigError(f"engine.redundant_experts must be 0 or more, not {self.redundant_experts}")
         if self.cache_tokens is not None and self.cache_memory is not None:
@@ -93,7 +98,7 @@ class Sizes:
       drafts: tokens that the MTP module drafts per step.
       pages: number of pages of the cache.
       page_size: tokens per page.
-      chunk_rows: prompts that are read at a time, rounded up as `slots`.
+      chunk_rows: prompts that are read at a time, rounded up to what the devices share in every micro-batch.
       batch_ranks: the number of rows of every batch is a multiple of this.
     """
 
@@ -115,7 +120,9 @@ class Sizes:
         context, drafts = _context(model, config), _drafts(model, config)
         pages = _number_of_pages(model, config, context, drafts)
         ranks = model.devices.batch_ranks
-        slots, chunk_rows = (-(-count // ranks) * ranks for count in (config.max_sequences, config.chunk_rows))
+        slots = -(-config.max_sequences // ranks) * ranks
+        together = ranks * config.micro_batches
+        chunk_rows = -(-config.chunk_rows // together) * together
         return cls(slots, context, drafts, pages, config.page_size, chunk_rows, ranks)
 
     @property

@@ -130,7 +130,13 @@ class PrefillSet:
         """Dispatches the next `length` tokens of each sequence's prompt."""
         chunk = chunk_of(sequences, length, self.sizes)
         self._pages, self._slots, _ = programs.read_chunk(
-            self._graph, self._weights, self._pages, self._slots, chunk, scored=False
+            self._graph,
+            self._weights,
+            self._pages,
+            self._slots,
+            chunk,
+            scored=False,
+            micro_batches=self._config.micro_batches,
         )
         self._loads.append(_copy_of(self._devices, self._slots.load))
 

@@ -21,6 +21,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.sampling import SamplerRows, TextSoFar, adjust, choose, draw_keys
 from dsv3_jax.inference.scores import Scores
 from dsv3_jax.inference.speculation import DRAFT, TOKEN, check_draft
+from dsv3_jax.micro_batches import decode_in_two
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.paged_cache import PagedCache, Pages
 
@@ -120,17 +121,20 @@ class Written:
     scores: Scores  # positions: steps, B, W
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "scored"), donate_argnames=("pages", "slots"))
+@functools.partial(jax.jit, static_argnames=("graph", "scored", "micro_batches"), donate_argnames=("pages", "slots"))
 def read_chunk(
-    graph: Any, weights: Any, pages: Pages, slots: Slots, chunk: Chunk, *, scored: bool
+    graph: Any, weights: Any, pages: Pages, slots: Slots, chunk: Chunk, *, scored: bool, micro_batches: int
 ) -> tuple[Pages, Slots, Scores | None]:
     """Reads chunks of prompts into their pages; hidden states of the last tokens go to the slots.
 
     Args:
       scored: return the scores of the next tokens, with the most likely one; else None.
+      micro_batches: 1, or 2 to read each half of the rows as a micro-batch.
     """
     model: DeepSeekV3 = nnx.merge(graph, weights)
-    read = model.decode(chunk.tokens, PagedCache(pages, chunk.table), chunk.positions)
+    cache = PagedCache(pages, chunk.table)
+    decode = model.decode if micro_batches == 1 else functools.partial(decode_in_two, model)
+    read = decode(chunk.tokens, cache, chunk.positions)
     cache, hidden = read.cache.with_experts(chunk.positions, read.experts), slots.hidden
     load = read.load
     if hidden.shape[1]:

@@ -136,16 +136,36 @@ class Block(nnx.Module):
         Returns:
           The hidden states, the cache, and the experts that the tokens chose (None in a dense block).
         """
+        h, cache = self.decode_attention(h, rotation, cache, layer, positions, first=first)
+        h, choice = self.decode_feed_forward(h, positions, expert_layer)
+        return h, cache, choice
+
+    def decode_attention[Cache: LatentCache](
+        self,
+        h: Float[Array, "B T d"],
+        rotation: Rotation,
+        cache: Cache,
+        layer: Int[Array, ""] | int,
+        positions: Int[Array, "B T"],
+        *,
+        first: int = 0,
+    ) -> tuple[Float[Array, "B T d"], Cache]:
+        """Maps new tokens by the first half of the block."""
         with jax.named_scope("attention"):
             normed = self.attention_norm.decode(h)
             attended, cache = self.attention.decode(normed, rotation, cache, layer, positions, first)
-        h = h + attended
+        return h + attended, cache
+
+    def decode_feed_forward(
+        self, h: Float[Array, "B T d"], positions: Int[Array, "B T"], expert_layer: Int[Array, ""] | None
+    ) -> tuple[Float[Array, "B T d"], Choice | None]:
+        """Maps new tokens by the second half of the block."""
         with jax.named_scope("feed_forward"):
             u = self.feed_forward_norm.decode(h)
             if isinstance(self.feed_forward, MixtureOfExperts):
                 y, choice = self.feed_forward.decode(u, positions >= 0, expert_layer)
-                return h + y, cache, choice
-            return h + self.feed_forward(u), cache, None
+                return h + y, choice
+            return h + self.feed_forward(u), None
 
     def _feed_forward(
         self, h: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None, experts: Int[Array, "B T K"] | None
