@@ -49,6 +49,7 @@ def test_neither_micro_batch_waits_for_the_exchange_of_the_other() -> None:
     assert result["dependences"] == [[f"micro_batch_{number}"] * 2 for number in (1, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense", [0, 1, 3])
 def test_every_bit_is_that_of_one_batch(dense: int) -> None:
     """With experts recorded, whatever the layers are; prompts of one token and of several chunks."""
