@@ -37,7 +37,7 @@ def known_options(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
         return {f"--{name.replace('_', '-')}" for name in kinds_of_fields(options)}
     with pytest.raises(SystemExit):
         main([command, "--help"])
-    return set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    return set(re.findall(r"--\w[\w-]*(?:\.[\w-]+)*", capsys.readouterr().out))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)

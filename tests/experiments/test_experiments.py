@@ -192,7 +192,8 @@ def test_calculated_memory_is_what_arrays_hold(load, tmp_path: Path):
     assert tables["cache calculated"]["MLA"] == 2 * (size.model.kv_lora_rank + size.model.qk_rope_head_dim)
     v3 = memory.cache_calculated(memory.SIZES["v3"].model, {"MHA": 128})
     assert v3 == {"MLA": 2 * 576, "MHA": 2 * 128 * 320}
-    bfloat16, fp8 = (memory.step_saved(memory.SIZES["tiny"], name, "report") for name in ("bfloat16", "fp8"))
+    # At the width of `tiny` the rows that fill FP8's tiles up to 128 outweigh what FP8 saves.
+    bfloat16, fp8 = (memory.step_saved(memory.SIZES["small"], name, "report") for name in ("bfloat16", "fp8"))
     assert fp8 < bfloat16
 
 
