@@ -63,4 +63,4 @@ class Head(nnx.Module):
         if isinstance(weight, Int8Weight | TiledWeight):
             return weight.product(hidden, wide)
         logits = weight_product(hidden.reshape(-1, hidden.shape[-1]), weight, dtype, wide)
-        return logits.reshape(*hidden.shape[:-1], -1)
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])

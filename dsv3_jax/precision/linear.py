@@ -41,13 +41,13 @@ def linear(
     if precision.fp8 is not None:
         role = Role(after_attention=after_attention)
         y = fp8_product(x.reshape(-1, x.shape[-1]).astype(dtype), weight, None, precision.fp8, role)
-        return y.reshape(*x.shape[:-1], -1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
     if after_attention:
         x = keep(x)
     if isinstance(weight, Fp8Weight):
         weight = weight.astype(dtype)
     y = weight_product(x.reshape(-1, x.shape[-1]), weight, dtype, dtype)
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def swiglu_linear(
@@ -58,7 +58,7 @@ def swiglu_linear(
         return linear(swiglu(keep(gate_up)), weight, precision)
     flat = gate_up.reshape(-1, 2 * gate_up.shape[-1]).astype(precision.dtype)
     y = fp8_product(flat, weight, None, precision.fp8, Role(swiglu=True))
-    return y.reshape(*gate_up.shape[:-2], -1)
+    return y.reshape(*gate_up.shape[:-2], y.shape[-1])
 
 
 def grouped_linear(

@@ -108,12 +108,14 @@ def train(
     try:
         with contextlib.ExitStack() as stack, PeerWatchdog(peers) as watchdog, interruption:
             share(lambda: stack.enter_context(folder.locked()) and None)
-            config = with_known_precision(config, folder, continuation)
+            config, why_precision = with_known_precision(config, folder, continuation)
             if folder.holds_run:
                 folder.check_same_run(config)
                 epochs = None
             with folder.removed_if_no_run_starts() if is_first() else contextlib.nullcontext():
                 start = start_or_resume(config, folder, layout, initial_model, continuation, epochs)
+                if why_precision and is_first():
+                    say(why_precision)
                 runs.append(_Run(folder, layout, start, interruption, watchdog))
             stack.callback(runs[0].close)
             interruption.defer = True

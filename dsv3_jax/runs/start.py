@@ -85,20 +85,21 @@ def run_layout(config: RunConfig) -> StateLayout:
     return StateLayout.of(sizes, zero=config.training.zero, overlap=config.training.overlap_exchange, layers=layers)
 
 
-def with_known_precision(config: RunConfig, folder: RunFolder, continuation: Continuation | None) -> RunConfig:
-    """Returns the configuration with a recipe for the precision `auto`: the run's, if it goes on, else the best here.
+def with_known_precision(
+    config: RunConfig, folder: RunFolder, continuation: Continuation | None
+) -> tuple[RunConfig, str]:
+    """Returns the configuration with a recipe for the precision `auto`, and why a new run is given that one.
 
-    The recipe is saved with the run, so that a run that goes on computes the same on any machine.
+    A run that goes on has its own recipe, and no reason is given. The recipe is saved with the run, so that a run that
+    goes on computes the same on any machine.
     """
     if config.precision != "auto":
-        return config
+        return config, ""
     source = folder if folder.holds_run or continuation is None else continuation.folder
     if source.holds_run:
-        return dataclasses.replace(config, precision=source.read_config().precision)
+        return dataclasses.replace(config, precision=source.read_config().precision), ""
     name, reason = share(lambda: automatic_recipe(config.model.hidden_size))
-    if is_first():
-        say(f"precision auto is {name} here: {reason}")
-    return dataclasses.replace(config, precision=name)
+    return dataclasses.replace(config, precision=name), f"precision auto is {name} here: {reason}"
 
 
 def start_or_resume(

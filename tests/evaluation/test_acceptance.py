@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,18 @@ from dsv3_jax.model import DeepSeekV3
 
 VOCABULARY, LENGTH, NEW, DEPTHS = 5, 32, 16, 2
 PROMPTS = [tuple(np.random.default_rng(seed).integers(0, VOCABULARY, 3 + seed).tolist()) for seed in range(6)]
-SHAPES = {"context": LENGTH, "page_size": 4, "chunk_sizes": (8,), "steps": 3, "top_logprobs": 1, "max_sequences": 1}
+# Drafts of an engine with weights in tiles are computed in int8, those of the expanded model are not.
+SHAPES: dict[str, Any] = {
+    "top_logprobs": 1,
+    "max_sequences": 1,
+    "tiled_weights": False,
+    "context": LENGTH,
+    "page_size": 4,
+    "chunk_sizes": (8,),
+    "steps": 3,
+    "top_logprobs": 1,
+    "max_sequences": 1,
+}
 
 
 @pytest.fixture(scope="module")

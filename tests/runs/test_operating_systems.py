@@ -30,9 +30,14 @@ _USE = """
 import importlib, pkgutil, warnings
 from pathlib import Path
 import dsv3_jax
+from dsv3_jax.errors import UserError
 for module in pkgutil.walk_packages(dsv3_jax.__path__, "dsv3_jax."):
     if module.name not in ("dsv3_jax.post_training.sandboxed_child",):  # runs in the sandbox, which is Linux's
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except UserError as error:  # an extra that is not installed
+            if "pip install" not in str(error):
+                raise
 from dsv3_jax.operating_system import call_before_abortion, peak_memory_bytes, processor_flags, processor_name
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.interruption import Interruption

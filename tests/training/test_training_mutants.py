@@ -55,6 +55,7 @@ class _Features:
     hidden: Any
     mtp_hidden: tuple
     routing: Any
+    largest_logits: None = None
 
 
 class _KnowsTheFuture:
@@ -63,7 +64,7 @@ class _KnowsTheFuture:
     def __init__(self, tokens: jax.Array, depths: int = 2):
         self._tokens, self._depths = tokens, depths
 
-    def features(self, inputs: jax.Array, *, segment_ids: jax.Array, isolate_segments: bool) -> _Features:
+    def features(self, inputs: jax.Array, *, segment_ids: jax.Array, isolate_segments: bool, **_) -> _Features:
         del segment_ids, isolate_segments
         hidden = [jax.nn.one_hot(self._tokens[:, k + 1 :], VOCABULARY) * 50.0 for k in range(self._depths + 1)]
         assert hidden[0].shape[1] == inputs.shape[1]
