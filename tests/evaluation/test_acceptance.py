@@ -30,8 +30,6 @@ SHAPES: dict[str, Any] = {
     "page_size": 4,
     "chunk_sizes": (8,),
     "steps": 3,
-    "top_logprobs": 1,
-    "max_sequences": 1,
 }
 
 

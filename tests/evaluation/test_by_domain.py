@@ -74,6 +74,7 @@ def test_small_domains_are_put_together() -> None:
         evaluate_domains(MODEL, TOKENIZER, DOCUMENTS[3:], length=LENGTH, most_rows=2)
 
 
+@pytest.mark.slow
 def test_the_command_writes_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from dsv3_jax.runs.checkpoints import Checkpoints
     from dsv3_jax.runs.folder import RunFolder

@@ -25,6 +25,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.slow
 def test_each_domain_continues_its_own_texts() -> None:
     model = small_model(CONFIG, 1)
     documents = [Document(str(number), domain, text) for number, (domain, text) in enumerate(TEXTS)]

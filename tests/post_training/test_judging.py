@@ -53,6 +53,7 @@ def test_a_judge_reads_the_constitution_and_votes_are_counted() -> None:
     assert asked[0].count("Be short.\nProblem: 2 + 3? \nAnswer: good one\n") == 1
 
 
+@pytest.mark.slow
 def test_a_judge_repeats_itself() -> None:
     run = small_run()
     engine = Engine(small_model(run.model, 0), EngineConfig(max_sequences=4, drafts=0, context=96))

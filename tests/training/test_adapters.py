@@ -55,6 +55,7 @@ def test_each_published_matrix_gets_its_own_product():
         np.testing.assert_allclose(new.reshape(old.shape), old, rtol=0, atol=1e-6, err_msg=tensor.name)
 
 
+@pytest.mark.slow
 def test_a_step_follows_the_gradient_and_leaves_all_weights():
     config, skeleton, state = start()
     tokens, segments = random_batch(0, 2, 2)
