@@ -32,7 +32,7 @@ from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.moe import Experts
 from dsv3_jax.pipeline.executor import AXIS
 from dsv3_jax.precision.fp8_weight import Fp8Weight
-from dsv3_jax.sharding.fp8_shards import quantized_shard
+from dsv3_jax.sharding.fp8_shards import quantized_shard, sent_as_bits
 from dsv3_jax.sharding.ranks import axes_of, without_axes
 from dsv3_jax.sharding.rules import BATCH_AXES, AxisRules, parameter_specs, rules_over_stages
 from pallas_kernels import TILE
@@ -166,7 +166,8 @@ def to_stage(leaf: Array, layout: StageWeightLayout, layers: Sequence[int]) -> A
         return _to_stage(_cast(leaf, form), layout, layers)
     part = _in_fp8(leaf, layout.stage_dimension or None, form)
     scales = part.scales if layout.stage_dimension == 0 else _to_stage(part.scales, ON_ALL_RANKS, layers)
-    return _whole(_to_stage(part.values, layout, layers), scales, form)
+    values = sent_as_bits(lambda leaf: _to_stage(leaf, layout, layers), part.values)
+    return _whole(values, scales, form)
 
 
 def _to_stage(leaf: Array, layout: StageWeightLayout, layers: Sequence[int]) -> Array:
@@ -196,7 +197,8 @@ def to_all_stages(leaf: Array, layout: StageWeightLayout) -> Array | Fp8Weight:
     if form is None or not form.in_fp8:
         return _to_all_stages(_cast(leaf, form), layout)
     part = _in_fp8(leaf, layout.stage_dimension, form)
-    return _whole(_to_all_stages(part.values, layout), part.scales, form)
+    values = sent_as_bits(lambda leaf: _to_all_stages(leaf, layout), part.values)
+    return _whole(values, part.scales, form)
 
 
 def _to_all_stages(leaf: Array, layout: StageWeightLayout) -> Array:

@@ -7,6 +7,7 @@ the scale of every whole block. The shards together have the bits of a weight th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
@@ -56,3 +57,8 @@ def _largest_of(bits: Int[Array, "..."], axis: int, count: int) -> Int[Array, ".
     padding = [(0, -size % count if i == axis else 0) for i, size in enumerate(bits.shape)]
     padded = jnp.pad(bits, padding)
     return jnp.max(padded.reshape(*padded.shape[:axis], -1, count, *padded.shape[axis + 1 :]), axis=axis + 1)
+
+
+def sent_as_bits(send: Callable[[Array], Array], values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns `send(values)` for values in FP8, which are sent as bytes: XLA would send float16 between CPUs."""
+    return lax.bitcast_convert_type(send(lax.bitcast_convert_type(values, jnp.uint8)), values.dtype)

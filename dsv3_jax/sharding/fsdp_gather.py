@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dsv3_jax.precision.fp8_weight import Fp8Weight
-from dsv3_jax.sharding.fp8_shards import quantized_shard
+from dsv3_jax.sharding.fp8_shards import quantized_shard, sent_as_bits
 
 _FSDP = "fsdp"
 
@@ -33,7 +33,7 @@ def gather_over_fsdp(
     if dtype != jnp.float8_e4m3fn:
         return _gathered(shard, axis, dtype)
     part = quantized_shard(lax.stop_gradient(shard), axis, _FSDP, in_axes=in_axes, stacked=stacked)
-    values = lax.all_gather(part.values, _FSDP, axis=axis, tiled=True)
+    values = sent_as_bits(functools.partial(lax.all_gather, axis_name=_FSDP, axis=axis, tiled=True), part.values)
     columns = math.prod(values.shape[values.ndim - in_axes :])
     return Fp8Weight(values, part.scales, columns, gradient=_gradient_of(shard, axis))
 

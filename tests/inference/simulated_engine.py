@@ -30,7 +30,7 @@ def main() -> None:
         )
         for length in (1, 2, 9, 17, 30, 21)
     ]
-    one = Engine(small_model(config, 3), EngineConfig(**settings, compile_at_start=False))
+    one = Engine(small_model(config, 3), EngineConfig(**settings, compile_at_start=False, tiled_weights=False))
     want = one.run(requests)
 
     model = small_model(config, 3, devices=OnMesh(make_mesh(MeshConfig(data=2, expert=2, tensor=2))))

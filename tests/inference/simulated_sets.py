@@ -46,7 +46,9 @@ def main() -> None:
         for length in (1, 2, 21, 17, 24, 46, 9)
     ]
     requests += [Request(prompt=requests[5].prompt, max_new_tokens=12, top_logprobs=0)]  # shares pages
-    one = Engine(model, EngineConfig(**SETTINGS, drafts=1, record_experts=True, compile_at_start=False))
+    one = Engine(
+        model, EngineConfig(**SETTINGS, drafts=1, record_experts=True, compile_at_start=False, tiled_weights=False)
+    )
     want = one.run(requests)
     one.update(other)
     want_of_other = one.run(requests[:4])
