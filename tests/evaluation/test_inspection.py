@@ -36,6 +36,7 @@ def test_weights_are_sorted_and_summed_up() -> None:
         assert each["rms"] == pytest.approx(np.sqrt((values**2).mean()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_load_of_a_text_is_that_of_the_model_without_its_padding() -> None:
     """Longer than the context: two whole rows and a part of a third."""
     length = CONFIG.max_position_embeddings

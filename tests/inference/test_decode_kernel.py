@@ -45,7 +45,8 @@ def test_pages_of_every_layer_are_read_as_by_the_plain_form() -> None:
             np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("drafts", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("drafts", [0, 1])
+@pytest.mark.slow
 def test_the_text_is_that_of_the_plain_form(drafts: int) -> None:
     model = small_model(WIDE, 3)
     random = np.random.default_rng(0)

@@ -161,6 +161,7 @@ def test_a_request_gets_the_same_bits_in_any_company(engine: Engine, sampler: Sa
     assert engine.run(wanted[::-1]) == first[::-1]
 
 
+@pytest.mark.slow
 def test_running_out_of_pages_puts_the_youngest_back(model: DeepSeekV3, plain) -> None:
     engine = Engine(model, EngineConfig(max_sequences=4, drafts=2, cache_tokens=64, **SHAPES))
     wanted = requests(sampler=SAMPLER)

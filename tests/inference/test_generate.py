@@ -66,7 +66,7 @@ def test_a_batch_writes_what_each_prompt_gets_alone(model: DeepSeekV3, sampler: 
     assert len({tuple(text) for text in together}) == len(PROMPTS)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_other_rows_change_nothing_in_any_precision(precision: str) -> None:
     """Every prompt but the first is replaced by one of its length, so that the compiled program stays the same."""
     config = ModelConfig.preset("tiny", vocab_size=256, num_hidden_layers=2, initializer_range=0.2)

@@ -15,6 +15,7 @@ from dsv3_jax.sharding.placement import place_experts
 CONFIG = ModelConfig.preset("nano", num_hidden_layers=3, num_nextn_predict_layers=1)
 
 
+@pytest.mark.slow
 def test_outputs_are_the_models():
     model = small_model(CONFIG, seed=0)
     random = np.random.default_rng(1)

@@ -93,7 +93,7 @@ def test_engine_and_trainer_agree_and_experts_are_replayed() -> None:
     assert again.groups == rollout.groups
 
 
-@pytest.mark.parametrize("micro", [0, 1])
+@pytest.mark.parametrize("micro", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_positive_member_without_kl_is_weighted_fine_tuning(micro: int) -> None:
     """The gradient is that of the member's mean cross-entropy, times its advantage, over the number of completions."""
     texts = jax.tree.map(lambda leaf: leaf.reshape(-1, micro or 3, *leaf.shape[1:]), some_texts())

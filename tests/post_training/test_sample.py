@@ -36,6 +36,7 @@ def run():
     return small_model(config, 1), tokenizer
 
 
+@pytest.mark.slow
 def test_draws_depend_on_seed_prompt_and_number_alone(run) -> None:
     model, tokenizer = run
     engine = Engine(model, EngineConfig(max_sequences=4, compile_at_start=False))

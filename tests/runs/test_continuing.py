@@ -19,6 +19,8 @@ from dsv3_jax.runs.saved_run import list_checkpoints
 from dsv3_jax.runs.start import Continuation
 from dsv3_jax.training.config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, RunConfig]:

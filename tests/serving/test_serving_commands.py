@@ -151,6 +151,7 @@ def test_chat_keeps_the_conversation(models, monkeypatch, capsys) -> None:
     assert printed.partition("ends.\n")[2] == "\n".join(shown) + "\n"
 
 
+@pytest.mark.slow
 def test_a_base_model_goes_on_with_the_text(models, monkeypatch, capsys) -> None:
     loaded, _ = models
     first = written(loaded.model, TOKENIZER.encode("/a"), 9)

@@ -68,6 +68,7 @@ def leaves(tree) -> list[np.ndarray]:
     return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 def test_moments_of_two_steps_are_those_of_the_whole_batchs_gradient():
     """The gradient is computed again without passes; each leaf agrees up to the order of float32 sums."""
     states, metrics = two_steps()
