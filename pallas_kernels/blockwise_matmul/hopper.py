@@ -251,8 +251,9 @@ def _consume(
                     plgpu.wgmma(acc, a_smem.at[stage, rows], b_smem.at[stage].transpose((1, 0)))
                     # While the tensor cores work: this step's scales from the ring, the next one's of the blocks.
                     row_scales = plgpu.load(a_scales_smem.at[stage, rows], layout=_ROWS)
+                    columns = scales_of_columns(stage)  # before acc is read, which waits for the products
                     upcoming = scales_of_blocks(column, tile.first_k + k + 1) if wave == 0 else ()
-                    return acc[...], row_scales, scales_of_columns(stage), upcoming
+                    return acc[...], row_scales, columns, upcoming
 
                 partial, row_scales, column_scales, upcoming = pl.run_scoped(
                     multiply, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tiling.tile_n), jnp.float32)
