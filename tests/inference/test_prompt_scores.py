@@ -12,6 +12,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import UserError
 from dsv3_jax.inference import Engine, EngineConfig, Request, Result
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, CONTEXT = 12, 32
 MODEL = small_model(ModelConfig.preset("tiny", vocab_size=VOCABULARY, initializer_range=0.25), 3)
 SETTINGS = {
@@ -27,7 +29,7 @@ FIRST = tuple(np.random.default_rng(0).integers(0, VOCABULARY, CONTEXT + 1).toli
 PROMPTS = [(FIRST[:20], 13), (FIRST[:24], 18), (FIRST[:2], 1), (FIRST, CONTEXT)]
 
 
-@pytest.fixture(scope="module", params=[pytest.param(0, marks=pytest.mark.slow), 1], ids=["plain", "one draft"])
+@pytest.fixture(scope="module", params=[0, 1], ids=["plain", "one draft"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     return Engine(MODEL, EngineConfig(max_sequences=2, chunk_rows=2, drafts=request.param, **SETTINGS))
 

@@ -22,6 +22,8 @@ from dsv3_jax.runs.manifest import write_manifest
 from dsv3_jax.runs.saved_run import DamagedCheckpoint, SavedRun, list_checkpoints, use_newest
 from dsv3_jax.training.config import RunConfig
 
+pytestmark = pytest.mark.slow
+
 NESTED = "[" * 100_000 + "]" * 100_000
 
 

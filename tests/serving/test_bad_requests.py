@@ -15,6 +15,8 @@ from small_server import Small, running
 from dsv3_jax.data.control_tokens import USER
 from dsv3_jax.inference import Engine
 
+pytestmark = pytest.mark.slow
+
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]
 NO_END = {"logit_bias": {str(token): -100 for token in range(3)}}
