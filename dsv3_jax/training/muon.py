@@ -29,7 +29,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.interop.tensor_names import EMBEDDING, HEAD, published_tensors
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of X, X X^T X and (X X^T)^2 X in an iteration."""
+"""Each iteration multiplies X, X X^T X and (X X^T)^2 X by these and adds them (Keller Jordan's coefficients)."""
 ITERATIONS = 5
 UPDATE_SIZE = 0.2  # root mean square of AdamW's updates in practice (Liu et al., section 2.2)
 _SMALLEST_NORM = 1e-7  # added to a matrix's norm

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from simulated import environment
-from test_reinforcement import source  # noqa: F401
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +24,7 @@ OPTIONS = (
 PROBLEMS = ("--prompts", "4", "--minibatches", "2")
 
 
-def start(source: Path, out: Path, count: int, *more: str) -> list[subprocess.Popen[str]]:  # noqa: F811
+def start(source: Path, out: Path, count: int, *more: str) -> list[subprocess.Popen[str]]:
     """Starts `count` processes of one run, with one device each; they connect at a port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -46,7 +45,7 @@ def records(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_two_processes_learn_what_one_does(source: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_two_processes_learn_what_one_does(source: Path, tmp_path: Path) -> None:
     """Each draws half of the completions, by the same weights; the first step's numbers are those of one process."""
     found = {}
     for count in (1, 2):
@@ -71,7 +70,7 @@ def test_two_processes_learn_what_one_does(source: Path, tmp_path: Path) -> None
     assert pages[0] == pages[1]
 
 
-def test_both_stop_and_resume_together(source: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_both_stop_and_resume_together(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "policy"
     first = start(source, out, 2, "--steps", "1000", *PROBLEMS)
     until = time.monotonic() + 240
@@ -97,7 +96,7 @@ def test_both_stop_and_resume_together(source: Path, tmp_path: Path) -> None:  #
             process.wait()
 
 
-def test_problems_are_shared_evenly(source: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_problems_are_shared_evenly(source: Path, tmp_path: Path) -> None:
     processes = start(source, tmp_path / "policy", 2, "--steps", "2", "--prompts", "3")
     assert [process.wait(120) for process in processes] == [2, 2]
     assert "prompts (3) must be a multiple of the number of processes (2)" in (tmp_path / "policy-log0").read_text()

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from small_models import small_model
-from small_runs import assert_trees_equal, small_run
+from small_runs import assert_trees_equal
 
 from dsv3_jax import train
 from dsv3_jax.cli.grpo import main as grpo
-from dsv3_jax.data import Tokenizer
-from dsv3_jax.data.tokenizer_training import byte_tokenizer
 from dsv3_jax.errors import UserError
-from dsv3_jax.runs.checkpoints import Checkpoints, load_run
+from dsv3_jax.runs.checkpoints import load_run
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.metrics import read_metrics
 from dsv3_jax.runs.policy_updates import PolicyUpdates
-from dsv3_jax.runs.saved_run import RunPosition
-from dsv3_jax.runs.starting_state import untrained_state
 
 OPTIONS = "--steps 3 --prompts 2 --group 4 --max-new-tokens 6 --held-out 4 --checkpoint-every 2 --evaluate-every 2"
 REWARD = ["--reward", "digits"]  # of random text, so that rewards differ
@@ -37,24 +31,6 @@ def rewarded_digits(monkeypatch: pytest.MonkeyPatch):
         return sum(letter < "@" for letter in completion) / 6
 
     monkeypatch.setattr(rewards, "REWARDS", {**rewards.REWARDS, "digits": digits})
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the folder of a run that holds random weights."""
-    folder = RunFolder(tmp_path_factory.mktemp("source") / "run")
-    folder.path.mkdir()
-    config = small_run(ema_decay=0.0)
-    layers = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
-    config = dataclasses.replace(config, model=config.model.replace(initializer_range=0.1, **layers))
-    tokenizer = Tokenizer(byte_tokenizer())
-    tokenizer.save(folder.tokenizer)
-    folder.write_config(config)
-    checkpoints = Checkpoints(folder, tokenizer, keep=1)
-    state = untrained_state(small_model(config.model, 0), config)
-    checkpoints.save(state, RunPosition(step=0, tokens=0, data={}), config)
-    checkpoints.close()
-    return folder.path
 
 
 def run(source: Path, out: Path, *more: str) -> list[dict[str, Any]]:

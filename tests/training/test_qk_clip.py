@@ -71,8 +71,13 @@ def first_layer(model: DeepSeekV3, tokens: np.ndarray) -> tuple[np.ndarray, np.n
     block = jax.tree.map(lambda leaf: np.asarray(leaf[0], np.float64), nnx.state(model.dense_blocks))
     weights, config = block["attention"], model.config
     rotation = make_rotation(config, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-    turn = lambda x: np.asarray(rotate(jnp.asarray(x, jnp.float32), rotation), np.float64)  # noqa: E731
-    get = lambda name: weights[name]["weight"].get_value()  # noqa: E731
+
+    def turn(x: Any) -> np.ndarray:
+        return np.asarray(rotate(jnp.asarray(x, jnp.float32), rotation), np.float64)
+
+    def get(name: str) -> Any:
+        return weights[name]["weight"].get_value()
+
     x = np.asarray(model.embedding.weight[...], np.float64)[tokens]
     x = norm(x, block["attention_norm"]["weight"].get_value(), config.rms_norm_eps)
     latent = norm(x @ get("q_a").T, get("q_a_norm"), config.latent_norm_eps)
