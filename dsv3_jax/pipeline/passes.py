@@ -33,7 +33,6 @@ from dsv3_jax.pipeline.stage import (
     BatchTargets,
     LossSums,
     LossWeights,
-    StackedLayers,
     StageCarry,
     StageComputation,
     StageObjective,
