@@ -26,6 +26,7 @@ from dsv3_jax.pipeline.executor import AXIS, run_ticks
 from dsv3_jax.pipeline.residuals import SlotLayout
 from dsv3_jax.pipeline.schedules import ScheduleName, check_micro_batches, make_schedule
 from dsv3_jax.pipeline.slots import TickEntry, TickTable, tick_table
+from dsv3_jax.pipeline.stacked_layers import StackedLayers
 from dsv3_jax.pipeline.stage import (
     DENSE,
     MOE,
