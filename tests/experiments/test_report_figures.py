@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 TOKENS = 15360 * 4096 / 2048  # of a device in a step
 SCALE = 4 / 128
 LINEAR = 187_105_280  # weights of the linear maps of attention, of which norms have none
 EXPERT = 3 * 7168 * 2048
 HELD = Counter({"moe": 8})  # the layers of a rank in the middle, which holds two stages of four
-
-
-@pytest.fixture(scope="module")
-def run():
-    """Imports `report_run` with the import path that running it would have."""
-    before = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXPERIMENTS))
-        yield importlib.import_module("report_run")
-    for name in set(sys.modules) - before:
-        if (EXPERIMENTS / f"{name}.py").exists():
-            del sys.modules[name]
 
 
 def flows_of(run: Any, **changes: Any) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -20,25 +18,12 @@ from dsv3_jax.planning.step_time import REPORT_FRACTION
 from dsv3_jax.planning.weights import LayerKind
 from dsv3_jax.sharding.mesh import MeshConfig
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 GIB = 2**30
 V3 = ModelConfig.preset("v3-671b")
 
 # arXiv 2502.07846: DP 32, TP 2, PP 16, EP 8 without expert tensor parallelism; bfloat16 weights, float32 gradients,
 # a float32 copy and two bfloat16 moments. Its data parallelism of 32 is 4 x the expert axis's 8 here.
 PAPER_STAGE: Counter[LayerKind] = Counter({"moe": 4})
-
-
-@pytest.fixture(scope="module")
-def run():
-    """Imports `report_run` with the import path that running it would have."""
-    before = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(EXPERIMENTS))
-        yield importlib.import_module("report_run")
-    for name in set(sys.modules) - before:
-        if (EXPERIMENTS / f"{name}.py").exists():
-            del sys.modules[name]
 
 
 def paper(run: Any, **changes: Any) -> PlanConfig:
