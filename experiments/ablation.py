@@ -250,6 +250,19 @@ def run_arms(
     return results
 
 
+def byte_data(corpus: Path, *, length: int, seed: int) -> DataConfig:
+    """Returns rows of `length` tokens of documents that do not see each other, a token for each byte."""
+    return DataConfig(
+        corpus=str(corpus),
+        tokenizer="byte",
+        vocab_size=BYTES,
+        sequence_length=length,
+        fill_in_middle_rate=0.0,
+        isolate_documents=True,
+        seed=seed,
+    )
+
+
 def run_arm(config: RunConfig, folder: Path, **start: Any) -> ArmResult:
     """Runs one arm to its end, or reads its results if it has finished. Exits the process if the run was interrupted.
 

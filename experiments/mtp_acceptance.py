@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablation import BYTES, Options, new_figure, parse_options, run_arm, run_of, show, spread, write_results
+from ablation import Options, byte_data, new_figure, parse_options, run_arm, run_of, show, spread, write_results
 from corpora import DOMAINS
 from r1_zero_small import NEW_TOKENS, SIZE, WORKED, quick_answer, worked_answer
 from reasoning import fine_tune, held_out, reinforce, write_samples
 
 from dsv3_jax import load_checkpoint
 from dsv3_jax.cli.compilation_cache import keep_compiled_programs
-from dsv3_jax.data import DataConfig
 from dsv3_jax.evaluation.acceptance import DraftCounts, measure_acceptance
 from dsv3_jax.inference import GREEDY, Engine, EngineConfig, Request, Sampler
 from dsv3_jax.post_training.tasks import distinct, generate_problems
@@ -109,17 +108,8 @@ def _stages(options: Options, seed: int) -> tuple[dict[str, dict[str, dict[str, 
 def _base(options: Options, seed: int) -> Any:
     """Returns the run of the base model: the scale's model with one MTP module on all topics."""
     run = run_of(options, seed, steps=2000)
-    data = DataConfig(
-        corpus=str(_write_topics(options)),
-        tokenizer="byte",
-        vocab_size=BYTES,
-        sequence_length=128,
-        fill_in_middle_rate=0.0,
-        isolate_documents=True,
-        validation_fraction=0.1,
-        validation_sequences=128,
-        seed=seed,
-    )
+    data = byte_data(_write_topics(options), length=128, seed=seed)
+    data = dataclasses.replace(data, validation_fraction=0.1, validation_sequences=128)
     return dataclasses.replace(run, data=data, model=run.model.replace(num_nextn_predict_layers=1))
 
 

@@ -19,10 +19,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from ablation import BYTES, Options, new_figure, parse_options, run_arm, run_of, show, smoothed, spread, write_results
+from ablation import (
+    Options,
+    byte_data,
+    new_figure,
+    parse_options,
+    run_arm,
+    run_of,
+    show,
+    smoothed,
+    spread,
+    write_results,
+)
 
 from dsv3_jax.cli.compilation_cache import keep_compiled_programs
-from dsv3_jax.data import DataConfig
 from dsv3_jax.post_training.config import ReinforcementConfig
 from dsv3_jax.post_training.grpo import GRPOConfig
 from dsv3_jax.post_training.rollouts import RolloutConfig
@@ -103,15 +113,7 @@ def train_policy(options: Options, seed: int) -> Path:
 def train_base(options: Options, seed: int) -> Path:
     """Trains the base model of a seed, unless it is there; returns its folder."""
     run = run_of(options, seed, steps=8000)
-    data = DataConfig(
-        corpus=str(write_texts(options.runs / "texts.jsonl")),
-        tokenizer="byte",
-        vocab_size=BYTES,
-        sequence_length=128,
-        fill_in_middle_rate=0.0,
-        isolate_documents=True,
-        seed=seed,
-    )
+    data = byte_data(write_texts(options.runs / "texts.jsonl"), length=128, seed=seed)
     config = dataclasses.replace(run, data=data, model=run.model.replace(num_nextn_predict_layers=0))
     return run_arm(config, options.runs / f"base-{seed}").folder
 

@@ -22,12 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablation import BYTES, Options, new_figure, parse_options, run_arm, run_of, show, smoothed, spread, write_results
+from ablation import (
+    Options,
+    byte_data,
+    new_figure,
+    parse_options,
+    run_arm,
+    run_of,
+    show,
+    smoothed,
+    spread,
+    write_results,
+)
 from r1_zero_small import NEW_TOKENS, SIZE, quick_answer, worked_answer
 
 from dsv3_jax import load_checkpoint
 from dsv3_jax.cli.compilation_cache import keep_compiled_programs
-from dsv3_jax.data import DataConfig
 from dsv3_jax.inference import Engine, EngineConfig
 from dsv3_jax.post_training.config import ReinforcementConfig
 from dsv3_jax.post_training.grpo import GRPOConfig
@@ -154,15 +164,7 @@ def judgement_accuracy(base: Path, problems: int = 60) -> dict[str, float]:
 def _base(options: Options, seed: int) -> RunConfig:
     """Returns the run of the base model."""
     run = run_of(options, seed, steps=6000)
-    data = DataConfig(
-        corpus=str(write_texts(options.runs / "texts.jsonl")),
-        tokenizer="byte",
-        vocab_size=BYTES,
-        sequence_length=LENGTH,
-        fill_in_middle_rate=0.0,
-        isolate_documents=True,
-        seed=seed,
-    )
+    data = byte_data(write_texts(options.runs / "texts.jsonl"), length=LENGTH, seed=seed)
     training = dataclasses.replace(run.training, checkpoint_every=1000)
     model = run.model.replace(num_nextn_predict_layers=0, max_position_embeddings=LENGTH + 64)
     return dataclasses.replace(run, data=data, model=model, training=training)
