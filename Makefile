@@ -10,7 +10,7 @@ MAKEFLAGS += --jobs=2
 # Python compiles modules to bytecode when they are first imported; compiling all of them at once takes half a minute.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help setup setup-dev setup-aot train test test-slow test-aot test-oracle mutants soak docs lint clean
+.PHONY: help setup setup-dev setup-aot train test tests test-slow test-aot test-oracle mutants soak docs lint clean
 
 help:
 	@echo "make train      trains the 'nano' preset on Python's own source code and writes the run to $(RUN): 5 minutes on 2 cores"
@@ -62,7 +62,10 @@ lint: setup-dev
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -q --durations=20
 
-test: setup-dev lint
+# The linter and the type checker run beside the tests: they wait for files while the tests wait for each other.
+test: lint tests
+
+tests: setup-dev
 	$(PYTEST)
 
 test-slow: setup-dev setup-aot

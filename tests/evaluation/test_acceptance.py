@@ -19,6 +19,8 @@ from dsv3_jax.evaluation.acceptance import DraftCounts, count_drafts, measure_ac
 from dsv3_jax.inference import Engine, EngineConfig, Request
 from dsv3_jax.model import DeepSeekV3
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, LENGTH, NEW, DEPTHS = 5, 32, 16, 2
 PROMPTS = [tuple(np.random.default_rng(seed).integers(0, VOCABULARY, 3 + seed).tolist()) for seed in range(6)]
 # Drafts of an engine with weights in tiles are computed in int8, those of the expanded model are not.

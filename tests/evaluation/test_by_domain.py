@@ -30,6 +30,7 @@ DOCUMENTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begins_rows", [False, True])
 def test_bits_and_loads_of_each_domain(begins_rows: bool) -> None:
     results = evaluate_domains(

@@ -175,6 +175,7 @@ def test_rematerialisation_changes_no_gradient(gradient, policy):
         np.testing.assert_allclose(plain, recomputed, atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_unrolled_layers_equal_the_loop(model, gradient, tokens, monkeypatch):
     """Other tests compile the loop (`conftest.py`); outside of tests small models train with unrolled layers."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)

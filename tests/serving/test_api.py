@@ -11,6 +11,8 @@ from small_server import TOKENIZER, Small
 from dsv3_jax.data.control_tokens import ASSISTANT
 from dsv3_jax.inference import Request, Result, Sampler
 
+pytestmark = pytest.mark.slow
+
 openai = pytest.importorskip("openai", reason="openai comes with the extra `dev`")
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "né?"}]

@@ -10,6 +10,8 @@ from small_server import running
 from dsv3_jax.inference import Engine
 from experiments.benchmarks.serving_load import KINDS, Load, settled
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(150)
 def test_no_page_is_lost_and_no_request_unanswered(engine: Engine) -> None:
