@@ -166,9 +166,8 @@ class CachedDecoding(nnx.Module):
         return self.head(hidden)
 
     def draft_logits(self, hidden: Float[Array, "B T d"]) -> Float[Array, "B T V"]:
-        """Returns the logits of the first MTP module's hidden states, by its own head if it has one."""
-        own = self.mtp[0].own_head
-        return self.next_logits(hidden) if own is None else own(hidden)
+        """Returns the logits of an MTP module's hidden states, from which drafts are drawn."""
+        return self.head.draft(hidden) if self._is_tiled else self.next_logits(hidden)
 
     @property
     def _is_tiled(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -37,13 +38,11 @@ def with_tiled_weights(model: DeepSeekV3, *, drafts: bool) -> DeepSeekV3:
     """Returns a copy of the model, for generation, with the weights of its products and routers in tiles.
 
     Args:
-      drafts: whether MTP modules are used. Their products, and a copy of the head for them, are in int8: drafts need
-        not be exact, as the main model checks them.
+      drafts: whether MTP modules are used. The head then has its weight in int8 too, as all products of the modules
+        are: drafts need not be exact, since the main model checks them.
     """
     copy = nnx.clone(model)
-    if drafts:
-        for module in copy.mtp:
-            module.own_head = nnx.data(nnx.clone(copy.head))
+    rounded = _to_int8(copy.head.weight[...], 1) if drafts else None
     for parameter, in_axes, _ in _products(copy.mtp):
         parameter.set_value(_to_int8(parameter.get_value(), in_axes))
     routers = (module for _, module in nnx.iter_modules(copy) if isinstance(module, Router))
@@ -52,6 +51,8 @@ def with_tiled_weights(model: DeepSeekV3, *, drafts: bool) -> DeepSeekV3:
         value = parameter.get_value()
         if isinstance(value, jax.Array):
             parameter.set_value(_to_tiles(value, in_axes, value.ndim - matrix_axes))
+    head = copy.head.weight
+    head.set_value(dataclasses.replace(head[...], rounded=rounded))
     return copy
 
 

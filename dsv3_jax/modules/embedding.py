@@ -55,6 +55,13 @@ class Head(nnx.Module):
             gather_dtype=dtype,
         )
 
+    def draft(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch V"]:
+        """Returns the logits of drafts, which need not be exact: by the weight in eight bits where there is one."""
+        weight = self.weight[...]
+        if isinstance(weight, TiledWeight) and weight.rounded is not None:
+            return self._logits(hidden, weight.rounded)
+        return self(hidden)
+
     def _logits(
         self, hidden: Float[Array, "*batch d"], weight: Float[Array, "V d"] | Int8Weight | TiledWeight
     ) -> Float[Array, "*batch V"]:

@@ -24,7 +24,6 @@ from jaxtyping import Array, Float
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.block import Block
 from dsv3_jax.modules.devices import Devices
-from dsv3_jax.modules.embedding import Head
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.precision import Precision
@@ -45,8 +44,6 @@ class MultiTokenModule(nnx.Module):
         self.projection = Linear(d, 2 * d, ("latent", "embed"), scale=config.initializer_range, precision=plain, **make)
         self.block = Block(config, moe=True, precision=precision, **make)
         self.output_norm = RMSNorm(d, epsilon, dtype=dtype)
-        # An engine may give the module a copy of the main head in a smaller format: drafts need not be exact.
-        self.own_head: Head | None = None
 
     def join(
         self,
