@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 
 def run(program: str) -> str:
     """Returns what a program prints, which runs in a process of its own."""
@@ -13,6 +15,7 @@ def run(program: str) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 def test_every_public_name_is_what_it_says_whatever_was_imported_before():
     program = (
         "import importlib, pkgutil, types, dsv3_jax\n"
@@ -31,6 +34,7 @@ def test_dir_lists_each_name_once():
     assert run("import dsv3_jax as d; d.presets; names = dir(d); print(len(names) == len(set(names)))") == "True\n"
 
 
+@pytest.mark.slow
 def test_plans_and_plots_leave_the_choice_of_matplotlib_s_backend_to_others():
     program = "import sys, dsv3_jax.planning.picture, dsv3_jax.runs.plots; print('matplotlib.pyplot' in sys.modules)"
     assert run(program) == "False\n"

@@ -58,6 +58,7 @@ def test_log_probs_and_entropies() -> None:
     )
 
 
+@pytest.mark.slow
 def test_engine_and_trainer_agree_and_experts_are_replayed() -> None:
     """What the engine drew, the trainer gives the same probability; with other experts it does not."""
 

@@ -51,6 +51,7 @@ with Interruption() as interruption, RunFolder(Path(sys.argv[1])).locked():
 """
 
 
+@pytest.mark.slow
 def test_every_module_works_without_what_only_linux_has(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _HIDE + _USE, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120, check=False)

@@ -64,6 +64,7 @@ def test_more_tokens_tell_more_and_a_perfect_student_has_nothing_to_learn() -> N
     assert np.all(np.isfinite(jax.grad(lambda s: divergence(s, even, 2)[0])(even)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [0.25, 1.0])
 def test_a_step_learns_tokens_and_teacher(weight: float) -> None:
     """Only learned tokens count; the teacher is wider than the student, and both are computed in pieces."""

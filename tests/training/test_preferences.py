@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from small_models import small_model
 from small_runs import LENGTH, SETTINGS, VOCABULARY, small_run
 
@@ -72,6 +73,7 @@ def test_loss_and_gradient_equal_loops() -> None:
     np.testing.assert_allclose(np.asarray(got)[np.asarray(counted)], margins, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_and_an_evaluation() -> None:
     """The loss is the mean over the pairs of all passes; each text is read alone, as if it had its own row."""
     tokens, segments = batch_of_pairs(2, 4)
