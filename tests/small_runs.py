@@ -96,6 +96,19 @@ def packed_batch(seed: int, passes: int, rows: int) -> tuple[jax.Array, jax.Arra
     return jnp.asarray(tokens, jnp.int32), jnp.asarray(segments, jnp.int32)
 
 
+def batch_of_pairs(seed: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens and segment ids [rows, T + 1] of two pairs a row, one in the last row; parts of them read only."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, VOCABULARY, (rows, LENGTH + 1))
+    segments = np.zeros_like(tokens)
+    for row, ids in enumerate(segments):
+        cuts = np.sort(random.choice(np.arange(2, LENGTH), 4, replace=False))
+        for number, (start, stop) in enumerate(zip([0, *cuts], cuts, strict=False), start=1):
+            if row < rows - 1 or number <= 2:
+                ids[start:stop] = number * random.choice([-1, 1], stop - start)
+    return tokens.astype(np.int32), segments.astype(np.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Start:
     """A model before its first step. `step` donates its state: give it a copy (`fresh`)."""

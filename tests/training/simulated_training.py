@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 from small_models import small_model
-from small_runs import SETTINGS, packed_batch, random_batch, small_run
+from small_runs import SETTINGS, batch_of_pairs, packed_batch, random_batch, small_run
 
 from dsv3_jax import model as model_module
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.runs.starting_state import starting_state
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.training.config import LoraConfig, RunConfig
+from dsv3_jax.training.config import LoraConfig, RunConfig, TeacherConfig
+from dsv3_jax.training.distillation import Teacher
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.state_layout import StateLayout
 from dsv3_jax.training.step import make_train_step
@@ -31,7 +32,8 @@ def run_of(kind: str) -> RunConfig:
 
     With "muon-" before it, the optimizer is Muon with QK-clip, which clips most heads. With "adapted-" before it,
     low-rank adapters are trained. With "masked-" before it, rows are packed samples of which only the answers are
-    learned.
+    learned. With "taught-" before it, the loss is that of distillation from a wider model; with "pairs-", that of a
+    reward model.
     """
     if kind.startswith("muon-"):
         run = run_of(kind.removeprefix("muon-"))
@@ -42,6 +44,12 @@ def run_of(kind: str) -> RunConfig:
         run = run_of(kind.removeprefix("adapted-"))
         training = dataclasses.replace(run.training, ema_decay=0.0)
         return dataclasses.replace(run, training=training, lora=LoraConfig(rank=2, targets="all", experts=True))
+    if kind.startswith("taught-"):
+        return dataclasses.replace(run_of(kind.removeprefix("taught-")), teacher=TeacherConfig(run="wide", top_k=5))
+    if kind.startswith("pairs-"):
+        run = run_of(kind.removeprefix("pairs-"))
+        data = dataclasses.replace(run.data, form="preferences", isolate_documents=True)
+        return dataclasses.replace(run, data=data)
     if kind.startswith("masked-"):
         run = run_of(kind.removeprefix("masked-"))
         return dataclasses.replace(run, data=dataclasses.replace(run.data, isolate_documents=True))
@@ -56,18 +64,34 @@ def run_of(kind: str) -> RunConfig:
     return dataclasses.replace(run, model=run.model.replace(**changes))
 
 
+def teacher_on(config: RunConfig, layout: StateLayout) -> Teacher | None:
+    """Returns the run's teacher, which is twice as wide as its model, on the layout's devices."""
+    if not config.teacher.run:
+        return None
+    model = config.model.replace(hidden_size=2 * config.model.hidden_size, initializer_range=0.3)
+    config = dataclasses.replace(config, model=model)
+    skeleton, state = starting_state(config, layout, lambda devices: small_model(model, 1))
+    return Teacher(skeleton, state.params, state.router_biases)
+
+
 def step_on(config: RunConfig, layout: StateLayout) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Returns every leaf of the state after one step and of the metrics, by name, and the result of `divided`."""
     rows = config.training.rows_per_pass
     passes = config.training.batch_size // rows
-    masked = config.data.isolate_documents
-    batch = packed_batch(0, passes, rows) if masked else random_batch(0, passes, rows, padded=True)
+    if config.data.form == "preferences":
+        batch = [x.reshape(passes, rows, -1) for x in batch_of_pairs(0, passes * rows)]
+    elif config.data.isolate_documents:
+        batch = packed_batch(0, passes, rows)
+    else:
+        batch = random_batch(0, passes, rows, padded=True)
     batch = [np.asarray(x) for x in batch]
     skeleton, state = starting_state(config, layout, lambda devices: small_model(config.model, 0))
     biases = 0.05 * np.arange(state.router_biases.size, dtype=np.float32).reshape(state.router_biases.shape)
     state = dataclasses.replace(state, router_biases=jax.device_put(biases, state.router_biases.sharding))
     parts = divided(state)
-    state, metrics = make_train_step(skeleton, config, layout)(state, *map(layout.feed.put, batch), SETTINGS)
+    state, metrics = make_train_step(skeleton, config, layout, teacher_on(config, layout))(
+        state, *map(layout.feed.put, batch), SETTINGS
+    )
     leaves = jax.tree_util.tree_leaves_with_path((dataclasses.replace(state, key=0), metrics))
     return {jax.tree_util.keystr(path): np.asarray(leaf, np.float64) for path, leaf in leaves}, parts
 

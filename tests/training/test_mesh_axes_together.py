@@ -17,3 +17,10 @@ _SCRIPT = Path(__file__).with_name("simulated_training.py")
 def test_step_equals_one_device(kind: str) -> None:
     (found,) = run_simulated(_SCRIPT, kind, "data=2,fsdp=2,expert=2,tensor=2", **SIXTEEN).values()
     check_equal(found)
+
+
+@pytest.mark.parametrize("kind", ["taught-small", "pairs-small"])
+def test_step_of_another_objective_equals_one_device(kind: str) -> None:
+    """Distillation and the loss of a reward model are sums over rows, as the loss of the next token is."""
+    (found,) = run_simulated(_SCRIPT, kind, "data=2,fsdp=2,expert=2").values()
+    check_equal(found)

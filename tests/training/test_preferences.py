@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_models import small_model
-from small_runs import LENGTH, SETTINGS, VOCABULARY, small_run
+from small_runs import SETTINGS, batch_of_pairs, small_run
 
 from dsv3_jax.training.evaluation_step import make_evaluation_step
 from dsv3_jax.training.preferences import differences, pair_losses
@@ -25,19 +25,6 @@ RUN = dataclasses.replace(
         num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=0, initializer_range=0.3
     ),
 )
-
-
-def batch_of_pairs(seed: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns tokens and segment ids [rows, T + 1] of two pairs a row, one in the last row; parts of them read only."""
-    random = np.random.default_rng(seed)
-    tokens = random.integers(0, VOCABULARY, (rows, LENGTH + 1))
-    segments = np.zeros_like(tokens)
-    for row, ids in enumerate(segments):
-        cuts = np.sort(random.choice(np.arange(2, LENGTH), 4, replace=False))
-        for number, (start, stop) in enumerate(zip([0, *cuts], cuts, strict=False), start=1):
-            if row < rows - 1 or number <= 2:
-                ids[start:stop] = number * random.choice([-1, 1], stop - start)
-    return tokens.astype(np.int32), segments.astype(np.int32)
 
 
 def brute_force(hidden: np.ndarray, row: np.ndarray, segments: np.ndarray) -> tuple[list[float], np.ndarray]:
