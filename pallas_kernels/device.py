@@ -106,7 +106,7 @@ def once_a_program(*static: str) -> Callable[[Callable[..., Any]], Callable[...,
         compiled = jax.jit(function, static_argnames=static)
 
         @functools.wraps(function)
-        def call(*arguments: Any, interpret: Any = None, **others: Any) -> Any:
+        def call(*arguments: Any, interpret: object = None, **others: Any) -> Any:
             if interpret is not None:
                 return function(*arguments, interpret=interpret, **others)
             return compiled(*arguments, **others)
