@@ -63,7 +63,7 @@ def instructions(program: str) -> dict[str, tuple[str, str]]:
 
 
 def thunks_of(trace: Path, names: Iterable[str]) -> dict[str, Thunks]:
-    """Returns the executions of each named instruction in the trace that lies in a folder."""
+    """Returns the executions of each named instruction in the trace of a folder."""
     known = set(names)
     found: dict[str, Thunks] = defaultdict(Thunks)
     (file,) = trace.rglob("*.xplane.pb")

@@ -64,9 +64,9 @@ def counted_from_the_step(config: PlanConfig) -> dict[str, float]:
     directions = 2 if config.schedule == "dualpipe" else 1
 
     def parts(rules: Any) -> float:
-        lies = jax.tree.leaves(shardings(params, mesh, rules))
+        placed = jax.tree.leaves(shardings(params, mesh, rules))
         shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
-        return sum(math.prod(lie.shard_shape(shape)) for lie, shape in zip(lies, shapes, strict=True))
+        return sum(math.prod(one.shard_shape(shape)) for one, shape in zip(placed, shapes, strict=True))
 
     working = 0.0
     for name, branch in params.items():
@@ -76,7 +76,7 @@ def counted_from_the_step(config: PlanConfig) -> dict[str, float]:
             def arrive(part: Any, layout: Any = layout, name: Any = name) -> Any:
                 return to_stage(part, layout, layers) if name == "moe_blocks" else to_all_stages(part, layout)
 
-            # What every rank has of the result lies one below the other in a first dimension that all axes cut.
+            # The ranks' parts of the result are stacked along a first dimension that all axes cut.
             def on_a_rank(part: Any, arrive: Any = arrive) -> Any:
                 return arrive(part).reshape(1, -1)
 
