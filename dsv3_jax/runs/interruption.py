@@ -37,7 +37,8 @@ class Interruption:
 
     The answer to the first depends on `defer`. While it is False, Interrupted is raised in the main thread. While it
     is True, the program asks for `requested` from time to time. Where nothing is unsaved and the main thread has done
-    neither after two seconds, as while it compiles, the process ends.
+    neither after two seconds, as while it compiles, the process ends. Native code may turn Interrupted into another
+    exception, as Python does where an extension module is imported; it leaves the block as Interrupted all the same.
 
     Args:
       last_words: returns the line that is printed before the process ends without the main thread.
@@ -52,6 +53,7 @@ class Interruption:
 
     def __init__(self, last_words: Callable[[], str] = lambda: "", notice: Notice = "USR1") -> None:
         self.signal_number: int | None = None
+        self._raised: Interrupted | None = None
         self.defer = False
         self.unsaved = False
         self._signals = [signal.SIGTERM, signal.SIGINT, *(n for name, n in NOTICES.items() if name == notice)]
@@ -87,6 +89,8 @@ class Interruption:
         os.close(self._write)
         self._watcher.join()
         os.close(self._read)
+        if self._raised is not None and isinstance(error, Exception):
+            raise self._raised from error
 
     @property
     def requested(self) -> bool:
@@ -105,7 +109,8 @@ class Interruption:
         self.signal_number = self.signal_number or number
         if not self.defer and not self._answered.is_set():
             self._answered.set()
-            raise Interrupted(number)
+            self._raised = Interrupted(number)
+            raise self._raised
 
     def _raised_in_vain(self, ignored: sys.UnraisableHookArgs) -> None:
         """Ends the process where Python ignored the exception: it was raised in a destructor or a garbage callback."""

@@ -44,6 +44,25 @@ def test_the_first_signal_interrupts_preparations():
     assert process.returncode == 0
 
 
+def test_an_interruption_that_became_another_exception_is_one():
+    """Python reports what is raised while an extension module starts as an ImportError of its own."""
+    process = start(
+        """
+        try:
+            with interruption:
+                try:
+                    print('ready', flush=True)
+                    time.sleep(60)
+                except BaseException as error:
+                    raise ImportError('initialization failed') from error
+        except Interrupted as stop:
+            print(stop.exit_code)
+        """
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=50) == ("143\n", "")
+
+
 def test_the_first_signal_is_kept_for_a_program_that_asks():
     process = start(
         """
