@@ -3,7 +3,7 @@
 Promised is: nothing saved is lost, a resumed run ends bit for bit as one that was never interrupted, no damaged file is
 used, and whatever is wrong is answered by one line and an exit code within the time that was set. Trials are drawn from
 a seed, so that a failure can be repeated; the kinds of trial can be chosen by giving the others a count of 0. Figures
-are written after every trial, and a call with the same seed goes on from those: trials that were made are not repeated.
+are written after every trial, and a call with the same seed goes on from those: only trials that failed are repeated.
 
     python experiments/soak.py                           hours: the counts that the project promises
     python experiments/soak.py --kills 20 --damages 60 --folders 60 --faults 2 --disks 6 --signals 6
@@ -259,19 +259,21 @@ def main() -> None:
     found = earlier_results(options.out, options.seed)
 
     def trials(name: str, count: int, trial: Callable[[Bench], str], jobs: int = options.jobs) -> None:
-        done = found.get(name, {"trials": 0, "failures": []})
-        began, left = time.monotonic(), range(done["trials"], count)
+        done = found.setdefault(name, {"trials": 0, "failures": {}})
+        began, failures = time.monotonic(), done["failures"]
+        left = [*map(int, failures), *range(done["trials"], count)]
         benches = [Bench(bench.folder, random.Random(f"{options.seed} {name} {number}")) for number in left]
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             # Trials inside this process have it for themselves: they set its alarm and its standard output.
             for number, wrong in zip(left, pool.map(trial, benches) if jobs > 1 else map(trial, benches), strict=True):
+                failures.pop(str(number), None)
                 if wrong:
                     print(f"{name}, trial {number}: {wrong}", flush=True)
-                done = {"trials": number + 1, "failures": [*done["failures"], *([wrong] if wrong else [])]}
-                found[name] = done
+                    failures[str(number)] = wrong
+                done["trials"] = max(done["trials"], number + 1)
                 options.out.write_text(json.dumps({"seed": options.seed, "found": found}, indent=1) + "\n")
         if left:
-            print(f"{name}: {len(done['failures'])} of {count} failed, {time.monotonic() - began:.0f} s", flush=True)
+            print(f"{name}: {len(failures)} of {count} failed, {time.monotonic() - began:.0f} s", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         bench = Bench(Path(folder), random.Random(options.seed))
