@@ -79,7 +79,7 @@ def _changes(config: PlanConfig) -> Iterator[dict[str, Any]]:
     if config.micro_batch_size > 1:
         yield {"micro_batch_size": config.micro_batch_size // 2}
     for source in ("data", "fsdp", "expert"):
-        for sink in ("fsdp", "expert", "tensor", "stage"):
+        for sink in ("fsdp", "context", "expert", "tensor", "stage"):
             size = getattr(mesh, source)
             if sink != source and size % 2 == 0:
                 moved = dataclasses.replace(mesh, **{source: size // 2, sink: 2 * getattr(mesh, sink)})

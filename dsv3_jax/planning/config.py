@@ -81,7 +81,7 @@ class PlanConfig:
         if not self.batch_size:
             each = max(self.micro_batch_size, 1) * (1 if self.mesh.stage == 1 else 4 * self.mesh.stage)
             object.__setattr__(self, "batch_size", self.mesh.batch_ranks * each)
-        self.mesh.check(self.model, self.batch_size)
+        self.mesh.check(self.model, self.batch_size, self.sequence_length)
         if not self.micro_batch_size:
             object.__setattr__(self, "micro_batch_size", self.batch_size // self.mesh.batch_ranks)
         if self.batch_size % self.sequences_per_pass:
@@ -149,8 +149,8 @@ class PlanConfig:
 
     @property
     def tokens_per_pass(self) -> int:
-        """Tokens of one micro-batch on one rank."""
-        return self.micro_batch_size * self.sequence_length
+        """Tokens of one micro-batch on one rank, outside of attention."""
+        return self.micro_batch_size * self.sequence_length // self.mesh.context
 
     @property
     def tokens_per_step(self) -> int:

@@ -21,6 +21,7 @@ from dsv3_jax.training.losses import (
     LossTerms,
     LossWeights,
     cross_entropies,
+    in_pieces,
     objective,
     prediction_losses,
     target_weights,
@@ -217,3 +218,20 @@ def test_target_weights_by_definition(documents: list[list[int]], ahead: int, is
             target = segments[b, i + ahead]
             wanted = target != 0 and (not isolate or target == segments[b, i])
             assert found[b, i] == wanted
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 3), length=st.integers(1, 23), chunk=st.integers(1, 80), parts=st.integers(1, 4))
+def test_pieces_are_all_positions_in_their_order(rows: int, length: int, chunk: int, parts: int):
+    hidden = jnp.arange(rows * length * 2, dtype=jnp.float32).reshape(rows, length, 2)
+    targets = jnp.arange(rows * length).reshape(rows, length)
+    largest = []
+
+    def of(hidden, targets):
+        largest.append(targets.size)
+        return hidden[..., 0] + 0.5 * targets, targets
+
+    found, same = in_pieces(of, hidden, targets, chunk, parts)
+    np.testing.assert_array_equal(found, hidden[..., 0] + 0.5 * targets)
+    np.testing.assert_array_equal(same, targets)
+    assert max(largest) <= max(chunk, 0) + 2 * rows * parts
