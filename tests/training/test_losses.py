@@ -16,6 +16,7 @@ from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.modules.devices import OneDevice
 from dsv3_jax.training.losses import (
     BatchTargets,
     LossTerms,
@@ -188,6 +189,7 @@ def test_chunked_cross_entropy_and_its_gradient_equal_the_whole(chunk: int):
 @dataclasses.dataclass
 class _HeadOnly:
     weight: jax.Array
+    devices: OneDevice = OneDevice()
 
     def head(self, hidden: jax.Array) -> jax.Array:
         return hidden @ self.weight.T
