@@ -23,6 +23,9 @@ from dsv3_jax.training.defaults import default_run
 Average = Literal["device", "none"]
 MomentDtype = Literal["recipe", "float32", "bfloat16"]
 
+FEWEST_TOKENS = 4096
+"""The fewest tokens of a sequence that advice and search leave on a rank of the context axis."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:

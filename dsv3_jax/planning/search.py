@@ -13,7 +13,7 @@ from rich.table import Table
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.planning.compiled import CompiledPlan, compile_plan
-from dsv3_jax.planning.config import PlanConfig, of_preset
+from dsv3_jax.planning.config import FEWEST_TOKENS, PlanConfig, of_preset
 from dsv3_jax.planning.hardware import Target
 from dsv3_jax.planning.plan import Plan, make_plan, plan_as_dict
 from dsv3_jax.planning.report_table import size
@@ -23,7 +23,6 @@ from dsv3_jax.training.defaults import default_run
 _COMPILED = 3  # of the best plans
 _MOST_STAGES = 64
 _MOST_TENSOR_RANKS = 8
-_FEWEST_TOKENS = 4096  # of a sequence on a rank of the context axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +134,7 @@ def _contexts(devices: int, heads: int, length: int) -> Iterator[int]:
     while devices % context == heads % context == length % context == 0:
         yield context
         context *= 2
-        if length < context * _FEWEST_TOKENS:
+        if length < context * FEWEST_TOKENS:
             return
 
 

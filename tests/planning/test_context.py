@@ -10,6 +10,7 @@ from simulated import run_simulated
 
 from dsv3_jax.cli.main import main
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.planning.advice import advise
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.hardware import Target
 from dsv3_jax.planning.plan import Plan, make_plan
@@ -52,6 +53,12 @@ def test_what_ranks_exchange_by_hand() -> None:
     assert flow.between_nodes
 
 
+def test_advice_divides_long_sequences_further() -> None:
+    changes = [advice.change for advice in advise(plan_of(4))]
+    assert any("--mesh.context 8" in change for change in changes)
+    assert not any("--mesh.stage" in change for change in changes)
+
+
 def test_a_search_divides_long_sequences_only() -> None:
     short, long = (set(meshes(V3, 16, length)) for length in (4096, LENGTH))
     assert {mesh.context for mesh in short} == {1}
@@ -61,7 +68,7 @@ def test_a_search_divides_long_sequences_only() -> None:
 
 def test_the_command_plans_it(capsys: pytest.CaptureFixture[str]) -> None:
     line = ["plan", "--target", "h800:2048", "--sequence-length", str(LENGTH), "--precision", "fp8", "--json"]
-    assert main([*line, "--average", "none", "--mesh", MESHES[16]]) == 0
+    assert main([*line, "--average", "none", "--micro-batch-size", "1", "--mesh", MESHES[16]]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["fits"]
     assert values["mesh"]["context"] == 16
