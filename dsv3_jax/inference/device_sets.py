@@ -84,4 +84,6 @@ class DeviceSets:
         for each in sets:
             mesh = MeshConfig(**dict(each.mesh.shape))
             mesh.check(model, mesh.batch_ranks)
+            if mesh.context > 1:
+                raise ConfigError("mesh.context shards sequences that are trained on: leave it out of a serving mesh")
         return sets

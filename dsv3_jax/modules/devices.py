@@ -73,7 +73,7 @@ class Devices(Protocol):
         in_axes: int,
         gather_dtype: jnp.dtype,
     ) -> Float[Array, "..."]:
-        """Returns product(x, weight).
+        """Computes product(x, weight).
 
         Args:
           product: a linear map; it may be called with a shard of the tokens and of the weight's outputs or inputs.
@@ -83,6 +83,10 @@ class Devices(Protocol):
           in_axes: number of input dimensions of the weight.
           gather_dtype: dtype in which shards of the weight are all-gathered; float8_e4m3fn with a scale for every
             block of 128 x 128.
+
+        Returns:
+          The products. Where the outputs are heads of attention, which need all tokens of a sequence, a device may
+          compute some of the heads for all tokens.
         """
         ...
 
@@ -135,14 +139,14 @@ class Devices(Protocol):
 
     def apply_experts(
         self,
-        u: Float[Array, "N d"],
+        u: Float[Array, "*batch d"],
         gates: pallas_kernels.Gates,
         gate_up: Float[Array, "E 2 I d"],
         down: Float[Array, "E d I"],
         product: ExpertProduct,
         shapes: ExpertShapes,
-    ) -> Float[Array, "N d"]:
-        """Returns sum_i g_i E_i(u) of every token; `gates` has leading axes that flatten to the N tokens."""
+    ) -> Float[Array, "*batch d"]:
+        """Returns sum_i g_i E_i(u) of every token; `gates` has leading axes that flatten to the tokens of `u`."""
         ...
 
     def sum_over_batch(self, x: Array) -> Array:
@@ -152,6 +156,11 @@ class Devices(Protocol):
     @property
     def batch_ranks(self) -> int:
         """The number of sequences of a batch is a multiple of this."""
+        ...
+
+    @property
+    def context_ranks(self) -> int:
+        """Number of devices over which the tokens of a sequence are divided."""
         ...
 
     @property
@@ -229,23 +238,24 @@ class OneDevice:
 
     def apply_experts(
         self,
-        u: Float[Array, "N d"],
+        u: Float[Array, "*batch d"],
         gates: pallas_kernels.Gates,
         gate_up: Float[Array, "E 2 I d"],
         down: Float[Array, "E d I"],
         product: ExpertProduct,
         shapes: ExpertShapes,
-    ) -> Float[Array, "N d"]:
+    ) -> Float[Array, "*batch d"]:
         """Returns sum_i g_i E_i(u): tokens are sorted by expert, multiplied, and their results added up per token."""
         experts, chosen = gate_up.shape[0], gates.expert_index.shape[-1]
-        expert_index = gates.expert_index.reshape(-1, chosen)
+        expert_index, gate = (x.reshape(-1, chosen) for x in (gates.expert_index, gates.gate))
+        batch, u = u.shape, u.reshape(-1, u.shape[-1])
         plain = shapes.fp8 is None and isinstance(gate_up, jax.Array)
         if plain and target_platform() == "cpu" and share_of(expert_index.size, experts) >= LEAST_SHARE:
-            return apply_in_shares(u, gates.gate.reshape(-1, chosen), expert_index, gate_up, down, product)
+            return apply_in_shares(u, gate, expert_index, gate_up, down, product).reshape(batch)
         alignment = pallas_kernels.preferred_row_alignment(expert_index.size, experts)
         rows, permutation = pallas_kernels.permute(u, expert_index, experts, row_alignment=alignment)
         out = product(rows, gate_up, down, permutation.group_sizes, alignment)
-        return pallas_kernels.combine(out, gates.gate.reshape(-1, chosen), permutation)
+        return pallas_kernels.combine(out, gate, permutation).reshape(batch)
 
     def sum_over_batch(self, x: Array) -> Array:
         """Returns `x`: the sequences at hand are the batch."""
@@ -253,6 +263,11 @@ class OneDevice:
 
     @property
     def batch_ranks(self) -> int:
+        """One."""
+        return 1
+
+    @property
+    def context_ranks(self) -> int:
         """One."""
         return 1
 

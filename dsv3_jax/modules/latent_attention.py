@@ -64,7 +64,7 @@ class LatentAttention(nnx.Module):
             self.q_a = Linear(config.q_lora_rank, d, ("latent", "embed"), **make)
             self.q_a_norm = RMSNorm(config.q_lora_rank, config.latent_norm_eps, dtype=dtype)
         # Latents are narrow: FSDP shards the input side of their up-projections.
-        up = ("wide", None, "embed")
+        up = ("heads", None, "embed")
         self.q_b = Linear((heads, config.qk_head_dim), query_in, up, **make)
         self.kv_a = Linear(config.kv_lora_rank + config.qk_rope_head_dim, d, ("latent", "embed"), **make)
         self.kv_a_norm = RMSNorm(config.kv_lora_rank, config.latent_norm_eps, dtype=dtype)

@@ -54,7 +54,7 @@ class Choice:
 class RoutedExperts(Protocol):
     """The routed experts of a mixture: a layer's own, or another arrangement of their weights."""
 
-    def __call__(self, u: Float[Array, "N d"], gates: pallas_kernels.Gates) -> Float[Array, "N d"]: ...
+    def __call__(self, u: Float[Array, "*batch d"], gates: pallas_kernels.Gates) -> Float[Array, "*batch d"]: ...
 
     def of_few(
         self,
@@ -101,13 +101,13 @@ class Experts(nnx.Module):
         down = shapes.down.normal(rngs, config.initializer_range, dtype)
         return cls(gate_up, down, shapes, precision=precision, devices=devices)
 
-    def __call__(self, u: Float[Array, "N d"], gates: pallas_kernels.Gates) -> Float[Array, "N d"]:
-        """Returns sum_i g_i FFN_i(u) of every token; `gates` has leading axes that flatten to the N tokens."""
+    def __call__(self, u: Float[Array, "*batch d"], gates: pallas_kernels.Gates) -> Float[Array, "*batch d"]:
+        """Returns sum_i g_i FFN_i(u) of every token; `gates` has leading axes that flatten to the tokens of `u`."""
         return self._apply(u, gates, self.gate_up[...], self.down[...])
 
     def _apply(
-        self, u: Float[Array, "N d"], gates: pallas_kernels.Gates, gate_up: Float[Array, "E 2 I d"], down: Array
-    ) -> Float[Array, "N d"]:
+        self, u: Float[Array, "*batch d"], gates: pallas_kernels.Gates, gate_up: Float[Array, "E 2 I d"], down: Array
+    ) -> Float[Array, "*batch d"]:
         return self.devices.apply_experts(u, gates, gate_up, down, self._products, self.shapes)
 
     def _products(
@@ -213,7 +213,7 @@ class MixtureOfExperts(nnx.Module):
         """
         gates = self.router(u, token_mask, experts)
         with jax.named_scope("routed_experts"):
-            routed = self.experts(u.reshape(-1, u.shape[-1]), gates)
+            routed = self.experts(u, gates)
         sequence_balance, batch_balance = balance_terms(
             gates.selection_fraction, gates.affinity_mean, token_mask, sum_over_batch=self.devices.sum_over_batch
         )
@@ -234,7 +234,7 @@ class MixtureOfExperts(nnx.Module):
             routed = self.experts.of_few(u.reshape(-1, u.shape[-1]), gates, token_mask.reshape(-1), layer)
         return self._with_shared(u, routed), Choice(gates.load, gates.expert_index)
 
-    def _with_shared(self, u: Float[Array, "B T d"], routed: Float[Array, "N d"]) -> Float[Array, "B T d"]:
+    def _with_shared(self, u: Float[Array, "B T d"], routed: Float[Array, "*batch d"]) -> Float[Array, "B T d"]:
         y = routed.reshape(u.shape).astype(u.dtype)
         if not self.has_shared_experts:
             return y

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-LogicalAxis = Literal["embed", "wide", "latent", "expert", "expert_width"]
+LogicalAxis = Literal["embed", "wide", "heads", "latent", "expert", "expert_width"]
 """Names of a dimension's meaning. `dsv3_jax.sharding.rules.AxisRules` maps each to axes of a mesh.
 
-embed: the hidden size (of up-projections from a latent: the latent's width).  wide: heads, feed-forward widths and the
-vocabulary.  latent: outputs of down-projections and routers.  expert: routed experts.  expert_width: their inner width.
+embed: the hidden size (of up-projections from a latent: the latent's width).  wide: feed-forward widths, the
+vocabulary, and heads as inputs.  heads: heads as outputs.  latent: outputs of down-projections and routers.  expert:
+routed experts.  expert_width: their inner width.
 """
 
 LAYERS = "layers"

@@ -34,7 +34,7 @@ from dsv3_jax.pipeline.executor import AXIS
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.sharding.fp8_shards import quantized_shard, sent_as_bits
 from dsv3_jax.sharding.ranks import axes_of, without_axes
-from dsv3_jax.sharding.rules import BATCH_AXES, AxisRules, parameter_specs, rules_over_stages
+from dsv3_jax.sharding.rules import BATCH_AXES, CONTEXT, AxisRules, parameter_specs, rules_over_stages
 from pallas_kernels import TILE
 
 Path = tuple[str | int, ...]
@@ -114,7 +114,7 @@ ON_ALL_RANKS = StageWeightLayout(PartitionSpec(), None, (), PartitionSpec())
 
 def manual_axes(mesh: Mesh) -> set[str]:
     """Returns the axes along which a rank's program has its own shards; a tensor axis is left to the compiler."""
-    return {AXIS, *BATCH_AXES} | ({"tensor"} if mesh.shape["tensor"] == 1 else set())
+    return {AXIS, CONTEXT, *BATCH_AXES} | ({"tensor"} if mesh.shape["tensor"] == 1 else set())
 
 
 def weight_layouts(

@@ -31,7 +31,8 @@ from dsv3_jax.planning.traced_block import (
 from dsv3_jax.planning.weights import LayerKind, abstract_mesh, layers_of_rank, stages_per_rank, weights_of
 from dsv3_jax.sharding.expert_parallel import BUFFER_ROWS
 from dsv3_jax.sharding.mesh import MeshConfig
-from dsv3_jax.sharding.rules import WITHIN_A_STAGE, weight_axes
+from dsv3_jax.sharding.ranks import axes_of
+from dsv3_jax.sharding.rules import gathered_dimension, weight_axes
 
 _FLOAT32 = 4  # bytes
 _LOSS_COPIES = 3  # of the vocabulary's logits: logits, their exponentials and their gradient
@@ -93,7 +94,7 @@ def _without_stages(config: PlanConfig) -> ActivationMemory:
         kept_per_layer=per_layer,
         micro_batches=1,
         recomputed=max(_backward(config, "moe" if kind == "mtp" else kind) for kind in per_layer),
-        loss=_LOSS_COPIES * _logits(config, _tokens_per_piece(config, config.sequences_per_pass)[0]),
+        loss=_LOSS_COPIES * _logits(config, _tokens_per_piece(config)[0]),
     )
 
 
@@ -144,7 +145,7 @@ def _last_stage(config: PlanConfig) -> float:
     With an fsdp axis the head is gathered, and its gradient is reduce-scattered from whole ones in float32.
     """
     model, depths = config.model, config.model.num_nextn_predict_layers
-    tokens, whole = _tokens_per_piece(config, config.micro_batch_size)
+    tokens, whole = _tokens_per_piece(config)
     logits = (1 + depths if whole else _LOSS_COPIES) * _logits(config, tokens)
     head = model.vocab_size * model.hidden_size / config.mesh.tensor
     copies = config.recipe.dtype.itemsize
@@ -153,14 +154,10 @@ def _last_stage(config: PlanConfig) -> float:
     return logits + copies * head + depths * sum(kept_of_layer(config, "mtp").values())
 
 
-def _tokens_per_piece(config: PlanConfig, sequences: int) -> tuple[int, bool]:
-    """Returns the tokens whose logits a rank holds at a time, and whether they are all (`losses.cross_entropies`).
-
-    Args:
-      sequences: those that the program sees at a time: a rank's in a pipeline, else those of all ranks.
-    """
-    length = config.sequence_length
-    pieces = min(-(-sequences * length // config.run.training.loss_chunk), length)
+def _tokens_per_piece(config: PlanConfig) -> tuple[int, bool]:
+    """Returns the tokens whose logits a rank holds at a time, and whether they are all (`losses.cross_entropies`)."""
+    length = config.sequence_length // config.mesh.context
+    pieces = min(-(-config.tokens_per_pass // config.run.training.loss_chunk), length)
     return config.micro_batch_size * -(-length // pieces), pieces == 1
 
 
@@ -185,35 +182,67 @@ def kept_of_layer(config: PlanConfig, kind: LayerKind, *, unrolled: bool = False
     (block,) = _BLOCKS_OF[kind]
     one = kept_by_block(_shape(config, block, 1), policy)
     two = kept_by_block(_shape(config, block, 2), policy) if config.mesh.tensor > 1 else one
-    return {name: _of_rank(config, size, two.get(name, 0.0)) for name, size in one.items()}
+    kept = {name: _of_rank(config, size, two.get(name, 0.0)) for name, size in one.items()}
+    if policy == "none" and config.mesh.context > 1:
+        kept["latents of all ranks' tokens"] = latent_bytes(config)
+    return kept
 
 
 def working_bytes(config: PlanConfig, kind: LayerKind) -> float:
     """Returns the bytes of activations that a layer's backward pass reads of a micro-batch, its inputs included."""
-    return sum(_traced(config, block, lambda block: block.working) for block in _BLOCKS_OF[kind])
+    gathered = latent_bytes(config) if kind in LAYERS and config.mesh.context > 1 else 0.0
+    return gathered + sum(_traced(config, block, lambda block: block.working) for block in _BLOCKS_OF[kind])
 
 
-def gathered_weights(config: PlanConfig, kind: LayerKind) -> tuple[tuple[float, float], ...]:
-    """Returns the weights of a layer that FSDP all-gathers: elements on a device once gathered, and bytes of each."""
+def latent_bytes(config: PlanConfig) -> float:
+    """Returns the bytes of what a layer's attention needs of all tokens of a micro-batch to compute its heads.
+
+    They are the inputs of the up-projections and the rotary keys (`sharding.attention_on_ranks`).
+    """
+    model = config.model
+    numbers = (model.q_lora_rank or model.hidden_size) + model.kv_lora_rank + model.qk_rope_head_dim
+    return config.micro_batch_size * config.sequence_length * numbers * config.recipe.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class GatheredWeight:
+    """A weight that FSDP all-gathers.
+
+    Attributes:
+      elements: elements on a device once it is gathered.
+      width: bytes of an element in the format in which it is gathered.
+      ranks: devices among which its shards are.
+    """
+
+    elements: float
+    width: float
+    ranks: int
+
+
+def gathered_weights(config: PlanConfig, kind: LayerKind) -> tuple[GatheredWeight, ...]:
+    """Returns the weights of a layer that FSDP all-gathers."""
     shapes = tuple(_shape(config, block, 1) for block in _BLOCKS_OF[kind])
     return _gathered(shapes, config.mesh)
 
 
 @functools.lru_cache(maxsize=4096)
-def _gathered(shapes: tuple[BlockShape, ...], mesh: MeshConfig) -> tuple[tuple[float, float], ...]:
+def _gathered(shapes: tuple[BlockShape, ...], mesh: MeshConfig) -> tuple[GatheredWeight, ...]:
     found = []
     for weight in [weight for shape in shapes for weight in traced_block(shape).gathered]:
-        axes = weight_axes(weight.shape, abstract_mesh(mesh), WITHIN_A_STAGE)
-        if "fsdp" in axes:
-            shards = math.prod(mesh.sizes[axis] for axis in axes if axis and axis != "fsdp")
-            found.append((math.prod(weight.shape.shape) / shards, Format(weight.dtype).bytes))
+        axes = weight_axes(weight.shape, abstract_mesh(mesh))
+        dimension = gathered_dimension(weight.shape, axes)
+        if dimension is not None:
+            shards = [math.prod(mesh.sizes[axis] for axis in axes_of(over)) for over in axes]
+            ranks = shards.pop(dimension)
+            elements = math.prod(weight.shape.shape) / math.prod(shards)
+            found.append(GatheredWeight(elements, Format(weight.dtype).bytes, ranks))
     return tuple(found)
 
 
 def gathered_bytes(config: PlanConfig, kind: LayerKind, *, ahead: int) -> float:
     """Returns the bytes of a layer's all-gathered weights, of `ahead` more that follow, and of their gradients."""
     weights = gathered_weights(config, kind)
-    return sum(elements * ((1 + ahead) * width + _FLOAT32) for elements, width in weights)
+    return sum(weight.elements * ((1 + ahead) * weight.width + _FLOAT32) for weight in weights)
 
 
 def _backward(config: PlanConfig, kind: LayerKind) -> float:
@@ -245,6 +274,7 @@ def _traced(config: PlanConfig, kind: BlockKind, figure: Callable[[TracedBlock],
 def _of_rank(config: PlanConfig, one: float, two: float) -> float:
     """Returns the bytes of a micro-batch on a rank, from those of a sequence with one and with two tensor ranks.
 
-    A part of the bytes is divided over the tensor axis, the rest is on all its ranks.
+    A part of the bytes is divided over the tensor axis, the rest is on all its ranks. Along the context axis a rank has
+    its part of the tokens, or of the heads of all tokens, which are as many bytes.
     """
-    return config.micro_batch_size * (one - 2 * (one - two) * (1 - 1 / config.mesh.tensor))
+    return config.micro_batch_size / config.mesh.context * (one - 2 * (one - two) * (1 - 1 / config.mesh.tensor))

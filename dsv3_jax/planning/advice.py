@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.planning.config import FEWEST_TOKENS, PlanConfig
 from dsv3_jax.planning.hardware import Target
 from dsv3_jax.planning.plan import Plan, make_plan
 
@@ -78,8 +78,13 @@ def _changes(config: PlanConfig) -> Iterator[dict[str, Any]]:
         yield {"zero": True}
     if config.micro_batch_size > 1:
         yield {"micro_batch_size": config.micro_batch_size // 2}
+    sinks = ["fsdp", "expert", "tensor"]
+    if mesh.context == 1:
+        sinks.append("stage")
+    if mesh.stage == 1 and config.sequence_length >= 2 * mesh.context * FEWEST_TOKENS:
+        sinks.append("context")
     for source in ("data", "fsdp", "expert"):
-        for sink in ("fsdp", "expert", "tensor", "stage"):
+        for sink in sinks:
             size = getattr(mesh, source)
             if sink != source and size % 2 == 0:
                 moved = dataclasses.replace(mesh, **{source: size // 2, sink: 2 * getattr(mesh, sink)})

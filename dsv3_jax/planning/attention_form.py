@@ -77,7 +77,8 @@ def attention_core(model: ModelConfig, length: int, form: AttentionForm) -> Atte
 def attention_core_memory(config: PlanConfig) -> float:
     """Returns the bytes that the attention core needs in its backward pass beyond what was kept for it."""
     model, width, form = config.model, config.recipe.dtype.itemsize, attention_form(config)
-    heads, length = model.num_attention_heads / config.mesh.tensor, config.sequence_length
+    heads = model.num_attention_heads / config.mesh.tensor / config.mesh.context
+    length = config.sequence_length
     if form == "cudnn":  # gradients of queries, of keys and of values as wide as these
         return config.micro_batch_size * heads * length * (3 * model.qk_head_dim * width + _FLOAT32)
     if form != "scan":  # gradients; a mean of each row; partial sums of the gradient of the keys that heads share

@@ -23,6 +23,9 @@ from dsv3_jax.training.defaults import default_run
 Average = Literal["device", "none"]
 MomentDtype = Literal["recipe", "float32", "bfloat16"]
 
+FEWEST_TOKENS = 4096
+"""The fewest tokens of a sequence that advice and search leave on a rank of the context axis."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
@@ -81,7 +84,7 @@ class PlanConfig:
         if not self.batch_size:
             each = max(self.micro_batch_size, 1) * (1 if self.mesh.stage == 1 else 4 * self.mesh.stage)
             object.__setattr__(self, "batch_size", self.mesh.batch_ranks * each)
-        self.mesh.check(self.model, self.batch_size)
+        self.mesh.check(self.model, self.batch_size, self.sequence_length)
         if not self.micro_batch_size:
             object.__setattr__(self, "micro_batch_size", self.batch_size // self.mesh.batch_ranks)
         if self.batch_size % self.sequences_per_pass:
@@ -149,8 +152,8 @@ class PlanConfig:
 
     @property
     def tokens_per_pass(self) -> int:
-        """Tokens of one micro-batch on one rank."""
-        return self.micro_batch_size * self.sequence_length
+        """Tokens of one micro-batch on one rank, outside of attention."""
+        return self.micro_batch_size * self.sequence_length // self.mesh.context
 
     @property
     def tokens_per_step(self) -> int:

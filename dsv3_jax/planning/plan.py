@@ -99,7 +99,8 @@ def make_plan(config: PlanConfig) -> Plan:
     rank, flows = traffic(config)
     layers = layers_of_rank(config)
     gathered = 0.0
-    if config.mesh.fsdp > 1 and not config.has_stages:  # in a stage, beside the activations of what it computes
+    # In a stage they are counted beside the activations of what it computes.
+    if config.mesh.weight_shards > 1 and not config.has_stages:
         gathered = max(gathered_bytes(config, kind, ahead=1) for kind in (*LAYERS, "head") if layers[kind])
     state, activations = state_memory(config, gathered), activation_memory(config)
     best = Reached.by_best_kernels(config.target.accelerator)

@@ -13,11 +13,12 @@ from rich.table import Table
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError, UserError
 from dsv3_jax.planning.compiled import CompiledPlan, compile_plan
-from dsv3_jax.planning.config import PlanConfig, of_preset
+from dsv3_jax.planning.config import FEWEST_TOKENS, PlanConfig, of_preset
 from dsv3_jax.planning.hardware import Target
 from dsv3_jax.planning.plan import Plan, make_plan, plan_as_dict
 from dsv3_jax.planning.report_table import size
-from dsv3_jax.sharding.mesh import MeshConfig
+from dsv3_jax.sharding.mesh import AXES, MeshConfig
+from dsv3_jax.training.defaults import default_run
 
 _COMPILED = 3  # of the best plans
 _MOST_STAGES = 64
@@ -72,7 +73,8 @@ def search(
       UserError: no mesh divides the model and the batch.
     """
     configs = []
-    for mesh in meshes(ModelConfig.preset(preset), target.devices):
+    length = given.get("sequence_length") or default_run(preset).data.sequence_length
+    for mesh in meshes(ModelConfig.preset(preset), target.devices, length):
         try:
             configs.append(of_preset(preset, target, mesh, **given))
         except ConfigError:
@@ -102,8 +104,14 @@ def _candidate(config: PlanConfig, *, may_shrink: bool) -> Candidate:
     return Candidate(make_plan(dataclasses.replace(config, micro_batch_size=1)))
 
 
-def meshes(model: ModelConfig, devices: int) -> Iterator[MeshConfig]:
-    """Yields every mesh of `devices` whose axes divide experts and heads, with at most a stage per layer."""
+def meshes(model: ModelConfig, devices: int, length: int) -> Iterator[MeshConfig]:
+    """Yields every mesh of `devices` whose axes divide experts and heads, with at most a stage per layer.
+
+    Without stages long sequences may be divided too, into powers of two.
+
+    Args:
+      length: tokens of a sequence.
+    """
     for stage in _divisors(devices):
         if stage > min(_MOST_STAGES, model.num_hidden_layers):
             continue
@@ -114,8 +122,20 @@ def meshes(model: ModelConfig, devices: int) -> Iterator[MeshConfig]:
                 if tensor > _MOST_TENSOR_RANKS or model.num_attention_heads % tensor:
                     continue
                 rest = devices // stage // expert // tensor
-                for fsdp in _divisors(rest):
-                    yield MeshConfig(stage=stage, data=rest // fsdp, fsdp=fsdp, expert=expert, tensor=tensor)
+                for context in _contexts(rest, model.num_attention_heads // tensor, length if stage == 1 else 0):
+                    for fsdp in _divisors(rest // context):
+                        sizes = {"fsdp": fsdp, "context": context, "expert": expert, "tensor": tensor}
+                        yield MeshConfig(stage=stage, data=rest // context // fsdp, **sizes)
+
+
+def _contexts(devices: int, heads: int, length: int) -> Iterator[int]:
+    """Yields the powers of two that divide devices, heads and length, 1 included."""
+    context = 1
+    while devices % context == heads % context == length % context == 0:
+        yield context
+        context *= 2
+        if length < context * FEWEST_TOKENS:
+            return
 
 
 def _divisors(number: int) -> list[int]:
@@ -142,14 +162,14 @@ def show_search(found: list[Candidate], console: Console) -> None:
     """Prints the ranking."""
     title = f"Meshes of {found[0].plan.config.target.name}, best first"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = ["stage", "data", "fsdp", "expert", "tensor"]
+    columns = list(AXES)
     columns += ["sequences", "memory", "to spare", "tokens/s per device", "MFU"]
     with_compiler = any(candidate.compiled or candidate.refused for candidate in found)
     for name in columns + ["compiler's peak"] * with_compiler:
         table.add_column(name, justify="right")
     for candidate in found:
         plan, seconds = candidate.plan, candidate.plan.at_the_reports_pace
-        row = [str(value) for value in dataclasses.astuple(plan.config.mesh)]
+        row = [str(value) for value in plan.config.mesh.sizes.values()]
         row += [f"{plan.config.batch_size:,}", size(plan.memory), size(plan.spare)]
         row += [f"{plan.tokens_per_device(seconds):,.0f}", f"{100 * plan.mfu(seconds):.1f}%"]
         if with_compiler:

@@ -13,7 +13,7 @@ from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.hardware import Accelerator
 from dsv3_jax.planning.operations import operations
 from dsv3_jax.planning.stage_parts import backward_parts, bubble, waiting
-from dsv3_jax.planning.traffic import REPLICAS, TENSOR_SUMS, TOKENS, WHILE_COMPUTING, Traffic
+from dsv3_jax.planning.traffic import CONTEXT_EXCHANGE, REPLICAS, TENSOR_SUMS, TOKENS, WHILE_COMPUTING, Traffic
 from dsv3_jax.planning.weights import StateMemory
 
 REPORT_FRACTION = 0.4944518052731055
@@ -107,11 +107,12 @@ def exposed_communication(config: PlanConfig, flows: list[Traffic], computing: f
     """Returns the seconds of communication that computation does not hide.
 
     Without stages, FSDP's gathers and sums run beside the computation of other layers, as long as there is any. Tensor
-    sums, the exchange of tokens and what happens once at the end of a step stop the computation. A pipelined step hides
-    nothing, and in a tick all ranks wait for the one that sends longest.
+    sums, the exchanges of tokens, latents and attention's outputs, and what happens once at the end of a step stop the
+    computation. A pipelined step hides nothing, and in a tick all ranks wait for the one that sends longest.
     """
     if config.has_stages:
         return sum(flow.seconds * (waiting(config) if flow.what in WHILE_COMPUTING else 1) for flow in flows)
-    exposed = sum(flow.seconds for flow in flows if flow.what in (TENSOR_SUMS, REPLICAS, TOKENS))
-    hidden = sum(flow.seconds for flow in flows if flow.what not in (TENSOR_SUMS, REPLICAS, TOKENS))
+    waited_for = (TENSOR_SUMS, CONTEXT_EXCHANGE, REPLICAS, TOKENS)
+    exposed = sum(flow.seconds for flow in flows if flow.what in waited_for)
+    hidden = sum(flow.seconds for flow in flows if flow.what not in waited_for)
     return exposed + max(hidden - computing, 0.0)

@@ -151,13 +151,13 @@ class _OneRank(OneDevice):
 
     def apply_experts(
         self,
-        u: Float[Array, "N d"],
+        u: Float[Array, "*batch d"],
         gates: pallas_kernels.Gates,
         gate_up: Float[Array, "E 2 I d"],
         down: Float[Array, "E d I"],
         product: ExpertProduct,
         shapes: ExpertShapes,
-    ) -> Float[Array, "N d"]:
+    ) -> Float[Array, "*batch d"]:
         """Returns what one device computes; on a mesh only its arguments are kept, as by `ExpertExchange`."""
         dtype = shapes.gather_dtype or gate_up.dtype
         self.gathered.extend((Gathered(shapes.gate_up, dtype), Gathered(shapes.down, dtype)))

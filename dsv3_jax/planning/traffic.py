@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 
 from dsv3_jax.pipeline.facts import schedule_facts
-from dsv3_jax.planning.activations import LAYERS, gathered_weights
+from dsv3_jax.planning.activations import LAYERS, gathered_weights, latent_bytes
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.stage_parts import LayerRuns, layer_runs
 from dsv3_jax.planning.weights import weights_of
@@ -23,11 +23,12 @@ TOKENS = "tokens to experts and back"
 WEIGHTS_GATHERED = "weights gathered"
 GRADIENTS_SUMMED = "gradients summed"
 TENSOR_SUMS = "sums of partial results"
+CONTEXT_EXCHANGE = "latents to heads, outputs to tokens"
 REPLICAS = "replicas' gradients and weights"
 HIDDEN_STATES = "hidden states and gradients"
 STAGE_WEIGHTS = "weights to stages, gradients back"
 OPPOSITE_WEIGHTS = "opposite stages' weights, gradients"
-WHILE_COMPUTING = {TOKENS, WEIGHTS_GATHERED, GRADIENTS_SUMMED, TENSOR_SUMS}
+WHILE_COMPUTING = {TOKENS, WEIGHTS_GATHERED, GRADIENTS_SUMMED, TENSOR_SUMS, CONTEXT_EXCHANGE}
 """What a rank sends while it computes a layer."""
 
 _FLOAT32 = 4  # bytes of a scale, of a gate, of an expert's number, and of a gradient
@@ -75,24 +76,25 @@ def flow_over(config: PlanConfig, axis: str, what: str, sent: float, *, in_node:
 
 
 def _while_computing(config: PlanConfig, runs: LayerRuns) -> list[Traffic]:
-    """Returns what a rank sends for its layers: tokens, FSDP's gathers and sums, and tensor parallelism's sums."""
+    """Returns what a rank sends for its layers: tokens, FSDP's gathers and sums, and those of the two other axes."""
     flows: list[Traffic] = []
     if config.mesh.expert > 1:
         tokens = [
             config.tokens_per_pass * (of.get("moe", 0) + of.get("mtp", 0)) for of in (runs.forward, runs.backward)
         ]
         flows.append(_tokens_over_hops(config, *tokens))
-    if config.mesh.fsdp > 1:
-        others = 1 - 1 / config.mesh.fsdp
+    if config.mesh.weight_shards > 1:
         weights = gradients = 0.0
         for kind in (*LAYERS, "head"):
             computed = runs.forward.get(kind, 0) + runs.backward.get(kind, 0)
             if computed:
-                for elements, width in gathered_weights(config, kind):
-                    weights += others * elements * width * computed
-                    gradients += others * elements * _FLOAT32 * runs.by_weights.get(kind, 0)
-        flows.append(flow_over(config, "fsdp", WEIGHTS_GATHERED, weights))
-        flows.append(flow_over(config, "fsdp", GRADIENTS_SUMMED, gradients))
+                for weight in gathered_weights(config, kind):
+                    received = (1 - 1 / weight.ranks) * weight.elements
+                    weights += received * weight.width * computed
+                    gradients += received * _FLOAT32 * runs.by_weights.get(kind, 0)
+        axis = "fsdp" if config.mesh.fsdp > 1 else "context"
+        flows.append(flow_over(config, axis, WEIGHTS_GATHERED, weights))
+        flows.append(flow_over(config, axis, GRADIENTS_SUMMED, gradients))
     if config.mesh.tensor > 1:
         # Behind attention and feed-forward: forward, for the gradients, and where layers are computed again.
         backward = 4 if config.rematerialisation == "full" else 2
@@ -100,7 +102,23 @@ def _while_computing(config: PlanConfig, runs: LayerRuns) -> list[Traffic]:
         flows.append(
             flow_over(config, "tensor", TENSOR_SUMS, sums * 2 * (1 - 1 / config.mesh.tensor) * config.hidden_bytes)
         )
+    if config.mesh.context > 1:
+        flows.append(_latents_and_outputs(config, runs))
     return flows
+
+
+def _latents_and_outputs(config: PlanConfig, runs: LayerRuns) -> Traffic:
+    """Returns the exchange of attention over the context axis, as `sharding.attention_on_ranks` makes it.
+
+    A forward pass gathers the latents and exchanges the outputs; a backward pass scatters and exchanges the gradients,
+    after what the rematerialisation policy does not keep was sent again.
+    """
+    model, policy = config.model, config.rematerialisation
+    of_heads = model.num_attention_heads / config.mesh.tensor * model.v_head_dim * config.recipe.dtype.itemsize
+    forward, backward = (sum(of.get(kind, 0) for kind in LAYERS) for of in (runs.forward, runs.backward))
+    latents = latent_bytes(config) * (forward + backward * (1 + (policy != "none")))
+    outputs = config.tokens_per_pass * of_heads * (forward + backward * (1 + (policy in ("products", "full"))))
+    return flow_over(config, "context", CONTEXT_EXCHANGE, (1 - 1 / config.mesh.context) * (latents + outputs))
 
 
 def _tokens_over_hops(config: PlanConfig, forward: float, backward: float) -> Traffic:

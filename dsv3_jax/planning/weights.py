@@ -24,7 +24,7 @@ from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.sharding.ranks import axes_of
-from dsv3_jax.sharding.rules import BATCH_AXES, parameter_specs, rules_over_stages
+from dsv3_jax.sharding.rules import BATCH_AXES, CONTEXT, parameter_specs, rules_over_stages
 from dsv3_jax.training.config import Optimizer
 from dsv3_jax.training.muon import hidden_matrices, parameter_name
 
@@ -55,7 +55,7 @@ class Weight:
       in_step: elements that the rank computes with and keeps gradients of.
       opposite: those of `in_step` that DualPipe's second stage adds, which come from the opposite rank.
       stage_dimension: the dimension that the state shards over the stages; None where every stage has all.
-      replicas: axes of the batch whose ranks hold the same elements.
+      replicas: axes of the tokens whose ranks hold the same elements.
     """
 
     kind: LayerKind
@@ -187,7 +187,7 @@ def _weights(
                 in_step=in_step + opposite,
                 opposite=opposite,
                 stage_dimension=next((dim for dim, names in enumerate(axes) if _STAGE in names), None),
-                replicas=tuple(axis for axis in BATCH_AXES if all(axis not in names for names in axes)),
+                replicas=tuple(axis for axis in (*BATCH_AXES, CONTEXT) if all(axis not in names for names in axes)),
             )
         )
     return tuple(found)

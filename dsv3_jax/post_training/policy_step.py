@@ -104,14 +104,15 @@ def log_probs_and_entropies(
         logs = jax.nn.log_softmax(jax.lax.stop_gradient(logits), axis=-1)
         return -cross_entropy(logits, targets), -jnp.sum(jnp.exp(logs) * logs, axis=-1)
 
-    return *in_pieces(of, features.hidden, texts.tokens[:, 1:], chunk), largest
+    parts = model.devices.context_ranks
+    return *in_pieces(of, features.hidden, texts.tokens[:, 1:], chunk, parts), largest
 
 
 def make_log_probs(
     skeleton: Skeleton, config: RunConfig, layout: StateLayout
 ) -> Callable[[nnx.State, Float[Array, "layers E"], Texts], Float[Array, "A N T"]]:
     """Returns the jitted function (params, router biases, texts) -> log-probability of each token after the first."""
-    chunk = config.training.loss_chunk * layout.batch_ranks
+    chunk = config.training.loss_chunk * layout.token_ranks
 
     @jax.jit
     def log_probs(params: nnx.State, biases: Float[Array, "layers E"], texts: Texts) -> Float[Array, "A N T"]:
@@ -147,7 +148,7 @@ def make_policy_step(
     layout = layout or StateLayout()
     if layout.stages > 1:
         raise ConfigError("reinforcement learning has no pipeline: give a mesh without mesh.stage")
-    chunk = config.training.loss_chunk * layout.batch_ranks
+    chunk = config.training.loss_chunk * layout.token_ranks
     optimizer = make_optimizer(config.training, config.moment_dtype, config.model)
 
     def step(

@@ -71,7 +71,7 @@ def run_layout(config: RunConfig) -> StateLayout:
       ConfigError: the mesh does not fit the devices, the model or the batch.
     """
     sizes = config.mesh.resolve(jax.device_count())
-    sizes.check(config.model, config.training.rows_per_pass)
+    sizes.check(config.model, config.training.rows_per_pass, config.data.sequence_length)
     layers = moe_layers_of_stages(config.model, sizes.stage)
     if sizes.stage > 1:
         training = config.training

@@ -1,7 +1,8 @@
 """The embedding on a mesh: tokens are sent to the shards of the table, and their rows come back (report section 3.2).
 
-The table's vocabulary is sharded over the tensor axis and its width over the fsdp axis. A plain lookup would give XLA a
-result sharded by width where the next layer wants it sharded by sequence, and XLA all-gathers everything in between.
+The table's vocabulary is sharded over the tensor axis, its width over the fsdp and context axes. A plain lookup would
+give XLA a result sharded by width where the next layer wants it sharded by tokens, and XLA all-gathers everything in
+between.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.sharding.ranks import on_every_rank
-from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, weight_axes
+from dsv3_jax.sharding.rules import MeshAxes, token_axes, weight_axes
 
 
 def look_up_on_ranks(
     mesh: Mesh, table: Float[Array, "V d"], tokens: Int[Array, "B T"], shape: ParameterShape, dtype: jnp.dtype
 ) -> Float[Array, "B T d"]:
-    """Returns `table[tokens]` in `dtype`, for every rank's own sequences."""
-    rows, columns = weight_axes(shape, mesh, WITHIN_A_STAGE)
-    batch = PartitionSpec(BATCH_AXES)
+    """Returns `table[tokens]` in `dtype`, for every rank's own tokens."""
+    rows, columns = weight_axes(shape, mesh)
+    batch = PartitionSpec(*token_axes(mesh, tokens.shape))
 
     def on_a_rank(table: Float[Array, "v w"], tokens: Int[Array, "b T"]) -> Float[Array, "b T d"]:
         if columns is not None:
@@ -35,7 +36,7 @@ def look_up_on_ranks(
     return lookup(table, tokens)
 
 
-def _rows_of_shard(table: Float[Array, "v w"], tokens: Int[Array, "b T"], axis: str | None) -> Float[Array, "b T w"]:
+def _rows_of_shard(table: Float[Array, "v w"], tokens: Int[Array, "b T"], axis: MeshAxes) -> Float[Array, "b T w"]:
     """Returns the tokens' rows, of which each rank of `axis` holds some."""
     if axis is None:
         return table[tokens]

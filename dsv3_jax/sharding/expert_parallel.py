@@ -1,8 +1,9 @@
 """Expert parallelism: tokens are dispatched to the ranks that hold their experts, and combined (report section 3.2.2).
 
-Every rank of the batch axes has tokens of its own, and every rank of the expert axis some of the experts. No token is
-ever dropped: receive buffers are large enough for the worst case, in which all tokens of all ranks choose the experts
-of one rank. So that such buffers stay small, tokens are sent in pieces, and the backward pass recomputes each piece.
+Every rank of the batch axes and of the context axis has tokens of its own, and every rank of the expert axis some of
+the experts. No token is ever dropped: receive buffers are large enough for the worst case, in which all tokens of all
+ranks choose the experts of one rank. So that such buffers stay small, tokens are sent in pieces, and the backward pass
+recomputes each piece.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float
 
 import pallas_kernels
 from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
+from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.dispatch import dispatch_formats
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.sharding.expert_hops import Hop
@@ -27,7 +29,7 @@ from dsv3_jax.sharding.expert_layout import hops_between
 from dsv3_jax.sharding.expert_rows import over_hops
 from dsv3_jax.sharding.fsdp_gather import gather_over_fsdp
 from dsv3_jax.sharding.ranks import on_every_rank
-from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, weight_axes
+from dsv3_jax.sharding.rules import gathered_dimension, token_axes, weight_axes
 
 BUFFER_ROWS = 2
 """The most rows of a piece's receive buffers, over the rows of all of a rank's tokens under an even load."""
@@ -55,22 +57,24 @@ class ExpertExchange:
 
     def __call__(
         self,
-        u: Float[Array, "N d"],
+        u: Float[Array, "*batch d"],
         gates: pallas_kernels.Gates,
         gate_up: Float[Array, "E 2 I d"] | Fp8Weight,
         down: Float[Array, "E d I"] | Fp8Weight,
         product: ExpertProduct,
-    ) -> Float[Array, "N d"]:
-        """Returns sum_i g_i E_i(u) of every token; tokens are sharded over the batch axes."""
-        chosen = gates.expert_index.shape[-1]
-        batch = PartitionSpec(BATCH_AXES)
+    ) -> Float[Array, "*batch d"]:
+        """Returns sum_i g_i E_i(u) of every token; `gates` has leading axes that flatten to the tokens of `u`."""
+        leading = gates.gate.shape[:-1]
+        gate_up_axes, down_axes = (weight_axes(shape, self.mesh) for shape in (self.shapes.gate_up, self.shapes.down))
+        batch = PartitionSpec(*token_axes(self.mesh, leading))
         exchange = on_every_rank(
             self.mesh,
             functools.partial(self._on_a_rank, product),
-            in_specs=(batch, batch, batch, PartitionSpec(*self._gate_up_axes), PartitionSpec(*self._down_axes)),
+            in_specs=(batch, batch, batch, PartitionSpec(*gate_up_axes), PartitionSpec(*down_axes)),
             out_specs=batch,
         )
-        return exchange(u, gates.expert_index.reshape(-1, chosen), gates.gate.reshape(-1, chosen), gate_up, down)
+        by_sequence = u.reshape(*leading, u.shape[-1])
+        return exchange(by_sequence, gates.expert_index, gates.gate, gate_up, down).reshape(u.shape)
 
     @property
     def hops(self) -> tuple[Hop, ...]:
@@ -82,24 +86,18 @@ class ExpertExchange:
         )
 
     @property
-    def _gate_up_axes(self) -> tuple[str | None, ...]:
-        return weight_axes(self.shapes.gate_up, self.mesh, WITHIN_A_STAGE)
-
-    @property
-    def _down_axes(self) -> tuple[str | None, ...]:
-        return weight_axes(self.shapes.down, self.mesh, WITHIN_A_STAGE)
-
-    @property
     def _ragged(self) -> bool:
         """Whether the backend can send each rank as many rows as there are, instead of equally many to all."""
         return self.mesh.devices.flat[0].platform != "cpu"
 
     def _on_a_rank(
         self, product: ExpertProduct, u: Array, expert_index: Array, gate: Array, gate_up: Any, down: Any
-    ) -> Float[Array, "n d"]:
+    ) -> Float[Array, "*batch d"]:
         """Applies the experts to this rank's tokens, in pieces; weights are all-gathered once for all of them."""
-        gate_up, down = self._gathered(gate_up, self._gate_up_axes), self._gathered(down, self._down_axes)
-        width_is_sharded = "tensor" in self._down_axes
+        batch = u.shape
+        u, expert_index, gate = (x.reshape(-1, x.shape[-1]) for x in (u, expert_index, gate))
+        gate_up, down = self._gathered(gate_up, self.shapes.gate_up), self._gathered(down, self.shapes.down)
+        width_is_sharded = "tensor" in weight_axes(self.shapes.down, self.mesh)
         halves = 2 if self.overlap and u.shape[0] % 2 == 0 else 1
         pieces = self._pieces(u.shape[0] // halves, expert_index.shape[1], gate_up.shape[0])
 
@@ -115,15 +113,17 @@ class ExpertExchange:
 
         parts = tuple(x.reshape(pieces, halves, -1, *x.shape[1:]) for x in (u, expert_index, gate))
         if pieces == 1:
-            return a_piece(tuple(part[0] for part in parts)).reshape(u.shape)
-        return lax.map(a_piece, parts).reshape(u.shape)
+            return a_piece(tuple(part[0] for part in parts)).reshape(batch)
+        return lax.map(a_piece, parts).reshape(batch)
 
-    def _gathered(self, weight: Float[Array, "E ..."], axes: tuple[str | None, ...]) -> Array | Fp8Weight:
-        """Returns the weight with its shards along the fsdp axis all-gathered."""
-        if "fsdp" not in axes:
+    def _gathered(self, weight: Float[Array, "E ..."], shape: ParameterShape) -> Array | Fp8Weight:
+        """Returns the weight with its FSDP shards all-gathered."""
+        axes = weight_axes(shape, self.mesh)
+        dimension = gathered_dimension(shape, axes)
+        if dimension is None:
             return weight
         dtype = self.shapes.gather_dtype or weight.dtype
-        return gather_over_fsdp(weight, axes.index("fsdp"), dtype, in_axes=1, stacked=1)
+        return gather_over_fsdp(weight, dimension, dtype, in_axes=1, stacked=1, ranks=axes[dimension])
 
     def _pieces(self, tokens: int, chosen: int, experts: int) -> int:
         """Returns the number of pieces with which buffers for one have at most `BUFFER_ROWS` times the even load."""

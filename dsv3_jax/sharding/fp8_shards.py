@@ -14,19 +14,21 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.precision.fp8_weight import Fp8Weight
+from dsv3_jax.sharding.rules import MeshAxes
 from pallas_kernels import TILE
 from pallas_kernels.quantize.reference import magnitude_bits, reciprocal, scales_from_magnitude, values_from_scaled
 
 
 def quantized_shard(
-    shard: Float[Array, "..."], axis: int | None, mesh_axis: str, *, in_axes: int, stacked: int
+    shard: Float[Array, "..."], axis: int | None, ranks: MeshAxes, *, in_axes: int, stacked: int
 ) -> Fp8Weight:
     """Returns the values of the shard, and the scales of the whole weight.
 
     Args:
       shard: [*stacked, *out, *in], with `stacked` leading axes of separate matrices and `in_axes` axes of `in`.
-      axis: the dimension that is sharded over `mesh_axis`: the first of the axes of `out` or of `in`. None if every
-        rank has the whole weight.
+      axis: the dimension that is sharded: the first of the axes of `out` or of `in`. None if every rank has the whole
+        weight.
+      ranks: the mesh axes over which it is sharded.
     """
     columns = math.prod(shard.shape[shard.ndim - in_axes :])
     matrix = shard.reshape(*shard.shape[:stacked], -1, columns).astype(jnp.float32)
@@ -42,11 +44,11 @@ def quantized_shard(
     if axis is None:
         scales = own = scales_from_magnitude(largest, power_of_two=False)
     else:
-        largest = lax.all_gather(largest, mesh_axis, axis=along, tiled=True)
+        largest = lax.all_gather(largest, ranks, axis=along, tiled=True)
         scales = scales_from_magnitude(_largest_of(largest, along, TILE // part), power_of_two=False)
         here = width // part
         spread = jnp.repeat(scales, TILE // part, axis=along)
-        own = lax.dynamic_slice_in_dim(spread, lax.axis_index(mesh_axis) * here, here, axis=along)
+        own = lax.dynamic_slice_in_dim(spread, lax.axis_index(ranks) * here, here, axis=along)
     values = values_from_scaled(parts * reciprocal(own)[..., :, None, :, None]).reshape(padded.shape)
     values = values[..., : matrix.shape[-2], :columns].reshape(shard.shape)
     return Fp8Weight(values, scales, columns)

@@ -14,7 +14,7 @@ from dsv3_jax.errors import ConfigError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-AXES = ("stage", "data", "fsdp", "expert", "tensor")
+AXES = ("stage", "data", "fsdp", "context", "expert", "tensor")
 """The axes, outermost first: neighbours along the last axis have the fastest links."""
 
 
@@ -27,6 +27,8 @@ class MeshConfig:
       data: number of replicas of the parameters. Each computes its own sequences; ZeRO-1 shards optimizer state over
         them.
       fsdp: number of shards of every parameter (fully sharded data parallelism). Each rank computes its own sequences.
+      context: number of shards of every sequence's tokens, and inside attention of the heads. For sequences whose
+        activations do not fit a device. Parameters are sharded over it as over fsdp.
       expert: number of shards of the routed experts. Each rank computes its own sequences.
       tensor: number of shards of heads and feed-forward widths. These ranks compute the same sequences.
     """
@@ -34,6 +36,7 @@ class MeshConfig:
     stage: int = 1
     data: int = 1
     fsdp: int = 1
+    context: int = 1
     expert: int = 1
     tensor: int = 1
 
@@ -46,6 +49,11 @@ class MeshConfig:
             raise ConfigError(
                 f"mesh: only one axis can be -1 (the rest of the devices), not {' and '.join(rest)}; "
                 "give one of them a size"
+            )
+        if self.context != 1 and self.stage != 1:
+            raise ConfigError(
+                "mesh: pipeline stages compute whole sequences, so that stage and context cannot both be used; leave "
+                "out one of them"
             )
 
     @property
@@ -62,6 +70,11 @@ class MeshConfig:
     def batch_ranks(self) -> int:
         """Returns the number of shards of the batch, which the expert axis shards too."""
         return self.data * self.fsdp * self.expert
+
+    @property
+    def weight_shards(self) -> int:
+        """Returns the number of shards of a matrix that ranks gather when they compute with it."""
+        return self.fsdp * self.context
 
     @classmethod
     def parse(cls, text: str) -> MeshConfig:
@@ -115,14 +128,17 @@ class MeshConfig:
             found += [f"{axis}={s}" for s in near if size > 0]
         return f"; {' or '.join(found)} would do" if found else ""
 
-    def check(self, model: ModelConfig, global_batch: int) -> None:
-        """Checks that the mesh divides the model and the batch.
+    def check(self, model: ModelConfig, global_batch: int, sequence_length: int = 0) -> None:
+        """Checks that the mesh divides the model, the batch and the sequences, if these have a length of their own.
 
         Raises:
           ConfigError: an axis does not divide what it shards; the message names both and the nearest sizes that do.
         """
         _check_divides("expert", self.expert, "n_routed_experts", model.n_routed_experts)
         _check_divides("tensor", self.tensor, "num_attention_heads", model.num_attention_heads)
+        heads = model.num_attention_heads // self.tensor
+        _check_divides("context", self.context, "the heads of a rank of the tensor axis", heads)
+        _check_divides("context", self.context, "the sequence length", sequence_length)
         if self.stage > model.num_hidden_layers:
             raise ConfigError(
                 f"mesh.stage ({self.stage}) must not exceed the {model.num_hidden_layers} layers of the model"

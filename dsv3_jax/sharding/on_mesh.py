@@ -28,12 +28,12 @@ from dsv3_jax.sharding.expert_parallel import ExpertExchange
 from dsv3_jax.sharding.gate_on_ranks import gate_on_ranks
 from dsv3_jax.sharding.linear_on_ranks import multiply_on_ranks
 from dsv3_jax.sharding.ranks import sum_over_batch
-from dsv3_jax.sharding.rules import BATCH_AXES, Tree, rules_over_stages, shardings
+from dsv3_jax.sharding.rules import BATCH_AXES, CONTEXT, Tree, rules_over_stages, shardings
 
 
 @dataclasses.dataclass(frozen=True)
 class OnMesh:
-    """The devices of a mesh. Tokens are sharded over the batch axes; weights as `shardings` says.
+    """The devices of a mesh. Tokens are sharded over the batch axes and the context axis; weights as `shardings` says.
 
     Attributes:
       mesh: a mesh with all axes of `dsv3_jax.sharding.mesh.AXES`.
@@ -81,8 +81,11 @@ class OnMesh:
         shared_keys: Float[Array, "B T r"],
         segment_ids: Int[Array, "B T"] | None,
     ) -> Float[Array, "B T H v"]:
-        """Returns attention(...). A kernel is run by every rank, for its own sequences and heads."""
-        if not pallas_kernels.has_attention_kernel(queries, keys, values):
+        """Returns attention(...). A kernel is run by every rank, for its own sequences and heads.
+
+        So is any attention where there is a context axis.
+        """
+        if self.context_ranks == 1 and not pallas_kernels.has_attention_kernel(queries, keys, values):
             return attention(queries, keys, values, shared_keys, segment_ids=segment_ids)
         return attend_on_ranks(self.mesh, attention, queries, keys, values, shared_keys, segment_ids)
 
@@ -113,13 +116,13 @@ class OnMesh:
 
     def apply_experts(
         self,
-        u: Float[Array, "N d"],
+        u: Float[Array, "*batch d"],
         gates: pallas_kernels.Gates,
         gate_up: Float[Array, "E 2 I d"] | Fp8Weight,
         down: Float[Array, "E d I"] | Fp8Weight,
         product: ExpertProduct,
         shapes: ExpertShapes,
-    ) -> Float[Array, "N d"]:
+    ) -> Float[Array, "*batch d"]:
         """Returns sum_i g_i E_i(u): tokens are dispatched to the ranks of their experts, and results combined."""
         constants = [isinstance(w, Fp8Weight) and w.gradient is None for w in (gate_up, down)]
         gate_up, down = (
@@ -135,6 +138,11 @@ class OnMesh:
     def batch_ranks(self) -> int:
         """The number of ranks over which the sequences of a batch are sharded."""
         return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    @property
+    def context_ranks(self) -> int:
+        """The size of the context axis."""
+        return self.mesh.shape[CONTEXT]
 
     @property
     def expert_ranks(self) -> int:

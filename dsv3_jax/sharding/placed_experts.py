@@ -36,7 +36,7 @@ class PlacedExperts(nnx.Module):
         self.copies = ExpertCopies(copies)
         self.counts = ExpertCopies(counts)
 
-    def __call__(self, u: Float[Array, "N d"], gates: pallas_kernels.Gates) -> Float[Array, "N d"]:
+    def __call__(self, u: Float[Array, "*batch d"], gates: pallas_kernels.Gates) -> Float[Array, "*batch d"]:
         """Returns sum_i g_i FFN_i(u) of every token."""
         return self.physical(u, _to_physical(gates, self.copies[...], self.counts[...]))
 

@@ -23,6 +23,12 @@ Tree = Any
 BATCH_AXES = ("data", "fsdp", "expert")
 """Mesh axes over which the sequences of a batch are sharded."""
 
+MeshAxes = str | tuple[str, ...] | None
+"""The mesh axes over which a dimension is sharded: an entry of a PartitionSpec."""
+
+CONTEXT = "context"
+"""Mesh axis over which the tokens of a sequence are sharded, and inside attention the heads instead."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AxisRules:
@@ -31,27 +37,34 @@ class AxisRules:
     An axis that does not divide a dimension, or that shards an earlier dimension of the same array, is left out.
 
     Attributes:
-      embed: the hidden size, one side of every matrix: FSDP, and pipeline stages where they do not divide the layers
-        evenly.
-      wide: heads, feed-forward widths and the vocabulary: tensor parallelism.
+      embed: the hidden size, one side of every matrix: FSDP, whose shards the ranks of the context axis divide
+        further, and pipeline stages where they do not divide the layers evenly.
+      wide: feed-forward widths, the vocabulary, and heads as inputs: tensor parallelism.
+      heads: heads as outputs: tensor and context parallelism.
       latent: outputs of the down-projections and of routers.
       expert: routed experts.
       expert_width: the inner width of routed experts.
       layers: stacked layers.
     """
 
-    embed: tuple[str, ...] = ("fsdp", "stage")
+    embed: tuple[str, ...] = ("fsdp", CONTEXT, "stage")
     wide: tuple[str, ...] = ("tensor",)
+    heads: tuple[str, ...] = ("tensor", CONTEXT)
     latent: tuple[str, ...] = ()
     expert: tuple[str, ...] = ("expert",)
     expert_width: tuple[str, ...] = ("tensor",)
     layers: tuple[str, ...] = ("stage",)
 
 
-ZERO = AxisRules(embed=("fsdp", "stage", "data"), wide=("tensor", "expert"), latent=("expert",))
+ZERO = AxisRules(
+    embed=("fsdp", CONTEXT, "stage", "data"),
+    wide=("tensor", "expert"),
+    heads=("tensor", CONTEXT, "expert"),
+    latent=("expert",),
+)
 """Rules of optimizer state that is sharded over the replicas of its parameters too (ZeRO-1)."""
 
-WITHIN_A_STAGE = AxisRules(embed=("fsdp",), layers=())
+WITHIN_A_STAGE = AxisRules(embed=("fsdp", CONTEXT), layers=())
 """Rules of the weights that a pipeline stage computes with: all of its own layers, and all that every stage has."""
 
 
@@ -85,10 +98,20 @@ def parameter_specs(tree: Tree, mesh: Mesh | AbstractMesh, rules: AxisRules | No
     return jax.tree.map(specs, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def weight_axes(shape: ParameterShape, mesh: Mesh | AbstractMesh, rules: AxisRules) -> tuple[str | None, ...]:
-    """Returns the one mesh axis, or None, of every dimension of a layer's weight under rules that name one at most."""
-    spec = _spec(shape.axes, shape.shape, mesh, rules)
+def weight_axes(shape: ParameterShape, mesh: Mesh | AbstractMesh) -> tuple[MeshAxes, ...]:
+    """Returns the mesh axes of every dimension of a layer's weight, where a stage computes with it."""
+    spec = _spec(shape.axes, shape.shape, mesh, WITHIN_A_STAGE)
     return (*spec, *[None] * (len(shape.shape) - len(spec)))
+
+
+def gathered_dimension(shape: ParameterShape, axes: Sequence[MeshAxes]) -> int | None:
+    """Returns the dimension of a layer's weight whose shards are all-gathered for products; None if there is none.
+
+    Args:
+      axes: those of `weight_axes`.
+    """
+    names = zip(shape.axes, axes, strict=False)  # a parameter that every device holds whole names no axes
+    return next((dimension for dimension, (name, over) in enumerate(names) if name == "embed" and over), None)
 
 
 def shardings(tree: Tree, mesh: Mesh, rules: AxisRules | None = None) -> Tree:
@@ -99,8 +122,23 @@ def shardings(tree: Tree, mesh: Mesh, rules: AxisRules | None = None) -> Tree:
     )
 
 
+def token_axes(mesh: Mesh | AbstractMesh, batch: Sequence[int]) -> tuple[MeshAxes, ...]:
+    """Returns the mesh axes of the batch dimensions of an array: its sequences, their tokens, and any others.
+
+    Args:
+      batch: sizes of the dimensions. Tokens are not sharded where the context axis does not divide their number.
+    """
+    ranks = mesh.shape[CONTEXT]
+    tokens = [CONTEXT if ranks > 1 and size % ranks == 0 else None for size in batch[1:2]]
+    return (BATCH_AXES, *tokens, *[None] * len(batch[2:]))
+
+
 def batch_spec(leading: int = 0) -> PartitionSpec:
-    """Returns the PartitionSpec of a batch [..., B, T] with that many dimensions before B."""
+    """Returns the PartitionSpec of a batch [..., B, T+1] with that many dimensions before B.
+
+    Every rank of the context axis has all tokens, of which each layer takes its own: so inputs and targets, which are
+    shifted against each other, need no exchange.
+    """
     return PartitionSpec(*[None] * leading, BATCH_AXES)
 
 

@@ -78,4 +78,4 @@ def divergences(
         return divergence(student.head(both[..., :width]), logits, top_k)
 
     both = jnp.concatenate([hidden, lax.stop_gradient(teachers_hidden)], axis=-1)
-    return in_pieces(of, both, jnp.zeros(hidden.shape[:2], jnp.int32), chunk)
+    return in_pieces(of, both, jnp.zeros(hidden.shape[:2], jnp.int32), chunk, student.devices.context_ranks)

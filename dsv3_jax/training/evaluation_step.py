@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.training.config import RunConfig
-from dsv3_jax.training.losses import cross_entropies, target_weights
+from dsv3_jax.training.losses import cross_entropy, in_pieces, target_weights
 from dsv3_jax.training.preferences import differences, pair_losses
 from dsv3_jax.training.state import Skeleton
 from dsv3_jax.training.state_layout import StateLayout
@@ -45,7 +45,7 @@ def make_evaluation_step(
     """Returns the jitted pass: (params, biases, tokens [B, T+1], segment_ids, bytes of each token id [V]) -> sums."""
     layout = layout or StateLayout()
     isolate = config.data.isolate_documents
-    chunk = config.training.loss_chunk * layout.batch_ranks
+    chunk = config.training.loss_chunk * layout.token_ranks
     if config.data.form == "preferences":
         return _make_pair_evaluation(skeleton, layout)
 
@@ -59,14 +59,18 @@ def make_evaluation_step(
     ) -> EvaluationSums:
         model = skeleton.model(params, biases)
         features = model.features(tokens[:, :-1], segment_ids=segment_ids[:, :-1], isolate_segments=isolate)
-        main_choice = jnp.argmax(model.head(features.hidden), axis=-1)
-        sums = []
+
+        def of(hidden: Float[Array, "*N d"], targets: Int[Array, "*N"]) -> tuple[Float[Array, "*N"], Int[Array, "*N"]]:
+            logits = model.head(hidden)
+            return cross_entropy(logits, targets), jnp.argmax(logits, axis=-1)
+
+        sums, choices = [], []
         for k, hidden in enumerate((features.hidden, *features.mtp_hidden)):
             targets = tokens[:, k + 1 :]
             counted = target_weights(segment_ids, k + 1, isolate_segments=isolate)
-            losses = cross_entropies(model, hidden, targets, chunk)
-            choice = main_choice if k == 0 else jnp.argmax(model.head(hidden), axis=-1)
-            agrees = choice == main_choice[:, k:]
+            losses, choice = in_pieces(of, hidden, targets, chunk, model.devices.context_ranks)
+            choices.append(choice)
+            agrees = choice == choices[0][:, k:]
             parts = (losses, jnp.ones_like(losses), token_bytes[targets], agrees)
             sums.append([jnp.sum(part * counted) for part in parts])
         return layout.replicate(EvaluationSums(*(jnp.stack(column) for column in zip(*sums, strict=True))))

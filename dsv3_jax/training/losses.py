@@ -119,7 +119,7 @@ def cross_entropies(
     def of(hidden: Float[Array, "*N d"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
         return cross_entropy(model.head(hidden), targets)
 
-    return in_pieces(of, hidden, targets, chunk)
+    return in_pieces(of, hidden, targets, chunk, model.devices.context_ranks)
 
 
 @jax.custom_vjp
@@ -153,24 +153,39 @@ def in_pieces[Values](
     hidden: Float[Array, "B T d"],
     targets: Int[Array, "B T"],
     chunk: int,
+    parts: int,
 ) -> Values:
     """Returns of(hidden, targets), whose arrays have the shape of `targets`, computed for `chunk` tokens at a time.
 
-    Each piece is a range of positions of all sequences, so that every device of a mesh, which has whole sequences,
-    takes part in each piece. The backward pass computes each piece again.
+    Each piece is a range of positions of all sequences, in each of the `parts` into which a mesh divides a sequence, so
+    that every device takes part in each piece. The backward pass computes each piece again.
     """
     rows, length = targets.shape
-    pieces = min(-(-rows * length // chunk), length)
-    if pieces == 1:
+    pieces = min(-(-rows * length // chunk), -(-length // parts))
+    if pieces == parts == 1:
         values = of(hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1))
         return jax.tree.map(lambda value: value.reshape(targets.shape), values)
-    size = -(-length // pieces)
-    padding = -(-length // size) * size - length
-    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, -1, size, hidden.shape[-1])
-    targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(rows, -1, size)
-    by_piece = (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(targets, 1, 0))
-    values = lax.map(jax.checkpoint(lambda pair: of(*pair)), by_piece)
-    return jax.tree.map(lambda value: jnp.moveaxis(value, 0, 1).reshape(rows, -1)[:, :length], values)
+    of_a_part = -(-length // parts)
+    size = -(-of_a_part // pieces)
+    pieces = -(-of_a_part // size)
+
+    def split(x: Array) -> Array:
+        """Returns [pieces, B, parts, size, ...], padded behind the sequence and behind each part."""
+        others = [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, ((0, 0), (0, parts * of_a_part - length), *others)).reshape(rows, parts, of_a_part, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, pieces * size - of_a_part), *others))
+        return jnp.moveaxis(x.reshape(rows, parts, pieces, size, *x.shape[3:]), 2, 0)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 2).reshape(rows, parts, pieces * size)[:, :, :of_a_part]
+        return x.reshape(rows, -1)[:, :length]
+
+    by_piece = (split(hidden), split(targets))
+    if pieces == 1:
+        values = jax.tree.map(lambda value: value[None], of(by_piece[0][0], by_piece[1][0]))
+    else:
+        values = lax.map(jax.checkpoint(lambda pair: of(*pair)), by_piece)
+    return jax.tree.map(join, values)
 
 
 def objective(

@@ -18,7 +18,7 @@ from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.sharding.batch_feed import BatchFeed
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 from dsv3_jax.sharding.on_mesh import OnMesh
-from dsv3_jax.sharding.rules import BATCH_AXES, rules_over_stages, shardings
+from dsv3_jax.sharding.rules import BATCH_AXES, CONTEXT, rules_over_stages, shardings
 from dsv3_jax.training.state import TrainState
 
 Tree = Any
@@ -64,6 +64,11 @@ class StateLayout:
     def batch_ranks(self) -> int:
         """The number of shards of a batch."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    @property
+    def token_ranks(self) -> int:
+        """The number of shards of the tokens of a batch."""
+        return self.batch_ranks if self.mesh is None else self.batch_ranks * self.mesh.shape[CONTEXT]
 
     @property
     def stages(self) -> int:

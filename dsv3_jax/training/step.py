@@ -119,7 +119,7 @@ def make_train_step(
         targets: BatchTargets,
         taught_by: tuple[nnx.State, Float[Array, "layers E"]] | None = None,
     ) -> tuple[Float[Array, ""], LossTerms]:
-        model, chunk = skeleton.model(nnx.merge_state(trained, kept), biases), training.loss_chunk * layout.batch_ranks
+        model, chunk = skeleton.model(nnx.merge_state(trained, kept), biases), training.loss_chunk * layout.token_ranks
         compare = None
         if taught_by is not None and teacher is not None:
             other = teacher.skeleton.model(*taught_by)

@@ -48,6 +48,7 @@ from dsv3_jax.runs.starting_point import compare_tokenizers
         (["train", "--preset", "tiny", "--out", "x", "--data.sequence-length", "999"], ["data.sequence_length"]),
         (["train", "--preset", "tiny", "--out", "x", "--training.batch-size", "0"], ["training.batch_size"]),
         (["train", "--preset", "tiny", "--out", "x", "--training.schedule.mtp-weight", "-1"], ["mtp_weight"]),
+        (["train", "--preset", "tiny", "--out", "x", "--mesh.stage", "2", "--mesh.context", "2"], ["stage", "context"]),
         (["train", "--preset", "tiny", "--out", "x", "stray"], ["stray"]),
         (["eval"], ["run folder"]),
         (["eval", "nowhere"], ["nowhere", "no run"]),

@@ -63,6 +63,7 @@ def test_weights_are_all_of_the_model(preset: str) -> None:
         {"mesh": MeshConfig(data=4, fsdp=4, expert=4), "zero": False, "average": "device"},
         {"mesh": MeshConfig(stage=4, data=2, fsdp=2, expert=2, tensor=2), "moment_dtype": "bfloat16"},
         {"mesh": MeshConfig(data=2, fsdp=4, expert=4, tensor=2), "optimizer": "muon"},
+        {"mesh": MeshConfig(fsdp=4, context=2, expert=8)},
     ],
 )
 def test_state_is_the_train_state_as_it_is_sharded(changes: dict[str, Any]) -> None:
@@ -256,7 +257,7 @@ def test_search_compares_runs_of_one_batch() -> None:
     assert {candidate.plan.config.batch_size for candidate in found} == {256}
     fits = [candidate.fits for candidate in found]
     assert fits == sorted(fits, reverse=True)
-    devices = [math.prod(mesh.sizes.values()) for mesh in meshes(V3, 16)]
+    devices = [math.prod(mesh.sizes.values()) for mesh in meshes(V3, 16, 4096)]
     assert set(devices) == {16}
 
 

@@ -25,7 +25,10 @@ def test_parse_and_resolve() -> None:
     assert mesh.resolve(2048) == MeshConfig(stage=16, data=2, expert=64)
 
 
-@pytest.mark.parametrize("text", ["expert=x", "experts=2", "expert=0", "fsdp=-1,data=-1", "fsdp=2,fsdp=4", "stage"])
+@pytest.mark.parametrize(
+    "text",
+    ["expert=x", "experts=2", "expert=0", "fsdp=-1,data=-1", "fsdp=2,fsdp=4", "stage", "stage=2,context=2"],
+)
 def test_what_is_no_mesh(text: str) -> None:
     with pytest.raises(ConfigError, match="mesh"):
         MeshConfig.parse(text)
@@ -37,12 +40,15 @@ def test_what_is_no_mesh(text: str) -> None:
         (MeshConfig(expert=7), 7, r"mesh.expert \(7\) .* 4 and 8"),
         (MeshConfig(tensor=3), 8, r"mesh.tensor \(3\) .* 2 and 4"),
         (MeshConfig(stage=62), 8, "mesh.stage"),
+        (MeshConfig(context=3), 8, r"mesh.context \(3\) .* heads .* \(128\).* 2 and 4"),
+        (MeshConfig(context=64, tensor=4), 8, r"mesh.context \(64\) .* \(32\).* 16 and 32"),
+        (MeshConfig(context=8), 8, r"mesh.context \(8\) .* sequence length \(4100\)"),
         (MeshConfig(data=4, expert=2), 12, "such as 8 or 16"),
     ],
 )
 def test_what_does_not_divide(mesh: MeshConfig, batch: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        mesh.check(V3, batch)
+        mesh.check(V3, batch, sequence_length=4100)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +78,7 @@ def elements_per_device(rules: AxisRules, sizes: dict[str, int]) -> int:
 
 def test_every_large_parameter_is_divided_as_planned() -> None:
     """Compares the 671B model under the rules with counts of what FSDP, expert and tensor axes should divide."""
-    sizes: dict[str, int] = dict(zip(AXES, (1, 1, 32, 16, 4), strict=True))
+    sizes: dict[str, int] = dict(zip(AXES, (1, 1, 32, 1, 16, 4), strict=True))
     counts = count_parameters(V3)
     layers, moe = V3.num_hidden_layers + 1, V3.num_moe_layers + 1
     experts = moe * V3.n_routed_experts * counts.block.routed_expert

@@ -88,7 +88,7 @@ def test_tokens_and_gradients_are_sent_each_in_its_own_format(tokens: str) -> No
 
 
 def test_an_axis_is_used_only_where_all_axes_together_divide() -> None:
-    sizes = dict(zip(AXES, (3, 1, 4, 1, 1), strict=True))
+    sizes = dict(zip(AXES, (3, 1, 4, 1, 1, 1), strict=True))
     mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
 
     def spec(size: int) -> PartitionSpec:
@@ -98,7 +98,7 @@ def test_an_axis_is_used_only_where_all_axes_together_divide() -> None:
     assert spec(20) == PartitionSpec("fsdp")  # 3 does not divide it
     assert spec(4 * 9 // 2) == PartitionSpec("stage")  # 4 does not divide 18
     assert spec(5) == PartitionSpec(None)
-    two = AbstractMesh((2, 1, 4, 1, 1), AXES)
+    two = AbstractMesh((2, 1, 4, 1, 1, 1), AXES)
     assert _spec(("embed",), (4,), two, AxisRules()) == PartitionSpec("fsdp")  # 8 does not
 
 

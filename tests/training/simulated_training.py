@@ -28,7 +28,7 @@ RATE = float(SETTINGS.learning_rate)
 
 def run_of(kind: str) -> RunConfig:
     """Returns a run of one MoE layer ("small"), also with an MTP module ("with_mtp"), of two in four passes ("staged"),
-    or of four, one of them in the first stage ("uneven").
+    or of four, one of them in the first stage ("uneven"). With an MTP module there are eight heads, for eight ranks.
 
     With "muon-" before it, the optimizer is Muon with QK-clip, which clips most heads. With "adapted-" before it,
     low-rank adapters are trained. With "masked-" before it, rows are packed samples of which only the answers are
@@ -61,6 +61,8 @@ def run_of(kind: str) -> RunConfig:
     run = small_run(batch_size=8, micro_batch_size=0, loss_chunk=32)
     mtp = int(kind == "with_mtp")
     changes = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": mtp}
+    if mtp:
+        changes["num_attention_heads"] = 8
     return dataclasses.replace(run, model=run.model.replace(**changes))
 
 

@@ -16,11 +16,13 @@ from small_models import small_model
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.modules.devices import OneDevice
 from dsv3_jax.training.losses import (
     BatchTargets,
     LossTerms,
     LossWeights,
     cross_entropies,
+    in_pieces,
     objective,
     prediction_losses,
     target_weights,
@@ -187,6 +189,7 @@ def test_chunked_cross_entropy_and_its_gradient_equal_the_whole(chunk: int):
 @dataclasses.dataclass
 class _HeadOnly:
     weight: jax.Array
+    devices: OneDevice = OneDevice()
 
     def head(self, hidden: jax.Array) -> jax.Array:
         return hidden @ self.weight.T
@@ -217,3 +220,20 @@ def test_target_weights_by_definition(documents: list[list[int]], ahead: int, is
             target = segments[b, i + ahead]
             wanted = target != 0 and (not isolate or target == segments[b, i])
             assert found[b, i] == wanted
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 3), length=st.integers(1, 23), chunk=st.integers(1, 80), parts=st.integers(1, 4))
+def test_pieces_are_all_positions_in_their_order(rows: int, length: int, chunk: int, parts: int):
+    hidden = jnp.arange(rows * length * 2, dtype=jnp.float32).reshape(rows, length, 2)
+    targets = jnp.arange(rows * length).reshape(rows, length)
+    largest = []
+
+    def of(hidden, targets):
+        largest.append(targets.size)
+        return hidden[..., 0] + 0.5 * targets, targets
+
+    found, same = in_pieces(of, hidden, targets, chunk, parts)
+    np.testing.assert_array_equal(found, hidden[..., 0] + 0.5 * targets)
+    np.testing.assert_array_equal(same, targets)
+    assert max(largest) <= max(chunk, 0) + 2 * rows * parts

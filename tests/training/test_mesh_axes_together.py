@@ -13,9 +13,18 @@ pytestmark = pytest.mark.slow
 _SCRIPT = Path(__file__).with_name("simulated_training.py")
 
 
-@pytest.mark.parametrize("kind", ["with_mtp", "muon-with_mtp"])
-def test_step_equals_one_device(kind: str) -> None:
-    (found,) = run_simulated(_SCRIPT, kind, "data=2,fsdp=2,expert=2,tensor=2", **SIXTEEN).values()
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        ("with_mtp", "data=2,fsdp=2,expert=2,tensor=2"),
+        ("muon-with_mtp", "data=2,fsdp=2,expert=2,tensor=2"),
+        ("masked-with_mtp", "fsdp=2,context=2,expert=2,tensor=2"),
+        ("muon-with_mtp", "context=8"),
+    ],
+)
+def test_step_equals_one_device(kind: str, mesh: str) -> None:
+    devices = {} if mesh == "context=8" else SIXTEEN
+    (found,) = run_simulated(_SCRIPT, kind, mesh, **devices).values()
     check_equal(found)
 
 

@@ -16,6 +16,7 @@ import pytest
 from small_runs import LENGTH
 
 from dsv3_jax.modules import balance
+from dsv3_jax.modules.devices import OneDevice
 from dsv3_jax.training import losses, optimizer
 from dsv3_jax.training.schedules import REPORT_STEPS, REPORT_TOKENS, TrainingSchedule
 
@@ -60,6 +61,8 @@ class _Features:
 
 class _KnowsTheFuture:
     """A fake model whose head at depth k, position i is certain of the very token it should predict."""
+
+    devices = OneDevice()
 
     def __init__(self, tokens: jax.Array, depths: int = 2):
         self._tokens, self._depths = tokens, depths
