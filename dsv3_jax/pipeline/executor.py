@@ -19,21 +19,26 @@ from dsv3_jax.pipeline.slots import TickEntry, TickTable
 
 AXIS = "stage"
 
+Together = Callable[
+    [TickEntry, Float[Array, "B T d"], Float[Array, "B T d"], Any],
+    tuple[Float[Array, "B T d"], Float[Array, "B T d"], Any],
+]
+"""(this rank's entry, the stage's input, gradient by its output, carry) -> (input, gradient, carry).
+
+All ranks call it at the beginning of a tick, before they compute what differs: no rank waits for another later.
+"""
+
 Forward = Callable[[TickEntry, Float[Array, "B T d"], Any], tuple[Float[Array, "B T d"], Any]]
 """(this rank's entry, the stage's input, carry) -> (the stage's output, carry)."""
 
-Backward = Callable[[TickEntry, Float[Array, "B T d"], Any], tuple[Float[Array, "B T d"], Float[Array, "B T d"], Any]]
-"""(entry, gradient by the stage's output, carry) -> (gradient by its input, gradient by its output, carry).
-
-On the last stage the second argument is the stage's output when the backward for input begins. The gradient by the
-output, which the loss gives, replaces it in its slot, so that the backward for weights finds a gradient there on every
-stage.
-"""
+Backward = Callable[[TickEntry, Float[Array, "B T d"], Any], tuple[Float[Array, "B T d"], Any]]
+"""(entry, gradient by the stage's output, carry) -> (gradient by its input, carry)."""
 
 
 def run_ticks(
     table: TickTable,
     own: TickEntry,
+    together: Together,
     forward: Forward,
     backward: Backward,
     carry: Any,
@@ -44,6 +49,8 @@ def run_ticks(
     Args:
       table: the tick table of all ranks.
       own: this rank's part of `table.entries`: int32 [ticks, 1].
+      together: computes what all ranks compute together: the input of the first stage, and the gradient by the output
+        of the last. There its second array is the output itself when the backward for input begins.
       forward, backward: compute a stage. If the entry says that there is nothing to do, the carry stays as it is.
       carry: what both read and write from tick to tick.
       message: an array of the shape, dtype and sharding of the activations and gradients that ranks send.
@@ -56,10 +63,14 @@ def run_ticks(
 
     def tick(buffers: tuple[Array, Array, Any], entry: TickEntry) -> tuple[tuple[Array, Array, Any], None]:
         activations, gradients, carry = buffers
+        h, g = _read(activations, entry.forward_input_slot), _read(gradients, entry.backward_gradient_slot)
+        with jax.named_scope("together"):
+            h, by_output, carry = together(entry, h, g, carry)
         with jax.named_scope("forward"):
-            output, carry = forward(entry, _read(activations, entry.forward_input_slot), carry)
+            output, carry = forward(entry, h, carry)
         with jax.named_scope("backward"):
-            by_input, by_output, carry = backward(entry, _read(gradients, entry.backward_gradient_slot), carry)
+            by_input, carry = backward(entry, by_output, carry)
+            # A backward for weights finds the gradient here on every stage, the last one included.
             gradients = _write(gradients, entry.backward_gradient_slot, by_output)
             gradients = _write(gradients, entry.forward_output_slot, output)
         for name in table.messages:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dsv3_jax.pipeline.schedules import ScheduleName, make_schedule
-from dsv3_jax.pipeline.slots import TickTable, tick_table
+from dsv3_jax.pipeline.slots import LOOK_UP, LOOK_UP_GRADIENT, PREDICT, TickTable, tick_table
 
 PARTS = ("F", "I", "W", "IW")
 """Forward pass, backward for input, backward for weights, full backward; the last three by `backward_parts`."""
@@ -29,6 +29,7 @@ class ScheduleFacts:
       ticks: ticks of the step; in each, all ranks send what they computed.
       kept, activations, gradients: slots of each buffer of a rank, as in `slots.SlotCounts`.
       ways: activations and gradients that a rank sends in every tick.
+      look_ups, predictions, look_up_gradients: ticks in which all ranks compute these together (`TickEntry.together`).
       parts: how often a rank computes each part of PARTS for micro-batches of a direction.
       seconds: time of the step if every tick takes as long as its slowest rank, in the unit of the given costs.
     """
@@ -38,6 +39,9 @@ class ScheduleFacts:
     activations: int
     gradients: int
     ways: int
+    look_ups: float
+    predictions: float
+    look_up_gradients: float
     parts: Float[np.ndarray, "ranks directions parts"]
     seconds: float
 
@@ -56,39 +60,43 @@ class ScheduleFacts:
 
 @functools.lru_cache(maxsize=1024)
 def schedule_facts(
-    name: ScheduleName, ranks: int, passes: int, costs: tuple[tuple[float, ...], ...] = ()
+    name: ScheduleName, ranks: int, passes: int, costs: tuple[tuple[float, ...], ...] = (), prediction: float = 0.0
 ) -> ScheduleFacts:
     """Returns the counts of a schedule.
 
     Args:
       passes: micro-batches of a step.
       costs: seconds (or any unit) of each part of PARTS, one row per stage; without them `seconds` is 0.
+      prediction: seconds that all ranks compute, or wait, at the beginning of a tick with predictions.
 
     Raises:
       ConfigError: see `schedules.check_micro_batches`.
     """
     first = _COUNTED_PER_RANK * ranks + passes % 2
     if passes <= 2 * first:
-        return _counted(name, ranks, passes, costs)
-    near, far = (_counted(name, ranks, m, costs) for m in (first, first + 2))
+        return _counted(name, ranks, passes, costs, prediction)
+    near, far = (_counted(name, ranks, m, costs, prediction) for m in (first, first + 2))
     more = (passes - first) / 2
-    return dataclasses.replace(
-        near,
-        ticks=near.ticks + more * (far.ticks - near.ticks),
-        parts=near.parts + more * (far.parts - near.parts),
-        seconds=near.seconds + more * (far.seconds - near.seconds),
-    )
+    grow = {}
+    for field in ("ticks", "look_ups", "predictions", "look_up_gradients", "parts", "seconds"):
+        at_first = getattr(near, field)
+        grow[field] = at_first + more * (getattr(far, field) - at_first)
+    return dataclasses.replace(near, **grow)
 
 
-def _counted(name: ScheduleName, ranks: int, passes: int, costs: tuple[tuple[float, ...], ...]) -> ScheduleFacts:
+def _counted(
+    name: ScheduleName, ranks: int, passes: int, costs: tuple[tuple[float, ...], ...], prediction: float
+) -> ScheduleFacts:
     table, directions = _table(name, ranks, passes)
     entries = table.entries
+    together = [entries.together[:, 0] & bit != 0 for bit in (LOOK_UP, PREDICT, LOOK_UP_GRADIENT)]
+    look_ups, predictions, look_up_gradients = (int(ticks.sum()) for ticks in together)
     seconds = 0.0
     if costs:
         of_stages = np.zeros((ranks + 1, len(PARTS)))  # stage -1, which is nothing, costs nothing
         of_stages[:ranks] = costs
         spent = of_stages[entries.forward_stage, 0] + of_stages[entries.backward_stage, entries.backward_parts]
-        seconds = float(spent.max(axis=1).sum())
+        seconds = float(spent.max(axis=1).sum()) + predictions * prediction
     parts = np.zeros((ranks, directions, len(PARTS)))
     for direction in range(directions):
         parts[:, direction, 0] = (entries.forward_direction == direction).sum(axis=0)
@@ -96,7 +104,16 @@ def _counted(name: ScheduleName, ranks: int, passes: int, costs: tuple[tuple[flo
             done = (entries.backward_parts == part) & (entries.backward_direction == direction)
             parts[:, direction, part] = done.sum(axis=0)
     slots = dataclasses.asdict(table.slots)
-    return ScheduleFacts(ticks=table.ticks, **slots, ways=len(table.messages), parts=parts, seconds=seconds)
+    return ScheduleFacts(
+        ticks=table.ticks,
+        **slots,
+        ways=len(table.messages),
+        look_ups=look_ups,
+        predictions=predictions,
+        look_up_gradients=look_up_gradients,
+        parts=parts,
+        seconds=seconds,
+    )
 
 
 @functools.lru_cache(maxsize=64)

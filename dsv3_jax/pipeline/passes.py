@@ -1,9 +1,10 @@
 """Gradients of a batch whose micro-batches go through pipeline stages (report section 3.2.1).
 
-The MoE layers are divided among the ranks of the stage axis. Every rank has all other weights: the first stage uses the
-embedding and the dense layers, and the last stage the final norm, the MTP modules and the output head. A stage's
-balance terms are differentiated on that stage. In a rank's program every array is its own shard along all axes but
-tensor, which is left to the compiler. Gradients are summed over the replicas of a weight once, at the end.
+The MoE layers are divided among the ranks of the stage axis, and so are the embedding, by columns, and the output head,
+by rows. Every rank has all other weights: the first stage uses the dense layers, and the last stage the final norm and
+the MTP modules. A stage's balance terms are differentiated on that stage. In a rank's program every array is its own
+shard along all axes but tensor, which is left to the compiler. Gradients are summed over the replicas of a weight once,
+at the end.
 """
 
 from __future__ import annotations
@@ -23,23 +24,24 @@ from dsv3_jax.errors import ConfigError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.pipeline import weights as stage_weights
 from dsv3_jax.pipeline.executor import AXIS, run_ticks
+from dsv3_jax.pipeline.predictions import BatchTargets, LossSums, LossWeights, Predictions, StageObjective
 from dsv3_jax.pipeline.residuals import SlotLayout
 from dsv3_jax.pipeline.schedules import ScheduleName, check_micro_batches, make_schedule
 from dsv3_jax.pipeline.slots import TickEntry, TickTable, tick_table
 from dsv3_jax.pipeline.stacked_layers import StackedLayers
 from dsv3_jax.pipeline.stage import (
     DENSE,
+    EMBEDDING,
+    HEAD,
     MOE,
-    SHARED,
-    BatchTargets,
-    LossSums,
-    LossWeights,
+    OTHERS,
     StageCarry,
     StageComputation,
-    StageObjective,
     block_inputs,
 )
 from dsv3_jax.sharding.rules import BATCH_AXES, batch_spec
+
+_NAMED = (MOE, DENSE, EMBEDDING, HEAD)
 
 PipelinedPass = Callable[..., tuple[nnx.State, LossSums]]
 
@@ -114,9 +116,9 @@ def make_pipelined_pass(
             jnp.asarray(layers, jnp.int32),
         )
         load = jnp.concatenate([stage_weights.unpad_stages(load, layers), sums.load])
-        stacks = {name: gradients[name] for name in (MOE, DENSE) if name in params}
+        named = {name: gradients[name] for name in _NAMED if name in params}
         # The leaves are in the order of `params`, but a State that is put together from parts has other inner nodes.
-        leaves = jax.tree.leaves(nnx.State({**gradients[SHARED], **stacks}))
+        leaves = jax.tree.leaves(nnx.State({**gradients[OTHERS], **named}))
         gradients = jax.tree.unflatten(jax.tree.structure(params), leaves)
         return gradients, LossSums(sums.main, sums.mtp, sums.balance, load)
 
@@ -168,18 +170,18 @@ def _enough_micro_batches(schedule_name: ScheduleName, stages: int, at_least: in
 
 def _split(tree: nnx.State) -> dict[str, nnx.State]:
     """Returns the parts of a tree of parameters."""
-    stacks = {name: tree[name] if name in tree else nnx.State({}) for name in (MOE, DENSE)}
-    return stacks | {SHARED: nnx.State({name: branch for name, branch in tree.items() if name not in stacks})}
+    named = {name: tree[name] if name in tree else nnx.State({}) for name in _NAMED}
+    return named | {OTHERS: nnx.State({name: branch for name, branch in tree.items() if name not in named})}
 
 
 def _parts_of_model(model: DeepSeekV3) -> tuple[dict[str, Any], dict[str, nnx.State]]:
-    """Returns structure and router biases of every part that the model has; its stacked layers are taken out of it."""
+    """Returns structure and router biases of every part that the model has; all but OTHERS are taken out of it."""
     graphs, rests = {}, {}
-    for name in (MOE, DENSE):
+    for name in _NAMED:
         if hasattr(model, name):
             graphs[name], _, rests[name] = nnx.split(getattr(model, name), nnx.Param, ...)
             delattr(model, name)
-    graphs[SHARED], _, rests[SHARED] = nnx.split(model, nnx.Param, ...)
+    graphs[OTHERS], _, rests[OTHERS] = nnx.split(model, nnx.Param, ...)
     return graphs, rests
 
 
@@ -214,29 +216,25 @@ def _run_rank(
     """
     slots = max(layers)
     with jax.named_scope("weights_to_stages"):
-        to_stage = functools.partial(stage_weights.to_stage, layers=layers)
-        own_layers = (
-            jax.tree.map(to_stage, params[MOE], layouts[MOE]),
-            jax.tree.map(lambda leaf: to_stage(leaf, stage_weights.ON_ALL_RANKS), rests[MOE]),
-        )
+        weights = jax.tree.map(stage_weights.to_stage, params, layouts)
+        layout = stage_weights.StageWeightLayout.replicated_layers(layers)
+        moe_rest = jax.tree.map(lambda leaf: stage_weights.to_stage(leaf, layout), rests[MOE])
         if directions == 2:
-            own_layers = jax.tree.map(stage_weights.with_opposite_stage, own_layers)
-        weights, moe_rest = {MOE: own_layers[0]}, own_layers[1]
-        for name in (DENSE, SHARED):
-            weights[name] = jax.tree.map(stage_weights.to_all_stages, params[name], layouts[name])
+            weights[MOE], moe_rest = jax.tree.map(stage_weights.with_opposite_stage, (weights[MOE], moe_rest))
         weights = stage_weights.keep_automatic(weights, layouts, mesh)
 
-    model = nnx.merge(graphs[SHARED], weights[SHARED], rests[SHARED])
+    model = nnx.merge(graphs[OTHERS], weights[OTHERS], rests[OTHERS])
     experts, depth = model.config.n_routed_experts, model.config.num_nextn_predict_layers
     shape = (tokens.shape[1], tokens.shape[2] - 1, model.config.hidden_size)
     message = jnp.zeros(shape, model.precision.dtype)
+    inputs = block_inputs(model, objective, tokens[0], segment_ids[0])
     zero = jnp.zeros((), targets.real.dtype)
 
     stacked = functools.partial(
         StackedLayers.of,
         policy=model.remat,
         balance_term=objective.balance_term,
-        inputs=block_inputs(model, objective, tokens[0], segment_ids[0]),
+        inputs=inputs,
         h=message,
     )
     moe = stacked(0, graphs[MOE], weights[MOE], moe_rest)
@@ -249,13 +247,29 @@ def _run_rank(
         gradients=gradients,
         load=jnp.zeros((directions * slots, experts), jnp.int32),
         sums=LossSums(zero, jnp.zeros((depth,), zero.dtype), zero, jnp.zeros((depth, experts), jnp.int32)),
+        by_embedded=message,
+    )
+    predictions = Predictions.of(
+        graphs[OTHERS],
+        weights[OTHERS],
+        rests[OTHERS],
+        objective,
+        inputs,
+        jnp.stack([message] * (1 + (depth > 0))),
+        loss_weights=loss_weights,
+        targets=targets,
+        directions=directions,
+        head_graph=graphs[HEAD],
+        head_params=weights[HEAD],
     )
     stage = StageComputation(
         objective=objective,
         moe=moe,
         dense=dense,
-        graph=graphs[SHARED],
-        shared=(weights[SHARED], rests[SHARED]),
+        model=model,
+        embedding_graph=graphs[EMBEDDING],
+        table=weights[EMBEDDING],
+        predictions=predictions,
         slot_layout=slot_layout,
         tokens=tokens,
         segment_ids=segment_ids,
@@ -265,16 +279,13 @@ def _run_rank(
         slots_per_stage=slots,
         splits_backward=table.splits_backward,
     )
-    carry = run_ticks(table, own, stage.forward, stage.backward, carry, message)
+    carry = run_ticks(table, own, stage.together, stage.forward, stage.backward, carry, message)
 
     with jax.named_scope("gradients_from_stages"):
         gradients, load = carry.gradients, carry.load
         if directions == 2:
             gradients[MOE], load = jax.tree.map(stage_weights.add_opposite_stage, (gradients[MOE], load))
-        from_stage = functools.partial(stage_weights.from_stage, layers=layers)
-        summed = {MOE: jax.tree.map(from_stage, gradients[MOE], layouts[MOE])}
-        for name in (DENSE, SHARED):
-            summed[name] = jax.tree.map(stage_weights.from_all_stages, gradients[name], layouts[name])
+        summed = jax.tree.map(stage_weights.from_stage, gradients, layouts)
         sums = lax.psum(carry.sums, AXIS)
         main, mtp, balance = lax.psum((sums.main, sums.mtp, sums.balance), BATCH_AXES)
     return summed, load, LossSums(main, mtp, balance, sums.load)

@@ -25,6 +25,9 @@ from dsv3_jax.pipeline.simulation import simulate
 FOR_INPUT, FOR_WEIGHTS = 1, 2
 """Bits of `TickEntry.backward_parts`: the backward for input and the backward for weights."""
 
+LOOK_UP, PREDICT, LOOK_UP_GRADIENT = 1, 2, 4
+"""Bits of `TickEntry.together`: embeddings of a first stage, losses of a last stage, gradients by those embeddings."""
+
 _NONE = -1
 
 
@@ -47,6 +50,8 @@ class TickEntry:
       backward_micro_batch, backward_direction, backward_stage: as for the forward pass.
       backward_gradient_slot: slot of the gradient by the stage's output (on the last stage, at first, of the output).
       backward_kept_slot: slot of the residuals of the stage's layers.
+      together: what all ranks compute together, each with its part of the vocabulary's weights, because a first or a
+        last stage needs it: bits LOOK_UP, PREDICT and LOOK_UP_GRADIENT, the same on all ranks; 0 means nothing.
       activation_up_slot, activation_down_slot: slot for the activation that arrives going up or down.
       gradient_up_slot, gradient_down_slot: slot for the gradient that arrives going up or down.
     """
@@ -63,6 +68,7 @@ class TickEntry:
     backward_stage: Any
     backward_gradient_slot: Any
     backward_kept_slot: Any
+    together: Any
     activation_up_slot: Any
     activation_down_slot: Any
     gradient_up_slot: Any
@@ -165,6 +171,14 @@ def tick_table(schedule: PipelineSchedule) -> TickTable:
         write("backward_stage", tick, stage)
         write("backward_gradient_slot", tick, gradient_slot)
         write("backward_kept_slot", tick, kept_slot)
+    tables["together"][:] = 0
+    parts, stages = tables["backward_parts"], tables["backward_stage"]
+    for bit, needed in (
+        (LOOK_UP, tables["forward_stage"] == 0),
+        (PREDICT, (stages == schedule.ranks - 1) & (parts & FOR_INPUT != 0)),
+        (LOOK_UP_GRADIENT, (stages == 0) & (parts & FOR_WEIGHTS != 0)),
+    ):
+        tables["together"] += bit * needed.any(axis=1, keepdims=True)
     write("activation_up_slot", activation_sent, activation_slot, ~first_stage & up)
     write("activation_down_slot", activation_sent, activation_slot, ~first_stage & ~up)
     write("gradient_up_slot", gradient_sent, gradient_slot, ~last_stage & ~up)

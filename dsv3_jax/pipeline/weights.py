@@ -1,9 +1,12 @@
 """Moves weights from the training state to pipeline stages, and gradients back (report section 3.2.1).
 
 The state shards a stack of MoE layers over the stage axis: by layers if all stages hold equally many, else along the
-hidden size. All other weights are needed by every stage, and are sharded along the hidden size too. A rank's program
-begins with an exchange, in which each rank sends every stage its shards of that stage's layers. It ends with the
-opposite exchange of gradients. So no rank ever holds all layers.
+hidden size. All other weights are sharded along the hidden size too. A rank's program begins with an exchange, in which
+each rank sends every stage its shards of that stage's layers. It ends with the opposite exchange of gradients. So no
+rank ever holds all layers.
+
+All stages compute with the vocabulary's weights together: each looks up its columns of the embedding, as the state
+shards them, and multiplies by its rows of the output head. Other weights are needed whole by every stage.
 
 Weights are exchanged and kept for the step in the dtype in which products multiply by them, FP8 with scales included,
 so that every product has the bits that it would have with masters.
@@ -16,7 +19,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +43,12 @@ from pallas_kernels import TILE
 Path = tuple[str | int, ...]
 Tree = Any
 """A pytree of arrays, of their shapes, or of `StageWeightLayout`s."""
+
+Share = Literal["layers", "columns", "rows", "whole"]
+"""What a stage holds of a weight while a step runs: its layers, its columns or rows, or all."""
+
+SHARES: dict[str, Share] = {"moe_blocks": "layers", "embedding": "columns", "head": "rows"}
+"""The share of each branch of the parameter tree that stages do not hold whole."""
 
 _TENSOR_ONLY = AxisRules(embed=(), latent=(), expert=(), layers=())
 
@@ -98,6 +107,8 @@ class StageWeightLayout:
       stage_dimension: the dimension that is sharded over the stage axis; None if every stage has all of it.
       replicas: batch axes whose ranks have the same shard.
       automatic: the sharding that the compiler keeps up inside a rank's program, along the axes it is left.
+      share: what a stage holds of it.
+      parts: how many layers or rows each stage holds; none where it holds columns or all.
       format: the format in which a stage keeps it; None for the master's own dtype.
     """
 
@@ -105,11 +116,24 @@ class StageWeightLayout:
     stage_dimension: int | None
     replicas: tuple[str, ...]
     automatic: PartitionSpec
+    share: Share
+    parts: tuple[int, ...]
     format: Format | None = None
 
+    @classmethod
+    def replicated_layers(cls, layers: tuple[int, ...]) -> StageWeightLayout:
+        """Returns the layout of a stack of layers that every rank has whole in the state."""
+        return cls(PartitionSpec(), None, (), PartitionSpec(), "layers", layers)
 
-ON_ALL_RANKS = StageWeightLayout(PartitionSpec(), None, (), PartitionSpec())
-"""The layout of an array that every rank has whole."""
+
+def rows_of_stages(vocabulary: int, mesh: Mesh | AbstractMesh) -> tuple[int, ...]:
+    """Returns how many rows of the output head each stage holds: equally many, which tensor ranks can divide.
+
+    The last stages have fewer where the vocabulary is no multiple.
+    """
+    tensor = mesh.shape["tensor"]
+    most = -(-vocabulary // (mesh.shape[AXIS] * tensor)) * tensor
+    return tuple(min(most, max(vocabulary - stage * most, 0)) for stage in range(mesh.shape[AXIS]))
 
 
 def manual_axes(mesh: Mesh) -> set[str]:
@@ -128,19 +152,23 @@ def weight_layouts(
       formats: those of `working_formats`.
     """
 
-    def layout(path: tuple[Any, ...], spec: PartitionSpec, automatic: PartitionSpec) -> StageWeightLayout:
+    def layout(path: tuple[Any, ...], spec: PartitionSpec, automatic: PartitionSpec, leaf: Any) -> StageWeightLayout:
         spec = without_axes(spec, set(mesh.shape) - manual_axes(mesh))
         axes = [axes_of(entry) for entry in spec]
         stage_dimension = next((dimension for dimension, names in enumerate(axes) if AXIS in names), None)
         sharded = {name for names in axes for name in names}
         replicas = tuple(axis for axis in BATCH_AXES if axis not in sharded)
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        return StageWeightLayout(spec, stage_dimension, replicas, automatic, formats.get(names))
+        share = SHARES.get(names[0], "whole")
+        parts = ()
+        if share in ("layers", "rows"):
+            parts = tuple(layers) if share == "layers" else rows_of_stages(leaf.shape[0], mesh)
+        return StageWeightLayout(spec, stage_dimension, replicas, automatic, share, parts, formats.get(names))
 
     specs = parameter_specs(params, mesh, rules_over_stages(layers))
     automatic = parameter_specs(params, mesh, _TENSOR_ONLY)
     is_spec = functools.partial(_is_a, PartitionSpec)
-    return jax.tree_util.tree_map_with_path(layout, specs, automatic, is_leaf=is_spec)
+    return jax.tree_util.tree_map_with_path(layout, specs, automatic, params, is_leaf=is_spec)
 
 
 def specs_of(layouts: Tree) -> Tree:
@@ -155,68 +183,51 @@ def keep_automatic(tree: Tree, layouts: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(lambda leaf, layout: lax.with_sharding_constraint(leaf, layout.automatic), tree, layouts)
 
 
-def to_stage(leaf: Array, layout: StageWeightLayout, layers: Sequence[int]) -> Array | Fp8Weight:
-    """Returns the layers of a rank's own stage, in as many slots as the largest stage has layers.
+def to_stage(leaf: Array, layout: StageWeightLayout) -> Array | Fp8Weight:
+    """Returns what a stage holds of a weight, with as many layers or rows as the stage that has most of them.
 
     Args:
-      leaf: this rank's shard of a stack of layers [L, ...].
+      leaf: this rank's shard.
     """
-    form = layout.format
+    form, dimension = layout.format, layout.stage_dimension
     if form is None or not form.in_fp8:
-        return _to_stage(_cast(leaf, form), layout, layers)
-    part = _in_fp8(leaf, layout.stage_dimension or None, form)
-    scales = part.scales if layout.stage_dimension == 0 else _to_stage(part.scales, ON_ALL_RANKS, layers)
-    values = sent_as_bits(lambda leaf: _to_stage(leaf, layout, layers), part.values)
-    return _whole(values, scales, form)
-
-
-def _to_stage(leaf: Array, layout: StageWeightLayout, layers: Sequence[int]) -> Array:
-    if layout.stage_dimension == 0:
-        return leaf
-    leaf = pad_stages(leaf, layers)
-    if layout.stage_dimension is not None:
-        return lax.all_to_all(leaf, AXIS, split_axis=0, concat_axis=layout.stage_dimension, tiled=True)
-    slots = max(layers)
-    return lax.dynamic_slice_in_dim(leaf, lax.axis_index(AXIS) * slots, slots)
-
-
-def from_stage(gradient: Array, layout: StageWeightLayout, layers: Sequence[int]) -> Array:
-    """Returns this rank's shard of the gradient, summed over replicas: the inverse of `to_stage`."""
-    if layout.stage_dimension is None:
-        gradient = lax.all_gather(gradient, AXIS, axis=0, tiled=True)
-    elif layout.stage_dimension != 0:
-        gradient = lax.all_to_all(gradient, AXIS, split_axis=layout.stage_dimension, concat_axis=0, tiled=True)
-    if layout.stage_dimension != 0:
-        gradient = unpad_stages(gradient, layers)
-    return lax.psum(gradient, layout.replicas)
-
-
-def to_all_stages(leaf: Array, layout: StageWeightLayout) -> Array | Fp8Weight:
-    """Returns the whole weight that every stage needs, all-gathered from the shards of the stage axis."""
-    form = layout.format
-    if form is None or not form.in_fp8:
-        return _to_all_stages(_cast(leaf, form), layout)
-    part = _in_fp8(leaf, layout.stage_dimension, form)
-    values = sent_as_bits(lambda leaf: _to_all_stages(leaf, layout), part.values)
-    return _whole(values, part.scales, form)
-
-
-def _to_all_stages(leaf: Array, layout: StageWeightLayout) -> Array:
-    if layout.stage_dimension is None:
-        return leaf
-    return lax.all_gather(leaf, AXIS, axis=layout.stage_dimension, tiled=True)
-
-
-def _cast(leaf: Array, form: Format | None) -> Array:
-    return leaf if form is None else leaf.astype(form.dtype)
-
-
-def _in_fp8(leaf: Array, sharded: int | None, form: Format) -> Fp8Weight:
-    return quantized_shard(leaf, sharded, AXIS, in_axes=form.inputs, stacked=form.stacked)
-
-
-def _whole(values: Array, scales: Array, form: Format) -> Fp8Weight:
+        return _to_stage(leaf if form is None else leaf.astype(form.dtype), layout)
+    by_layers = layout.share == "layers"
+    sharded = None if by_layers and dimension == 0 else dimension
+    part = quantized_shard(leaf, sharded, AXIS, in_axes=form.inputs, stacked=form.stacked)
+    scales = part.scales
+    if by_layers and dimension != 0:
+        scales = _to_stage(scales, StageWeightLayout.replicated_layers(layout.parts))
+    values = sent_as_bits(lambda leaf: _to_stage(leaf, layout), part.values)
     return Fp8Weight(values, scales, columns=math.prod(values.shape[values.ndim - form.inputs :]))
+
+
+def _to_stage(leaf: Array, layout: StageWeightLayout) -> Array:
+    dimension, parts = layout.stage_dimension, layout.parts
+    if layout.share == "columns" or (layout.share == "layers" and dimension == 0):
+        return leaf
+    if layout.share == "whole":
+        return leaf if dimension is None else lax.all_gather(leaf, AXIS, axis=dimension, tiled=True)
+    leaf = pad_stages(leaf, parts)
+    if dimension is not None:
+        return lax.all_to_all(leaf, AXIS, split_axis=0, concat_axis=dimension, tiled=True)
+    return lax.dynamic_slice_in_dim(leaf, lax.axis_index(AXIS) * max(parts), max(parts))
+
+
+def from_stage(gradient: Array, layout: StageWeightLayout) -> Array:
+    """Returns this rank's shard of the gradient, summed over those that hold the same: the inverse of `to_stage`."""
+    dimension, replicas = layout.stage_dimension, layout.replicas
+    if layout.share in ("columns", "whole"):
+        if dimension is None:
+            replicas = (AXIS, *replicas)
+        elif layout.share == "whole":
+            gradient = lax.psum_scatter(gradient, AXIS, scatter_dimension=dimension, tiled=True)
+    elif dimension is None:
+        gradient = unpad_stages(lax.all_gather(gradient, AXIS, axis=0, tiled=True), layout.parts)
+    elif layout.share == "rows" or dimension != 0:
+        gradient = lax.all_to_all(gradient, AXIS, split_axis=dimension, concat_axis=0, tiled=True)
+        gradient = unpad_stages(gradient, layout.parts)
+    return lax.psum(gradient, replicas)
 
 
 def zero_gradients(weights: Tree, masters: Tree) -> Tree:
@@ -254,14 +265,6 @@ def gradients_of(weights: Tree) -> Tree:
 
 def _is_a(kind: type, leaf: Any) -> bool:
     return isinstance(leaf, kind)
-
-
-def from_all_stages(gradient: Array, layout: StageWeightLayout) -> Array:
-    """Returns this rank's shard of the gradient, summed over stages and replicas: the inverse of `to_all_stages`."""
-    if layout.stage_dimension is None:
-        return lax.psum(gradient, (AXIS, *layout.replicas))
-    gradient = lax.psum_scatter(gradient, AXIS, scatter_dimension=layout.stage_dimension, tiled=True)
-    return lax.psum(gradient, layout.replicas)
 
 
 def with_opposite_stage(leaf: Array) -> Array:

@@ -111,7 +111,7 @@ def _with_stages(config: PlanConfig) -> ActivationMemory:
         kept_per_layer={kind: sum(_slot_bytes(config, kind).values()) for kind, count in counts.items() if count},
         micro_batches=facts.kept,
         recomputed=max(_layer_backward(config, kind, count) for kind, count in counts.items() if count),
-        loss=_last_stage(config),
+        loss=_predictions(config),
     )
 
 
@@ -139,25 +139,33 @@ def _layer_backward(config: PlanConfig, kind: StackKind, layers: int) -> float:
     return weights + gathered_bytes(config, kind, ahead=0) + _backward(config, kind)
 
 
-def _last_stage(config: PlanConfig) -> float:
-    """Returns the bytes of the losses: logits, the head's gradient, and what MTP modules keep.
+def _predictions(config: PlanConfig) -> float:
+    """Returns the bytes of the losses, of which every stage computes a part: for its rows of the head.
 
-    With an fsdp axis the head is gathered, and its gradient is reduce-scattered from whole ones in float32.
+    They are the logits, the rows' gradient, hidden states of all depths and their gradients, and what MTP modules keep.
+    With an fsdp axis the rows are gathered, and their gradient is reduce-scattered from whole ones in float32.
     """
-    model, depths = config.model, config.model.num_nextn_predict_layers
-    tokens, whole = _tokens_per_piece(config)
-    logits = (1 + depths if whole else _LOSS_COPIES) * _logits(config, tokens)
-    head = model.vocab_size * model.hidden_size / config.mesh.tensor
+    model, stages, depths = config.model, config.mesh.stage, config.model.num_nextn_predict_layers
+    directions = stages_per_rank(config)
+    tokens, whole = _tokens_per_piece(config, directions, chunks=stages)
+    logits = (1 + depths if whole else _LOSS_COPIES) * directions * _logits(config, tokens) / stages
+    head = model.vocab_size * model.hidden_size / config.mesh.tensor / stages
     copies = config.recipe.dtype.itemsize
     if config.mesh.fsdp > 1:
         copies += config.recipe.dtype.itemsize + _FLOAT32
-    return logits + copies * head + depths * sum(kept_of_layer(config, "mtp").values())
+    hidden = 2 * directions * (1 + depths) * config.hidden_bytes
+    return logits + copies * head + hidden + depths * sum(kept_of_layer(config, "mtp").values())
 
 
-def _tokens_per_piece(config: PlanConfig) -> tuple[int, bool]:
-    """Returns the tokens whose logits a rank holds at a time, and whether they are all (`losses.cross_entropies`)."""
+def _tokens_per_piece(config: PlanConfig, times: int = 1, chunks: int = 1) -> tuple[int, bool]:
+    """Returns the tokens whose logits a rank holds at a time, and whether they are all (`losses.cross_entropies`).
+
+    Args:
+      times: how many times the tokens of a micro-batch the losses are computed of together.
+      chunks: how many times `loss_chunk` tokens are computed at a time.
+    """
     length = config.sequence_length // config.mesh.context
-    pieces = min(-(-config.tokens_per_pass // config.run.training.loss_chunk), length)
+    pieces = min(-(-times * config.tokens_per_pass // (chunks * config.run.training.loss_chunk)), length)
     return config.micro_batch_size * -(-length // pieces), pieces == 1
 
 

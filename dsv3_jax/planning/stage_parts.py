@@ -2,7 +2,9 @@
 
 As `pipeline.stage` runs it, a layer is computed forward once, and every part of a backward pass computes again what the
 rematerialisation policy does not keep. Where the gradients by input and by weights are computed apart, the second also
-computes the first again. Ranks advance in ticks, each of which takes as long as the rank that computes most in it.
+computes the first again. Ranks advance in ticks, each of which takes as long as the rank that computes most in it. A
+tick in which a last stage computes losses begins with its MTP modules, for which all ranks wait, and the head, of which
+each rank has some rows.
 """
 
 from __future__ import annotations
@@ -59,20 +61,22 @@ def _runs_of_rank(config: PlanConfig, facts: ScheduleFacts, rank: int) -> LayerR
         if stage == 0:
             own = {"dense": model.num_dense_layers}
         elif stage == len(layers) - 1:
-            own = {"mtp": model.num_nextn_predict_layers, "head": 1}
+            own = {"mtp": model.num_nextn_predict_layers}
         for kind, count in own.items():
-            forward[kind] += count * parts["F"]
-            by_weights[kind] += count * parts["F"]
-            # The head's forward pass, which is one for all depths, is followed by its gradient at once.
-            backward[kind] += count * parts["F"] * (kind != "head")
+            for runs in (forward, backward, by_weights):
+                runs[kind] += count * parts["F"]
+    # Of the head every rank has a part. Its forward pass, one for all depths, is followed by its gradient at once.
+    forward["head"] = by_weights["head"] = facts.predictions / config.mesh.stage
     return LayerRuns(forward, backward, by_weights)
 
 
 def operations_per_token(config: PlanConfig) -> tuple[float, float, float]:
     """Returns operations per token of a step: linear maps, attention core, and output head with router."""
-    counts = _facts(config).of_stages / config.passes
-    linear, attention, plain = np.einsum("sp,spw->w", counts, _costs(config))
-    return float(linear), float(attention), float(plain)
+    facts = _facts(config)
+    costs, mtp = _costs(config)
+    linear, attention, plain = np.einsum("sp,spw->w", facts.of_stages / config.passes, costs) + mtp
+    heads = facts.predictions * config.mesh.stage / config.passes * _part_of_head(config)
+    return float(linear), float(attention), float(plain + heads)
 
 
 def backward_parts(config: PlanConfig) -> float:
@@ -97,17 +101,31 @@ def waiting(config: PlanConfig) -> float:
 
 def _busy(config: PlanConfig, facts: ScheduleFacts) -> Float[np.ndarray, " stages"]:
     """Returns operations per token of every rank."""
-    costs = _costs(config).sum(axis=2)
-    busy = (facts.parts[:, 0] * costs).sum(axis=1)
-    return busy + (facts.parts[:, 1] * costs[::-1]).sum(axis=1) if stages_per_rank(config) == 2 else busy
+    costs, mtp = _costs(config)
+    of_stages = costs.sum(axis=2)
+    busy = (facts.parts[:, 0] * of_stages).sum(axis=1) + facts.predictions * _part_of_head(config)
+    busy[-1] += facts.parts[-1, 0, 0] * mtp.sum()
+    if stages_per_rank(config) == 2:
+        busy += (facts.parts[:, 1] * of_stages[::-1]).sum(axis=1)
+        busy[0] += facts.parts[0, 1, 0] * mtp.sum()
+    return busy
 
 
 def _facts(config: PlanConfig) -> ScheduleFacts:
-    costs = _costs(config).sum(axis=2)
-    return schedule_facts(config.schedule, config.mesh.stage, config.passes, tuple(map(tuple, costs.tolist())))
+    costs, mtp = _costs(config)
+    rows = tuple(map(tuple, costs.sum(axis=2).tolist()))
+    prediction = float(mtp.sum()) + _part_of_head(config)
+    return schedule_facts(config.schedule, config.mesh.stage, config.passes, rows, prediction)
 
 
-def _costs(config: PlanConfig) -> Float[np.ndarray, "stages parts 3"]:
+def _part_of_head(config: PlanConfig) -> float:
+    """Returns operations per token of a stage's rows of the head, for all directions, in a tick with predictions."""
+    model = config.model
+    heads = (1 + model.num_nextn_predict_layers) * count_flops(model, config.sequence_length).terms["head"]
+    return 3 * heads * stages_per_rank(config) / config.mesh.stage
+
+
+def _costs(config: PlanConfig) -> tuple[Float[np.ndarray, "stages parts 3"], Float[np.ndarray, "3"]]:
     core = attention_core(config.model, config.sequence_length, attention_form(config))
     fp8 = config.recipe.fp8 is not None
     return _costs_of(config.model, config.mesh.stage, config.sequence_length, config.rematerialisation, core, fp8)
@@ -116,8 +134,11 @@ def _costs(config: PlanConfig) -> Float[np.ndarray, "stages parts 3"]:
 @functools.lru_cache(maxsize=64)
 def _costs_of(
     model: ModelConfig, stages: int, length: int, policy: str, core: AttentionCore, fp8: bool
-) -> Float[np.ndarray, "stages parts 3"]:
-    """Returns operations per token of every stage and part of PARTS: linear maps, attention core, head and router."""
+) -> tuple[Float[np.ndarray, "stages parts 3"], Float[np.ndarray, "3"]]:
+    """Returns operations per token of every stage and part of PARTS, and of the MTP modules' forward pass.
+
+    The last axis is linear maps, attention core, and router with the MTP modules' projection. The head is left out.
+    """
     layers = np.array(moe_layers_of_stages(model, stages))
     counts = count_flops(model, length)
     either = np.array([counts.terms["attention_projections"], counts.terms["attention_core"] * core.computed, 0])
@@ -127,7 +148,8 @@ def _costs_of(
     dense = either + np.array([counts.terms["dense_feed_forward"], 0, 0]) / max(model.num_dense_layers, 1)
     _, _, plain = forward_operations(model, length)
     last = model.num_nextn_predict_layers * moe
-    last[2] = plain - counts.terms["router"]  # heads, projections and routers of the MTP modules with the head
+    heads = (1 + model.num_nextn_predict_layers) * counts.terms["head"]
+    last[2] = plain - counts.terms["router"] - heads  # projections and routers of the MTP modules
     again = recomputed_operations(model, policy, on_mesh=True, fp8=fp8)
     cores = np.array([0, again.core, 0]) * either
     again_dense = cores + np.array([again.attention + again.dense, 0, 0])
@@ -138,7 +160,7 @@ def _costs_of(
     first, end = (np.arange(len(layers))[:, None] == stage for stage in (0, len(layers) - 1))
     by_weights = of_layers * (moe * both + again_moe)
     by_weights += first * model.num_dense_layers * (dense * both + again_dense)
-    by_loss = end * (last * (1 + both) + model.num_nextn_predict_layers * again_moe)
+    by_loss = end * (last * both + model.num_nextn_predict_layers * again_moe)
     parts = {
         "F": of_layers * moe + first * model.num_dense_layers * dense,
         # The first stage sends its input's gradient to no one.
@@ -146,4 +168,4 @@ def _costs_of(
         "W": by_weights,
         "IW": by_weights + by_loss,
     }
-    return np.stack([parts[part] for part in PARTS], axis=1)
+    return np.stack([parts[part] for part in PARTS], axis=1), last

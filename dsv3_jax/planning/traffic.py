@@ -10,11 +10,11 @@ import dataclasses
 import math
 from collections import defaultdict
 
-from dsv3_jax.pipeline.facts import schedule_facts
+from dsv3_jax.pipeline.facts import ScheduleFacts, schedule_facts
 from dsv3_jax.planning.activations import LAYERS, gathered_weights, latent_bytes
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.stage_parts import LayerRuns, layer_runs
-from dsv3_jax.planning.weights import weights_of
+from dsv3_jax.planning.weights import stages_per_rank, weights_of
 from dsv3_jax.precision.dispatch import DispatchFormat, dispatch_formats
 from dsv3_jax.sharding.expert_layout import hops_between
 from dsv3_jax.sharding.mesh import AXES
@@ -26,6 +26,7 @@ TENSOR_SUMS = "sums of partial results"
 CONTEXT_EXCHANGE = "latents to heads, outputs to tokens"
 REPLICAS = "replicas' gradients and weights"
 HIDDEN_STATES = "hidden states and gradients"
+VOCABULARY = "embeddings, heads' hidden states"
 STAGE_WEIGHTS = "weights to stages, gradients back"
 OPPOSITE_WEIGHTS = "opposite stages' weights, gradients"
 WHILE_COMPUTING = {TOKENS, WEIGHTS_GATHERED, GRADIENTS_SUMMED, TENSOR_SUMS, CONTEXT_EXCHANGE}
@@ -172,9 +173,12 @@ def _once(config: PlanConfig) -> list[Traffic]:
     replicas: dict[str, float] = defaultdict(float)
     for weight in weights_of(config):
         own, both_ways = weight.in_step - weight.opposite, weight.working + weight.itemsize
-        if weight.kind == "moe" and weight.stage_dimension is None:
+        dimension, share = weight.stage_dimension, weight.share
+        if share in ("layers", "rows") and dimension is None:
             exchanged += others * own * weight.itemsize * mesh.stage  # every rank has all of it, and of its gradient
-        elif weight.kind != "moe" or weight.stage_dimension != 0:
+        elif share == "columns" and dimension is None:
+            exchanged += others * own * 2 * weight.itemsize  # the gradient is all-reduced
+        elif share == "rows" or share == "whole" or (share == "layers" and dimension != 0):
             exchanged += others * own * both_ways  # all-gathered and reduce-scattered, or all-reduced
         opposite += weight.opposite * both_ways
         count = math.prod(mesh.sizes[axis] for axis in weight.replicas)
@@ -191,4 +195,17 @@ def _once(config: PlanConfig) -> list[Traffic]:
         flow_over(config, "stage", OPPOSITE_WEIGHTS, opposite),
         *flows,
         flow_over(config, "stage", HIDDEN_STATES, facts.ticks * facts.ways * config.hidden_bytes),
+        flow_over(config, "stage", VOCABULARY, _for_vocabulary(config, facts)),
     ]
+
+
+def _for_vocabulary(config: PlanConfig, facts: ScheduleFacts) -> float:
+    """Returns the bytes that a rank sends for what all stages compute together (`pipeline.predictions`).
+
+    Columns of embeddings are exchanged, and those of their gradients. Hidden states of all depths are sent to all ranks
+    in parts, which are gathered; their gradients are reduce-scattered, and the parts sent back.
+    """
+    depths = config.model.num_nextn_predict_layers
+    columns = facts.look_ups + facts.look_up_gradients + 2 * facts.predictions * (depths > 0)
+    hidden = 2 * facts.predictions * (1 + depths) * (1 + stages_per_rank(config))
+    return (columns + hidden) * (1 - 1 / config.mesh.stage) * config.hidden_bytes

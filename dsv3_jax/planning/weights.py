@@ -1,7 +1,8 @@
 """Derives where a training step keeps weights and optimizer state from the abstract model and the sharding rules.
 
 Pipelined steps are described in `pipeline.weights`: the state shards every weight over the stages too, and a step
-begins with an exchange after which each rank has all layers of its own stage, or of its two stages under DualPipe.
+begins with an exchange after which each rank has all layers of its own stage, or of its two stages under DualPipe, and
+its part of the embedding and of the output head.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import DeepSeekV3, abstract_model
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
-from dsv3_jax.pipeline.weights import working_formats
+from dsv3_jax.pipeline.weights import SHARES, Share, rows_of_stages, working_formats
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig
@@ -54,6 +55,7 @@ class Weight:
       moments: elements of the optimizer's moments together: both of Adam's, or Muon's one.
       in_step: elements that the rank computes with and keeps gradients of.
       opposite: those of `in_step` that DualPipe's second stage adds, which come from the opposite rank.
+      share: what a stage holds of it while the step runs.
       stage_dimension: the dimension that the state shards over the stages; None where every stage has all.
       replicas: axes of the tokens whose ranks hold the same elements.
     """
@@ -65,6 +67,7 @@ class Weight:
     moments: float
     in_step: float
     opposite: float
+    share: Share
     stage_dimension: int | None
     replicas: tuple[str, ...]
 
@@ -110,9 +113,11 @@ def moe_slots(config: PlanConfig) -> int:
 
 
 def layers_of_rank(config: PlanConfig) -> Counter[LayerKind]:
-    """Returns how many layers of each kind every rank of the stage axis holds while the step runs."""
+    """Returns how many layers of each kind every rank of the stage axis holds whole while the step runs."""
     model = config.model
-    held: Counter[LayerKind] = Counter({"embedding": 1, "dense": model.num_dense_layers, "head": 1})
+    held: Counter[LayerKind] = Counter({"dense": model.num_dense_layers})
+    if not config.has_stages:
+        held |= Counter({"embedding": 1, "head": 1})
     held["moe"] = moe_slots(config) if config.has_stages else model.num_moe_layers
     held["mtp"] = model.num_nextn_predict_layers
     return +held
@@ -172,10 +177,13 @@ def _weights(
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         kind = KINDS[names[0]]
         elements = math.prod(leaf.shape)
-        in_step, opposite = elements / _shards(spec, mesh, leave_out=_STAGE), 0.0
-        if layers and kind == "moe":
+        share = SHARES.get(names[0], "whole") if layers else "whole"
+        in_step, opposite = elements / _shards(spec, mesh, leave_out=_STAGE if share != "columns" else ""), 0.0
+        if share == "layers":
             in_step *= max(layers) / model.num_moe_layers
             opposite = in_step * (stages_held - 1)
+        elif share == "rows":
+            in_step *= max(rows_of_stages(model.vocab_size, abstract)) / model.vocab_size
         axes = [axes_of(entry) for entry in spec]
         found.append(
             Weight(
@@ -186,6 +194,7 @@ def _weights(
                 moments=(1 if parameter_name(names) in of_muon else 2) * elements / _shards(moment, mesh),
                 in_step=in_step + opposite,
                 opposite=opposite,
+                share=share,
                 stage_dimension=next((dim for dim, names in enumerate(axes) if _STAGE in names), None),
                 replicas=tuple(axis for axis in (*BATCH_AXES, CONTEXT) if all(axis not in names for names in axes)),
             )

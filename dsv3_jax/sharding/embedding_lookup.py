@@ -3,10 +3,14 @@
 The table's vocabulary is sharded over the tensor axis, its width over the fsdp and context axes. A plain lookup would
 give XLA a result sharded by width where the next layer wants it sharded by tokens, and XLA all-gathers everything in
 between.
+
+In a pipeline the width is sharded over the stage axis too. In a stage's program all stages look up together, each for
+tokens of its own.
 """
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -14,14 +18,15 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.sharding.ranks import on_every_rank
-from dsv3_jax.sharding.rules import MeshAxes, token_axes, weight_axes
+from dsv3_jax.sharding.rules import WITHIN_A_STAGE, AxisRules, MeshAxes, token_axes, weight_axes
 
 
 def look_up_on_ranks(
     mesh: Mesh, table: Float[Array, "V d"], tokens: Int[Array, "B T"], shape: ParameterShape, dtype: jnp.dtype
 ) -> Float[Array, "B T d"]:
     """Returns `table[tokens]` in `dtype`, for every rank's own tokens."""
-    rows, columns = weight_axes(shape, mesh)
+    in_a_stage = "stage" in jax.sharding.get_abstract_mesh().manual_axes
+    rows, columns = weight_axes(shape, mesh, AxisRules() if in_a_stage else WITHIN_A_STAGE)
     batch = PartitionSpec(*token_axes(mesh, tokens.shape))
 
     def on_a_rank(table: Float[Array, "v w"], tokens: Int[Array, "b T"]) -> Float[Array, "b T d"]:

@@ -98,9 +98,11 @@ def parameter_specs(tree: Tree, mesh: Mesh | AbstractMesh, rules: AxisRules | No
     return jax.tree.map(specs, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def weight_axes(shape: ParameterShape, mesh: Mesh | AbstractMesh) -> tuple[MeshAxes, ...]:
-    """Returns the mesh axes of every dimension of a layer's weight, where a stage computes with it."""
-    spec = _spec(shape.axes, shape.shape, mesh, WITHIN_A_STAGE)
+def weight_axes(
+    shape: ParameterShape, mesh: Mesh | AbstractMesh, rules: AxisRules = WITHIN_A_STAGE
+) -> tuple[MeshAxes, ...]:
+    """Returns the mesh axes of every dimension of a layer's weight, by default where a stage computes with it."""
+    spec = _spec(shape.axes, shape.shape, mesh, rules)
     return (*spec, *[None] * (len(shape.shape) - len(spec)))
 
 

@@ -10,6 +10,7 @@ The balance loss L_Bal (Eq. 17-20) is described in `dsv3_jax.modules.balance`; h
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.balance import Routing
+from dsv3_jax.modules.embedding import Head
 from dsv3_jax.training.config import Balance
 from dsv3_jax.training.qk_clip import LargestLogits
 from pallas_kernels.device import target_platform
@@ -112,32 +114,58 @@ def target_weights(
 
 
 def cross_entropies(
-    model: DeepSeekV3, hidden: Float[Array, "B T d"], targets: Int[Array, "B T"], chunk: int
+    head: Head,
+    hidden: Float[Array, "B T d"],
+    targets: Int[Array, "B T"],
+    chunk: int,
+    *,
+    rows_over: str | None = None,
 ) -> Float[Array, "B T"]:
-    """Returns -log P(target) of every position in float32, computing the logits of about `chunk` tokens at a time."""
+    """Returns -log P(target) of every position in float32, computing the logits of about `chunk` tokens at a time.
+
+    Args:
+      rows_over: a mesh axis, manual in this program, each of whose ranks has equally many rows of the head in order.
+        Rows after the last one of the vocabulary are left out.
+    """
 
     def of(hidden: Float[Array, "*N d"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
-        return cross_entropy(model.head(hidden), targets)
+        logits = head(hidden)
+        if rows_over is None:
+            return cross_entropy(logits, targets)
+        rows, vocabulary = logits.shape[-1], head.shape.shape[0]
+        first = lax.axis_index(rows_over) * rows
+        logits = jnp.where(first + jnp.arange(rows) < vocabulary, logits, -jnp.inf)
+        return cross_entropy(logits, targets - first, rows_over)
 
-    return in_pieces(of, hidden, targets, chunk, model.devices.context_ranks)
+    return in_pieces(of, hidden, targets, chunk, head.devices.context_ranks)
 
 
-@jax.custom_vjp
-def cross_entropy(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
-    """Returns -log P(target) of every token from its logits."""
-    return _cross_entropy_forward(logits, targets)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def cross_entropy(
+    logits: Float[Array, "*N V"], targets: Int[Array, "*N"], columns_over: str | None = None
+) -> Float[Array, "*N"]:
+    """Returns -log P(target) of every token from its logits.
+
+    Args:
+      columns_over: a mesh axis of which each rank has some columns of the logits; `targets` count from the first of a
+        rank's own, and are on another rank if they are outside. The gradient is that of the rank's own columns.
+    """
+    return _cross_entropy_forward(logits, targets, columns_over)[0]
 
 
-def _cross_entropy_forward(logits, targets):
+def _cross_entropy_forward(logits, targets, columns_over):
     log_sum = jax.nn.logsumexp(logits, axis=-1)
-    if target_platform() == "cpu":
+    if columns_over is None and target_platform() == "cpu":
         at_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     else:  # one comparison per column, because columns may be on several devices
         at_target = jnp.sum(jnp.where(targets[..., None] == jnp.arange(logits.shape[-1]), logits, 0.0), axis=-1)
+    if columns_over is not None:
+        log_sum = jax.nn.logsumexp(lax.all_gather(log_sum, columns_over), axis=0)
+        at_target = lax.psum(at_target, columns_over)
     return log_sum - at_target, (logits, targets, log_sum)
 
 
-def _cross_entropy_backward(residuals, bar):
+def _cross_entropy_backward(columns_over, residuals, bar):
     """Returns the gradient to the logits, bar * (P - 1(target)), in one pass over them."""
     logits, targets, log_sum = residuals
     is_target = targets[..., None] == jnp.arange(logits.shape[-1])
@@ -223,7 +251,7 @@ def objective(
         measure_logits=measure_logits,
     )
     main, mtp = prediction_losses(
-        model,
+        model.head,
         (features.hidden, *features.mtp_hidden),
         tokens,
         segment_ids,
@@ -244,7 +272,7 @@ def objective(
 
 
 def prediction_losses(
-    model: DeepSeekV3,
+    head: Head,
     hidden: tuple[Float[Array, "B _ d"], ...],
     tokens: Int[Array, "B T1"],
     segment_ids: Int[Array, "B T1"],
@@ -252,15 +280,17 @@ def prediction_losses(
     targets: BatchTargets,
     isolate_segments: bool,
     chunk: int,
+    rows_over: str | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, " D"]]:
     """Returns the cross-entropy of the main head, and L^k_MTP of every depth (Eq. 24).
 
     Args:
-      hidden: hidden states of the main head, then of each depth; the others as for `objective`.
+      hidden: hidden states of the main head, then of each depth.
+      rows_over: as for `cross_entropies`; the others as for `objective`.
     """
     losses = []
     for k, (states, divisor) in enumerate(zip(hidden, targets.divisors, strict=True), start=1):
-        each = cross_entropies(model, states, tokens[:, k:], chunk)
+        each = cross_entropies(head, states, tokens[:, k:], chunk, rows_over=rows_over)
         counted = target_weights(segment_ids, k, isolate_segments=isolate_segments)
         losses.append(jnp.sum(each * counted) / divisor)
     return losses[0], jnp.stack(losses[1:]) if losses[1:] else jnp.zeros((0,))

@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.modules.balance import dead_experts, max_violation, update_biases
+from dsv3_jax.pipeline.executor import AXIS
 from dsv3_jax.pipeline.passes import check_passes, make_pipelined_pass
+from dsv3_jax.pipeline.predictions import StageObjective
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
-from dsv3_jax.pipeline.stage import StageObjective
 from dsv3_jax.sharding.rules import BATCH_AXES
 from dsv3_jax.training.adapters import Adapters, with_adapters
 from dsv3_jax.training.config import RunConfig
@@ -292,7 +293,10 @@ def make_pipelined_gradients(
     isolate = config.data.isolate_documents
     stage_objective = StageObjective(
         isolate_documents=isolate,
-        prediction_losses=functools.partial(prediction_losses, isolate_segments=isolate, chunk=training.loss_chunk),
+        # A stage has one of `stages` parts of the logits, and so those of more tokens at a time.
+        prediction_losses=functools.partial(
+            prediction_losses, isolate_segments=isolate, chunk=training.loss_chunk * stages, rows_over=AXIS
+        ),
         balance_term=functools.partial(balance_of, balance=training.balance),
         share_of_batch=share_of,
         total_loss=total_loss,

@@ -57,7 +57,7 @@ def make_step(graph: Any) -> Callable[..., Any]:
         def loss(parameters: Any) -> jax.Array:
             model = nnx.merge(graph, parameters, rest)
             hidden = model.features(ids[:, :-1]).hidden
-            return cross_entropies(model, hidden, ids[:, 1:], TrainingConfig().loss_chunk).mean()
+            return cross_entropies(model.head, hidden, ids[:, 1:], TrainingConfig().loss_chunk).mean()
 
         value, gradients = jax.value_and_grad(loss)(parameters)
         updates, moments = optimizer.update(gradients, moments, parameters)

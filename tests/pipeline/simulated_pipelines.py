@@ -38,7 +38,9 @@ from dsv3_jax.training.losses import BatchTargets, LossWeights, objective
 from dsv3_jax.training.state import split_model
 from dsv3_jax.training.step import accumulate, make_pipelined_gradients
 
-MODEL = ModelConfig.preset("tiny", num_hidden_layers=6, first_k_dense_replace=1, num_nextn_predict_layers=1)
+MODEL = ModelConfig.preset(
+    "tiny", num_hidden_layers=6, first_k_dense_replace=1, num_nextn_predict_layers=1, vocab_size=254
+)
 CASES = (
     ("stage=2,fsdp=2,tensor=2", "dualpipe", "report", ""),
     ("stage=2", "1f1b", "report", "fp8"),
@@ -79,9 +81,16 @@ def chain(name: ScheduleName, ranks: int = 8, passes: int = 17) -> tuple[float, 
     mesh = make_mesh(MeshConfig(stage=ranks))
 
     def on_a_rank(own: Any) -> Any:
+        def together(entry: Any, h: Any, g: Any, carry: Any) -> Any:
+            h = jnp.where(entry.forward_stage == 0, jnp.asarray(inputs)[entry.forward_micro_batch], h)
+            # On the last stage g is the output. Multiplying by it and dividing by its true value checks it.
+            m, stage = entry.backward_micro_batch, entry.backward_stage
+            output = carry[0][entry.backward_kept_slot] * jnp.asarray(weights)[stage]
+            last = (stage == ranks - 1) & (entry.backward_parts & FOR_INPUT != 0)
+            return h, jnp.where(last, jnp.asarray(slopes)[m] * g / output, g), carry
+
         def forward(entry: Any, h: Any, carry: Any) -> Any:
             m, slot = entry.forward_micro_batch, entry.forward_kept_slot
-            h = jnp.where(entry.forward_stage == 0, jnp.asarray(inputs)[m], h)
             kept = carry[0].at[slot].set(jnp.where(m >= 0, h[0, 0, 0], carry[0][slot]))
             return h * jnp.asarray(weights)[entry.forward_stage], (kept, *carry[1:])
 
@@ -91,16 +100,13 @@ def chain(name: ScheduleName, ranks: int = 8, passes: int = 17) -> tuple[float, 
             for_weights = entry.backward_parts & FOR_WEIGHTS != 0
             m, stage = entry.backward_micro_batch, entry.backward_stage
             weight = jnp.asarray(weights)[stage]
-            # On the last stage g is the output. Multiplying by it and dividing by its true value checks it.
-            output = kept[entry.backward_kept_slot] * weight
-            g = jnp.where((stage == ranks - 1) & for_input, jnp.asarray(slopes)[m] * g / output, g)
             value = g[0, 0, 0]
             by_weights = by_weights.at[stage].add(jnp.where(for_weights, value * kept[entry.backward_kept_slot], 0))
             by_inputs = by_inputs.at[m].add(jnp.where((stage == 0) & for_input, value * weight, 0))
-            return g * weight, g, (kept, by_weights, by_inputs)
+            return g * weight, (kept, by_weights, by_inputs)
 
         carry = (jnp.zeros(table.slots.kept), jnp.zeros(ranks), jnp.zeros(passes))
-        _, *found = run_ticks(table, own, forward, backward, carry, jnp.zeros((1, 1, 1)))
+        _, *found = run_ticks(table, own, together, forward, backward, carry, jnp.zeros((1, 1, 1)))
         return jax.lax.psum(tuple(found), "stage")
 
     run = jax.shard_map(
@@ -171,8 +177,7 @@ def pipelined(text: str, name: Any, policy: str, precision: str) -> Any:
     sizes = MeshConfig.parse(text)
     count = math.prod(sizes.sizes.values())
     mesh = make_mesh(sizes, jax.devices()[:count])
-    devices = OnMesh(mesh) if count > sizes.stage else OneDevice()
-    skeleton, params, biases = split_model(make_model(devices, policy, precision))
+    skeleton, params, biases = split_model(make_model(OnMesh(mesh), policy, precision))
     params = jax.device_put(params, shardings(params, mesh))
     tokens, segment_ids = jax.device_put(batch(), NamedSharding(mesh, batch_spec(1)))
     run = dataclasses.replace(RUN, training=dataclasses.replace(RUN.training, pipeline_schedule=name))

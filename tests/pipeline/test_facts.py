@@ -44,13 +44,23 @@ def test_counts_are_those_of_ranks_that_advance_together(name: ScheduleName, ran
     """Every stage has different costs."""
     schedule = make_schedule(name, ranks, passes)
     costs = np.random.default_rng(0).uniform(0, 3, (ranks, len(PARTS)))
-    facts = schedule_facts(name, ranks, passes, tuple(map(tuple, costs.tolist())))
+    facts = schedule_facts(name, ranks, passes, tuple(map(tuple, costs.tolist())), prediction=0.7)
 
     ticks = advance_together(schedule)
     parts = np.zeros((ranks, schedule.directions, len(PARTS)))
     seconds = 0.0
+    together = {"look_ups": (0, "F"), "predictions": (ranks - 1, "I"), "look_up_gradients": (0, "W")}
+    counts = dict.fromkeys(together, 0)
     for tick in ticks:
         spent = np.zeros(ranks)
+        done = {
+            (schedule.stage(rank, schedule.direction(chunk.micro_batch)), chunk.part)
+            for rank, action in enumerate(tick)
+            for chunk in action or ()
+        }
+        for what, chunk in together.items():
+            counts[what] += chunk in done
+        seconds += 0.7 * (together["predictions"] in done)
         for rank, action in enumerate(tick):
             forward = [chunk for chunk in action or () if chunk.part == "F"]
             backward = [chunk for chunk in action or () if chunk.part != "F"]
@@ -61,6 +71,7 @@ def test_counts_are_those_of_ranks_that_advance_together(name: ScheduleName, ran
                 spent[rank] += costs[schedule.stage(rank, direction), part]
         seconds += spent.max()
     assert facts.ticks == len(ticks)
+    assert {what: getattr(facts, what) for what in counts} == pytest.approx(counts)
     assert facts.parts == pytest.approx(parts)
     assert facts.seconds == pytest.approx(seconds)
     assert facts.of_stages.sum(axis=0) == pytest.approx(parts.sum(axis=(0, 1)))

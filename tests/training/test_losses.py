@@ -17,6 +17,7 @@ from small_models import small_model
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import OneDevice
+from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.training.losses import (
     BatchTargets,
     LossTerms,
@@ -186,12 +187,38 @@ def test_chunked_cross_entropy_and_its_gradient_equal_the_whole(chunk: int):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(("ranks", "chunk"), [(2, 36), (3, 5), (5, 36)])
+def test_a_head_whose_rows_are_divided_has_the_same_cross_entropy(ranks: int, chunk: int):
+    """An axis of vmap stands for the ranks; the last has rows that are no tokens, whose gradient is zero."""
+    random = np.random.default_rng(0)
+    hidden = jnp.asarray(random.normal(size=(2, 18, 32)), jnp.float32)
+    targets = jnp.asarray(random.integers(0, VOCABULARY, (2, 18)), jnp.int32)
+    weight = jnp.asarray(random.normal(size=(2, 18)), jnp.float32)
+    head_weight = jnp.asarray(random.normal(size=(VOCABULARY, 32)), jnp.float32)
+    size = -(-VOCABULARY // ranks) + 1
+    padded = jnp.pad(head_weight, ((0, ranks * size - VOCABULARY), (0, 0)), constant_values=9.0)
+
+    def loss(rows, hidden):
+        each = cross_entropies(_HeadOnly(rows), hidden, targets, chunk, rows_over="ranks")  # pyright: ignore[reportArgumentType]
+        return jnp.sum(weight * each)
+
+    run = jax.vmap(jax.value_and_grad(loss, argnums=(0, 1)), in_axes=(0, None), axis_name="ranks")
+    values, (by_rows, by_hidden) = run(padded.reshape(ranks, size, 32), hidden)
+    value, (by_head, by_all) = jax.value_and_grad(_plain_loss, argnums=(0, 1))(head_weight, hidden, targets, weight)
+    np.testing.assert_allclose(values, np.full(ranks, value), rtol=2e-5)
+    by_rows = by_rows.reshape(-1, 32)
+    np.testing.assert_allclose(by_rows[:VOCABULARY], by_head, rtol=2e-5, atol=2e-5)
+    assert not by_rows[VOCABULARY:].any()
+    np.testing.assert_allclose(by_hidden.sum(axis=0), by_all, rtol=2e-5, atol=2e-5)
+
+
 @dataclasses.dataclass
 class _HeadOnly:
     weight: jax.Array
     devices: OneDevice = OneDevice()
+    shape = ParameterShape((VOCABULARY, 32), ("wide", "embed"))
 
-    def head(self, hidden: jax.Array) -> jax.Array:
+    def __call__(self, hidden: jax.Array) -> jax.Array:
         return hidden @ self.weight.T
 
 

@@ -200,7 +200,7 @@ def _mtp_against(shift: int) -> Callable:
         found = []
         for k, hidden in enumerate(features.mtp_hidden, start=1):
             shifted = jnp.roll(tokens, -shift, axis=1)[:, k + 1 :]
-            found.append(jnp.sum(losses.cross_entropies(model, hidden, shifted, 4096)) / targets.real)
+            found.append(jnp.sum(losses.cross_entropies(model.head, hidden, shifted, 4096)) / targets.real)
         return jnp.stack(found)
 
     return mtp
