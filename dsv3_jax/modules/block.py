@@ -83,6 +83,7 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         make: dict[str, Any] = {"dtype": dtype, "precision": precision, "devices": devices, "rngs": rngs}
+        self.precision, self.devices = precision, devices
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.attention = LatentAttention(config, **make)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -110,7 +111,7 @@ class Block(nnx.Module):
         """Maps whole sequences, and also returns what a cache would hold of them: c^KV and k^R."""
         with jax.named_scope("attention"):
             attended, latent, rope_key, largest = self.attention(
-                self.attention_norm(h),
+                self.attention_norm.before_linear(h, self.precision, self.devices),
                 inputs.rotation,
                 inputs.segment_ids,
                 choice=inputs.attention,
@@ -171,7 +172,11 @@ class Block(nnx.Module):
         self, h: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None, experts: Int[Array, "B T K"] | None
     ) -> tuple[Float[Array, "B T d"], Routing | None]:
         with jax.named_scope("feed_forward"):
-            u = self.feed_forward_norm(h)
+            moe = isinstance(self.feed_forward, MixtureOfExperts)
+            if moe and not self.feed_forward.has_shared_experts:
+                u = self.feed_forward_norm(h)
+            else:
+                u = self.feed_forward_norm.before_linear(h, self.precision, self.devices, with_rows=moe)
             if isinstance(self.feed_forward, MixtureOfExperts):
                 y, routing = self.feed_forward(u, token_mask, experts)
                 return h + y, routing

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsv3_jax.modules.devices import Devices
 from dsv3_jax.modules.ordered_sum import ordered_sum
 from dsv3_jax.modules.parameter import ParameterShape
+from dsv3_jax.precision import NormedRows, Precision, normed_rows, quantizes_norms
 
 
 class RMSNorm(nnx.Module):
@@ -22,6 +24,23 @@ class RMSNorm(nnx.Module):
         """Returns y."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return self._scaled(wide, jnp.mean(jnp.square(wide), axis=-1)).astype(x.dtype)
+
+    def before_linear(
+        self, x: Float[Array, "*batch width"], precision: Precision, devices: Devices, *, with_rows: bool = False
+    ) -> Float[Array, "*batch width"] | NormedRows:
+        """Returns y as the linear maps behind it read it: quantized in the same pass, where the recipe has such tiles.
+
+        Args:
+          precision, devices: of these maps.
+          with_rows: whether anything else reads y too.
+        """
+        if not quantizes_norms(precision, x.shape[-1]):
+            return self(x)
+        powers = precision.fp8 is not None and precision.fp8.power_of_two_scales
+        return normed_rows(
+            x, self.weight[...], self.epsilon,
+            power_of_two_scales=powers, with_rows=with_rows, run=devices.run_on_tokens,
+        )  # fmt: skip
 
     def decode(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Returns y; on a CPU a row's result is the same bits whatever the number of rows."""

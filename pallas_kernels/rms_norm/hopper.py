@@ -1,0 +1,209 @@
+"""RMSNorm with the quantization behind it on Hopper, in Mosaic GPU.
+
+Forward, a block has a tile, as in `quantize/hopper.py`: the rows' statistics are an operand. Where the normed rows are
+wanted too, they replace the tile in shared memory. Backward, a block has whole rows in shared memory, so that the mean
+of a row and the gradient that needs it take one read. Rows are one after the other over all lanes: each lane adds up
+the gradient of its own columns of the weight in registers, over all rows of its block. XLA adds the blocks up.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.device import once_a_program
+from pallas_kernels.hopper_launch import SHARED_MEMORY_BYTES, multiprocessors, pad_to
+from pallas_kernels.quantize.hopper import HALF, cut, launch, quantize_rows, scales_struct, tile_smem
+from pallas_kernels.quantize.quantized import E4M3, TILE, Quantized
+from pallas_kernels.rms_norm import reference
+
+_BY_ROW, _BY_COLUMN = plgpu.Layout.WGMMA_8BIT.reduce(1), plgpu.Layout.WGMMA_8BIT.reduce(0)
+_WARPS = 4
+_STEP_BYTES = 16_384  # of the rows that a block of the gradient has at a time, unless one row is longer
+_MOST_TILES = 64  # of 128 columns whose sums the registers hold
+_MAX_BLOCKS = 3  # blocks of the gradient per multiprocessor, as many as its registers allow
+
+Interpret = plgpu.InterpretGPUParams | None
+
+
+@once_a_program("power_of_two_scales", "with_rows")
+def quantize_scaled(
+    x: Float[Array, "M d"],
+    reciprocal: Float[Array, " M"],
+    weight: Float[Array, " d"],
+    power_of_two_scales: bool,
+    with_rows: bool,
+    *,
+    interpret: Interpret = None,
+) -> tuple[Quantized, Float[Array, "M d"] | None]:
+    """Computes `reference.quantize_scaled`."""
+    m, x = x.shape[0], pad_to(x, 8, 1)
+    rows, width = x.shape
+    values, scales, *normed = launch(
+        functools.partial(_forward_kernel, power_of_two=power_of_two_scales),
+        "quantize_rms_norm",
+        (rows, width),
+        [
+            jax.ShapeDtypeStruct((rows, width), E4M3),
+            scales_struct(width, rows),
+            *[jax.ShapeDtypeStruct((rows, width), x.dtype)] * with_rows,
+        ],
+        {
+            "x_smem": tile_smem(x.dtype, width),
+            "reciprocal_smem": plgpu.SMEM((TILE,), jnp.float32),
+            "weight_smem": plgpu.SMEM((TILE,), jnp.float32),
+            "values_smem": tile_smem(E4M3, width),
+            "scales_smem": plgpu.SMEM((TILE,), jnp.float32),
+            "arrived": plgpu.Barrier(num_arrivals=3),
+        },
+        interpret,
+    )(x, pad_to(reciprocal, TILE), weight)
+    tiles = Quantized(cut(values, m, width), cut(scales, width // TILE, m).T, "1x128")
+    return tiles, cut(normed[0], m, width) if with_rows else None
+
+
+@once_a_program()
+def rms_norm_gradient(
+    x: Float[Array, "M d"],
+    reciprocal: Float[Array, " M"],
+    weight: Float[Array, " d"],
+    gradient: Float[Array, "M d"],
+    *,
+    interpret: Interpret = None,
+) -> tuple[Float[Array, "M d"], Float[Array, " d"]]:
+    """Computes `reference.rms_norm_gradient`. Columns of zeros are added to widths that four warps cannot share."""
+    (m, d), wide = x.shape, _WARPS * TILE
+    if d > _MOST_TILES * TILE:
+        return reference.rms_norm_gradient(x, reciprocal, weight, gradient)
+
+    def in_tiles(operand: Array) -> Array:
+        return pad_to(operand, wide).reshape(*operand.shape[:-1], -1, TILE)
+
+    x, gradient, weight = in_tiles(x), in_tiles(gradient), in_tiles(weight)
+    tiles = x.shape[1]
+    row_bytes = tiles * TILE * max(x.dtype.itemsize, gradient.dtype.itemsize)
+    rows = max(1, _STEP_BYTES // row_bytes)
+    used = rows * tiles * TILE * (x.dtype.itemsize + gradient.dtype.itemsize) + tiles * TILE * 4
+    together = min(SHARED_MEMORY_BYTES // (used + 3072), _MAX_BLOCKS)
+    blocks = min(pl.cdiv(m, rows), multiprocessors() * together)
+    bars, sums = plgpu.kernel(
+        functools.partial(_gradient_kernel, steps=pl.cdiv(m, rows), width=d),
+        out_type=[
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            jax.ShapeDtypeStruct((blocks, tiles, TILE), jnp.float32),
+        ],
+        scratch_types={
+            "x_smem": plgpu.SMEM((rows, tiles, TILE), x.dtype),
+            "gradient_smem": plgpu.SMEM((rows, tiles, TILE), gradient.dtype),
+            "weight_smem": plgpu.SMEM((tiles, TILE), jnp.float32),
+            "weight_arrived": plgpu.Barrier(),
+            "arrived": plgpu.Barrier(num_arrivals=2),
+        },
+        grid=(blocks,),
+        grid_names=("blocks",),
+        kernel_name="rms_norm_gradient",
+        interpret=interpret,
+    )(x, gradient, weight, pad_to(reciprocal, rows))
+    return cut(bars.reshape(m, -1), m, d), jnp.sum(sums, axis=0).reshape(-1)[:d]
+
+
+def _forward_kernel(
+    x, reciprocal, weight, values, scales, *normed,
+    x_smem, reciprocal_smem, weight_smem, values_smem, scales_smem, arrived, tiles, power_of_two,
+):  # fmt: skip
+    @plgpu.nd_loop(tiles, collective_axes="blocks")
+    def _(loop):
+        i, j = loop.index
+        rows, columns = pl.ds(i * TILE, TILE), pl.ds(j * TILE, TILE)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.copy_gmem_to_smem(x.at[rows, columns], x_smem, arrived)
+        plgpu.copy_gmem_to_smem(reciprocal.at[rows], reciprocal_smem, arrived)
+        plgpu.copy_gmem_to_smem(weight.at[columns], weight_smem, arrived)
+        plgpu.barrier_wait(arrived)
+        gains = plgpu.load(weight_smem, layout=_BY_COLUMN)
+        for start in (0, HALF):
+            half = pl.ds(start, HALF)
+            part = plgpu.load(x_smem.at[half], layout=plgpu.Layout.WGMMA_8BIT).astype(jnp.float32)
+            by_row = plgpu.load(reciprocal_smem.at[half], layout=_BY_ROW)
+            part = part * lax.broadcast_in_dim(by_row, part.shape, (0,))
+            part = (part * lax.broadcast_in_dim(gains, part.shape, (1,))).astype(x.dtype)
+            if normed:
+                x_smem[half] = part
+            quantize_rows(part, values_smem.at[half], scales_smem.at[half], power_of_two)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(values_smem, values.at[rows, columns])
+        plgpu.copy_smem_to_gmem(scales_smem, scales.at[j, rows])
+        if normed:
+            plgpu.copy_smem_to_gmem(x_smem, normed[0].at[rows, columns])
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _layout(together: int) -> Any:
+    """Returns the layout of 4 or 8 tiles of 128 columns, of which a warp has one or two, 4 or 8 columns per lane."""
+    if together == _WARPS:
+        tiling = plgpu.Tiling(((together, TILE), (4,)))
+        return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+    tiling = plgpu.Tiling(((together, TILE), (together // _WARPS, TILE), (8,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+
+
+def _gradient_kernel(
+    x, gradient, weight, reciprocal, bars, sums,
+    *, x_smem, gradient_smem, weight_smem, weight_arrived, arrived, steps, width,
+):  # fmt: skip
+    rows, tiles, _ = x_smem.shape
+    together = 2 * _WARPS if tiles % (2 * _WARPS) == 0 else _WARPS
+    layout = _layout(together)
+    parts = [pl.ds(start, together) for start in range(0, tiles, together)]
+
+    def load(ref):
+        return plgpu.load(ref, layout=layout).astype(jnp.float32)
+
+    plgpu.copy_gmem_to_smem(weight, weight_smem, weight_arrived)
+    plgpu.barrier_wait(weight_arrived)
+
+    @plgpu.nd_loop(
+        (steps,),
+        collective_axes="blocks",
+        init_carry=tuple(plgpu.layout_cast(jnp.zeros((together, TILE), jnp.float32), layout) for _ in parts),
+    )
+    def totals(loop, carry):
+        (step,) = loop.index
+        own = pl.ds(step * rows, rows)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.copy_gmem_to_smem(x.at[own], x_smem, arrived)
+        plgpu.copy_gmem_to_smem(gradient.at[own], gradient_smem, arrived)
+        plgpu.barrier_wait(arrived)
+
+        def one_row(row, carry):
+            products = [
+                load(x_smem.at[row, p]) * load(gradient_smem.at[row, p]) * load(weight_smem.at[p]) for p in parts
+            ]
+            total = jnp.sum(jnp.sum(functools.reduce(jnp.add, products), axis=1), axis=0)
+            by = reciprocal[step * rows + row]
+            mean = total * by * (1 / width)
+            added = []
+            for p, before in zip(parts, carry, strict=True):
+                scaled, bar = load(x_smem.at[row, p]) * by, load(gradient_smem.at[row, p])
+                added.append(before + bar * scaled)
+                x_smem[row, p] = (by * (bar * load(weight_smem.at[p]) - scaled * mean)).astype(x.dtype)
+            return tuple(added)
+
+        carry = lax.fori_loop(0, rows, one_row, carry)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(x_smem, bars.at[own])
+        return carry
+
+    for p, total in zip(parts, totals, strict=True):
+        weight_smem[p] = total
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(weight_smem, sums.at[lax.axis_index("blocks")])
+    plgpu.wait_smem_to_gmem(0)
