@@ -172,12 +172,12 @@ class Block(nnx.Module):
         self, h: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None, experts: Int[Array, "B T K"] | None
     ) -> tuple[Float[Array, "B T d"], Routing | None]:
         with jax.named_scope("feed_forward"):
-            moe = isinstance(self.feed_forward, MixtureOfExperts)
-            if moe and not self.feed_forward.has_shared_experts:
-                u = self.feed_forward_norm(h)
+            if not isinstance(self.feed_forward, MixtureOfExperts):
+                u = self.feed_forward_norm.before_linear(h, self.precision, self.devices)
+                return h + self.feed_forward(u), None
+            if self.feed_forward.has_shared_experts:
+                u = self.feed_forward_norm.before_linear(h, self.precision, self.devices, with_rows=True)
             else:
-                u = self.feed_forward_norm.before_linear(h, self.precision, self.devices, with_rows=moe)
-            if isinstance(self.feed_forward, MixtureOfExperts):
-                y, routing = self.feed_forward(u, token_mask, experts)
-                return h + y, routing
-            return h + self.feed_forward(u), None
+                u = self.feed_forward_norm(h)
+            y, routing = self.feed_forward(u, token_mask, experts)
+            return h + y, routing

@@ -9,7 +9,6 @@ the gradient of its own columns of the weight in registers, over all rows of its
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -146,23 +145,15 @@ def _forward_kernel(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _layout(together: int) -> Any:
-    """Returns the layout of 4 or 8 tiles of 128 columns, of which a warp has one or two, 4 or 8 columns per lane."""
-    if together == _WARPS:
-        tiling = plgpu.Tiling(((together, TILE), (4,)))
-        return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-    tiling = plgpu.Tiling(((together, TILE), (together // _WARPS, TILE), (8,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-
-
 def _gradient_kernel(
     x, gradient, weight, reciprocal, bars, sums,
     *, x_smem, gradient_smem, weight_smem, weight_arrived, arrived, steps, width,
 ):  # fmt: skip
     rows, tiles, _ = x_smem.shape
-    together = 2 * _WARPS if tiles % (2 * _WARPS) == 0 else _WARPS
-    layout = _layout(together)
-    parts = [pl.ds(start, together) for start in range(0, tiles, together)]
+    # A warp has a tile of 128 columns, a lane four neighbours of them: 16 bytes of float32, the most that a load takes.
+    tiling = plgpu.Tiling(((_WARPS, TILE), (4,)))
+    layout = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+    parts = [pl.ds(start, _WARPS) for start in range(0, tiles, _WARPS)]
 
     def load(ref):
         return plgpu.load(ref, layout=layout).astype(jnp.float32)
@@ -173,7 +164,7 @@ def _gradient_kernel(
     @plgpu.nd_loop(
         (steps,),
         collective_axes="blocks",
-        init_carry=tuple(plgpu.layout_cast(jnp.zeros((together, TILE), jnp.float32), layout) for _ in parts),
+        init_carry=tuple(plgpu.layout_cast(jnp.zeros((_WARPS, TILE), jnp.float32), layout) for _ in parts),
     )
     def totals(loop, carry):
         (step,) = loop.index
