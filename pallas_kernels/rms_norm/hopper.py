@@ -27,7 +27,7 @@ _BY_ROW, _BY_COLUMN = plgpu.Layout.WGMMA_8BIT.reduce(1), plgpu.Layout.WGMMA_8BIT
 _WARPS = 4
 _STEP_BYTES = 16_384  # of the rows that a block of the gradient has at a time, unless one row is longer
 _MOST_TILES = 64  # of 128 columns whose sums the registers hold
-_MAX_BLOCKS = 3  # blocks of the gradient per multiprocessor, as many as its registers allow
+_MAX_BLOCKS = 2  # blocks of the gradient per multiprocessor: as many as its registers allow with V3's hidden size
 
 Interpret = plgpu.InterpretGPUParams | None
 
