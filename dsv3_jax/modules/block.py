@@ -110,8 +110,9 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T d"], tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]], LayerStatistics]:
         """Maps whole sequences, and also returns what a cache would hold of them: c^KV and k^R."""
         with jax.named_scope("attention"):
+            u, h = self.attention_norm.beside_residual(h, self.precision, self.devices)
             attended, latent, rope_key, largest = self.attention(
-                self.attention_norm.before_linear(h, self.precision, self.devices),
+                u,
                 inputs.rotation,
                 inputs.segment_ids,
                 choice=inputs.attention,
@@ -173,10 +174,10 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T d"], Routing | None]:
         with jax.named_scope("feed_forward"):
             if not isinstance(self.feed_forward, MixtureOfExperts):
-                u = self.feed_forward_norm.before_linear(h, self.precision, self.devices)
+                u, h = self.feed_forward_norm.beside_residual(h, self.precision, self.devices)
                 return h + self.feed_forward(u), None
             if self.feed_forward.has_shared_experts:
-                u = self.feed_forward_norm.before_linear(h, self.precision, self.devices, with_rows=True)
+                u, h = self.feed_forward_norm.beside_residual(h, self.precision, self.devices, with_rows=True)
             else:
                 u = self.feed_forward_norm(h)
             y, routing = self.feed_forward(u, token_mask, experts)

@@ -26,20 +26,36 @@ class RMSNorm(nnx.Module):
         return self._scaled(wide, jnp.mean(jnp.square(wide), axis=-1)).astype(x.dtype)
 
     def before_linear(
-        self, x: Float[Array, "*batch width"], precision: Precision, devices: Devices, *, with_rows: bool = False
+        self, x: Float[Array, "*batch width"], precision: Precision, devices: Devices
     ) -> Float[Array, "*batch width"] | NormedRows:
         """Returns y as the linear maps behind it read it: quantized in the same pass, where the recipe has such tiles.
 
         Args:
           precision, devices: of these maps.
+        """
+        return self._quantized(x, precision, devices, with_rows=False, with_input=False)[0]
+
+    def beside_residual(
+        self, x: Float[Array, "*batch width"], precision: Precision, devices: Devices, *, with_rows: bool = False
+    ) -> tuple[Float[Array, "*batch width"] | NormedRows, Float[Array, "*batch width"]]:
+        """Returns y as `before_linear` does, and x for the residual connection: both gradients are added in one pass.
+
+        Args:
+          precision, devices: of the linear maps behind the norm.
           with_rows: whether anything else reads y too.
         """
+        y, x_again = self._quantized(x, precision, devices, with_rows=with_rows, with_input=True)
+        return y, x if x_again is None else x_again
+
+    def _quantized(
+        self, x: Array, precision: Precision, devices: Devices, *, with_rows: bool, with_input: bool
+    ) -> tuple[Array | NormedRows, Array | None]:
         if not quantizes_norms(precision, x.shape[-1]):
-            return self(x)
+            return self(x), None
         powers = precision.fp8 is not None and precision.fp8.power_of_two_scales
         return normed_rows(
             x, self.weight[...], self.epsilon,
-            power_of_two_scales=powers, with_rows=with_rows, run=devices.run_on_tokens,
+            power_of_two_scales=powers, with_rows=with_rows, with_input=with_input, run=devices.run_on_tokens,
         )  # fmt: skip
 
     def decode(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:

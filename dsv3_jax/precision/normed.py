@@ -72,29 +72,44 @@ def normed_rows(
     *,
     power_of_two_scales: bool,
     with_rows: bool,
+    with_input: bool,
     run: RunOnTokens,
-) -> NormedRows:
+) -> tuple[NormedRows, Float[Array, "*batch d"] | None]:
     """Returns w * x / sqrt(mean(x^2) + epsilon) in FP8; the result has the bits of the two operations one by one.
 
     Args:
       power_of_two_scales: round the scales up to powers of two.
       with_rows: whether anything but linear maps in FP8 reads the rows.
+      with_input: whether to return `x` too, for a residual connection to read. Its gradient is then added in the pass
+        that computes the norm's.
       run: what computes on the devices of the tokens.
     """
-    normed = _normed(x, weight, epsilon, power_of_two_scales, with_rows, run)
-    return dataclasses.replace(normed, tiles=lax.stop_gradient(normed.tiles))
+    normed, x_again = _normed(x, weight, epsilon, power_of_two_scales, with_rows, with_input, run)
+    return dataclasses.replace(normed, tiles=lax.stop_gradient(normed.tiles)), x_again
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
 def _normed(
-    x: Array, weight: Array, epsilon: float, power_of_two_scales: bool, with_rows: bool, run: RunOnTokens
-) -> NormedRows:
-    return _forward(x, weight, epsilon, power_of_two_scales, with_rows, run)[0]
+    x: Array,
+    weight: Array,
+    epsilon: float,
+    power_of_two_scales: bool,
+    with_rows: bool,
+    with_input: bool,
+    run: RunOnTokens,
+) -> tuple[NormedRows, Array | None]:
+    return _forward(x, weight, epsilon, power_of_two_scales, with_rows, with_input, run)[0]
 
 
 def _forward(
-    x: Array, weight: Array, epsilon: float, power_of_two_scales: bool, with_rows: bool, run: RunOnTokens
-) -> tuple[NormedRows, Any]:
+    x: Array,
+    weight: Array,
+    epsilon: float,
+    power_of_two_scales: bool,
+    with_rows: bool,
+    with_input: bool,
+    run: RunOnTokens,
+) -> tuple[tuple[NormedRows, Array | None], Any]:
     def quantized(x: Array, weight: Array) -> Any:
         results = pk.quantize_rms_norm(
             _flat(x), weight, epsilon=epsilon, power_of_two_scales=power_of_two_scales, with_rows=with_rows
@@ -102,19 +117,29 @@ def _forward(
         return jax.tree.map(lambda part: part.reshape(*x.shape[:-1], *part.shape[1:]), results)
 
     tiles, reciprocal, rows = run(quantized, (x,), (weight,))
-    return NormedRows(tiles, rows if with_rows else jnp.zeros(x.shape, x.dtype)), (x, weight, reciprocal)
+    normed = NormedRows(tiles, rows if with_rows else jnp.zeros(x.shape, x.dtype))
+    return (normed, x if with_input else None), (x, weight, reciprocal)
 
 
 def _backward(
-    epsilon: float, power_of_two_scales: bool, with_rows: bool, run: RunOnTokens, residuals: Any, bar: NormedRows
+    epsilon: float,
+    power_of_two_scales: bool,
+    with_rows: bool,
+    with_input: bool,
+    run: RunOnTokens,
+    residuals: Any,
+    bars: tuple[NormedRows, Array | None],
 ) -> tuple[Array, Array]:
-    x, weight, reciprocal = residuals
+    (x, weight, reciprocal), (bar, plus) = residuals, bars
 
-    def gradient(x: Array, reciprocal: Array, bar: Array, weight: Array) -> tuple[Array, Array]:
-        x_bar, weight_bar = pk.rms_norm_gradient(_flat(x), weight, reciprocal.reshape(-1), _flat(bar))
+    def gradient(x: Array, reciprocal: Array, bar: Array, *others: Array) -> tuple[Array, Array]:
+        *plus, weight = others
+        x_bar, weight_bar = pk.rms_norm_gradient(
+            _flat(x), weight, reciprocal.reshape(-1), _flat(bar), plus=_flat(plus[0]) if plus else None
+        )
         return x_bar.reshape(x.shape), weight_bar[None]
 
-    x_bar, weight_bars = run(gradient, (x, reciprocal, bar.rows), (weight,))
+    x_bar, weight_bars = run(gradient, (x, reciprocal, bar.rows, *([] if plus is None else [plus])), (weight,))
     return x_bar, jnp.sum(weight_bars, axis=0).astype(weight.dtype)
 
 

@@ -86,14 +86,15 @@ def rms_norm(rows: int, width: int, epsilon: float = 1e-6) -> Case:
         tiles, reciprocal, normed = pk.quantize_rms_norm(x, weight, epsilon=epsilon, with_rows=True)
         again = pk.quantize(normed, tile="1x128")
         apart = tiles.values.astype(jnp.float32) - again.values.astype(jnp.float32), tiles.scales - again.scales
-        return apart, normed, pk.rms_norm_gradient(x, weight, reciprocal, bar)
+        return apart, normed, pk.rms_norm_gradient(x, weight, reciprocal, bar, plus=x)
 
     def wanted():
         reciprocal = 1 / np.sqrt(np.mean(np.square(x.astype("f8")), axis=1, keepdims=True) + epsilon)
         scaled, bars = x.astype("f8") * reciprocal, bar.astype("f8")
         mean = np.mean(bars * weight * scaled, axis=1, keepdims=True)
         nothing = np.zeros((rows, width), "f4"), np.zeros((rows, width // 128), "f4")
-        return nothing, scaled * weight, (reciprocal * (bars * weight - scaled * mean), np.sum(bars * scaled, axis=0))
+        x_bar = reciprocal * (bars * weight - scaled * mean) + x.astype("f8")
+        return nothing, scaled * weight, (x_bar, np.sum(bars * scaled, axis=0))
 
     limits = ((0, 0), BFLOAT16, (BFLOAT16, FLOAT32_SUM))
     return error_case(f"RMSNorm, {rows} x {width}", function, (x, weight, bar), wanted, limits)

@@ -59,14 +59,16 @@ def rms_norm_gradient(
     reciprocal: Float[Array, " M"],
     gradient: Float[Array, "M d"],
     *,
+    plus: Float[Array, "M d"] | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "M d"], Float[Array, " d"]]:
-    """Returns the gradients of `x` in its dtype and of `weight` in float32; a kernel reads `x` and `gradient` once.
+    """Returns the gradients of `x` in its dtype and of `weight` in float32; a kernel reads every array once.
 
     Args:
       x, weight: the operands of `quantize_rms_norm`.
       reciprocal: float32 [M], the reciprocal root mean squares that it returned.
       gradient: float32 or bfloat16, of the normed rows.
+      plus: float32 or bfloat16, what is added to the gradient of `x`, such as what a residual connection brings.
 
     Raises:
       ValueError, TypeError: shapes or dtypes that do not fit, or an implementation that cannot run here.
@@ -74,12 +76,13 @@ def rms_norm_gradient(
     _check_operands(x, weight)
     if reciprocal.shape != x.shape[:1]:
         raise ValueError(f"reciprocal must have shape {x.shape[:1]} as x is {x.shape}, not {reciprocal.shape}")
-    if gradient.shape != x.shape:
-        raise ValueError(f"gradient must have shape {x.shape} as x has, not {gradient.shape}")
-    if gradient.dtype not in _FLOATS:
-        raise TypeError(f"gradient must be float32 or bfloat16, not {gradient.dtype}")
+    for name, array in (("gradient", gradient), ("plus", gradient if plus is None else plus)):
+        if array.shape != x.shape:
+            raise ValueError(f"{name} must have shape {x.shape} as x has, not {array.shape}")
+        if array.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float32 or bfloat16, not {array.dtype}")
     kernels = kernel_module("rms_norm", choose_implementation(implementation))
-    return kernels.rms_norm_gradient(x, reciprocal, weight.astype(jnp.float32), gradient)
+    return kernels.rms_norm_gradient(x, reciprocal, weight.astype(jnp.float32), gradient, plus)
 
 
 def _check_operands(x: Array, weight: Array) -> None:

@@ -35,6 +35,7 @@ def _cases(kernel) -> list[Case]:
         cases += [
             Case(f"forward, {size}", alone, (x, reciprocal, weight), variant),
             Case(f"forward with rows, {size}", both, (x, reciprocal, weight), True),
-            Case(f"backward, {size}", kernel.rms_norm_gradient, (x, reciprocal, weight, x), variant),
+            Case(f"backward, {size}", kernel.rms_norm_gradient, (x, reciprocal, weight, x, None), True),
+            Case(f"backward with a sum, {size}", kernel.rms_norm_gradient, (x, reciprocal, weight, x, x), variant),
         ]
     return cases

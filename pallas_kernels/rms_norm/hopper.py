@@ -74,22 +74,23 @@ def rms_norm_gradient(
     reciprocal: Float[Array, " M"],
     weight: Float[Array, " d"],
     gradient: Float[Array, "M d"],
+    plus: Float[Array, "M d"] | None,
     *,
     interpret: Interpret = None,
 ) -> tuple[Float[Array, "M d"], Float[Array, " d"]]:
     """Computes `reference.rms_norm_gradient`. Columns of zeros are added to widths that four warps cannot share."""
     (m, d), wide = x.shape, _WARPS * TILE
     if d > _MOST_TILES * TILE:
-        return reference.rms_norm_gradient(x, reciprocal, weight, gradient)
+        return reference.rms_norm_gradient(x, reciprocal, weight, gradient, plus)
 
     def in_tiles(operand: Array) -> Array:
         return pad_to(operand, wide).reshape(*operand.shape[:-1], -1, TILE)
 
-    x, gradient, weight = in_tiles(x), in_tiles(gradient), in_tiles(weight)
+    by_row = [in_tiles(operand) for operand in (x, gradient, plus) if operand is not None]
+    x, weight = by_row[0], in_tiles(weight)
     tiles = x.shape[1]
-    row_bytes = tiles * TILE * max(x.dtype.itemsize, gradient.dtype.itemsize)
-    rows = max(1, _STEP_BYTES // row_bytes)
-    used = rows * tiles * TILE * (x.dtype.itemsize + gradient.dtype.itemsize) + tiles * TILE * 4
+    rows = max(1, _STEP_BYTES // (tiles * TILE * x.dtype.itemsize))
+    used = tiles * TILE * (rows * sum(operand.dtype.itemsize for operand in by_row) + 4)
     together = min(SHARED_MEMORY_BYTES // (used + 3072), _MAX_BLOCKS)
     blocks = min(pl.cdiv(m, rows), multiprocessors() * together)
     bars, sums = plgpu.kernel(
@@ -99,17 +100,16 @@ def rms_norm_gradient(
             jax.ShapeDtypeStruct((blocks, tiles, TILE), jnp.float32),
         ],
         scratch_types={
-            "x_smem": plgpu.SMEM((rows, tiles, TILE), x.dtype),
-            "gradient_smem": plgpu.SMEM((rows, tiles, TILE), gradient.dtype),
+            "by_row_smem": [plgpu.SMEM((rows, tiles, TILE), operand.dtype) for operand in by_row],
             "weight_smem": plgpu.SMEM((tiles, TILE), jnp.float32),
             "weight_arrived": plgpu.Barrier(),
-            "arrived": plgpu.Barrier(num_arrivals=2),
+            "arrived": plgpu.Barrier(num_arrivals=len(by_row)),
         },
         grid=(blocks,),
         grid_names=("blocks",),
         kernel_name="rms_norm_gradient",
         interpret=interpret,
-    )(x, gradient, weight, pad_to(reciprocal, rows))
+    )(weight, pad_to(reciprocal, rows), *by_row)
     return cut(bars.reshape(m, -1), m, d), jnp.sum(sums, axis=0).reshape(-1)[:d]
 
 
@@ -146,9 +146,10 @@ def _forward_kernel(
 
 
 def _gradient_kernel(
-    x, gradient, weight, reciprocal, bars, sums,
-    *, x_smem, gradient_smem, weight_smem, weight_arrived, arrived, steps, width,
+    weight, reciprocal, *refs, by_row_smem, weight_smem, weight_arrived, arrived, steps, width
 ):  # fmt: skip
+    *by_row, bars, sums = refs
+    x_smem, gradient_smem, *plus_smem = by_row_smem
     rows, tiles, _ = x_smem.shape
     # A warp has a tile of 128 columns, a lane four neighbours of them: 16 bytes of float32, the most that a load takes.
     tiling = plgpu.Tiling(((_WARPS, TILE), (4,)))
@@ -170,8 +171,8 @@ def _gradient_kernel(
         (step,) = loop.index
         own = pl.ds(step * rows, rows)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.copy_gmem_to_smem(x.at[own], x_smem, arrived)
-        plgpu.copy_gmem_to_smem(gradient.at[own], gradient_smem, arrived)
+        for source, target in zip(by_row, by_row_smem, strict=True):
+            plgpu.copy_gmem_to_smem(source.at[own], target, arrived)
         plgpu.barrier_wait(arrived)
 
         def one_row(row, carry):
@@ -185,7 +186,10 @@ def _gradient_kernel(
             for p, before in zip(parts, carry, strict=True):
                 scaled, bar = load(x_smem.at[row, p]) * by, load(gradient_smem.at[row, p])
                 added.append(before + bar * scaled)
-                x_smem[row, p] = (by * (bar * load(weight_smem.at[p]) - scaled * mean)).astype(x.dtype)
+                x_bar = by * (bar * load(weight_smem.at[p]) - scaled * mean)
+                for other in plus_smem:
+                    x_bar = x_bar + load(other.at[row, p])
+                x_smem[row, p] = x_bar.astype(x_smem.dtype)
             return tuple(added)
 
         carry = lax.fori_loop(0, rows, one_row, carry)

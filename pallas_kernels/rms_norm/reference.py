@@ -2,7 +2,7 @@
 
     r  = 1 / sqrt(mean(x^2) + epsilon)            of each row
     y  = x r w                                    rounded to the dtype of x, then quantized
-    x' = r (w y' - x r mean(w y' x r))            y' is the gradient of y
+    x' = r (w y' - x r mean(w y' x r)) + z        y' is the gradient of y, z what else is added to that of x
     w' = sum over the rows of y' x r
 
 All of it is computed in float32.
@@ -36,7 +36,11 @@ def quantize_scaled(
 
 
 def rms_norm_gradient(
-    x: Float[Array, "M d"], reciprocal: Float[Array, " M"], weight: Float[Array, " d"], gradient: Float[Array, "M d"]
+    x: Float[Array, "M d"],
+    reciprocal: Float[Array, " M"],
+    weight: Float[Array, " d"],
+    gradient: Float[Array, "M d"],
+    plus: Float[Array, "M d"] | None,
 ) -> tuple[Float[Array, "M d"], Float[Array, " d"]]:
     """Returns x' in the dtype of x, and w'."""
     scaled = x.astype(jnp.float32) * reciprocal[:, None]
@@ -44,4 +48,6 @@ def rms_norm_gradient(
     weighted = gradient * weight
     mean = jnp.mean(weighted * scaled, axis=-1)
     x_bar = reciprocal[:, None] * (weighted - scaled * mean[:, None])
+    if plus is not None:
+        x_bar = x_bar + plus.astype(jnp.float32)
     return x_bar.astype(x.dtype), jnp.sum(gradient * scaled, axis=0)

@@ -64,21 +64,23 @@ def rms_norm_gradient(
     reciprocal: Float[Array, " M"],
     weight: Float[Array, " d"],
     gradient: Float[Array, "M d"],
+    plus: Float[Array, "M d"] | None,
     *,
     interpret: Interpret = None,
 ) -> tuple[Float[Array, "M d"], Float[Array, " d"]]:
     """Computes `reference.rms_norm_gradient`."""
     m, d = x.shape
     rows, whole = pl.BlockSpec((_ROWS, d), lambda i: (i, 0)), pl.BlockSpec((1, d), lambda i: (0, 0))
+    others = [] if plus is None else [rows]
     x_bar, weight_bar = pl.pallas_call(
         functools.partial(_gradient_kernel, rows=m),
         grid=(pl.cdiv(m, _ROWS),),
-        in_specs=[rows, pl.BlockSpec((_ROWS, 1), lambda i: (i, 0)), whole, rows],
+        in_specs=[rows, pl.BlockSpec((_ROWS, 1), lambda i: (i, 0)), whole, rows, *others],
         out_specs=[rows, whole],
         out_shape=[jax.ShapeDtypeStruct((m, d), x.dtype), jax.ShapeDtypeStruct((1, d), jnp.float32)],
         interpret=interpret or False,
         name="rms_norm_gradient",
-    )(x, reciprocal[:, None], weight[None], gradient)
+    )(x, reciprocal[:, None], weight[None], gradient, *([] if plus is None else [plus]))
     return x_bar, weight_bar[0]
 
 
@@ -92,12 +94,16 @@ def _forward_kernel(x_ref, reciprocal_ref, weight_ref, values_ref, scales_ref, *
         quantize_tile_rows(normed.astype(jnp.float32), values_ref.at[:, at], scales_ref.at[t], power_of_two)
 
 
-def _gradient_kernel(x_ref, reciprocal_ref, weight_ref, gradient_ref, x_bar_ref, weight_bar_ref, *, rows):
+def _gradient_kernel(x_ref, reciprocal_ref, weight_ref, gradient_ref, *refs, rows):
+    *plus_refs, x_bar_ref, weight_bar_ref = refs
     by_row = reciprocal_ref[...]
     scaled, gradient = x_ref[...].astype(jnp.float32) * by_row, gradient_ref[...].astype(jnp.float32)
     weighted = gradient * weight_ref[...]
     mean = jnp.mean(weighted * scaled, axis=1, keepdims=True)
-    x_bar_ref[...] = (by_row * (weighted - scaled * mean)).astype(x_bar_ref.dtype)
+    x_bar = by_row * (weighted - scaled * mean)
+    for ref in plus_refs:
+        x_bar = x_bar + ref[...].astype(jnp.float32)
+    x_bar_ref[...] = x_bar.astype(x_bar_ref.dtype)
 
     @pl.when(pl.program_id(0) == 0)
     def _():

@@ -52,6 +52,8 @@ def test_gradients_equal_autodiff_in_float64():
     x, weight, gradient = operands(200, 384, jnp.float32)
     _, reciprocal, _ = pk.quantize_rms_norm(x, weight, epsilon=EPSILON)
     x_bar, weight_bar = pk.rms_norm_gradient(x, weight, reciprocal, gradient)
+    with_sum, _ = pk.rms_norm_gradient(x, weight, reciprocal, gradient, plus=gradient)
+    np.testing.assert_allclose(with_sum, x_bar + gradient, rtol=1e-6, atol=1e-6)
 
     def norm(x, weight):
         return x * jax.lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + EPSILON) * weight
@@ -86,8 +88,9 @@ def test_kernels_equal_the_definition(device, rows, width, dtype, with_rows):
     assert_same_bits(tiles, wanted_tiles)
     if with_rows:
         np.testing.assert_array_equal(np.asarray(normed, "f4"), np.asarray(wanted, "f4"))
-    x_bar, weight_bar = run(kernel.rms_norm_gradient, x, reciprocal, weight, gradient)
-    wanted_x, wanted_weight = reference.rms_norm_gradient(x, reciprocal, weight, gradient)
+    plus = jnp.roll(gradient, 1, axis=0) if with_rows or dtype == "float32" else None
+    x_bar, weight_bar = run(kernel.rms_norm_gradient, x, reciprocal, weight, gradient, plus)
+    wanted_x, wanted_weight = reference.rms_norm_gradient(x, reciprocal, weight, gradient, plus)
     assert x_bar.dtype == x.dtype
     error = np.abs(np.asarray(x_bar, "f4") - np.asarray(wanted_x, "f4"))
     largest = np.abs(np.asarray(wanted_x, "f4")).max(axis=1, keepdims=True)
@@ -108,5 +111,7 @@ def test_bad_input_is_named():
         pk.rms_norm_gradient(x, weight, reciprocal[:4], gradient)
     with pytest.raises(ValueError, match=r"gradient must have shape \(8, 256\)"):
         pk.rms_norm_gradient(x, weight, reciprocal, gradient[:4])
+    with pytest.raises(ValueError, match=r"plus must have shape \(8, 256\)"):
+        pk.rms_norm_gradient(x, weight, reciprocal, gradient, plus=gradient[:4])
     with pytest.raises(TypeError, match="carry no gradient"):
         jax.grad(lambda x: pk.quantize_rms_norm(x, weight, epsilon=EPSILON)[0].scales.sum())(x.astype("f4"))

@@ -57,7 +57,7 @@ def assert_same_bits_and_near_gradients(got, wanted):
 
 @pytest.mark.parametrize("recipe", ["fp8,compute_dtype=float32", "fp8,compute_dtype=float32,power_of_two_scales=true"])
 def test_two_maps_behind_a_norm_equal_norm_and_quantization_one_by_one(monkeypatch, recipe):
-    """The norm's gradient is the sum of what comes from both maps and from a reader of the rows themselves."""
+    """The gradient is a sum: of what comes from both maps, a reader of the rows and a residual connection."""
     precision = Precision.preset(recipe)
     layer = norm.RMSNorm(HIDDEN, 1e-6, dtype=jnp.dtype(jnp.float32))
     random = np.random.default_rng(0)
@@ -68,8 +68,9 @@ def test_two_maps_behind_a_norm_equal_norm_and_quantization_one_by_one(monkeypat
 
     def output(x, gains, weights):
         layer.weight[...] = gains
-        u = layer.before_linear(x, precision, OneDevice(), with_rows=True)
-        return sum(linear(u, weight, precision) for weight in weights) + (u.rows if isinstance(u, NormedRows) else u)
+        u, x = layer.beside_residual(x, precision, OneDevice(), with_rows=True)
+        rows = u.rows if isinstance(u, NormedRows) else u
+        return x + jnp.square(rows) + sum(linear(u, weight, precision) for weight in weights)
 
     def run():
         with jax.disable_jit():
