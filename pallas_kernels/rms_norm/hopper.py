@@ -78,7 +78,10 @@ def rms_norm_gradient(
     *,
     interpret: Interpret = None,
 ) -> tuple[Float[Array, "M d"], Float[Array, " d"]]:
-    """Computes `reference.rms_norm_gradient`. Columns of zeros are added to widths that four warps cannot share."""
+    """Computes `reference.rms_norm_gradient`.
+
+    Columns of zeros are added to widths that four warps cannot share. Rows too wide for the registers are XLA's.
+    """
     (m, d), wide = x.shape, _WARPS * TILE
     if d > _MOST_TILES * TILE:
         return reference.rms_norm_gradient(x, reciprocal, weight, gradient, plus)
