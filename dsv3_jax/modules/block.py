@@ -83,7 +83,6 @@ class Block(nnx.Module):
         rngs: nnx.Rngs,
     ):
         make: dict[str, Any] = {"dtype": dtype, "precision": precision, "devices": devices, "rngs": rngs}
-        self.precision, self.devices = precision, devices
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.attention = LatentAttention(config, **make)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -110,7 +109,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T d"], tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]], LayerStatistics]:
         """Maps whole sequences, and also returns what a cache would hold of them: c^KV and k^R."""
         with jax.named_scope("attention"):
-            u, h = self.attention_norm.beside_residual(h, self.precision, self.devices)
+            u, h = self.attention_norm.beside_residual(h, self.attention.kv_a)
             attended, latent, rope_key, largest = self.attention(
                 u,
                 inputs.rotation,
@@ -174,10 +173,11 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T d"], Routing | None]:
         with jax.named_scope("feed_forward"):
             if not isinstance(self.feed_forward, MixtureOfExperts):
-                u, h = self.feed_forward_norm.beside_residual(h, self.precision, self.devices)
+                u, h = self.feed_forward_norm.beside_residual(h, self.feed_forward.gate_up)
                 return h + self.feed_forward(u), None
             if self.feed_forward.has_shared_experts:
-                u, h = self.feed_forward_norm.beside_residual(h, self.precision, self.devices, with_rows=True)
+                shared = self.feed_forward.shared.gate_up
+                u, h = self.feed_forward_norm.beside_residual(h, shared, with_rows=True)
             else:
                 u = self.feed_forward_norm(h)
             y, routing = self.feed_forward(u, token_mask, experts)

@@ -91,7 +91,7 @@ class LatentAttention(nnx.Module):
           The output u, what a cache would hold of this layer (the normed latents c^KV and the rotary keys k^R), and
           the largest logit of every head, at least 0, which has no gradient; None unless asked for.
         """
-        query, query_rope = self._queries(x, rotation, self._before_linear)
+        query, query_rope = self._queries(x, rotation, functools.partial(RMSNorm.before_linear, linear=self.q_b))
         latent, key_rope = self._latents(x, rotation, RMSNorm.__call__)
         key, value = jnp.split(self.kv_b(latent), [self.config.qk_nope_head_dim], axis=-1)
         query, scale, largest = jnp.concatenate([query, query_rope], axis=-1), softmax_scale(self.config), None
@@ -142,9 +142,6 @@ class LatentAttention(nnx.Module):
         # Transposed, because XLA's CPU backend adds in another order for few tokens where r is last in both operands.
         value_up = lax.optimization_barrier(value_up.transpose(0, 2, 1))
         return self.o(_by_head(gathered, value_up)), cache
-
-    def _before_linear(self, norm: RMSNorm, x: Float[Array, "B T latent"]) -> Float[Array, "B T latent"] | NormedRows:
-        return norm.before_linear(x, self.precision, self.devices)
 
     def _queries(
         self, x: Float[Array, "B T d"] | NormedRows, rotation: Rotation, norm: Callable[[RMSNorm, Array], Any]

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 import pallas_kernels as pk
-from dsv3_jax.precision.recipe import Precision
+from dsv3_jax.precision.fp8_recipe import Fp8Recipe
 from pallas_kernels import TILE
 
 
@@ -58,10 +58,9 @@ class NormedRows:
         return NormedRows(tiles, rows)
 
 
-def quantizes_norms(precision: Precision, width: int) -> bool:
+def quantizes_norms(recipe: Fp8Recipe, width: int) -> bool:
     """Returns whether linear maps multiply by the report's tiles of a norm's output, and keep nothing else of it."""
-    recipe = precision.fp8
-    report = recipe is not None and recipe.tile == TILE and recipe.forward == "e4m3" and recipe.cache_activations
+    report = recipe.tile == TILE and recipe.forward == "e4m3" and recipe.cache_activations
     return report and width % TILE == 0
 
 

@@ -14,8 +14,10 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules import norm
 from dsv3_jax.modules.block import Block, BlockInputs
 from dsv3_jax.modules.devices import OneDevice
+from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.rope import make_rotation
-from dsv3_jax.precision import NormedRows, Precision, linear, quantizes_norms
+from dsv3_jax.precision import Fp8Recipe, NormedRows, Precision, quantizes_norms
+from dsv3_jax.precision.int8_weight import Int8Weight
 
 HIDDEN = 128
 
@@ -58,23 +60,22 @@ def assert_same_bits_and_near_gradients(got, wanted):
 @pytest.mark.parametrize("recipe", ["fp8,compute_dtype=float32", "fp8,compute_dtype=float32,power_of_two_scales=true"])
 def test_two_maps_behind_a_norm_equal_norm_and_quantization_one_by_one(monkeypatch, recipe):
     """The gradient is a sum: of what comes from both maps, a reader of the rows and a residual connection."""
-    precision = Precision.preset(recipe)
-    layer = norm.RMSNorm(HIDDEN, 1e-6, dtype=jnp.dtype(jnp.float32))
+    dtype = jnp.dtype(jnp.float32)
+    make: dict[str, Any] = {"scale": 0.1, "dtype": dtype, "precision": Precision.preset(recipe), "rngs": nnx.Rngs(0)}
+    maps = [Linear(HIDDEN, HIDDEN, (None, None), devices=OneDevice(), **make) for _ in range(2)]
+    graph, weights = nnx.split((norm.RMSNorm(HIDDEN, 1e-6, dtype=dtype), maps))
     random = np.random.default_rng(0)
-    gains, x, slope, *weights = (
-        jnp.asarray(random.standard_normal(shape), jnp.float32)
-        for shape in ((HIDDEN,), (2, 24, HIDDEN), (2, 24, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, HIDDEN))
-    )
+    x, slope = (jnp.asarray(random.standard_normal((2, 24, HIDDEN)), jnp.float32) for _ in range(2))
 
-    def output(x, gains, weights):
-        layer.weight[...] = gains
-        u, x = layer.beside_residual(x, precision, OneDevice(), with_rows=True)
+    def output(x, weights):
+        layer, maps = nnx.merge(graph, weights)
+        u, x = layer.beside_residual(x, maps[0], with_rows=True)
         rows = u.rows if isinstance(u, NormedRows) else u
-        return x + jnp.square(rows) + sum(linear(u, weight, precision) for weight in weights)
+        return x + jnp.square(rows) + sum(each(u) for each in maps)
 
     def run():
         with jax.disable_jit():
-            out, pull = jax.vjp(output, x, gains, weights)
+            out, pull = jax.vjp(output, x, weights)
             return out, pull(slope)
 
     quantized = run()
@@ -92,10 +93,16 @@ def test_blocks_equal_norm_and_quantization_one_by_one(monkeypatch, moe, sizes):
     assert_same_bits_and_near_gradients(quantized, forward_and_gradients(made, precision))
 
 
-def test_other_recipes_and_widths_have_plain_norms():
-    report = Precision.preset("fp8")
-    assert quantizes_norms(report, 1536)
-    assert not quantizes_norms(report, 1472)
-    assert not quantizes_norms(Precision.preset("bfloat16"), 1536)
-    for change in ("tile=64", "forward=none", "cache_activations=false"):
-        assert not quantizes_norms(Precision.preset(f"fp8,{change}"), 1536)
+def test_other_recipes_and_formats_have_plain_norms():
+    assert quantizes_norms(Fp8Recipe(), 1536)
+    assert not quantizes_norms(Fp8Recipe(), 1472)
+    for other in (Fp8Recipe(tile=64), Fp8Recipe(forward="none"), Fp8Recipe(cache_activations=False)):
+        assert not quantizes_norms(other, 1536)
+    layer, dtype = norm.RMSNorm(HIDDEN, 1e-6, dtype=jnp.dtype(jnp.float32)), jnp.dtype(jnp.float32)
+    make: dict[str, Any] = {"scale": 0.1, "dtype": dtype, "devices": OneDevice(), "rngs": nnx.Rngs(0)}
+    plain, in_int8 = (
+        Linear(HIDDEN, HIDDEN, (None, None), precision=Precision.preset(name), **make) for name in ("float32", "fp8")
+    )
+    in_int8.weight.set_value(Int8Weight.of(in_int8.weight[...], 1))
+    for linear in (plain, in_int8):
+        assert isinstance(layer.before_linear(jnp.ones((2, HIDDEN)), linear), jax.Array)

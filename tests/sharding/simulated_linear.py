@@ -34,13 +34,13 @@ class Normed(nnx.Module):
     """A feed-forward network behind an RMSNorm."""
 
     def __init__(self, hidden: int, recipe: str, devices: Devices = OneDevice()):
-        self.precision, self.devices, dtype = Precision.preset(recipe), devices, jnp.dtype(jnp.float32)
+        dtype = jnp.dtype(jnp.float32)
         self.norm = RMSNorm(hidden, 1e-6, dtype=dtype)
-        make: dict[str, Any] = {"precision": self.precision, "devices": devices, "rngs": nnx.Rngs(0)}
+        make: dict[str, Any] = {"precision": Precision.preset(recipe), "devices": devices, "rngs": nnx.Rngs(0)}
         self.network = FeedForward(hidden, WIDTH, scale=0.1, dtype=dtype, **make)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.network(self.norm.before_linear(x, self.precision, self.devices))
+        return self.network(self.norm.before_linear(x, self.network.gate_up))
 
 
 def loss(graph: Any, params: nnx.State, x: jax.Array, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
