@@ -34,14 +34,9 @@ Interpret = plgpu.InterpretGPUParams | None
 
 @once_a_program("power_of_two_scales", "with_rows")
 def quantize_scaled(
-    x: Float[Array, "M d"],
-    reciprocal: Float[Array, " M"],
-    weight: Float[Array, " d"],
-    power_of_two_scales: bool,
-    with_rows: bool,
-    *,
-    interpret: Interpret = None,
-) -> tuple[Quantized, Float[Array, "M d"] | None]:
+    x: Float[Array, "M d"], reciprocal: Float[Array, " M"], weight: Float[Array, " d"],
+    power_of_two_scales: bool, with_rows: bool, *, interpret: Interpret = None,
+) -> tuple[Quantized, Float[Array, "M d"] | None]:  # fmt: skip
     """Computes `reference.quantize_scaled`."""
     m, x = x.shape[0], pad_to(x, 8, 1)
     rows, width = x.shape
@@ -70,14 +65,9 @@ def quantize_scaled(
 
 @once_a_program()
 def rms_norm_gradient(
-    x: Float[Array, "M d"],
-    reciprocal: Float[Array, " M"],
-    weight: Float[Array, " d"],
-    gradient: Float[Array, "M d"],
-    plus: Float[Array, "M d"] | None,
-    *,
-    interpret: Interpret = None,
-) -> tuple[Float[Array, "M d"], Float[Array, " d"]]:
+    x: Float[Array, "M d"], reciprocal: Float[Array, " M"], weight: Float[Array, " d"],
+    gradient: Float[Array, "M d"], plus: Float[Array, "M d"] | None, *, interpret: Interpret = None,
+) -> tuple[Float[Array, "M d"], Float[Array, " d"]]:  # fmt: skip
     """Computes `reference.rms_norm_gradient`.
 
     Columns of zeros are added to widths that four warps cannot share. Rows too wide for the registers are XLA's.

@@ -28,15 +28,10 @@ Interpret = pltpu.InterpretParams | None
 
 @once_a_program("power_of_two_scales", "with_rows")
 def quantize_scaled(
-    x: Float[Array, "M d"],
-    reciprocal: Float[Array, " M"],
-    weight: Float[Array, " d"],
-    power_of_two_scales: bool,
-    with_rows: bool,
-    *,
-    interpret: Interpret = None,
-) -> tuple[Quantized, Float[Array, "M d"] | None]:
-    """Computes `reference.quantize_scaled`."""
+    x: Float[Array, "M d"], reciprocal: Float[Array, " M"], weight: Float[Array, " d"],
+    power_of_two_scales: bool, with_rows: bool, *, interpret: Interpret = None,
+) -> tuple[Quantized, Float[Array, "M d"] | None]:  # fmt: skip
+    """Computes `reference.quantize_scaled`, up to eight tiles of columns at a time."""
     m, d = x.shape
     width = TILE * math.gcd(d // TILE, MAX_TILES)
     tile = pl.BlockSpec((TILE, width), lambda i, j: (i, j))
@@ -60,15 +55,10 @@ def quantize_scaled(
 
 @once_a_program()
 def rms_norm_gradient(
-    x: Float[Array, "M d"],
-    reciprocal: Float[Array, " M"],
-    weight: Float[Array, " d"],
-    gradient: Float[Array, "M d"],
-    plus: Float[Array, "M d"] | None,
-    *,
-    interpret: Interpret = None,
-) -> tuple[Float[Array, "M d"], Float[Array, " d"]]:
-    """Computes `reference.rms_norm_gradient`."""
+    x: Float[Array, "M d"], reciprocal: Float[Array, " M"], weight: Float[Array, " d"],
+    gradient: Float[Array, "M d"], plus: Float[Array, "M d"] | None, *, interpret: Interpret = None,
+) -> tuple[Float[Array, "M d"], Float[Array, " d"]]:  # fmt: skip
+    """Computes `reference.rms_norm_gradient`, 32 rows at a time."""
     m, d = x.shape
     rows, whole = pl.BlockSpec((_ROWS, d), lambda i: (i, 0)), pl.BlockSpec((1, d), lambda i: (0, 0))
     others = [] if plus is None else [rows]
