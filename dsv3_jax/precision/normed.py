@@ -96,7 +96,7 @@ def _normed(
     with_rows: bool,
     with_input: bool,
     run: RunOnTokens,
-) -> tuple[NormedRows, Array | None]:
+) -> Any:
     return _forward(x, weight, epsilon, power_of_two_scales, with_rows, with_input, run)[0]
 
 
