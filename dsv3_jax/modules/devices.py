@@ -90,11 +90,17 @@ class Devices(Protocol):
         """
         ...
 
-    def run_on_tokens(self, function: Callable[..., Any], tokens: tuple[Array, ...], whole: tuple[Array, ...]) -> Any:
-        """Returns function(*tokens, *whole), which is not differentiated.
+    def run_on_tokens(
+        self, function: Callable[..., Any], tokens: tuple[Array, ...], whole: tuple[Array, ...]
+    ) -> tuple[Any, Any]:
+        """Returns function(*tokens, *whole): a tree of arrays by token, and one of partial sums. It has no gradient.
 
-        It may be called with a shard of the sequences, which are the first axis of `tokens`; results of several calls
-        are concatenated along their first axes.
+        It may be called with a shard of the tokens.
+
+        Args:
+          function: returns the two trees; partial sums have a first axis of size 1, along which calls are stacked.
+          tokens: arrays [B, T, ...].
+          whole: arrays that every call gets whole.
         """
         ...
 
@@ -203,7 +209,9 @@ class OneDevice:
         """Returns product(x, weight)."""
         return product(x, weight)
 
-    def run_on_tokens(self, function: Callable[..., Any], tokens: tuple[Array, ...], whole: tuple[Array, ...]) -> Any:
+    def run_on_tokens(
+        self, function: Callable[..., Any], tokens: tuple[Array, ...], whole: tuple[Array, ...]
+    ) -> tuple[Any, Any]:
         """Returns function(*tokens, *whole)."""
         return function(*tokens, *whole)
 

@@ -237,7 +237,9 @@ class MixtureOfExperts(nnx.Module):
             routed = self.experts.of_few(u.reshape(-1, u.shape[-1]), gates, token_mask.reshape(-1), layer)
         return self._with_shared(u, routed), Choice(gates.load, gates.expert_index)
 
-    def _with_shared(self, u: Float[Array, "B T d"] | NormedRows, routed: Float[Array, "*batch d"]) -> Float[Array, "B T d"]:
+    def _with_shared(
+        self, u: Float[Array, "B T d"] | NormedRows, routed: Float[Array, "*batch d"]
+    ) -> Float[Array, "B T d"]:
         y = routed.reshape(u.shape).astype((u.rows if isinstance(u, NormedRows) else u).dtype)
         if not self.has_shared_experts:
             return y

@@ -22,9 +22,14 @@ from pallas_kernels import TILE
 
 
 class RunOnTokens(Protocol):
-    """Returns function(*tokens, *whole); it may be called with a shard of the sequences, the first axis of `tokens`."""
+    """Returns function(*tokens, *whole), arrays by token and partial sums; it may be called with a shard of the tokens.
 
-    def __call__(self, function: Callable[..., Any], tokens: tuple[Array, ...], whole: tuple[Array, ...]) -> Any: ...
+    Partial sums have a first axis, along which those of several calls are stacked.
+    """
+
+    def __call__(
+        self, function: Callable[..., tuple[Any, Any]], tokens: tuple[Array, ...], whole: tuple[Array, ...]
+    ) -> tuple[Any, Any]: ...
 
 
 @jax.tree_util.register_dataclass
@@ -109,13 +114,13 @@ def _forward(
     with_input: bool,
     run: RunOnTokens,
 ) -> tuple[tuple[NormedRows, Array | None], Any]:
-    def quantized(x: Array, weight: Array) -> Any:
+    def quantized(x: Array, weight: Array) -> tuple[Any, tuple[()]]:
         results = pk.quantize_rms_norm(
             _flat(x), weight, epsilon=epsilon, power_of_two_scales=power_of_two_scales, with_rows=with_rows
         )
-        return jax.tree.map(lambda part: part.reshape(*x.shape[:-1], *part.shape[1:]), results)
+        return jax.tree.map(lambda part: part.reshape(*x.shape[:-1], *part.shape[1:]), results), ()
 
-    tiles, reciprocal, rows = run(quantized, (x,), (weight,))
+    (tiles, reciprocal, rows), _ = run(quantized, (x,), (weight,))
     normed = NormedRows(tiles, rows if with_rows else jnp.zeros(x.shape, x.dtype))
     return (normed, x if with_input else None), (x, weight, reciprocal)
 

@@ -67,11 +67,14 @@ class OnMesh:
             self.mesh, product, x, weight, shape, batch_axes=batch_axes, in_axes=in_axes, gather_dtype=gather_dtype
         )
 
-    def run_on_tokens(self, function: Callable[..., Any], tokens: tuple[Array, ...], whole: tuple[Array, ...]) -> Any:
-        """Returns the results of function(*tokens, *whole) on every rank for its own sequences, concatenated."""
-        batch = PartitionSpec(BATCH_AXES)
-        in_specs = (*[batch] * len(tokens), *[PartitionSpec()] * len(whole))
-        return on_every_rank(self.mesh, function, in_specs=in_specs, out_specs=batch)(*tokens, *whole)
+    def run_on_tokens(
+        self, function: Callable[..., Any], tokens: tuple[Array, ...], whole: tuple[Array, ...]
+    ) -> tuple[Any, Any]:
+        """Returns function(*tokens, *whole), computed by every rank for its own tokens."""
+        axes = token_axes(self.mesh, tokens[0].shape[:2])
+        by_token, by_rank = PartitionSpec(*axes), PartitionSpec((*BATCH_AXES, *[CONTEXT] * (CONTEXT in axes)))
+        in_specs = (*[by_token] * len(tokens), *[PartitionSpec()] * len(whole))
+        return on_every_rank(self.mesh, function, in_specs=in_specs, out_specs=(by_token, by_rank))(*tokens, *whole)
 
     def look_up(
         self, table: Float[Array, "V d"], tokens: Int[Array, "B T"], shape: ParameterShape, dtype: jnp.dtype
