@@ -18,6 +18,7 @@ from pallas_kernels.quantize import (
     quantize_both,
     requantize_transposed,
 )
+from pallas_kernels.rms_norm import quantize_rms_norm, rms_norm_gradient
 from pallas_kernels.routing import Gates, Permutation, combine, gate, gates_of_experts, permute
 from pallas_kernels.swiglu import quantize_swiglu, swiglu_gradient
 
@@ -43,7 +44,9 @@ __all__ = [
     "preferred_row_alignment",
     "quantize",
     "quantize_both",
+    "quantize_rms_norm",
     "quantize_swiglu",
     "requantize_transposed",
+    "rms_norm_gradient",
     "swiglu_gradient",
 ]

@@ -109,8 +109,9 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T d"], tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]], LayerStatistics]:
         """Maps whole sequences, and also returns what a cache would hold of them: c^KV and k^R."""
         with jax.named_scope("attention"):
+            u, h = self.attention_norm.beside_residual(h, self.attention.kv_a)
             attended, latent, rope_key, largest = self.attention(
-                self.attention_norm(h),
+                u,
                 inputs.rotation,
                 inputs.segment_ids,
                 choice=inputs.attention,
@@ -171,8 +172,13 @@ class Block(nnx.Module):
         self, h: Float[Array, "B T d"], token_mask: Bool[Array, "B T"] | None, experts: Int[Array, "B T K"] | None
     ) -> tuple[Float[Array, "B T d"], Routing | None]:
         with jax.named_scope("feed_forward"):
-            u = self.feed_forward_norm(h)
-            if isinstance(self.feed_forward, MixtureOfExperts):
-                y, routing = self.feed_forward(u, token_mask, experts)
-                return h + y, routing
-            return h + self.feed_forward(u), None
+            if not isinstance(self.feed_forward, MixtureOfExperts):
+                u, h = self.feed_forward_norm.beside_residual(h, self.feed_forward.gate_up)
+                return h + self.feed_forward(u), None
+            if self.feed_forward.has_shared_experts:
+                shared = self.feed_forward.shared.gate_up
+                u, h = self.feed_forward_norm.beside_residual(h, shared, with_rows=True)
+            else:
+                u = self.feed_forward_norm(h)
+            y, routing = self.feed_forward(u, token_mask, experts)
+            return h + y, routing

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 import pallas_kernels
 from dsv3_jax.modules.expert_shares import LEAST_SHARE, apply_in_shares, share_of
 from dsv3_jax.modules.parameter import ParameterShape
-from dsv3_jax.precision import Fp8Recipe
+from dsv3_jax.precision import Fp8Recipe, NormedRows
 from pallas_kernels.device import target_platform
 
 Tree = Any
@@ -64,8 +64,8 @@ class Devices(Protocol):
 
     def multiply(
         self,
-        product: Callable[[Array, Array], Array],
-        x: Float[Array, "..."],
+        product: Callable[[Any, Array], Array],
+        x: Float[Array, "..."] | NormedRows,
         weight: Float[Array, "..."],
         shape: ParameterShape,
         *,
@@ -87,6 +87,20 @@ class Devices(Protocol):
         Returns:
           The products. Where the outputs are heads of attention, which need all tokens of a sequence, a device may
           compute some of the heads for all tokens.
+        """
+        ...
+
+    def run_on_tokens(
+        self, function: Callable[..., Any], tokens: tuple[Array, ...], whole: tuple[Array, ...]
+    ) -> tuple[Any, Any]:
+        """Returns function(*tokens, *whole): a tree of arrays by token, and one of partial sums. It has no gradient.
+
+        It may be called with a shard of the tokens.
+
+        Args:
+          function: returns the two trees; partial sums have a first axis of size 1, along which calls are stacked.
+          tokens: arrays [B, T, ...].
+          whole: arrays that every call gets whole.
         """
         ...
 
@@ -183,8 +197,8 @@ class OneDevice:
 
     def multiply(
         self,
-        product: Callable[[Array, Array], Array],
-        x: Float[Array, "..."],
+        product: Callable[[Any, Array], Array],
+        x: Float[Array, "..."] | NormedRows,
         weight: Float[Array, "..."],
         shape: ParameterShape,
         *,
@@ -194,6 +208,12 @@ class OneDevice:
     ) -> Float[Array, "..."]:
         """Returns product(x, weight)."""
         return product(x, weight)
+
+    def run_on_tokens(
+        self, function: Callable[..., Any], tokens: tuple[Array, ...], whole: tuple[Array, ...]
+    ) -> tuple[Any, Any]:
+        """Returns function(*tokens, *whole)."""
+        return function(*tokens, *whole)
 
     def look_up(
         self, table: Float[Array, "V d"], tokens: Int[Array, "B T"], shape: ParameterShape, dtype: jnp.dtype

@@ -35,10 +35,8 @@ from dsv3_jax.modules.latent_cache import LatentCache
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import Rotation, rotate, softmax_scale
-from dsv3_jax.precision import Precision, rounded_weight
+from dsv3_jax.precision import NormedRows, Precision, rounded_weight
 from dsv3_jax.precision.keeping import keep
-
-_Norm = Callable[[RMSNorm, Float[Array, "..."]], Float[Array, "..."]]
 
 
 class LatentAttention(nnx.Module):
@@ -73,7 +71,7 @@ class LatentAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T d"],
+        x: Float[Array, "B T d"] | NormedRows,
         rotation: Rotation,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
@@ -93,8 +91,8 @@ class LatentAttention(nnx.Module):
           The output u, what a cache would hold of this layer (the normed latents c^KV and the rotary keys k^R), and
           the largest logit of every head, at least 0, which has no gradient; None unless asked for.
         """
-        query, query_rope = self._queries(x, rotation)
-        latent, key_rope = self._latents(x, rotation)
+        query, query_rope = self._queries(x, rotation, functools.partial(RMSNorm.before_linear, linear=self.q_b))
+        latent, key_rope = self._latents(x, rotation, RMSNorm.__call__)
         key, value = jnp.split(self.kv_b(latent), [self.config.qk_nope_head_dim], axis=-1)
         query, scale, largest = jnp.concatenate([query, query_rope], axis=-1), softmax_scale(self.config), None
         with jax.named_scope("attention_core"):
@@ -146,7 +144,7 @@ class LatentAttention(nnx.Module):
         return self.o(_by_head(gathered, value_up)), cache
 
     def _queries(
-        self, x: Float[Array, "B T d"], rotation: Rotation, norm: _Norm = RMSNorm.__call__
+        self, x: Float[Array, "B T d"] | NormedRows, rotation: Rotation, norm: Callable[[RMSNorm, Array], Any]
     ) -> tuple[Float[Array, "B T H nope"], Float[Array, "B T H rope"]]:
         """Returns q^C and q^R of every head (Eq. 6-8)."""
         if self.config.q_lora_rank is not None:
@@ -155,7 +153,7 @@ class LatentAttention(nnx.Module):
         return plain, rotate(rope, rotation)
 
     def _latents(
-        self, x: Float[Array, "B T d"], rotation: Rotation, norm: _Norm = RMSNorm.__call__
+        self, x: Float[Array, "B T d"] | NormedRows, rotation: Rotation, norm: Callable[[RMSNorm, Array], Array]
     ) -> tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]]:
         """Returns the normed latent c^KV and the rotary key k^R, which has no norm and serves all heads (Eq. 1, 3)."""
         latent, rope = jnp.split(keep(self.kv_a(x)), [self.config.kv_lora_rank], axis=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.modules.devices import Devices
 from dsv3_jax.modules.parameter import LogicalAxis, ParameterShape
-from dsv3_jax.precision import Precision, linear
+from dsv3_jax.precision import NormedRows, Precision, linear
 
 
 class Linear(nnx.Module):
@@ -53,7 +54,7 @@ class Linear(nnx.Module):
         self.shape = ParameterShape((*out_shape, *in_shape), axes)
         self.weight = self.shape.normal(rngs, scale, dtype)
 
-    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "..."] | NormedRows) -> Float[Array, "..."]:
         """Maps x [*batch, *in] to [*batch, *out], in the recipe's dtype."""
         product = functools.partial(
             _product, in_axes=self.in_axes, precision=self.precision, after_attention=self.after_attention
@@ -61,7 +62,7 @@ class Linear(nnx.Module):
         return self.multiply(product, x, batch_axes=x.ndim - self.in_axes)
 
     def multiply(
-        self, product: Callable[[Array, Array], Array], x: Float[Array, "..."], *, batch_axes: int
+        self, product: Callable[[Any, Array], Array], x: Float[Array, "..."] | NormedRows, *, batch_axes: int
     ) -> Float[Array, "..."]:
         """Returns product(x, weight) for a product that is linear in the weight; `x` has `batch_axes` batch axes."""
         return self.devices.multiply(
@@ -76,7 +77,7 @@ class Linear(nnx.Module):
 
 
 def _product(
-    x: Float[Array, "..."],
+    x: Float[Array, "..."] | NormedRows,
     weight: Float[Array, "..."],
     *,
     in_axes: int,

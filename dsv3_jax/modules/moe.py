@@ -25,6 +25,7 @@ from dsv3_jax.modules.feed_forward import FeedForward
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.modules.router import Router
 from dsv3_jax.precision import (
+    NormedRows,
     Precision,
     grouped_linear,
     grouped_swiglu_linear,
@@ -201,19 +202,21 @@ class MixtureOfExperts(nnx.Module):
 
     def __call__(
         self,
-        u: Float[Array, "B T d"],
+        u: Float[Array, "B T d"] | NormedRows,
         token_mask: Bool[Array, "B T"] | None = None,
         experts: Int[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T d"], Routing]:
         """Returns the layer's output and its routing statistics.
 
         Args:
+          u: normed hidden states; those that are quantized for the shared experts hold the rows too.
           token_mask: False at tokens that are computed but not counted.
           experts: the experts of each token, instead of those that the router chooses.
         """
-        gates = self.router(u, token_mask, experts)
+        rows = u.rows if isinstance(u, NormedRows) else u
+        gates = self.router(rows, token_mask, experts)
         with jax.named_scope("routed_experts"):
-            routed = self.experts(u, gates)
+            routed = self.experts(rows, gates)
         sequence_balance, batch_balance = balance_terms(
             gates.selection_fraction, gates.affinity_mean, token_mask, sum_over_batch=self.devices.sum_over_batch
         )
@@ -234,8 +237,10 @@ class MixtureOfExperts(nnx.Module):
             routed = self.experts.of_few(u.reshape(-1, u.shape[-1]), gates, token_mask.reshape(-1), layer)
         return self._with_shared(u, routed), Choice(gates.load, gates.expert_index)
 
-    def _with_shared(self, u: Float[Array, "B T d"], routed: Float[Array, "*batch d"]) -> Float[Array, "B T d"]:
-        y = routed.reshape(u.shape).astype(u.dtype)
+    def _with_shared(
+        self, u: Float[Array, "B T d"] | NormedRows, routed: Float[Array, "*batch d"]
+    ) -> Float[Array, "B T d"]:
+        y = routed.reshape(u.shape).astype((u.rows if isinstance(u, NormedRows) else u).dtype)
         if not self.has_shared_experts:
             return y
         with jax.named_scope("shared_experts"):

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.ordered_sum import ordered_sum
 from dsv3_jax.modules.parameter import ParameterShape
+from dsv3_jax.precision import NormedRows, normed_rows, quantizes_norms
+from dsv3_jax.precision.fp8_weight import Fp8Weight
 
 
 class RMSNorm(nnx.Module):
@@ -22,6 +25,41 @@ class RMSNorm(nnx.Module):
         """Returns y."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         return self._scaled(wide, jnp.mean(jnp.square(wide), axis=-1)).astype(x.dtype)
+
+    def before_linear(
+        self, x: Float[Array, "*batch width"], linear: Linear
+    ) -> Float[Array, "*batch width"] | NormedRows:
+        """Returns y as the linear maps behind the norm read it: quantized in the same pass, where these have FP8 tiles.
+
+        Args:
+          linear: one of these maps, whose recipe, devices and format of the weight are those of all.
+        """
+        return self._quantized(x, linear, with_rows=False, with_input=False)[0]
+
+    def beside_residual(
+        self, x: Float[Array, "*batch width"], linear: Linear, *, with_rows: bool = False
+    ) -> tuple[Float[Array, "*batch width"] | NormedRows, Float[Array, "*batch width"]]:
+        """Returns y as `before_linear` does, and x for the residual connection: both gradients are added in one pass.
+
+        Args:
+          linear: one of the linear maps behind the norm.
+          with_rows: whether anything else reads y too.
+        """
+        y, x_again = self._quantized(x, linear, with_rows=with_rows, with_input=True)
+        return y, x if x_again is None else x_again
+
+    def _quantized(
+        self, x: Array, linear: Linear, *, with_rows: bool, with_input: bool
+    ) -> tuple[Array | NormedRows, Array | None]:
+        recipe = linear.precision.fp8
+        in_fp8 = isinstance(linear.weight[...], jax.Array | Fp8Weight)  # other formats are made for generation alone
+        if recipe is None or not in_fp8 or not quantizes_norms(recipe, x.shape[-1]):
+            return self(x), None
+        return normed_rows(
+            x, self.weight[...], self.epsilon,
+            power_of_two_scales=recipe.power_of_two_scales, with_rows=with_rows, with_input=with_input,
+            run=linear.devices.run_on_tokens,
+        )  # fmt: skip
 
     def decode(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Returns y; on a CPU a row's result is the same bits whatever the number of rows."""

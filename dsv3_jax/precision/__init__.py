@@ -9,6 +9,7 @@ from dsv3_jax.precision.linear import (
     rounded_weight,
     swiglu_linear,
 )
+from dsv3_jax.precision.normed import NormedRows, normed_rows, quantizes_norms
 from dsv3_jax.precision.recipe import PRECISIONS, Precision
 from dsv3_jax.precision.saved import saved_bytes
 from dsv3_jax.precision.swiglu import swiglu
@@ -16,11 +17,14 @@ from dsv3_jax.precision.swiglu import swiglu
 __all__ = [
     "PRECISIONS",
     "Fp8Recipe",
+    "NormedRows",
     "Precision",
     "grouped_linear",
     "grouped_swiglu_linear",
     "linear",
     "linear_by_row",
+    "normed_rows",
+    "quantizes_norms",
     "rounded_weight",
     "saved_bytes",
     "swiglu",

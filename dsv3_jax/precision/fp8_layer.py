@@ -24,6 +24,7 @@ from dsv3_jax.precision.e5m6 import PackedE5M6, pack, unpack
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe, Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.keeping import keep
+from dsv3_jax.precision.normed import NormedRows
 from dsv3_jax.precision.products import columns_by_columns, rows_by_own_weights, rows_by_weights
 from dsv3_jax.precision.swiglu import swiglu
 from dsv3_jax.precision.tiles import Tiles, dequantize, quantize
@@ -32,7 +33,7 @@ from pallas_kernels import TILE
 
 @jax.named_scope("fp8_matmul")
 def fp8_product(
-    x: Float[Array, "M in"],
+    x: Float[Array, "M in"] | NormedRows,
     weight: Float[Array, "..."] | Fp8Weight,
     group_sizes: Int[Array, " E"] | None,
     recipe: Fp8Recipe,
@@ -41,11 +42,13 @@ def fp8_product(
     """Returns x Wᵀ in the dtype of x under the recipe; swiglu(x) Wᵀ, x being [M, 2 * in], where the role says so.
 
     Args:
+      x: rows; or rows [M, in] that an RMSNorm has quantized, under a recipe that `quantizes_norms`.
       weight: [out, in], or [E, out, in] with groups. An `Fp8Weight` is multiplied as stored, in blocks of 128 x 128
         whatever the recipe's tile.
       group_sizes: rows of each expert, multiples of 128; None for one matrix.
     """
-    return _product(x, weight, group_sizes, recipe, role)
+    rows, tiles = (x.rows, x.tiles) if isinstance(x, NormedRows) else (x, None)
+    return _product(rows, tiles, weight, group_sizes, recipe, role)
 
 
 @jax.named_scope("fp8_matmul")
@@ -58,7 +61,7 @@ def fp8_product_by_row(
         return jnp.einsum("sk,snk->sn", operand, weights.astype(x.dtype))
     constant = isinstance(weights, Fp8Weight)
     stored = weights.tiles() if constant else weight_tiles(weights, recipe)
-    tiles, _ = _input_tiles(x, recipe, role)
+    tiles, _ = _input_tiles(x, None, recipe, role)
     out = rows_by_own_weights(tiles, stored, promotion=recipe.promotion, out_dtype=x.dtype)
     return weights.unpad(out) if constant else out
 
@@ -68,15 +71,27 @@ def weight_tiles(weight: Float[Array, "*E out in"], recipe: Fp8Recipe) -> Tiles:
     return quantize(weight, _square(recipe), "e4m3", power_of_two=False)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _product(x: Array, weight: Array | Fp8Weight, group_sizes: Array | None, recipe: Fp8Recipe, role: Role) -> Any:
-    return _forward(x, weight, group_sizes, recipe, role)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _product(
+    x: Array,
+    quantized: pk.Quantized | None,
+    weight: Array | Fp8Weight,
+    group_sizes: Array | None,
+    recipe: Fp8Recipe,
+    role: Role,
+) -> Any:
+    return _forward(x, quantized, weight, group_sizes, recipe, role)[0]
 
 
 def _forward(
-    x: Array, weight: Array | Fp8Weight, group_sizes: Array | None, recipe: Fp8Recipe, role: Role
+    x: Array,
+    quantized: pk.Quantized | None,
+    weight: Array | Fp8Weight,
+    group_sizes: Array | None,
+    recipe: Fp8Recipe,
+    role: Role,
 ) -> tuple[Array, Any]:
-    tiles, cache = _input_tiles(x, recipe, role)
+    tiles, cache = _input_tiles(x, quantized, recipe, role)
     constant = isinstance(weight, Fp8Weight)
     stored = weight.tiles() if constant else weight_tiles(weight, recipe)
     if recipe.forward == "none":
@@ -98,23 +113,23 @@ def _forward(
 
 def _backward(
     recipe: Fp8Recipe, role: Role, residuals: Any, out_bar: Array
-) -> tuple[Array, Float[Array, "..."] | Fp8Weight | None, None]:
+) -> tuple[Array, None, Float[Array, "..."] | Fp8Weight | None, None]:
     cache, weight, group_sizes, like = residuals
     for_rows, for_columns = _gradient_tiles(out_bar, weight, recipe, role, for_weights=like is not None)
     x_bar = _input_gradient(weight, out_bar, for_rows, group_sizes, recipe)
     if for_columns is not None and _fuses_swiglu(2 * x_bar.shape[1], recipe, role):
         x_bar, columns = pk.swiglu_gradient(cache, x_bar, power_of_two_scales=_rounded_scales(recipe, role))
         weight_bar = columns_by_columns(for_columns, columns.mT, group_sizes, promotion=recipe.promotion)
-        return x_bar, _gradient_by(weight, weight_bar, like.dtype), None
+        return x_bar, None, _gradient_by(weight, weight_bar, like.dtype), None
     before = None if cache is None else _restored(cache, out_bar.dtype)
     operand, pull = jax.vjp(_activated, before) if role.swiglu else (before, None)
     if pull is not None:
         (x_bar,) = pull(x_bar)
     if like is None:
-        return x_bar, None, None
+        return x_bar, None, None, None
     assert operand is not None
     weight_bar = _weight_gradient(operand, cache, out_bar, for_columns, group_sizes, recipe, role)
-    return x_bar, _gradient_by(weight, weight_bar, like.dtype), None
+    return x_bar, None, _gradient_by(weight, weight_bar, like.dtype), None
 
 
 _product.defvjp(_forward, _backward)
@@ -195,8 +210,12 @@ def _weight_gradient(
     return columns_by_columns(tiles, columns, group_sizes, promotion=recipe.promotion)
 
 
-def _input_tiles(x: Float[Array, "M ..."], recipe: Fp8Recipe, role: Role) -> tuple[Tiles, Any]:
-    """Returns the map's input in FP8, and what is kept of x for the backward pass."""
+def _input_tiles(
+    x: Float[Array, "M ..."], quantized: pk.Quantized | None, recipe: Fp8Recipe, role: Role
+) -> tuple[Tiles, Any]:
+    """Returns the map's input in FP8, and what is kept of x for the backward pass; x is not read if it is quantized."""
+    if quantized is not None:
+        return quantized, quantized
     powers = _rounded_scales(recipe, role)
     if _fuses_swiglu(x.shape[1], recipe, role):
         tiles, kept = pk.quantize_swiglu(x, power_of_two_scales=powers)

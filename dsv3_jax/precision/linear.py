@@ -15,6 +15,7 @@ from dsv3_jax.precision.fp8_recipe import Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.int8_weight import Int8Weight
 from dsv3_jax.precision.keeping import keep
+from dsv3_jax.precision.normed import NormedRows
 from dsv3_jax.precision.recipe import Precision
 from dsv3_jax.precision.swiglu import swiglu
 from dsv3_jax.precision.tiled_weight import TiledWeight
@@ -24,7 +25,7 @@ from pallas_kernels import TILE
 
 
 def linear(
-    x: Float[Array, "*batch in"],
+    x: Float[Array, "*batch in"] | NormedRows,
     weight: Float[Array, "out in"] | Fp8Weight | Int8Weight | TiledWeight,
     precision: Precision,
     *,
@@ -33,15 +34,18 @@ def linear(
     """Returns y = W x in the recipe's dtype. Operands are in that dtype, FP8 or int8; sums are in float32 or int32.
 
     Args:
+      x: an array, or the output of an RMSNorm that is quantized already.
       after_attention: x is the attention's output, which recipes keep for the backward pass in a format of its own.
     """
     dtype = precision.dtype
+    if precision.fp8 is not None and not isinstance(weight, Int8Weight | TiledWeight):
+        rows, role = x.reshape(-1, x.shape[-1]), Role(after_attention=after_attention)
+        rows = rows if isinstance(rows, NormedRows) else rows.astype(dtype)
+        y = fp8_product(rows, weight, None, precision.fp8, role)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+    assert not isinstance(x, NormedRows)
     if isinstance(weight, Int8Weight | TiledWeight):
         return weight.product(x, dtype)
-    if precision.fp8 is not None:
-        role = Role(after_attention=after_attention)
-        y = fp8_product(x.reshape(-1, x.shape[-1]).astype(dtype), weight, None, precision.fp8, role)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
     if after_attention:
         x = keep(x)
     if isinstance(weight, Fp8Weight):

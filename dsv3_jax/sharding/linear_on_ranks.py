@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.fp8_weight import Fp8Weight
+from dsv3_jax.precision.normed import NormedRows
 from dsv3_jax.sharding.fsdp_gather import gather_over_fsdp
 from dsv3_jax.sharding.ranks import on_every_rank
 from dsv3_jax.sharding.rules import CONTEXT, gathered_dimension, token_axes, weight_axes
@@ -28,8 +30,8 @@ _TENSOR = "tensor"
 
 def multiply_on_ranks(
     mesh: Mesh,
-    product: Callable[[Array, Any], Array],
-    x: Float[Array, "..."],
+    product: Callable[[Any, Any], Array],
+    x: Float[Array, "..."] | NormedRows,
     weight: Float[Array, "..."] | Fp8Weight,
     shape: ParameterShape,
     *,
@@ -46,9 +48,9 @@ def multiply_on_ranks(
     to_heads = shape.axes[:1] == ("heads",)
     gather_tokens = to_heads and CONTEXT in batch
 
-    def on_a_rank(x: Array, weight: Any) -> Array:
+    def on_a_rank(x: Array | NormedRows, weight: Any) -> Array:
         if gather_tokens:
-            x = lax.all_gather(x, CONTEXT, axis=batch.index(CONTEXT), tiled=True)
+            x = jax.tree.map(lambda part: lax.all_gather(part, CONTEXT, axis=batch.index(CONTEXT), tiled=True), x)
         if gathered is not None:
             weight = gather_over_fsdp(weight, gathered, gather_dtype, in_axes=in_axes, ranks=axes[gathered])
         y = product(x, weight)

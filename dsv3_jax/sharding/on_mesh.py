@@ -22,13 +22,14 @@ import pallas_kernels
 from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.fp8_weight import Fp8Weight
+from dsv3_jax.precision.normed import NormedRows
 from dsv3_jax.sharding.attention_on_ranks import attend_on_ranks, attend_to_pages_on_ranks
 from dsv3_jax.sharding.embedding_lookup import look_up_on_ranks
 from dsv3_jax.sharding.expert_parallel import ExpertExchange
 from dsv3_jax.sharding.gate_on_ranks import gate_on_ranks
 from dsv3_jax.sharding.linear_on_ranks import multiply_on_ranks
-from dsv3_jax.sharding.ranks import sum_over_batch
-from dsv3_jax.sharding.rules import BATCH_AXES, CONTEXT, Tree, rules_over_stages, shardings
+from dsv3_jax.sharding.ranks import on_every_rank, sum_over_batch
+from dsv3_jax.sharding.rules import BATCH_AXES, CONTEXT, Tree, rules_over_stages, shardings, token_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,8 @@ class OnMesh:
 
     def multiply(
         self,
-        product: Callable[[Array, Array], Array],
-        x: Float[Array, "..."],
+        product: Callable[[Any, Array], Array],
+        x: Float[Array, "..."] | NormedRows,
         weight: Float[Array, "..."] | Fp8Weight,
         shape: ParameterShape,
         *,
@@ -65,6 +66,15 @@ class OnMesh:
         return multiply_on_ranks(
             self.mesh, product, x, weight, shape, batch_axes=batch_axes, in_axes=in_axes, gather_dtype=gather_dtype
         )
+
+    def run_on_tokens(
+        self, function: Callable[..., Any], tokens: tuple[Array, ...], whole: tuple[Array, ...]
+    ) -> tuple[Any, Any]:
+        """Returns function(*tokens, *whole), computed by every rank for its own tokens."""
+        axes = token_axes(self.mesh, tokens[0].shape[:2])
+        by_token, by_rank = PartitionSpec(*axes), PartitionSpec((*BATCH_AXES, *[CONTEXT] * (CONTEXT in axes)))
+        in_specs = (*[by_token] * len(tokens), *[PartitionSpec()] * len(whole))
+        return on_every_rank(self.mesh, function, in_specs=in_specs, out_specs=(by_token, by_rank))(*tokens, *whole)
 
     def look_up(
         self, table: Float[Array, "V d"], tokens: Int[Array, "B T"], shape: ParameterShape, dtype: jnp.dtype

@@ -27,6 +27,8 @@ def cases(tiny: bool) -> Iterator[Case]:
     )
     yield gate("V2-Lite", tokens, 64, {"num_experts_per_tok": 6, "scoring_func": "softmax", "norm_topk_prob": False})
     yield grouped_product(tiny)
+    for rows, width in ((40, 256),) if tiny else ((1000, 7168), (4096, 1536)):
+        yield rms_norm(rows, width)
     rows, out, width = (128, 128, 128) if tiny else (1536, 2112, 1024)
     for name, role in (
         ("plain", Role()),
@@ -73,6 +75,29 @@ def grouped_product(tiny: bool) -> Case:
         return to_x, to_w
 
     return error_case("grouped_matmul bf16", gradients, (x, w, bar, np.asarray(sizes, "i4")), wanted, BFLOAT16)
+
+
+def rms_norm(rows: int, width: int, epsilon: float = 1e-6) -> Case:
+    """Returns normed rows and both gradients against float64, and by how much their FP8 differs from `quantize`'s."""
+    x, bar = normal(rows, width), normal(rows, width, seed=2)
+    weight = 1 + 0.3 * normal(width, seed=1, dtype="float32")
+
+    def function(x, weight, bar):
+        tiles, reciprocal, normed = pk.quantize_rms_norm(x, weight, epsilon=epsilon, with_rows=True)
+        again = pk.quantize(normed, tile="1x128")
+        apart = tiles.values.astype(jnp.float32) - again.values.astype(jnp.float32), tiles.scales - again.scales
+        return apart, normed, pk.rms_norm_gradient(x, weight, reciprocal, bar, plus=x)
+
+    def wanted():
+        reciprocal = 1 / np.sqrt(np.mean(np.square(x.astype("f8")), axis=1, keepdims=True) + epsilon)
+        scaled, bars = x.astype("f8") * reciprocal, bar.astype("f8")
+        mean = np.mean(bars * weight * scaled, axis=1, keepdims=True)
+        nothing = np.zeros((rows, width), "f4"), np.zeros((rows, width // 128), "f4")
+        x_bar = reciprocal * (bars * weight - scaled * mean) + x.astype("f8")
+        return nothing, scaled * weight, (x_bar, np.sum(bars * scaled, axis=0))
+
+    limits = ((0, 0), BFLOAT16, (BFLOAT16, FLOAT32_SUM))
+    return error_case(f"RMSNorm, {rows} x {width}", function, (x, weight, bar), wanted, limits)
 
 
 def fp8_map(name: str, role: Role, groups: int, rows: int, out: int, width: int) -> Case:

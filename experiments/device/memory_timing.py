@@ -14,10 +14,10 @@ import pallas_kernels as pk
 
 
 def cases(tiny: bool, form: str) -> Iterator[Case]:
-    """Yields the timings of a form: "quantise", "rows" or "gate"."""
+    """Yields the timings of a form: "quantise" (RMSNorms too), "rows" or "gate"."""
     if form == "quantise":
         for m, k in ((200, 256),) if tiny else ((4096, 7168), (32768, 2048)):
-            for problem in quantise(m, k):
+            for problem in (*quantise(m, k), *rms_norm(m, k)):
                 yield from timed_cases(problem)
     elif form == "rows":
         for problem in rows(*((64, 256, 16, 2) if tiny else (8192, 7168, 256, 8))):
@@ -48,6 +48,26 @@ def quantise(m: int, k: int) -> Iterator[Problem]:
         ("again, transposed", pk.requantize_transposed, "q", 2.0 * m * k + 2 * tiles),
     ):
         yield Problem(f"{name}, {m} x {k}", make, contenders(function, (argument,)), bytes=moved)
+
+
+def rms_norm(m: int, k: int) -> Iterator[Problem]:
+    def make(key):
+        x, bar = jax.random.normal(key, (2, m, k), jnp.bfloat16)
+        weight = jax.random.normal(key, (k,))
+        _, reciprocal, _ = pk.quantize_rms_norm(x, weight, epsilon=1e-6)
+        return {"x": x, "weight": weight, "reciprocal": reciprocal, "bar": bar}
+
+    def forward(x, weight, implementation=None):
+        return pk.quantize_rms_norm(x, weight, epsilon=1e-6, implementation=implementation)[:2]
+
+    moved = 5.0 * m * k + 4.0 * m * k / 128  # x twice: the mean squares are XLA's
+    yield Problem(f"RMSNorm, {m} x {k}", make, contenders(forward, ("x", "weight")), bytes=moved)
+
+    def gradient(x, weight, reciprocal, bar, implementation=None):
+        return pk.rms_norm_gradient(x, weight, reciprocal, bar, plus=bar, implementation=implementation)
+
+    inputs = ("x", "weight", "reciprocal", "bar")
+    yield Problem(f"gradient of RMSNorm, {m} x {k}", make, contenders(gradient, inputs), bytes=8.0 * m * k)
 
 
 def rows(tokens: int, width: int, experts: int, chosen: int) -> Iterator[Problem]:

@@ -85,6 +85,7 @@ INTERPRETED = {
     "latent_attention.hopper_forward": ("forward",),
     "latent_attention.hopper_backward": ("backward",),
     "latent_decode.hopper": ("decode",),
+    "rms_norm.hopper": ("quantize_scaled", "rms_norm_gradient"),
     "swiglu.hopper": ("quantize_swiglu", "swiglu_gradient"),
     "routing.hopper_gate": ("gate",),
     "routing.hopper_rows": ("permute", "combine", "combine_gradient"),

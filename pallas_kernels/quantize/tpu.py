@@ -136,9 +136,7 @@ def _tiles_kernel(x_ref, *out_refs, shape, rows, columns, power_of_two):
         at = pl.ds(t * TILE, TILE)
         x = _without_outside(x_ref[:, at].astype(jnp.float32), t, shape)
         if rows:
-            scales = scales_from_magnitude(jnp.max(magnitude_bits(x), axis=1, keepdims=True), power_of_two)
-            out_refs[0][:, at] = values_from_scaled(x * reciprocal(scales))
-            out_refs[1][t] = as_row(scales)
+            quantize_tile_rows(x, out_refs[0].at[:, at], out_refs[1].at[t], power_of_two)
         if columns:
             quantize_columns(x, out_refs[-2].at[at], out_refs[-1].at[0, :, at], power_of_two)
 
@@ -160,6 +158,13 @@ def _blocks_kernel(x_ref, values_ref, scales_ref, *, shape, power_of_two):
         scales_ref[0, :, at] = scale
 
 
+def quantize_tile_rows(x: Float[Array, "128 128"], values_ref, scales_ref, power_of_two: bool) -> None:
+    """Writes a tile with one scale per row of the tile."""
+    scales = scales_from_magnitude(jnp.max(magnitude_bits(x), axis=1, keepdims=True), power_of_two)
+    values_ref[...] = values_from_scaled(x * reciprocal(scales))
+    scales_ref[...] = _as_row(scales)
+
+
 def quantize_columns(x, values_ref, scales_ref, power_of_two) -> None:
     """Writes the transpose of a tile, with one scale per column of the tile."""
     scales = scales_from_magnitude(jnp.max(magnitude_bits(x), axis=0, keepdims=True), power_of_two)
@@ -167,7 +172,7 @@ def quantize_columns(x, values_ref, scales_ref, power_of_two) -> None:
     scales_ref[...] = scales
 
 
-def as_row(column: Float[Array, "128 1"]) -> Float[Array, "1 128"]:
+def _as_row(column: Float[Array, "128 1"]) -> Float[Array, "1 128"]:
     return jnp.broadcast_to(column, (TILE, TILE)).T[:1]
 
 

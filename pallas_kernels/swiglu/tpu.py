@@ -19,8 +19,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.device import once_a_program
 from pallas_kernels.quantize.quantized import E4M3, TILE, Quantized
-from pallas_kernels.quantize.reference import magnitude_bits, reciprocal, scales_from_magnitude, values_from_scaled
-from pallas_kernels.quantize.tpu import as_row, quantize_columns, scales_struct
+from pallas_kernels.quantize.tpu import quantize_columns, quantize_tile_rows, scales_struct
 from pallas_kernels.swiglu.reference import activation, gradients
 
 _MOST_TILES = 4  # of 128 columns in a step
@@ -105,12 +104,12 @@ def _forward_kernel(gate_ref, up_ref, hidden_ref, hidden_scales_ref, kept_ref, k
     for t in range(gate_ref.shape[1] // TILE):
         at = pl.ds(t * TILE, TILE)
         gate, up = (ref[:, at].astype(jnp.float32) for ref in (gate_ref, up_ref))
-        _quantize_rows(jnp.where(first, gate, up), kept_ref.at[:, at], kept_scales_ref.at[t], False)
+        quantize_tile_rows(jnp.where(first, gate, up), kept_ref.at[:, at], kept_scales_ref.at[t], False)
 
         @pl.when(first)
         def _(gate=gate, up=up, at=at, t=t):
             hidden = activation(gate, up).astype(gate_ref.dtype).astype(jnp.float32)
-            _quantize_rows(hidden, hidden_ref.at[:, at], hidden_scales_ref.at[t], power_of_two)
+            quantize_tile_rows(hidden, hidden_ref.at[:, at], hidden_scales_ref.at[t], power_of_two)
 
 
 def _gradient_kernel(
@@ -133,9 +132,3 @@ def _gradient_kernel(
             hidden = activation(gate, up).astype(bars_ref.dtype).astype(jnp.float32)
             hidden = jnp.where(row < rows, hidden, 0)  # VMEM is not initialized past the last row
             quantize_columns(hidden, columns_ref.at[at], column_scales_ref.at[0, :, at], power_of_two)
-
-
-def _quantize_rows(x: Float[Array, "128 128"], values_ref, scales_ref, power_of_two: bool) -> None:
-    scales = scales_from_magnitude(jnp.max(magnitude_bits(x), axis=1, keepdims=True), power_of_two)
-    values_ref[...] = values_from_scaled(x * reciprocal(scales))
-    scales_ref[...] = as_row(scales)

@@ -16,9 +16,10 @@ MESHES = {"data=2,fsdp=2": 4, "fsdp=4": 4, "fsdp=2,tensor=2": 4}
 """And over how many devices they divide the work: tokens over data and fsdp, widths over tensor."""
 
 
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    return run_simulated(_SCRIPT, "fp8,compute_dtype=float32", *MESHES)
+@pytest.fixture(scope="module", params=[96, 128], ids=["plain norm", "norm that quantizes"])
+def results(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
+    """96 / 4: shards of the weight that are not whole blocks; the norm quantizes its output in whole tiles of 128."""
+    return run_simulated(_SCRIPT, str(request.param), "fp8,compute_dtype=float32", *MESHES)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -1,0 +1,154 @@
+"""RMSNorm in front of linear maps in FP8: the norm's output is quantized in the pass that computes it.
+
+The maps behind a norm all multiply by the same FP8 tiles, and keep the same ones for the backward pass. The normed rows
+themselves are written only where something else reads them too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+import pallas_kernels as pk
+from dsv3_jax.precision.fp8_recipe import Fp8Recipe
+from pallas_kernels import TILE
+
+
+class RunOnTokens(Protocol):
+    """Returns function(*tokens, *whole), arrays by token and partial sums; it may be called with a shard of the tokens.
+
+    Partial sums have a first axis, along which those of several calls are stacked.
+    """
+
+    def __call__(
+        self, function: Callable[..., tuple[Any, Any]], tokens: tuple[Array, ...], whole: tuple[Array, ...]
+    ) -> tuple[Any, Any]: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class NormedRows:
+    """The output of an RMSNorm as linear maps in FP8 multiply by it. They read it as they read an array.
+
+    Attributes:
+      tiles: the rows [*batch, d] in FP8, in tiles of 1 x 128; they carry no gradient.
+      rows: an array [*batch, d] that gets the gradient of the rows. Its values are the rows where these were asked for,
+        and zeros that nothing may read otherwise.
+    """
+
+    tiles: pk.Quantized
+    rows: Float[Array, "*batch d"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the rows."""
+        return self.rows.shape
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of `shape`."""
+        return self.rows.ndim
+
+    def reshape(self, *shape: int) -> NormedRows:
+        """Returns the same rows with other batch axes."""
+        rows = self.rows.reshape(*shape)
+        tiles = jax.tree.map(lambda part: part.reshape(*rows.shape[:-1], part.shape[-1]), self.tiles)
+        return NormedRows(tiles, rows)
+
+
+def quantizes_norms(recipe: Fp8Recipe, width: int) -> bool:
+    """Returns whether linear maps multiply by the report's tiles of a norm's output, and keep nothing else of it."""
+    report = recipe.tile == TILE and recipe.forward == "e4m3" and recipe.cache_activations
+    return report and width % TILE == 0
+
+
+def normed_rows(
+    x: Float[Array, "*batch d"],
+    weight: Float[Array, " d"],
+    epsilon: float,
+    *,
+    power_of_two_scales: bool,
+    with_rows: bool,
+    with_input: bool,
+    run: RunOnTokens,
+) -> tuple[NormedRows, Float[Array, "*batch d"] | None]:
+    """Returns w * x / sqrt(mean(x^2) + epsilon) in FP8; the result has the bits of the two operations one by one.
+
+    Args:
+      power_of_two_scales: round the scales up to powers of two.
+      with_rows: whether anything but linear maps in FP8 reads the rows.
+      with_input: whether to return `x` too, for a residual connection to read. Its gradient is then added in the pass
+        that computes the norm's.
+      run: what computes on the devices of the tokens.
+    """
+    normed, x_again = _normed(x, weight, epsilon, power_of_two_scales, with_rows, with_input, run)
+    return dataclasses.replace(normed, tiles=lax.stop_gradient(normed.tiles)), x_again
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def _normed(
+    x: Array,
+    weight: Array,
+    epsilon: float,
+    power_of_two_scales: bool,
+    with_rows: bool,
+    with_input: bool,
+    run: RunOnTokens,
+) -> Any:
+    return _forward(x, weight, epsilon, power_of_two_scales, with_rows, with_input, run)[0]
+
+
+def _forward(
+    x: Array,
+    weight: Array,
+    epsilon: float,
+    power_of_two_scales: bool,
+    with_rows: bool,
+    with_input: bool,
+    run: RunOnTokens,
+) -> tuple[tuple[NormedRows, Array | None], Any]:
+    def quantized(x: Array, weight: Array) -> tuple[Any, tuple[()]]:
+        results = pk.quantize_rms_norm(
+            _flat(x), weight, epsilon=epsilon, power_of_two_scales=power_of_two_scales, with_rows=with_rows
+        )
+        return jax.tree.map(lambda part: part.reshape(*x.shape[:-1], *part.shape[1:]), results), ()
+
+    (tiles, reciprocal, rows), _ = run(quantized, (x,), (weight,))
+    normed = NormedRows(tiles, rows if with_rows else jnp.zeros(x.shape, x.dtype))
+    return (normed, x if with_input else None), (x, weight, reciprocal)
+
+
+def _backward(
+    epsilon: float,
+    power_of_two_scales: bool,
+    with_rows: bool,
+    with_input: bool,
+    run: RunOnTokens,
+    residuals: Any,
+    bars: tuple[NormedRows, Array | None],
+) -> tuple[Array, Array]:
+    (x, weight, reciprocal), (bar, plus) = residuals, bars
+
+    def gradient(x: Array, reciprocal: Array, bar: Array, *others: Array) -> tuple[Array, Array]:
+        *plus, weight = others
+        x_bar, weight_bar = pk.rms_norm_gradient(
+            _flat(x), weight, reciprocal.reshape(-1), _flat(bar), plus=_flat(plus[0]) if plus else None
+        )
+        return x_bar.reshape(x.shape), weight_bar[None]
+
+    x_bar, weight_bars = run(gradient, (x, reciprocal, bar.rows, *([] if plus is None else [plus])), (weight,))
+    return x_bar, jnp.sum(weight_bars, axis=0).astype(weight.dtype)
+
+
+_normed.defvjp(_forward, _backward)
+
+
+def _flat(x: Float[Array, "*batch d"]) -> Float[Array, "M d"]:
+    return x.reshape(-1, x.shape[-1])
