@@ -102,7 +102,8 @@ def log_probs_and_entropies(
     def of(hidden: Float[Array, "*M d"], targets: Int[Array, "*M"]) -> tuple[Float[Array, "*M"], Float[Array, "*M"]]:
         logits = model.head(hidden)
         logs = jax.nn.log_softmax(jax.lax.stop_gradient(logits), axis=-1)
-        return -cross_entropy(logits, targets), -jnp.sum(jnp.exp(logs) * logs, axis=-1)
+        losses: Array = cross_entropy(logits, targets)
+        return -losses, -jnp.sum(jnp.exp(logs) * logs, axis=-1)
 
     parts = model.devices.context_ranks
     return *in_pieces(of, features.hidden, texts.tokens[:, 1:], chunk, parts), largest

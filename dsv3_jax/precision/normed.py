@@ -88,7 +88,8 @@ def normed_rows(
         that computes the norm's.
       run: what computes on the devices of the tokens.
     """
-    normed, x_again = _normed(x, weight, epsilon, power_of_two_scales, with_rows, with_input, run)
+    both: tuple[NormedRows, Array | None] = _normed(x, weight, epsilon, power_of_two_scales, with_rows, with_input, run)
+    normed, x_again = both
     return dataclasses.replace(normed, tiles=lax.stop_gradient(normed.tiles)), x_again
 
 
