@@ -194,7 +194,8 @@ def test_the_command_takes_runs_and_published_folders(
         found.append(printed["results"])
     assert found[0] == found[1]
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "dsv3_jax.evaluation.harness")
+    for name in [name for name in sys.modules if name.startswith("lm_eval.") or name == "dsv3_jax.evaluation.harness"]:
+        monkeypatch.delitem(sys.modules, name)
     assert main(["eval", str(tmp_path / "run"), "--tasks", "own_choice"]) == 2
     assert "pip install 'dsv3-jax[eval]'" in capsys.readouterr().err
 

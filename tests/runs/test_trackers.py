@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,9 @@ def test_wandb_itself_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         tracker.write(record)
     tracker.close()
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    content = file.read_bytes()
+    until = time.monotonic() + 60  # a process of wandb's own writes the file
+    while b"2.25" not in (content := file.read_bytes()) and time.monotonic() < until:
+        time.sleep(0.1)
     assert b"main_loss" in content
     assert b"2.25" in content
 

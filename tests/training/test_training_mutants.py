@@ -59,10 +59,19 @@ class _Features:
     largest_logits: None = None
 
 
+class _Same:
+    """A fake head whose logits are the hidden states."""
+
+    devices = OneDevice()
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        return hidden
+
+
 class _KnowsTheFuture:
     """A fake model whose head at depth k, position i is certain of the very token it should predict."""
 
-    devices = OneDevice()
+    head = _Same()
 
     def __init__(self, tokens: jax.Array, depths: int = 2):
         self._tokens, self._depths = tokens, depths
@@ -73,9 +82,6 @@ class _KnowsTheFuture:
         assert hidden[0].shape[1] == inputs.shape[1]
         routing = _Routing(jnp.ones((3, 4), jnp.int32), jnp.asarray([1.0, 1.5, 2.0]), jnp.asarray([1.0, 1.1, 1.2]))
         return _Features(hidden[0], tuple(hidden[1:]), routing)
-
-    def head(self, hidden: jax.Array) -> jax.Array:
-        return hidden
 
 
 def check_objective(objective: Callable) -> None:
