@@ -82,6 +82,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["hopper", "tpu"])
 @pytest.mark.parametrize(("sizes", "causal"), CASES)
 def test_kernels_equal_the_definition_and_its_gradients(device, sizes, causal, monkeypatch):
