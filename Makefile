@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 help:
 	@echo "make train      trains the 'nano' preset on Python's own source code and writes the run to $(RUN): 5 minutes on 2 cores"
 	@echo "make test       runs the linter, the type checker and the tests: under 10 minutes on 2 cores"
-	@echo "make test-slow  runs tests of meshes, processes, resuming, notebooks and compilers for absent hardware: 9 minutes"
+	@echo "make test-slow  runs tests of meshes, processes, resuming, notebooks and compilers for absent hardware: 15 minutes"
 	@echo "make test-aot   compiles every kernel in every tiling and size and writes their resources: 4 minutes"
 	@echo "make test-oracle compares with torch and transformers, which it installs into .venv-oracle (the rest never imports them)"
 	@echo "make mutants    makes known mistakes one at a time and checks that the tests notice each: 10 minutes"
