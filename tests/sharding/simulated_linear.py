@@ -2,7 +2,7 @@
 
 An RMSNorm is in front of them, which quantizes its output in widths that are multiples of 128.
 
-Every rank has whole tiles of 128 tokens, and every shard along a tensor axis whole tiles of the inputs, so that the FP8
+Every rank has whole tiles of 128 tokens of a sequence, and every shard along a tensor axis whole tiles of the inputs, so that the FP8
 numbers are those of one device.
 """
 
@@ -27,7 +27,7 @@ from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 from dsv3_jax.sharding.on_mesh import OnMesh
 from dsv3_jax.sharding.rules import BATCH_AXES, WITHIN_A_STAGE, shardings
 
-ROWS, LENGTH, WIDTH = 4, 128, 256
+ROWS, LENGTH, WIDTH = 4, 256, 256
 
 
 class Normed(nnx.Module):

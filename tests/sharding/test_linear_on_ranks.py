@@ -12,8 +12,8 @@ _SCRIPT = Path(__file__).with_name("simulated_linear.py")
 
 pytestmark = pytest.mark.slow
 
-MESHES = {"data=2,fsdp=2": 4, "fsdp=4": 4, "fsdp=2,tensor=2": 4}
-"""And over how many devices they divide the work: tokens over data and fsdp, widths over tensor."""
+MESHES = {"data=2,fsdp=2": 4, "fsdp=4": 4, "fsdp=2,tensor=2": 4, "context=2": 2, "fsdp=2,context=2": 4}
+"""And over how many devices they divide the work: tokens over data, fsdp and context, widths over tensor."""
 
 
 @pytest.fixture(scope="module", params=[96, 128], ids=["plain norm", "norm that quantizes"])
