@@ -2,8 +2,8 @@
 
 An RMSNorm is in front of them, which quantizes its output in widths that are multiples of 128.
 
-Every rank has whole tiles of 128 tokens of a sequence, and every shard along a tensor axis whole tiles of the inputs, so that the FP8
-numbers are those of one device.
+Every rank has whole tiles of 128 tokens of a sequence, and every shard along a tensor axis whole tiles of the inputs,
+so that the FP8 numbers are those of one device.
 """
 
 from __future__ import annotations
