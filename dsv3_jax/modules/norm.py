@@ -56,10 +56,14 @@ class RMSNorm(nnx.Module):
         if recipe is None or not in_fp8 or not quantizes_norms(recipe, x.shape[-1]):
             return self(x), None
         return normed_rows(
-            x, self.weight[...], self.epsilon,
-            power_of_two_scales=recipe.power_of_two_scales, with_rows=with_rows, with_input=with_input,
+            x,
+            self.weight[...],
+            self.epsilon,
+            power_of_two_scales=recipe.power_of_two_scales,
+            with_rows=with_rows,
+            with_input=with_input,
             run=linear.devices.run_on_tokens,
-        )  # fmt: skip
+        )
 
     def decode(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Returns y; on a CPU a row's result is the same bits whatever the number of rows."""

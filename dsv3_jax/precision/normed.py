@@ -88,53 +88,45 @@ def normed_rows(
         that computes the norm's.
       run: what computes on the devices of the tokens.
     """
-    both: tuple[NormedRows, Array | None] = _normed(x, weight, epsilon, power_of_two_scales, with_rows, with_input, run)
+    settings = _Settings(epsilon, power_of_two_scales, with_rows, with_input, run)
+    both: tuple[NormedRows, Array | None] = _normed(x, weight, settings)
     normed, x_again = both
     return dataclasses.replace(normed, tiles=lax.stop_gradient(normed.tiles)), x_again
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
-def _normed(
-    x: Array,
-    weight: Array,
-    epsilon: float,
-    power_of_two_scales: bool,
-    with_rows: bool,
-    with_input: bool,
-    run: RunOnTokens,
-) -> Any:
-    return _forward(x, weight, epsilon, power_of_two_scales, with_rows, with_input, run)[0]
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """The arguments of `normed_rows` that are no arrays."""
+
+    epsilon: float
+    power_of_two_scales: bool
+    with_rows: bool
+    with_input: bool
+    run: RunOnTokens
 
 
-def _forward(
-    x: Array,
-    weight: Array,
-    epsilon: float,
-    power_of_two_scales: bool,
-    with_rows: bool,
-    with_input: bool,
-    run: RunOnTokens,
-) -> tuple[tuple[NormedRows, Array | None], Any]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _normed(x: Array, weight: Array, settings: _Settings) -> Any:
+    return _forward(x, weight, settings)[0]
+
+
+def _forward(x: Array, weight: Array, settings: _Settings) -> tuple[tuple[NormedRows, Array | None], Any]:
     def quantized(x: Array, weight: Array) -> tuple[Any, tuple[()]]:
         results = pk.quantize_rms_norm(
-            _flat(x), weight, epsilon=epsilon, power_of_two_scales=power_of_two_scales, with_rows=with_rows
+            _flat(x),
+            weight,
+            epsilon=settings.epsilon,
+            power_of_two_scales=settings.power_of_two_scales,
+            with_rows=settings.with_rows,
         )
         return jax.tree.map(lambda part: part.reshape(*x.shape[:-1], *part.shape[1:]), results), ()
 
-    (tiles, reciprocal, rows), _ = run(quantized, (x,), (weight,))
-    normed = NormedRows(tiles, rows if with_rows else jnp.zeros(x.shape, x.dtype))
-    return (normed, x if with_input else None), (x, weight, reciprocal)
+    (tiles, reciprocal, rows), _ = settings.run(quantized, (x,), (weight,))
+    normed = NormedRows(tiles, rows if settings.with_rows else jnp.zeros(x.shape, x.dtype))
+    return (normed, x if settings.with_input else None), (x, weight, reciprocal)
 
 
-def _backward(
-    epsilon: float,
-    power_of_two_scales: bool,
-    with_rows: bool,
-    with_input: bool,
-    run: RunOnTokens,
-    residuals: Any,
-    bars: tuple[NormedRows, Array | None],
-) -> tuple[Array, Array]:
+def _backward(settings: _Settings, residuals: Any, bars: tuple[NormedRows, Array | None]) -> tuple[Array, Array]:
     (x, weight, reciprocal), (bar, plus) = residuals, bars
 
     def gradient(x: Array, reciprocal: Array, bar: Array, *others: Array) -> tuple[Array, Array]:
@@ -144,7 +136,7 @@ def _backward(
         )
         return x_bar.reshape(x.shape), weight_bar[None]
 
-    x_bar, weight_bars = run(gradient, (x, reciprocal, bar.rows, *([] if plus is None else [plus])), (weight,))
+    x_bar, weight_bars = settings.run(gradient, (x, reciprocal, bar.rows, *([] if plus is None else [plus])), (weight,))
     return x_bar, jnp.sum(weight_bars, axis=0).astype(weight.dtype)
 
 
