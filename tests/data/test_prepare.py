@@ -223,6 +223,7 @@ def test_a_runs_own_tokenizer_wins(folder: Path, tmp_path: Path) -> None:
         prepare(folder, tokenizer=str(tmp_path / "tokenizer/tokenizer.json"))
 
 
+@pytest.mark.slow
 def test_default_corpus_end_to_end() -> None:
     data = prepare_data(DataConfig(sequence_length=128), None)
     assert data.tokenizer.vocab_size == 4096

@@ -241,6 +241,7 @@ class TestWrongContents:
         assert model.config.num_nextn_predict_layers == 0
 
 
+@pytest.mark.slow
 def test_over_eight_simulated_devices() -> None:
     """Equal to one device's values, under the shardings of the model: experts over expert x fsdp x tensor ranks."""
     meshes = {

@@ -152,6 +152,7 @@ dsv3.save_hf(model, sys.argv[2], max_shard_bytes=40_000)
 
 
 class TestWholeOrNotAtAll:
+    @pytest.mark.slow
     def test_killed(self, tmp_path: Path) -> None:
         command = [sys.executable, "-c", _KILLED, str(GOLDEN / NAME), str(tmp_path / "out"), "2"]
         done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True)

@@ -77,12 +77,11 @@ def interpreted(device, monkeypatch):
 # output as wide as the first part of the queries and one that is not, several heads of one block.
 CASES = [
     ((1, 140, 2, 32, 16, 32, 0), True),
-    ((1, 300, 1, 32, 0, 16, 5), True),
+    pytest.param((1, 300, 1, 32, 0, 16, 5), True, marks=pytest.mark.slow),
     ((1, 130, 1, 16, 16, 32, 3), False),
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("device", ["hopper", "tpu"])
 @pytest.mark.parametrize(("sizes", "causal"), CASES)
 def test_kernels_equal_the_definition_and_its_gradients(device, sizes, causal, monkeypatch):

@@ -51,6 +51,7 @@ def test_the_gain_of_bfloat16_is_measured():
     assert 0.01 < automatic.bfloat16_gain(64) < 100
 
 
+@pytest.mark.slow
 def test_a_platform_that_is_absent_is_one_line() -> None:
     command = [sys.executable, "-m", "dsv3_jax.cli.main", "generate", "nowhere"]
     environment = os.environ | {"JAX_PLATFORMS": "nonsense"}

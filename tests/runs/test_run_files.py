@@ -256,6 +256,7 @@ def test_plots_of_a_run_are_pictures(tmp_path: Path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_drawing_leaves_the_backend_of_a_notebook_alone(tmp_path: Path):
     """Another process sets the backend, draws, and checks that the backend is still the same."""
     program = (

@@ -186,6 +186,7 @@ def test_commands_of_the_chat(models, monkeypatch, capsys) -> None:
         assert line in printed
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_alone(models, monkeypatch, capsys) -> None:
     _, loaded = models
     step = Engine.step

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 BLOCKED = ("array_record", "grain", "tensorboardX", "tyro")
 NEEDED = (
     "dsv3_jax.data",
@@ -14,6 +16,7 @@ NEEDED = (
 )
 
 
+@pytest.mark.slow
 def test_modules_are_imported_when_they_are_used():
     # A module that is None in sys.modules cannot be imported.
     program = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED}))\n" + "\n".join(f"import {n}" for n in NEEDED)
