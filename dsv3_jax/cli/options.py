@@ -179,4 +179,13 @@ def _nearest(name: str, known: list[str]) -> str | None:
     endings = {option.lstrip("-").rpartition(".")[2]: option for option in reversed(known)}
     whole = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     near = difflib.get_close_matches(last, endings, n=1, cutoff=0.6)
-    return endings[last] if last in endings else " or ".join(whole) if whole else endings[near[0]] if near else None
+    if last in endings:
+        return endings[last]
+    if near and (not whole or _likeness(last, near[0]) > _likeness(name, whole[0])):
+        return endings[near[0]]
+    return " or ".join(whole) or None
+
+
+def _likeness(one: str, other: str) -> float:
+    """Returns how alike two words are, from 0 to 1."""
+    return difflib.SequenceMatcher(None, one, other).ratio()

@@ -26,6 +26,7 @@ PEERS_LOST = 4
 _LONGEST_MESSAGE = 1 << 20  # bytes
 _PORTS_TRIED = 20  # above the coordinator's, for JAX
 _LONGEST_PAUSE = 5.0  # seconds between two signs of life
+_LONGEST_PARTING = 2.0  # seconds that a failed process waits for the others to read why
 
 
 class Peers:
@@ -51,8 +52,12 @@ class Peers:
         self._ended = threading.Semaphore(0)
         self._ending = False
         self._one_ends_all = threading.Lock()
-        for other, connection in connections.items():
-            threading.Thread(target=self._listen, args=(other, connection), name=f"peer-{other}", daemon=True).start()
+        self._listeners = [
+            threading.Thread(target=self._listen, args=(other, connection), name=f"peer-{other}", daemon=True)
+            for other, connection in connections.items()
+        ]
+        for listener in self._listeners:
+            listener.start()
         threading.Thread(target=self._give_signs_of_life, name="peers", daemon=True).start()
 
     def wait_for_all(self) -> None:
@@ -70,6 +75,12 @@ class Peers:
         """Makes the other processes end too, since this one ends for `reason` (a line of text)."""
         self._ending = True
         self._tell_others({"leaving": exit_code, "why": f"process {self.index} has ended: {reason}"})
+        # A socket closed with something unread is reset, and what it has not sent yet is lost: the others close first.
+        for connection in self._connections.values():
+            connection.end_sending()
+        until = time.monotonic() + _LONGEST_PARTING
+        for listener in self._listeners:
+            listener.join(max(0.0, until - time.monotonic()))
 
     def _listen(self, other: int, connection: _Connection) -> None:
         connection.socket.settimeout(self.timeout)
@@ -118,12 +129,18 @@ class _Connection:
 
     def __init__(self, connected: socket.socket):
         self.socket = connected
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # the last line may have no time to wait
         self._lines = connected.makefile("rb")
         self._sending = threading.Lock()
 
     def send(self, message: dict[str, Any]) -> None:
         with self._sending:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def end_sending(self) -> None:
+        """Lets the other end know that nothing more comes; it can still send."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
 
     def receive(self) -> dict[str, Any] | None:
         """Returns the next message; None where the other end has closed the connection or is no process of a run."""

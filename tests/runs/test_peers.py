@@ -162,3 +162,17 @@ def test_a_process_that_fails_says_so_to_the_others(port: int):
     assert processes[1].ended()[0] == 0
     code, error = processes[0].ended()
     assert (code, "process 1 has ended: no corpus" in error) == (2, True)
+
+
+def test_a_process_that_fails_waits_until_the_others_have_read_why(port: int):
+    """A socket that is closed with something unread would be reset, and lose the line that it had not sent yet."""
+    with socket.create_server(("127.0.0.1", port)) as server:
+        failing = Started(port, 1, then="fail")
+        connected = server.accept()[0]
+    with connected, connected.makefile("rb") as lines:
+        lines.readline()
+        connected.sendall(b'{"port": 1}\n{}\n{}\n')
+        assert b"process 1 has ended: no corpus" in b"".join(lines)
+        with pytest.raises(subprocess.TimeoutExpired):
+            failing.wait(0.3)
+    assert failing.ended() == (0, "")
