@@ -249,8 +249,13 @@ def test_target_weights_by_definition(documents: list[list[int]], ahead: int, is
             assert found[b, i] == wanted
 
 
-@settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 3), length=st.integers(1, 23), chunk=st.integers(1, 80), parts=st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.sampled_from((1, 3)),
+    length=st.sampled_from((1, 7, 23)),
+    chunk=st.sampled_from((1, 6, 13, 80)),
+    parts=st.sampled_from((1, 2, 3)),
+)
 def test_pieces_are_all_positions_in_their_order(rows: int, length: int, chunk: int, parts: int):
     hidden = jnp.arange(rows * length * 2, dtype=jnp.float32).reshape(rows, length, 2)
     targets = jnp.arange(rows * length).reshape(rows, length)
@@ -260,7 +265,7 @@ def test_pieces_are_all_positions_in_their_order(rows: int, length: int, chunk: 
         largest.append(targets.size)
         return hidden[..., 0] + 0.5 * targets, targets
 
-    with jax.disable_jit():  # compiling for every shape takes most of the time
+    with jax.disable_jit():  # whole programs would be compiled for every shape
         found, same = in_pieces(of, hidden, targets, chunk, parts)
     np.testing.assert_array_equal(found, hidden[..., 0] + 0.5 * targets)
     np.testing.assert_array_equal(same, targets)
