@@ -172,6 +172,19 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def continuous_batching(options: argparse.Namespace) -> str:
+    """Returns why transformers' continuous batching fails for this architecture; an empty text if it does not.
+
+    It is tried in a process of its own, because the cache that it allocates takes most of the memory.
+    """
+    theirs = Worker(options.oracle_python, "transformers_side.py", options.threads)
+    try:
+        smallest = published(ModelConfig.preset("tiny", num_nextn_predict_layers=0))
+        return theirs.ask(do="continuous", config=smallest, dtype=options.dtype)["error"]
+    finally:
+        theirs.close()
+
+
 def parse() -> argparse.Namespace:
     """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,9 +214,7 @@ def main() -> None:
         }
         about |= {name: getattr(options, name) for name in ("threads", "dtype", "rounds")}
         report: dict[str, Any] = {"about": about | ours.ask(do="versions") | theirs.ask(do="versions")}
-        smallest = published(ModelConfig.preset("tiny", num_nextn_predict_layers=0))
-        tried = theirs.ask(do="continuous", config=smallest, dtype=options.dtype)
-        report["about"]["continuous_batching"] = tried["error"]
+        report["about"]["continuous_batching"] = continuous_batching(options)
         report["results"] = {
             preset: measure(preset, runs.get(preset), ours, theirs, options) for preset in options.presets
         }

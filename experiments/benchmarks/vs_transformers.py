@@ -92,13 +92,14 @@ def published(config: ModelConfig) -> dict[str, Any]:
 
 def race(contenders: dict[str, Contender], rounds: int, repeats: int) -> dict[str, Any]:
     """Prepares all contenders, then runs each `repeats` times in turn, for `rounds` rounds, and returns the times."""
-    prepared = {
-        name: contender.worker.ask(do="prepare", name=name, **contender.request)["seconds"]
-        for name, contender in contenders.items()
-    }
+    prepared = {}
+    for name, contender in contenders.items():
+        prepared[name] = contender.worker.ask(do="prepare", name=name, **contender.request)["seconds"]
+        print(f"{name}: first run {prepared[name]:.1f} s", file=sys.stderr, flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     values: dict[str, list[Any]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
         for name, contender in contenders.items():
             answer = contender.worker.ask(do="round", name=name, repeats=repeats)
             seconds[name].append(statistics.median(answer["seconds"]))
