@@ -211,13 +211,13 @@ def _numbers(counts: Sequence[DraftCounts]) -> dict[str, Any]:
 
 def _describe(measured: Mapping[str, Any]) -> str:
     """Returns the shares by stage, sampler and topic as a table."""
-    lines = [f"{'':26}" + "".join(f"{topic:>37}" for topic in TOPICS)]
+    lines = [f"{'':26}" + "".join(f"{topic:>42}" for topic in TOPICS)]
     for stage, way in itertools.product(STAGES, SAMPLERS):
         cells = []
         for topic in TOPICS:
             found = measured[stage][way][topic]
             parts = [*(show(each, 2) for each in found["by_depth"]), show(found["tokens_per_step"], 2)]
-            cells.append(f"{', '.join(parts):>37}")
+            cells.append(f"{', '.join(parts):>42}")
         lines.append(f"{stage + ', ' + way:26}" + "".join(cells))
     return "\n".join(["drafts accepted at depth 1 and 2, and tokens of a step", *lines])
 
