@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 _CURVES = (
-    ("reward", "validation_accuracy", "reward by votes; share right of held-out answers"),
+    ("reward", "validation_accuracy", "reward by votes; share right, held out"),
     ("length", "validation_length", "tokens of an answer"),
     ("entropy", "", "entropy, nats per token"),
 )
