@@ -103,16 +103,18 @@ class Rollout:
                 found.setdefault(name, []).append(value)
         return {name: float(np.mean(values)) for name, values in found.items()}
 
-    def batch(self, *, divide_by_deviation: bool, experts: bool) -> tuple[Texts, Completions]:
+    def batch(self, *, divide_by_deviation: bool, experts: bool, context_ranks: int = 1) -> tuple[Texts, Completions]:
         """Returns the rows as numpy arrays with one pass, [1, N, ...].
 
         Args:
           divide_by_deviation: as of `group_advantages`.
           experts: whether the engine's experts come along.
+          context_ranks: number of shards of a row. The tokens of a row but the last one are a multiple of it.
         """
         prompts = [prompt for prompt, group in zip(self.prompts, self.groups, strict=True) for _ in group]
         rows = self.completions
         length = _padded(max(len(prompt) + len(row.ids) for prompt, row in zip(prompts, rows, strict=True)))
+        length += -(length - 1) % context_ranks
         tokens = np.zeros((len(rows), length), np.int32)
         lengths = np.zeros(len(rows), np.int32)
         mask = np.zeros((len(rows), length - 1), bool)

@@ -64,7 +64,9 @@ class PolicyUpdates:
         """
         began = time.perf_counter()
         texts, completions = rollout.batch(
-            divide_by_deviation=self._settings.objective.divide_by_deviation, experts=self._replays
+            divide_by_deviation=self._settings.objective.divide_by_deviation,
+            experts=self._replays,
+            context_ranks=self._config.mesh.context,
         )
         settings, numbers = self._settings, {}
         all_passes = self._in_passes(texts)

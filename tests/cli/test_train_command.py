@@ -35,7 +35,10 @@ from dsv3_jax.runs.starting_point import compare_tokenizers
         (["train", "--out"], ["--out"]),
         (["train", "--preset", "tiny", "--out", "x", "--stesp", "3"], ["--stesp", "--steps"]),
         (["train", "--preset", "tiny", "--out", "x", "--lr", "3"], ["--lr", "--training.schedule.learning-rate"]),
-        (["train", "--preset", "tiny", "--out", "x", "--learningrate", "3"], ["mean --training.schedule.learning-rate?"]),
+        (
+            ["train", "--preset", "tiny", "--out", "x", "--learningrate", "3"],
+            ["mean --training.schedule.learning-rate?"],
+        ),
         (["train", "--preset", "tiny", "--out", "x", "--batchsize", "3"], ["mean --training.batch-size?"]),
         (["train", "--preset", "tiny", "--out", "x", "--corpus", "y"], ["--corpus", "--data.corpus"]),
         (["train", "--preset", "tiny", "--out", "x", "--batch-sise", "3"], ["--training.batch-size"]),

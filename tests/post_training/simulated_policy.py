@@ -18,7 +18,7 @@ from dsv3_jax.runs.starting_state import starting_state
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.training.state_layout import StateLayout
 
-ROWS, LENGTH = 8, 12
+ROWS, LENGTH = 8, 13
 CONFIG = small_run(batch_size=ROWS, micro_batch_size=0, ema_decay=0.0, loss_chunk=32)
 CONFIG = dataclasses.replace(
     CONFIG,
@@ -50,7 +50,7 @@ def update_on(layout: StateLayout) -> tuple[PolicyState, PolicyMetrics, np.ndarr
 
 def main() -> None:
     one, one_metrics, one_logs = update_on(StateLayout())
-    two, two_metrics, two_logs = update_on(StateLayout.of(MeshConfig(data=2, fsdp=2, expert=2)))
+    two, two_metrics, two_logs = update_on(StateLayout.of(MeshConfig(fsdp=2, context=2, expert=2)))
 
     def apart(left: object, right: object) -> float:
         pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)

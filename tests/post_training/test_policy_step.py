@@ -168,6 +168,10 @@ def test_rows_of_a_rollout() -> None:
     # The drawn tokens are targets: position t predicts token t + 1.
     np.testing.assert_array_equal(completions.mask[0, 3, :6], [False, True, True, True, False, False])
     np.testing.assert_allclose(completions.advantages[0], [0.5, -0.5, 0, 0])
+    assert texts.tokens.shape == (1, 4, 12)
+    texts, completions = rollout.batch(divide_by_deviation=False, experts=False, context_ranks=4)
+    assert texts.tokens.shape == (1, 4, 13)
+    assert completions.mask.shape == (1, 4, 12)
 
 
 @pytest.mark.slow
