@@ -85,7 +85,7 @@ class Checkpoints:
         temporary = self._folder.checkpoints / f".writing-{position.step:08d}"
         try:
             share(lambda: self._make_folder(temporary))
-            self._arrays.save((temporary / "arrays").absolute(), _to_arrays(state))
+            self._arrays.save((temporary / "arrays").absolute(), _stored(_to_arrays(state)))
         except (OSError, ValueError) as error:
             raise _save_error(self._folder, error) from error
         self._writer = threading.Thread(
@@ -188,7 +188,7 @@ def restore_arrays(path: Path, abstract: Tree, shardings: Tree) -> Tree:
     by_name = _to_arrays(shardings)
     wanted = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_name[name])
-        for name, leaf in _to_arrays(abstract).items()
+        for name, leaf in _stored(_to_arrays(abstract)).items()
     }
     args = ocp.args.PyTreeRestore(
         item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
@@ -199,7 +199,7 @@ def restore_arrays(path: Path, abstract: Tree, shardings: Tree) -> Tree:
             restored = arrays.restore((path / "arrays").absolute(), args=args)
     except (OSError, ValueError, KeyError, TypeError) as error:  # not what devices raise, such as too little memory
         raise DamagedCheckpoint(f"its arrays cannot be read ({reason_of(error)})") from error
-    return _from_arrays(abstract, restored)
+    return _from_arrays(abstract, restored, by_name)
 
 
 def abstract_state(config: RunConfig, make_model: Callable[[], DeepSeekV3]) -> tuple[Skeleton, TrainState]:
@@ -328,9 +328,15 @@ def _to_arrays(state: Tree) -> dict[str, Any]:
     return {_name(path): _plain(leaf) for path, leaf in flat}
 
 
-def _from_arrays(like: Tree, arrays: dict[str, Any]) -> Tree:
+def _stored(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Returns those arrays that are stored: orbax refuses empty ones, such as the biases of a model without routers."""
+    return {name: array for name, array in arrays.items() if array.size}
+
+
+def _from_arrays(like: Tree, arrays: dict[str, Any], shardings: dict[str, Any]) -> Tree:
     def restored(path: tuple, leaf: Any) -> Any:
-        array = arrays[_name(path)]
+        name = _name(path)
+        array = arrays[name] if leaf.size else jnp.zeros(leaf.shape, leaf.dtype, device=shardings[name])
         return jax.random.wrap_key_data(array) if _is_key(leaf) else array
 
     return jax.tree_util.tree_map_with_path(restored, like)

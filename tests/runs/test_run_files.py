@@ -16,14 +16,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_runs import small_run
+from small_models import small_model
+from small_runs import assert_trees_equal, final_state, small_run
 from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
+from dsv3_jax.data import Tokenizer
+from dsv3_jax.data.tokenizer_training import byte_tokenizer
 from dsv3_jax.errors import ConfigError, UserError
+from dsv3_jax.runs.checkpoints import Checkpoints
 from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.metrics import JsonLines, TensorBoard, Terminal, describe, read_metrics
 from dsv3_jax.runs.plots import plot_expert_load, plot_losses
+from dsv3_jax.runs.saved_run import RunPosition
+from dsv3_jax.runs.starting_state import untrained_state
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.defaults import default_run
 
@@ -287,3 +293,19 @@ def test_the_line_of_a_step_leaves_room_for_bar_and_time(
     assert re.search(r"(\d|-):(\d\d|--):(\d\d|--)", line), "the time left"
     assert "━" in line, "the bar"
     assert ("MFU" in line) == (width == 200)
+
+
+def test_a_model_without_routers_is_saved_and_restored(tmp_path: Path) -> None:
+    """Its router biases are an array without elements, which orbax refuses."""
+    config = small_run(ema_decay=0.0)
+    layers = {"num_hidden_layers": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    config = dataclasses.replace(config, model=config.model.replace(**layers))
+    state = untrained_state(small_model(config.model, 0), config)
+    assert state.router_biases.size == 0
+    (tmp_path / "run").mkdir()
+    checkpoints = Checkpoints(RunFolder(tmp_path / "run"), Tokenizer(byte_tokenizer()), keep=1)
+    checkpoints.save(state, RunPosition(step=0, tokens=0, data={}), config)
+    checkpoints.close()
+    restored, _ = final_state(tmp_path / "run", config, step=0)
+    assert_trees_equal(restored, state)
+    assert restored.router_biases.shape == state.router_biases.shape
