@@ -29,9 +29,9 @@ from dsv3_jax.runs.folder import RunFolder
 from dsv3_jax.runs.metrics import JsonLines, TensorBoard, Terminal, describe, read_metrics
 from dsv3_jax.runs.plots import plot_expert_load, plot_losses
 from dsv3_jax.runs.saved_run import RunPosition
-from dsv3_jax.runs.starting_state import untrained_state
 from dsv3_jax.training.config import RunConfig
 from dsv3_jax.training.defaults import default_run
+from dsv3_jax.training.state import new_state
 
 
 def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
@@ -300,7 +300,7 @@ def test_a_model_without_routers_is_saved_and_restored(tmp_path: Path) -> None:
     config = small_run(ema_decay=0.0)
     layers = {"num_hidden_layers": 1, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
     config = dataclasses.replace(config, model=config.model.replace(**layers))
-    state = untrained_state(small_model(config.model, 0), config)
+    _, state = new_state(small_model(config.model, 0), config)
     assert state.router_biases.size == 0
     (tmp_path / "run").mkdir()
     checkpoints = Checkpoints(RunFolder(tmp_path / "run"), Tokenizer(byte_tokenizer()), keep=1)
