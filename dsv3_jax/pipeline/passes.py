@@ -1,10 +1,10 @@
 """Gradients of a batch whose micro-batches go through pipeline stages (report section 3.2.1).
 
 The MoE layers are divided among the ranks of the stage axis, and so are the embedding, by columns, and the output head,
-by rows. Every rank has all other weights: the first stage uses the dense layers, and the last stage the final norm and
-the MTP modules. A stage's balance terms are differentiated on that stage. In a rank's program every array is its own
-shard along all axes but tensor, which is left to the compiler. Gradients are summed over the replicas of a weight once,
-at the end.
+by rows. The blocks of the MTP modules are on the last stage, in slots of its MoE layers. Every rank has all other
+weights: the first stage uses the dense layers, and the last stage the final norm and the MTP modules. A stage's balance
+terms are differentiated on that stage. In a rank's program every array is its own shard along all axes but tensor,
+which is left to the compiler. Gradients are summed over the replicas of a weight once, at the end.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from dsv3_jax.errors import ConfigError
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.pipeline import weights as stage_weights
 from dsv3_jax.pipeline.executor import AXIS, run_ticks
+from dsv3_jax.pipeline.mtp_slots import Blocks, put_blocks, split_blocks, take_blocks, tree_of_blocks, with_slots
 from dsv3_jax.pipeline.predictions import BatchTargets, LossSums, LossWeights, Predictions, StageObjective
 from dsv3_jax.pipeline.residuals import SlotLayout
 from dsv3_jax.pipeline.schedules import ScheduleName, check_micro_batches, make_schedule
-from dsv3_jax.pipeline.slots import TickEntry, TickTable, tick_table
+from dsv3_jax.pipeline.slots import TickEntry, TickTable, layer_slots, tick_table
 from dsv3_jax.pipeline.stacked_layers import StackedLayers
 from dsv3_jax.pipeline.stage import (
     DENSE,
@@ -42,6 +43,7 @@ from dsv3_jax.pipeline.stage import (
 from dsv3_jax.sharding.rules import BATCH_AXES, batch_spec
 
 _NAMED = (MOE, DENSE, EMBEDDING, HEAD)
+_BLOCKS = "mtp_blocks"
 
 PipelinedPass = Callable[..., tuple[nnx.State, LossSums]]
 
@@ -79,7 +81,7 @@ def make_pipelined_pass(
         table = tick_table(schedule)
         model = make_model(params, biases)
         formats = stage_weights.working_formats(model, mesh)
-        parts, layouts = _split(params), _split(stage_weights.weight_layouts(params, mesh, layers, formats))
+        parts, layouts = split_parts(params), split_parts(stage_weights.weight_layouts(params, mesh, layers, formats))
         graphs, rests = _parts_of_model(model)
         run_rank = functools.partial(
             _run_rank,
@@ -118,7 +120,8 @@ def make_pipelined_pass(
         load = jnp.concatenate([stage_weights.unpad_stages(load, layers), sums.load])
         named = {name: gradients[name] for name in _NAMED if name in params}
         # The leaves are in the order of `params`, but a State that is put together from parts has other inner nodes.
-        leaves = jax.tree.leaves(nnx.State({**gradients[OTHERS], **named}))
+        whole = nnx.merge_state(gradients[OTHERS], tree_of_blocks(gradients[_BLOCKS]), nnx.State(named))
+        leaves = jax.tree.leaves(whole)
         gradients = jax.tree.unflatten(jax.tree.structure(params), leaves)
         return gradients, LossSums(sums.main, sums.mtp, sums.balance, load)
 
@@ -168,14 +171,41 @@ def _enough_micro_batches(schedule_name: ScheduleName, stages: int, at_least: in
             return at_least
 
 
-def _split(tree: nnx.State) -> dict[str, nnx.State]:
-    """Returns the parts of a tree of parameters."""
+def split_parts(tree: nnx.State) -> dict[str, Any]:
+    """Returns the parts of a tree of parameters: States, and of the blocks of the MTP modules a list of them."""
     named = {name: tree[name] if name in tree else nnx.State({}) for name in _NAMED}
-    return named | {OTHERS: nnx.State({name: branch for name, branch in tree.items() if name not in named})}
+    others, blocks = split_blocks(nnx.State({name: branch for name, branch in tree.items() if name not in named}))
+    return named | {OTHERS: others, _BLOCKS: blocks}
+
+
+def weights_of_rank(
+    parts: dict[str, Any], layouts: dict[str, Any], layers: tuple[int, ...], directions: int
+) -> tuple[dict[str, nnx.State], Blocks]:
+    """Returns the weights that a rank keeps while a step runs, by part, from all ranks' shards of them.
+
+    Args:
+      parts: this rank's shards, as `split_parts` returns them.
+      layouts: their `StageWeightLayout`s.
+      layers: how many MoE layers each stage holds.
+
+    Returns:
+      The parts but for the blocks of the MTP modules, of which a last stage has one in each layer slot behind its MoE
+      layers; and the blocks, for their structure.
+    """
+    weights = jax.tree.map(stage_weights.to_stage, parts, layouts)
+    blocks: Blocks = weights.pop(_BLOCKS)
+    moe = with_slots(weights[MOE], layer_slots(layers, len(blocks)))
+    moe = put_blocks(moe, blocks, layers[-1])
+    if directions == 2:
+        moe = jax.tree.map(stage_weights.with_opposite_stage, moe)
+    return weights | {MOE: moe}, blocks
 
 
 def _parts_of_model(model: DeepSeekV3) -> tuple[dict[str, Any], dict[str, nnx.State]]:
-    """Returns structure and router biases of every part that the model has; all but OTHERS are taken out of it."""
+    """Returns structure and router biases of every part that the model has; all but OTHERS are taken out of it.
+
+    The blocks of the MTP modules are part of OTHERS here.
+    """
     graphs, rests = {}, {}
     for name in _NAMED:
         if hasattr(model, name):
@@ -187,7 +217,7 @@ def _parts_of_model(model: DeepSeekV3) -> tuple[dict[str, Any], dict[str, nnx.St
 
 def _run_rank(
     own: TickEntry,
-    params: dict[str, nnx.State],
+    params: dict[str, Any],
     rests: dict[str, nnx.State],
     tokens: Int[Array, "A b T1"],
     segment_ids: Int[Array, "A b T1"],
@@ -202,7 +232,7 @@ def _run_rank(
     graphs: dict[str, Any],
     layouts: dict[str, Any],
     mesh: Mesh,
-) -> tuple[dict[str, nnx.State], Int[Array, "L E"], LossSums]:
+) -> tuple[dict[str, Any], Int[Array, "L E"], LossSums]:
     """Runs one rank's program.
 
     Args:
@@ -214,16 +244,18 @@ def _run_rank(
       The gradients of the parameters, summed over ranks, sharded as they are; the load of this rank's layers; and the
       loss terms of the batch, with the load of the MTP blocks.
     """
-    slots = max(layers)
+    slots = layer_slots(layers, len(params[_BLOCKS]))
     with jax.named_scope("weights_to_stages"):
-        weights = jax.tree.map(stage_weights.to_stage, params, layouts)
+        weights, blocks = weights_of_rank(params, layouts, layers, directions)
         layout = stage_weights.StageWeightLayout.replicated_layers(layers)
         moe_rest = jax.tree.map(lambda leaf: stage_weights.to_stage(leaf, layout), rests[MOE])
+        moe_rest = with_slots(moe_rest, slots)
         if directions == 2:
-            weights[MOE], moe_rest = jax.tree.map(stage_weights.with_opposite_stage, (weights[MOE], moe_rest))
-        weights = stage_weights.keep_automatic(weights, layouts, mesh)
+            moe_rest = jax.tree.map(stage_weights.with_opposite_stage, moe_rest)
+        layouts_held = {name: layouts[name] for name in weights}
+        weights = stage_weights.keep_automatic(weights, layouts_held, mesh)
 
-    model = nnx.merge(graphs[OTHERS], weights[OTHERS], rests[OTHERS])
+    model = nnx.merge(graphs[OTHERS], weights[OTHERS], tree_of_blocks(blocks), rests[OTHERS])
     experts, depth = model.config.n_routed_experts, model.config.num_nextn_predict_layers
     shape = (tokens.shape[1], tokens.shape[2] - 1, model.config.hidden_size)
     message = jnp.zeros(shape, model.precision.dtype)
@@ -241,7 +273,8 @@ def _run_rank(
     dense = stacked(1, graphs[DENSE], weights[DENSE], rests[DENSE]) if DENSE in graphs else None
     types, count = ((), 0) if dense is None else (dense.passes.types, dense.count)
     slot_layout = SlotLayout.of(moe.passes.types, layers, types, count)
-    gradients = stage_weights.keep_automatic(stage_weights.zero_gradients(weights, params), layouts, mesh)
+    gradients = stage_weights.zero_gradients(weights, {name: params[name] for name in weights})
+    gradients = stage_weights.keep_automatic(gradients, layouts_held, mesh)
     carry = StageCarry(
         kept=slot_layout.buffers(table.slots.kept),
         gradients=gradients,
@@ -253,12 +286,14 @@ def _run_rank(
         graphs[OTHERS],
         weights[OTHERS],
         rests[OTHERS],
+        blocks,
         objective,
         inputs,
         jnp.stack([message] * (1 + (depth > 0))),
         loss_weights=loss_weights,
         targets=targets,
         directions=directions,
+        moe=weights[MOE],
         head_graph=graphs[HEAD],
         head_params=weights[HEAD],
     )
@@ -285,6 +320,8 @@ def _run_rank(
         gradients, load = carry.gradients, carry.load
         if directions == 2:
             gradients[MOE], load = jax.tree.map(stage_weights.add_opposite_stage, (gradients[MOE], load))
+        gradients[_BLOCKS] = take_blocks(gradients[MOE], params[_BLOCKS], layers[-1])
+        gradients[MOE], load = jax.tree.map(lambda leaf: leaf[: max(layers)], (gradients[MOE], load))
         summed = jax.tree.map(stage_weights.from_stage, gradients, layouts)
         sums = lax.psum(carry.sums, AXIS)
         main, mtp, balance = lax.psum((sums.main, sums.mtp, sums.balance), BATCH_AXES)

@@ -23,6 +23,7 @@ from dsv3_jax.modules.balance import Routing
 from dsv3_jax.modules.block import BlockInputs, LayerStatistics
 from dsv3_jax.modules.embedding import Head
 from dsv3_jax.pipeline.executor import AXIS
+from dsv3_jax.pipeline.mtp_slots import Blocks, add_to_blocks, read_blocks, tree_of_blocks
 from dsv3_jax.pipeline.residuals import TwoPasses
 from dsv3_jax.pipeline.weights import gradients_of, with_gradients
 
@@ -103,9 +104,11 @@ class Predictions:
     Attributes:
       objective, loss_weights, targets: the training objective, its weights, and the targets of the whole batch.
       directions: how many of the pipeline's ranks compute a last stage: one for each direction.
-      before_head: final norm and MTP modules: ((params), (rest, block inputs), [output of the last layer, and with MTP
-        the embeddings]) -> ((hidden states of every depth, balance term), load).
-      params, rest: their parameters and router biases.
+      before_head: final norm and MTP modules: ((params, blocks), (rest, block inputs), [output of the last layer, and
+        with MTP the embeddings]) -> ((hidden states of every depth, balance term), load).
+      params, rest: their parameters and router biases, without the parameters of the MTP modules' blocks.
+      moe: the MoE layers that the rank holds, [layer slot, ...], with the blocks in slots of the last stage.
+      blocks: trees of the structure of the blocks.
       head_graph, head_params: structure of the head, and this stage's rows of it.
     """
 
@@ -116,6 +119,8 @@ class Predictions:
     before_head: TwoPasses
     params: nnx.State
     rest: nnx.State
+    moe: nnx.State
+    blocks: Blocks
     head_graph: Any
     head_params: nnx.State
 
@@ -125,6 +130,7 @@ class Predictions:
         graph: Any,
         params: nnx.State,
         rest: nnx.State,
+        blocks: Blocks,
         objective: StageObjective,
         inputs: BlockInputs,
         h: Float[Array, "parts b T d"],
@@ -138,42 +144,52 @@ class Predictions:
           others: the other attributes.
         """
 
-        def before_head(params: nnx.State, others: tuple[nnx.State, BlockInputs], h: Float[Array, "parts b T d"]):
-            rest, inputs = others
-            model = nnx.merge(graph, params, rest)
+        def before_head(
+            weights: tuple[nnx.State, Blocks], others: tuple[nnx.State, BlockInputs], h: Float[Array, "parts b T d"]
+        ):
+            (params, blocks), (rest, inputs) = weights, others
+            model = nnx.merge(graph, params, tree_of_blocks(blocks), rest)
             hidden = model.final_norm(h[0])
             mtp_hidden, statistics = model.multi_token(h[0], hidden, h[-1], inputs)
             routing = LayerStatistics.join(statistics).routing
             load = routing.load if routing else jnp.zeros((0, model.config.n_routed_experts), jnp.int32)
             return ((hidden, *mtp_hidden), objective.balance_term(routing)), load
 
-        passes = TwoPasses.of(before_head, jax.eval_shape(with_gradients, params), (rest, inputs), h)
-        return cls(objective=objective, before_head=passes, params=params, rest=rest, **others)
+        passes = TwoPasses.of(before_head, jax.eval_shape(with_gradients, (params, blocks)), (rest, inputs), h)
+        return cls(objective=objective, before_head=passes, params=params, rest=rest, blocks=blocks, **others)
 
     @jax.named_scope("losses")
     def add(
         self,
         own: Bool[Array, ""],
+        first: Int[Array, ""],
         h: Float[Array, "parts b T d"],
         micro_batch: tuple[Int[Array, "b T1"], Int[Array, "b T1"], BlockInputs],
         share: Float[Array, ""],
-        gradients: tuple[nnx.State, nnx.State],
+        gradients: tuple[nnx.State, nnx.State, nnx.State],
         sums: LossSums,
-    ) -> tuple[tuple[nnx.State, nnx.State], LossSums, Float[Array, "parts b T d"]]:
-        """Returns the gradients by `params` and by the head, and the sums, with this tick's added; and those by `h`.
+    ) -> tuple[tuple[nnx.State, nnx.State, nnx.State], LossSums, Float[Array, "parts b T d"]]:
+        """Returns the gradients by weights and the sums, with this tick's added, and the gradients by `h`.
 
         All stages must call it at the same tick.
 
         Args:
-          own: whether this rank computes a last stage; the next three arguments are read only if it does.
+          own: whether this rank computes a last stage; the next four arguments are read only if it does.
+          first: the layer slot of that stage's first block.
           h: the last argument of `before_head`.
           micro_batch: tokens, segment ids and block inputs.
           share: the micro-batch's weight in the balance term.
-          gradients: by `params` and by `head_params`.
+          gradients: by `params`, `head_params` and `moe`.
         """
         tokens, segment_ids, inputs = micro_batch
-        arguments = (with_gradients(self.params), (self.rest, inputs), h)
-        forward = functools.partial(self.before_head.forward, *arguments)
+
+        def arguments() -> tuple[Any, Any, Array]:
+            blocks = read_blocks(self.moe, self.blocks, first)
+            return with_gradients((self.params, blocks)), (self.rest, inputs), h
+
+        def forward() -> Any:
+            return self.before_head.forward(*arguments())
+
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(forward))
         (hidden, balance), load, residuals = lax.cond(own, forward, lambda: zeros)
 
@@ -188,12 +204,14 @@ class Predictions:
 
         bars = (by_hidden, self.loss_weights.balance * share)
 
-        def backward(total: nnx.State) -> tuple[nnx.State, Array]:
-            by_params, by_h = self.before_head.backward(*arguments, residuals, bars)
-            return _add(total, gradients_of(by_params)), by_h
+        def backward(others: nnx.State, moe: nnx.State) -> tuple[nnx.State, nnx.State, Array]:
+            weights_bar, by_h = self.before_head.backward(*arguments(), residuals, bars)
+            by_params, by_blocks = gradients_of(weights_bar)
+            return _add(others, by_params), add_to_blocks(moe, by_blocks, first), by_h
 
-        total, by_h = lax.cond(own, backward, lambda total: (total, jnp.zeros_like(h)), gradients[0])
-        return (total, _add(gradients[1], by_head)), sums, by_h
+        others, head, moe = gradients
+        others, moe, by_h = lax.cond(own, backward, lambda *same: (*same, jnp.zeros_like(h)), others, moe)
+        return (others, _add(head, by_head), moe), sums, by_h
 
     def _losses(
         self, hidden: tuple[Float[Array, "b _ d"], ...], tokens: Int[Array, "b T1"], segment_ids: Int[Array, "b T1"]

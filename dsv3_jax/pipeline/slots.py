@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -208,6 +209,16 @@ def _slots(
             slots[rank, value] = slot
         most = max(most, len(free_from))
     return slots, most
+
+
+def layer_slots(layers: Sequence[int], depths: int) -> int:
+    """Returns how many MoE layers, or blocks of MTP modules behind those of the last stage, a stage has memory for.
+
+    Args:
+      layers: how many MoE layers each stage holds.
+      depths: the number of MTP modules.
+    """
+    return max(*layers, layers[-1] + depths)
 
 
 def moe_layers_of_stages(model: ModelConfig, stages: int) -> tuple[int, ...]:

@@ -61,7 +61,8 @@ class StageComputation:
     """The forward and the backward pass of the stages of one rank, for `executor.run_ticks`.
 
     A layer slot is an index into the stacked MoE layers that the rank holds: those of its own stage, padded to
-    `slots_per_stage`, then, with two directions, those of the opposite rank's stage.
+    `slots_per_stage`, then, with two directions, those of the opposite rank's stage. On the last stage the blocks of
+    the MTP modules follow its layers (`pipeline.mtp_slots`).
 
     Attributes:
       objective: the training objective.
@@ -75,7 +76,7 @@ class StageComputation:
       loss_weights: weights of the objective's terms.
       targets: numbers of targets of the whole batch.
       layer_counts: MoE layers of every stage.
-      slots_per_stage: MoE layers of the largest stage.
+      slots_per_stage: layer slots of every stage.
       splits_backward: whether the schedule splits backward passes.
     """
 
@@ -113,16 +114,21 @@ class StageComputation:
         own = last & (entry.backward_parts & FOR_INPUT != 0)
         share = self._share(micro_batch[1])
 
-        def losses(gradients: tuple[nnx.State, nnx.State], sums: LossSums) -> tuple[Any, LossSums, Array]:
+        def losses(gradients: tuple[nnx.State, nnx.State, nnx.State], sums: LossSums) -> tuple[Any, LossSums, Array]:
             parts = [g, self._embed(self.table, micro_batch[0])] if self.model.mtp else [g]
-            return self.predictions.add(own, jnp.stack(parts), micro_batch, share, gradients, sums)
+            first_block = entry.backward_direction * self.slots_per_stage + self.layer_counts[-1]
+            return self.predictions.add(own, first_block, jnp.stack(parts), micro_batch, share, gradients, sums)
 
-        others, head = carry.gradients[OTHERS], carry.gradients[HEAD]
+        before = carry.gradients
         zeros = jnp.zeros((1 + bool(self.model.mtp), *g.shape), g.dtype)
-        (others, head), sums, by_h = lax.cond(
-            entry.together & PREDICT != 0, losses, lambda *same: (*same, zeros), (others, head), carry.sums
+        (others, head, moe), sums, by_h = lax.cond(
+            entry.together & PREDICT != 0,
+            losses,
+            lambda *same: (*same, zeros),
+            (before[OTHERS], before[HEAD], before[MOE]),
+            carry.sums,
         )
-        gradients = carry.gradients | {OTHERS: others, HEAD: head}
+        gradients = before | {OTHERS: others, HEAD: head, MOE: moe}
         carry = dataclasses.replace(carry, gradients=gradients, sums=sums, by_embedded=by_h[-1])
         return h, jnp.where(own, by_h[0], g), carry
 

@@ -6,7 +6,8 @@ each rank sends every stage its shards of that stage's layers. It ends with the 
 rank ever holds all layers.
 
 All stages compute with the vocabulary's weights together: each looks up its columns of the embedding, as the state
-shards them, and multiplies by its rows of the output head. Other weights are needed whole by every stage.
+shards them, and multiplies by its rows of the output head. The blocks of the MTP modules are gathered by all ranks, but
+kept by the last stage alone (`mtp_slots`). Every stage keeps all of the other weights.
 
 Weights are exchanged and kept for the step in the dtype in which products multiply by them, FP8 with scales included,
 so that every product has the bits that it would have with masters.
@@ -44,13 +45,23 @@ Path = tuple[str | int, ...]
 Tree = Any
 """A pytree of arrays, of their shapes, or of `StageWeightLayout`s."""
 
-Share = Literal["layers", "columns", "rows", "whole"]
-"""What a stage holds of a weight while a step runs: its layers, its columns or rows, or all."""
+Share = Literal["layers", "columns", "rows", "last", "whole"]
+"""What a stage holds of a weight while a step runs: its layers, its columns or rows, all if it is the last, or all."""
 
-SHARES: dict[str, Share] = {"moe_blocks": "layers", "embedding": "columns", "head": "rows"}
-"""The share of each branch of the parameter tree that stages do not hold whole."""
+_SHARES: dict[str, Share] = {"moe_blocks": "layers", "embedding": "columns", "head": "rows"}
+_GATHERED: tuple[Share, ...] = ("last", "whole")
 
 _TENSOR_ONLY = AxisRules(embed=(), latent=(), expert=(), layers=())
+
+
+def share_of(path: Path) -> Share:
+    """Returns what a stage holds of the weight with this path in the tree of parameters."""
+    return "last" if is_of_mtp_block(path) else _SHARES.get(str(path[0]), "whole")
+
+
+def is_of_mtp_block(path: tuple[Any, ...]) -> bool:
+    """Whether the weight with this path is one of an MTP module's block."""
+    return path[0] == "mtp" and path[2] == "block"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +115,11 @@ class StageWeightLayout:
 
     Attributes:
       spec: the sharding in the state, along the axes that are manual in a rank's program.
-      stage_dimension: the dimension that is sharded over the stage axis; None if every stage has all of it.
+      stage_dimension: the dimension that is sharded over the stage axis; None if every rank has all of it.
       replicas: batch axes whose ranks have the same shard.
       automatic: the sharding that the compiler keeps up inside a rank's program, along the axes it is left.
       share: what a stage holds of it.
-      parts: how many layers or rows each stage holds; none where it holds columns or all.
+      parts: how many layers or rows each stage holds; empty for other shares.
       format: the format in which a stage keeps it; None for the master's own dtype.
     """
 
@@ -159,7 +170,7 @@ def weight_layouts(
         sharded = {name for names in axes for name in names}
         replicas = tuple(axis for axis in BATCH_AXES if axis not in sharded)
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-        share = SHARES.get(names[0], "whole")
+        share = share_of(names)
         parts = ()
         if share in ("layers", "rows"):
             parts = tuple(layers) if share == "layers" else rows_of_stages(leaf.shape[0], mesh)
@@ -186,6 +197,8 @@ def keep_automatic(tree: Tree, layouts: Tree, mesh: Mesh) -> Tree:
 def to_stage(leaf: Array, layout: StageWeightLayout) -> Array | Fp8Weight:
     """Returns what a stage holds of a weight, with as many layers or rows as the stage that has most of them.
 
+    All ranks get what the last stage holds alone.
+
     Args:
       leaf: this rank's shard.
     """
@@ -206,7 +219,7 @@ def _to_stage(leaf: Array, layout: StageWeightLayout) -> Array:
     dimension, parts = layout.stage_dimension, layout.parts
     if layout.share == "columns" or (layout.share == "layers" and dimension == 0):
         return leaf
-    if layout.share == "whole":
+    if layout.share in _GATHERED:
         return leaf if dimension is None else lax.all_gather(leaf, AXIS, axis=dimension, tiled=True)
     leaf = pad_stages(leaf, parts)
     if dimension is not None:
@@ -217,10 +230,10 @@ def _to_stage(leaf: Array, layout: StageWeightLayout) -> Array:
 def from_stage(gradient: Array, layout: StageWeightLayout) -> Array:
     """Returns this rank's shard of the gradient, summed over those that hold the same: the inverse of `to_stage`."""
     dimension, replicas = layout.stage_dimension, layout.replicas
-    if layout.share in ("columns", "whole"):
+    if layout.share in ("columns", *_GATHERED):
         if dimension is None:
             replicas = (AXIS, *replicas)
-        elif layout.share == "whole":
+        elif layout.share in _GATHERED:
             gradient = lax.psum_scatter(gradient, AXIS, scatter_dimension=dimension, tiled=True)
     elif dimension is None:
         gradient = unpad_stages(lax.all_gather(gradient, AXIS, axis=0, tiled=True), layout.parts)

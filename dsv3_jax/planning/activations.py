@@ -101,16 +101,15 @@ def _without_stages(config: PlanConfig) -> ActivationMemory:
 def _with_stages(config: PlanConfig) -> ActivationMemory:
     """Returns the activations of a stage, which keeps the residuals of its layers in slots (`pipeline.residuals`)."""
     facts = schedule_facts(config.schedule, config.mesh.stage, config.passes)
-    dense, moe = config.model.num_dense_layers, max(moe_layers_of_stages(config.model, config.mesh.stage))
-    counts: dict[StackKind, int] = {"dense": dense, "moe": moe}
+    stacks: tuple[StackKind, ...] = ("dense", "moe") if config.model.num_dense_layers else ("moe",)
     slot = _slot_bytes(config)
     received = (facts.activations + facts.gradients) * config.hidden_bytes
     return ActivationMemory(
         kept={f"kept in {dtype}": facts.kept * size for dtype, size in slot.items()}
         | {"received from other stages": received},
-        kept_per_layer={kind: sum(_slot_bytes(config, kind).values()) for kind, count in counts.items() if count},
+        kept_per_layer={kind: sum(_slot_bytes(config, kind).values()) for kind in stacks},
         micro_batches=facts.kept,
-        recomputed=max(_layer_backward(config, kind, count) for kind, count in counts.items() if count),
+        recomputed=max(_layer_backward(config, kind) for kind in stacks),
         loss=_predictions(config),
     )
 
@@ -132,18 +131,23 @@ def _slot_bytes(config: PlanConfig, kind: BlockKind | None = None) -> dict[str, 
     return {dtype: _of_rank(config, size, two[dtype]) for dtype, size in one.items()}
 
 
-def _layer_backward(config: PlanConfig, kind: StackKind, layers: int) -> float:
+def _layer_backward(config: PlanConfig, kind: StackKind) -> float:
     """Returns the bytes of one layer's backward pass, with its sliced weights and gradients before they are added."""
+    return _sliced(config, kind) + gathered_bytes(config, kind, ahead=0) + _backward(config, kind)
+
+
+def _sliced(config: PlanConfig, kind: StackKind) -> float:
+    """Returns the bytes of a layer's weights, which are sliced from those of all layers, and of their gradients."""
     weights = sum(w.in_step * (w.working + w.itemsize) for w in weights_of(config) if w.kind == kind)
-    weights /= layers * (stages_per_rank(config) if kind == "moe" else 1)
-    return weights + gathered_bytes(config, kind, ahead=0) + _backward(config, kind)
+    return weights / layers_of_rank(config)[kind]
 
 
 def _predictions(config: PlanConfig) -> float:
     """Returns the bytes of the losses, of which every stage computes a part: for its rows of the head.
 
-    They are the logits, the rows' gradient, hidden states of all depths and their gradients, and what MTP modules keep.
-    With an fsdp axis the rows are gathered, and their gradient is reduce-scattered from whole ones in float32.
+    They are the logits, the rows' gradient, hidden states of all depths and their gradients, and of the MTP modules
+    what they keep, the weights of their blocks and the gradients before they are added. With an fsdp axis the rows are
+    gathered, and their gradient is reduce-scattered from whole ones in float32.
     """
     model, stages, depths = config.model, config.mesh.stage, config.model.num_nextn_predict_layers
     directions = stages_per_rank(config)
@@ -154,7 +158,8 @@ def _predictions(config: PlanConfig) -> float:
     if config.mesh.fsdp > 1:
         copies += config.recipe.dtype.itemsize + _FLOAT32
     hidden = 2 * directions * (1 + depths) * config.hidden_bytes
-    return logits + copies * head + hidden + depths * sum(kept_of_layer(config, "mtp").values())
+    of_module = sum(kept_of_layer(config, "mtp").values()) + _sliced(config, "moe")
+    return logits + copies * head + hidden + depths * of_module
 
 
 def _tokens_per_piece(config: PlanConfig, times: int = 1, chunks: int = 1) -> tuple[int, bool]:

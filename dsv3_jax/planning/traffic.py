@@ -172,13 +172,13 @@ def _once(config: PlanConfig) -> list[Traffic]:
     exchanged = opposite = 0.0
     replicas: dict[str, float] = defaultdict(float)
     for weight in weights_of(config):
-        own, both_ways = weight.in_step - weight.opposite, weight.working + weight.itemsize
+        own, both_ways = weight.exchanged, weight.working + weight.itemsize
         dimension, share = weight.stage_dimension, weight.share
         if share in ("layers", "rows") and dimension is None:
             exchanged += others * own * weight.itemsize * mesh.stage  # every rank has all of it, and of its gradient
         elif share == "columns" and dimension is None:
             exchanged += others * own * 2 * weight.itemsize  # the gradient is all-reduced
-        elif share == "rows" or share == "whole" or (share == "layers" and dimension != 0):
+        elif share in ("rows", "last", "whole") or (share == "layers" and dimension != 0):
             exchanged += others * own * both_ways  # all-gathered and reduce-scattered, or all-reduced
         opposite += weight.opposite * both_ways
         count = math.prod(mesh.sizes[axis] for axis in weight.replicas)

@@ -2,7 +2,7 @@
 
 Pipelined steps are described in `pipeline.weights`: the state shards every weight over the stages too, and a step
 begins with an exchange after which each rank has all layers of its own stage, or of its two stages under DualPipe, and
-its part of the embedding and of the output head.
+its part of the embedding and of the output head. The blocks of the MTP modules are in layer slots of the last stage.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import DeepSeekV3, abstract_model
-from dsv3_jax.pipeline.slots import moe_layers_of_stages
-from dsv3_jax.pipeline.weights import SHARES, Share, rows_of_stages, working_formats
+from dsv3_jax.pipeline.slots import layer_slots, moe_layers_of_stages
+from dsv3_jax.pipeline.weights import Share, rows_of_stages, share_of, working_formats
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.precision import Precision
 from dsv3_jax.sharding.mesh import MeshConfig
@@ -53,7 +53,9 @@ class Weight:
       working: bytes per element of the weight that the step computes with, scales of FP8 included.
       in_state: elements of the master weight.
       moments: elements of the optimizer's moments together: both of Adam's, or Muon's one.
-      in_step: elements that the rank computes with and keeps gradients of.
+      exchanged: elements that a rank gets at the beginning of a pipelined step, its own shard included.
+      in_step: elements that the rank has memory for while the step runs, and for their gradients. None of a block of an
+        MTP module in a pipeline, whose memory is a layer slot.
       opposite: those of `in_step` that DualPipe's second stage adds, which come from the opposite rank.
       share: what a stage holds of it while the step runs.
       stage_dimension: the dimension that the state shards over the stages; None where every stage has all.
@@ -65,6 +67,7 @@ class Weight:
     working: float
     in_state: float
     moments: float
+    exchanged: float
     in_step: float
     opposite: float
     share: Share
@@ -107,19 +110,17 @@ def stages_per_rank(config: PlanConfig) -> int:
     return 2 if config.has_stages and config.schedule == "dualpipe" else 1
 
 
-def moe_slots(config: PlanConfig) -> int:
-    """Returns how many MoE layers a rank has memory for: those of the fullest stage, for each stage it holds."""
-    return max(moe_layers_of_stages(config.model, config.mesh.stage)) * stages_per_rank(config)
-
-
 def layers_of_rank(config: PlanConfig) -> Counter[LayerKind]:
-    """Returns how many layers of each kind every rank of the stage axis holds whole while the step runs."""
-    model = config.model
+    """Returns how many layers of each kind every rank of the stage axis has memory for while the step runs.
+
+    In a pipeline the MTP modules' are among those of kind "moe".
+    """
+    model, depths = config.model, config.model.num_nextn_predict_layers
     held: Counter[LayerKind] = Counter({"dense": model.num_dense_layers})
-    if not config.has_stages:
-        held |= Counter({"embedding": 1, "head": 1})
-    held["moe"] = moe_slots(config) if config.has_stages else model.num_moe_layers
-    held["mtp"] = model.num_nextn_predict_layers
+    if config.has_stages:
+        held["moe"] = layer_slots(moe_layers_of_stages(model, config.mesh.stage), depths) * stages_per_rank(config)
+    else:
+        held |= Counter({"embedding": 1, "head": 1, "moe": model.num_moe_layers, "mtp": depths})
     return +held
 
 
@@ -177,13 +178,16 @@ def _weights(
         names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
         kind = KINDS[names[0]]
         elements = math.prod(leaf.shape)
-        share = SHARES.get(names[0], "whole") if layers else "whole"
-        in_step, opposite = elements / _shards(spec, mesh, leave_out=_STAGE if share != "columns" else ""), 0.0
+        share = share_of(names) if layers else "whole"
+        exchanged, opposite = elements / _shards(spec, mesh, leave_out=_STAGE if share != "columns" else ""), 0.0
         if share == "layers":
-            in_step *= max(layers) / model.num_moe_layers
-            opposite = in_step * (stages_held - 1)
+            exchanged *= max(layers) / model.num_moe_layers
         elif share == "rows":
-            in_step *= max(rows_of_stages(model.vocab_size, abstract)) / model.vocab_size
+            exchanged *= max(rows_of_stages(model.vocab_size, abstract)) / model.vocab_size
+        in_step = 0.0 if share == "last" else exchanged
+        if share == "layers":
+            in_step *= layer_slots(layers, model.num_nextn_predict_layers) / max(layers)
+            opposite = in_step * (stages_held - 1)
         axes = [axes_of(entry) for entry in spec]
         found.append(
             Weight(
@@ -192,6 +196,7 @@ def _weights(
                 working=formats[names].bytes if names in formats else leaf.dtype.itemsize,
                 in_state=elements / _shards(spec, mesh),
                 moments=(1 if parameter_name(names) in of_muon else 2) * elements / _shards(moment, mesh),
+                exchanged=exchanged,
                 in_step=in_step + opposite,
                 opposite=opposite,
                 share=share,

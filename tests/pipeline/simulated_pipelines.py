@@ -38,16 +38,21 @@ from dsv3_jax.training.losses import BatchTargets, LossWeights, objective
 from dsv3_jax.training.state import split_model
 from dsv3_jax.training.step import accumulate, make_pipelined_gradients
 
-MODEL = ModelConfig.preset(
-    "tiny", num_hidden_layers=6, first_k_dense_replace=1, num_nextn_predict_layers=1, vocab_size=254
-)
+MODEL = ModelConfig.preset("tiny", num_hidden_layers=6, first_k_dense_replace=1, vocab_size=254)
 CASES = (
-    ("stage=2,fsdp=2,tensor=2", "dualpipe", "report", ""),
-    ("stage=2", "1f1b", "report", "fp8"),
+    (
+        "stage=2,fsdp=2,tensor=2",
+        "dualpipe",
+        "report",
+        "",
+        "1",
+    ),  # the last stage's layers fill all slots of other stages
+    ("stage=4", "1f1b", "report", "", "2"),  # they leave two empty
+    ("stage=2", "1f1b", "report", "fp8", "1"),
 )
-"""Mesh, schedule, rematerialisation policy and precision that run by default; float64 where it is empty.
+"""Mesh, schedule, rematerialisation policy, precision, float64 where it is empty, and number of MTP modules.
 
-Others can be given as in `simulated_pipelines.py stage=4 zb1p none ""`.
+Others than these can be given as in `simulated_pipelines.py stage=4 zb1p none "" 1`.
 """
 
 PASSES, ROWS, LENGTH = 7, 4, 12  # DualPipe wants an even number
@@ -133,26 +138,27 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
     return tokens, segment_ids
 
 
-def make_model(devices: Devices, policy: str, precision: str) -> DeepSeekV3:
+def make_model(devices: Devices, policy: str, precision: str, depths: int) -> DeepSeekV3:
     """Returns a model whose weights are large enough for experts to differ in their load."""
     recipe = Precision.preset(precision) if precision else EXACT
     dtype = jnp.float32 if precision else jnp.float64
-    model = small_model(MODEL, 0, precision=recipe, param_dtype=dtype, devices=devices, remat=policy)
+    config = MODEL.replace(num_nextn_predict_layers=depths)
+    model = small_model(config, 0, precision=recipe, param_dtype=dtype, devices=devices, remat=policy)
     _, params, _ = nnx.split(model, nnx.Param, ...)
     nnx.update(model, jax.tree.map(lambda leaf: 10 * leaf if leaf.ndim > 1 else leaf, params))
     return model
 
 
-def batch_targets() -> BatchTargets:
-    depths, isolate = MODEL.num_nextn_predict_layers, RUN.data.isolate_documents
+def batch_targets(depths: int) -> BatchTargets:
+    isolate = RUN.data.isolate_documents
     counted = BatchTargets.count(jnp.asarray(batch()[1]), depths, isolate_segments=isolate)
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), counted)
 
 
-def unpipelined() -> Any:
-    skeleton, params, biases = split_model(make_model(OneDevice(), "none", ""))
+def unpipelined(depths: int) -> Any:
+    skeleton, params, biases = split_model(make_model(OneDevice(), "none", "", depths))
     tokens, segment_ids = batch()
-    targets = batch_targets()
+    targets = batch_targets(depths)
 
     def loss(params: Any, tokens: Any, segment_ids: Any) -> Any:
         terms = objective(
@@ -173,16 +179,17 @@ def unpipelined() -> Any:
     return jax.jit(lambda *arrays: accumulate(one_pass, *arrays))(tokens, segment_ids)
 
 
-def pipelined(text: str, name: Any, policy: str, precision: str) -> Any:
+def pipelined(text: str, name: Any, policy: str, precision: str, mtp: str) -> Any:
     sizes = MeshConfig.parse(text)
     count = math.prod(sizes.sizes.values())
     mesh = make_mesh(sizes, jax.devices()[:count])
-    skeleton, params, biases = split_model(make_model(OnMesh(mesh), policy, precision))
+    skeleton, params, biases = split_model(make_model(OnMesh(mesh), policy, precision, depths := int(mtp)))
     params = jax.device_put(params, shardings(params, mesh))
     tokens, segment_ids = jax.device_put(batch(), NamedSharding(mesh, batch_spec(1)))
-    run = dataclasses.replace(RUN, training=dataclasses.replace(RUN.training, pipeline_schedule=name))
+    training = dataclasses.replace(RUN.training, pipeline_schedule=name)
+    run = dataclasses.replace(RUN, model=MODEL.replace(num_nextn_predict_layers=depths), training=training)
     return jax.jit(make_pipelined_gradients(skeleton, run, mesh))(
-        params, biases, tokens, segment_ids, LOSS_WEIGHTS, batch_targets()
+        params, biases, tokens, segment_ids, LOSS_WEIGHTS, batch_targets(depths)
     )
 
 
@@ -195,11 +202,11 @@ def main() -> None:
     results: dict[str, Any] = {"chains": {name: chain(name) for name in ("1f1b", "zb1p", "dualpipe")}}
     for case in CASES if len(sys.argv) == 1 else [sys.argv[1:]]:
         others, other_terms = pipelined(*case)
-        if case[-1]:  # roundings differ with the order of sums, but not where a pipeline's products round masters
+        if case[3]:  # roundings differ with the order of sums, but not where a pipeline's products round masters
             with mock.patch.object(weights, "working_formats", return_value={}):
                 gradients, terms = pipelined(*case)
         else:
-            gradients, terms = unpipelined()
+            gradients, terms = unpipelined(int(case[4]))
         results[" ".join(case)] = {
             "load": bool((np.asarray(terms.load) == np.asarray(other_terms.load)).all()),
             "terms": {

@@ -14,8 +14,9 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model import DeepSeekV3
+from dsv3_jax.pipeline.passes import split_parts, weights_of_rank
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
-from dsv3_jax.pipeline.weights import manual_axes, to_stage, weight_layouts
+from dsv3_jax.pipeline.weights import manual_axes, specs_of, weight_layouts
 from dsv3_jax.planning.collectives import read_collectives
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.hardware import Target
@@ -63,30 +64,27 @@ def counted_from_the_step(config: PlanConfig) -> dict[str, float]:
     layers, params = moe_layers_of_stages(config.model, config.mesh.stage), real_parameters(config.model)
     directions = 2 if config.schedule == "dualpipe" else 1
 
-    def parts(rules: Any) -> float:
+    def elements(rules: Any) -> float:
         placed = jax.tree.leaves(shardings(params, mesh, rules))
         shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
         return sum(math.prod(one.shard_shape(shape)) for one, shape in zip(placed, shapes, strict=True))
 
-    working = 0.0
-    for name, branch in params.items():
-        layouts = weight_layouts({name: branch}, mesh, layers)
-        for leaf, layout in zip(jax.tree.leaves(branch), jax.tree.leaves(layouts), strict=True):
-            # The ranks' parts of the result are stacked along a first dimension that all axes cut.
-            def on_a_rank(part: Any, layout: Any = layout) -> Any:
-                return to_stage(part, layout).reshape(1, -1)
+    layouts = split_parts(weight_layouts(params, mesh, layers))
 
-            axes = manual_axes(mesh)
-            every = PartitionSpec(tuple(axis for axis in mesh.axis_names if axis in axes))
-            run = jax.shard_map(
-                on_a_rank, mesh=mesh, in_specs=layout.spec, out_specs=every, axis_names=axes, check_vma=False
-            )
-            elements = jax.eval_shape(jax.jit(run), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)).shape[1]
-            working += elements * (directions if name == "moe_blocks" else 1)
+    def on_a_rank(parts: Any) -> Any:
+        weights, _ = weights_of_rank(parts, layouts, layers, directions)
+        return jax.tree.map(lambda leaf: leaf.reshape(1, -1), jax.tree.leaves(weights))
+
+    # The ranks' parts of the result are stacked along a first dimension that all axes cut.
+    axes = manual_axes(mesh)
+    every = PartitionSpec(tuple(axis for axis in mesh.axis_names if axis in axes))
+    run = jax.shard_map(
+        on_a_rank, mesh=mesh, in_specs=(specs_of(layouts),), out_specs=every, axis_names=axes, check_vma=False
+    )
     return {
-        "masters": parts(rules_over_stages(layers)),
-        "moments": parts(rules_over_stages(layers, config.zero)),
-        "working": working,
+        "masters": elements(rules_over_stages(layers)),
+        "moments": elements(rules_over_stages(layers, config.zero)),
+        "working": sum(leaf.shape[1] for leaf in jax.eval_shape(jax.jit(run), split_parts(params))),
     }
 
 
@@ -96,6 +94,8 @@ def counted_from_the_step(config: PlanConfig) -> dict[str, float]:
         {"mesh": MeshConfig(stage=4, data=2, fsdp=2, expert=4)},  # by layers: one MoE layer a stage
         {"mesh": MeshConfig(stage=2, data=4, fsdp=2, expert=4), "schedule": "1f1b"},  # four layers are not halves
         {"mesh": MeshConfig(stage=4, data=4, fsdp=2, expert=2), "zero": False},
+        # Its own layers fill the slots of the last stage, so that two blocks of MTP modules need two more.
+        {"model": SMALL.replace(num_nextn_predict_layers=2), "mesh": MeshConfig(stage=2, data=4, fsdp=2, expert=4)},
         {  # one and three of four layers
             "model": SMALL.replace(num_hidden_layers=6, first_k_dense_replace=2),
             "mesh": MeshConfig(stage=2, data=4, fsdp=2, expert=4),
@@ -127,14 +127,14 @@ def test_weights_lie_as_the_step_lays_them(changes: dict[str, Any]) -> None:
 
 
 def test_memory_of_the_671b_step_by_hand() -> None:
-    """Four slots a stage, both ways; dense layers and MTP on every rank, and a sixteenth of embedding and head."""
+    """Four slots a stage, both ways, MTP in one; dense layers on every rank; a sixteenth of embedding and head."""
     plan = make_plan(STEP)
     attention, expert = 187_105_280, 3 * 7168 * 2048  # linear maps
     norms, router = 1536 + 512 + 2 * 7168, 256 * 7168
     moe_maps, dense_maps = attention + 5 * expert, attention + 3 * 7168 * 18432
-    in_fp8 = 9 * moe_maps + 3 * dense_maps
+    in_fp8 = 8 * moe_maps + 3 * dense_maps
     in_bfloat16 = 2 * 129280 * 7168 / 16 + 2 * 7168**2
-    in_float32 = 9 * (norms + router) + 3 * norms + 4 * 7168
+    in_float32 = 8 * (norms + router) + 3 * norms + 4 * 7168
     assert plan.state.working_weights == (1 + 4 / 128**2) * in_fp8 + 2 * in_bfloat16 + 4 * in_float32
     assert plan.state.gradients == 4 * (in_fp8 + in_bfloat16 + in_float32)
     # 17 slots, each for four layers, of which three may be dense: two hidden states, the latents and attention's output
@@ -160,7 +160,7 @@ def test_memory_of_the_671b_step_by_hand() -> None:
     logits, head = 2 * 2 * 4096 * 129280 / 16 * 4, 129280 * 7168 / 16 * 2
     hidden = 2 * 2 * 2 * HIDDEN
     kept = 2 * (4 * 7168 + 1536 + 576) + 128 * 128 * (1.5 + 4 / 128) + 2 * 2048 * (1 + 4 / 128) + 256 * 4
-    assert plan.activations.loss == logits + head + hidden + 4096 * kept
+    assert plan.activations.loss == logits + head + hidden + 4096 * kept + layer
 
 
 def test_the_compiler_said_so() -> None:
@@ -178,7 +178,8 @@ def test_traffic_between_stages_by_hand() -> None:
     layers = 4 * ((5 + 4 / 128**2) * maps + 8 * others)  # weights, and gradients in float32
     assert flows["opposite stages' weights, gradients"] == layers
     table = 129280 * 7168 / 16 * (2 + 4)  # every stage has its columns of the embedding already
-    both = plan.state.working_weights + plan.state.gradients - layers - table
+    block = layers / 4  # of the MTP module: all ranks get it, though only the last stage keeps it
+    both = plan.state.working_weights + plan.state.gradients - layers - table + block
     assert flows["weights to stages, gradients back"] == pytest.approx(15 / 16 * both, rel=2e-3)
     # In 60 ticks both ends begin a micro-batch, in 60 both compute losses, and in 60 both finish one: two exchanges of
     # embeddings and two of their gradients; hidden states of two depths, and their gradients, as parts of one
