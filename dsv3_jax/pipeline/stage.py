@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.block import BlockInputs
 from dsv3_jax.pipeline.predictions import BatchTargets, LossSums, LossWeights, Predictions, StageObjective
-from dsv3_jax.pipeline.residuals import SlotLayout
+from dsv3_jax.pipeline.residuals import Residuals, SlotLayout
 from dsv3_jax.pipeline.slots import FOR_INPUT, FOR_WEIGHTS, LOOK_UP, LOOK_UP_GRADIENT, PREDICT, TickEntry
 from dsv3_jax.pipeline.stacked_layers import StackedLayers
 from dsv3_jax.pipeline.weights import gradients_of
@@ -143,7 +143,10 @@ class StageComputation:
           g: gradient by the output of the stage whose backward pass is computed.
         """
         for_weights = entry.backward_parts & FOR_WEIGHTS != 0
-        forward, backward = self._forward_layer(entry), self._backward_layer(entry)
+        forward = self._forward_layer(entry)
+        _, segment_ids, inputs = self._micro_batch(entry.backward_micro_batch)
+        by_balance = self.loss_weights.balance * self._share(segment_ids)
+        backward = _BackwardLayer(self.slot_layout, entry.backward_kept_slot, inputs, by_balance)
         forward_count = self._layer_count(entry.forward_stage)
         backward_count = self._layer_count(entry.backward_stage)
         full_count = jnp.where(for_weights, backward_count, 0)
@@ -155,44 +158,40 @@ class StageComputation:
                 on_first = jnp.where(entry.forward_stage == 0, dense.count, 0)
                 state = lax.fori_loop(0, on_first, functools.partial(forward, dense, 0), state)
         forward_moe = functools.partial(forward, self.moe, entry.forward_direction * self.slots_per_stage)
-        backward_moe = functools.partial(
-            backward, self.moe, entry.backward_direction * self.slots_per_stage, backward_count
-        )
+        last = entry.backward_direction * self.slots_per_stage, backward_count - 1  # the first slot and the last layer
 
         paired: Any = 0
-        both = (state, (g, moe_gradients))
+        gradients = (g, moe_gradients)
         if self.pairs:
 
             def pair(step: Any, both: tuple) -> tuple:
-                state, gradients = both
-                _, kept, *_ = state
-                return forward_moe(step, state), backward_moe(kept, step, gradients)
+                state, gradients, residuals = both
+                gradients = backward.pull(self.moe, *last, residuals, step, gradients)
+                state = forward_moe(step, state)
+                # Read behind the write, because the compiler copies the buffers if it can't tell which is first.
+                return state, gradients, backward.read(self.moe, *last, state[1], step + 1)
 
             paired = jnp.minimum(forward_count, full_count)
             with jax.named_scope("pairs"):
-                both = lax.fori_loop(0, paired, pair, both)
-        state, gradients = both
+                start = (state, gradients, backward.read(self.moe, *last, state[1], 0))
+                state, gradients, _ = lax.fori_loop(0, paired, pair, start)
         with jax.named_scope("forward"):
             h, kept, load, balance = lax.fori_loop(paired, forward_count, forward_moe, state)
         with jax.named_scope("backward"):
-            by_input, moe_gradients = lax.fori_loop(
-                paired, full_count, functools.partial(backward_moe, kept), gradients
-            )
+            through_moe = functools.partial(backward, self.moe, *last, kept)
+            by_input, moe_gradients = lax.fori_loop(paired, full_count, through_moe, gradients)
             if self.splits_backward:
                 # No rank receives the gradient by the first stage's input.
                 alone = (entry.backward_parts == FOR_INPUT) & (entry.backward_stage != 0)
-
-                def for_input(step: Any, g: Array) -> Array:
-                    return backward_moe(kept, step, (g, None))[0]
-
-                by_input = lax.fori_loop(0, jnp.where(alone, backward_count, 0), for_input, by_input)
+                count = jnp.where(alone, backward_count, 0)
+                by_input = lax.fori_loop(0, count, lambda step, g: through_moe(step, (g, None))[0], by_input)
 
             of_first_stage = (entry.backward_stage == 0) & for_weights
             by_embedded = by_input
             if dense is not None:
-                through = functools.partial(backward, dense, 0, dense.count, kept)
+                through_dense = functools.partial(backward, dense, 0, dense.count - 1, kept)
                 on_first = jnp.where(of_first_stage, dense.count, 0)
-                by_embedded, dense_gradients = lax.fori_loop(0, on_first, through, (by_input, dense_gradients))
+                by_embedded, dense_gradients = lax.fori_loop(0, on_first, through_dense, (by_input, dense_gradients))
             by_table = self._by_table(entry, jnp.where(of_first_stage, by_embedded, 0), carry)
         of_parts = carry.gradients | {MOE: moe_gradients, DENSE: dense_gradients, EMBEDDING: by_table}
         sums = dataclasses.replace(carry.sums, balance=balance)
@@ -214,30 +213,6 @@ class StageComputation:
                 load = load.at[first + i].add(layer_load.astype(load.dtype))
                 balance = balance + share * term
             return h, kept, load, balance
-
-        return layer
-
-    def _backward_layer(
-        self, entry: TickEntry
-    ) -> Callable[[StackedLayers, Any, Any, tuple[Array, ...], Any, tuple], tuple]:
-        """Returns (layers, slot of the first, number of layers, residuals, step, state) -> state behind the layer.
-
-        The state is (gradient by the hidden states, gradients by the parameters of all layers, or None for none). Step
-        0 is the last layer.
-        """
-        _, segment_ids, inputs = self._micro_batch(entry.backward_micro_batch)
-        by_balance = self.loss_weights.balance * self._share(segment_ids)
-
-        def layer(
-            layers: StackedLayers, first: Any, count: Any, kept: tuple[Array, ...], step: Any, state: tuple
-        ) -> tuple:
-            g, total = state
-            i = count - 1 - step
-            residuals = self.slot_layout.read(kept, entry.backward_kept_slot, layers.kind, i)
-            by_params, g = layers.passes.backward(*layers.at(first + i, inputs), g, residuals, (g, by_balance))
-            if total is not None:
-                total = jax.tree.map(lambda all_, one: all_.at[first + i].add(one), total, gradients_of(by_params))
-            return g, total
 
         return layer
 
@@ -279,6 +254,49 @@ class StageComputation:
     def _layer_count(self, stage: Int[Array, ""]) -> Int[Array, ""]:
         """Returns how many MoE layers a stage has; 0 for stage -1."""
         return jnp.where(stage >= 0, self.layer_counts[jnp.maximum(stage, 0)], 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _BackwardLayer:
+    """The backward pass of one layer of the stage of an entry.
+
+    Its methods take the slot of the stage's first layer among `layers`, the index of its last layer in the stage, and a
+    step: step 0 is the last layer.
+
+    Attributes:
+      slot_layout, kept_slot: where the residuals are.
+      inputs: the block inputs of the micro-batch.
+      by_balance: gradient by a layer's balance term.
+    """
+
+    slot_layout: SlotLayout
+    kept_slot: Int[Array, ""]
+    inputs: BlockInputs
+    by_balance: Float[Array, ""]
+
+    def __call__(self, layers: StackedLayers, first: Any, last: Any, kept: Residuals, step: Any, state: tuple) -> tuple:
+        """Returns the state behind the layer, as `pull` does, from the residuals of all slots."""
+        return self.pull(layers, first, last, self.read(layers, first, last, kept, step), step, state)
+
+    def read(self, layers: StackedLayers, first: Any, last: Any, kept: Residuals, step: Any) -> Residuals:
+        """Returns the layer's residuals; any where there is no such layer."""
+        del first
+        return self.slot_layout.read(kept, self.kept_slot, layers.kind, jnp.maximum(last - step, 0))
+
+    def pull(
+        self, layers: StackedLayers, first: Any, last: Any, residuals: Residuals, step: Any, state: tuple
+    ) -> tuple[Float[Array, "b T d"], nnx.State | None]:
+        """Returns the state behind the layer, from its residuals.
+
+        Args:
+          state: gradient by the layer's output, and the gradients by the parameters of all layers; None without them.
+        """
+        g, total = state
+        slot = first + last - step
+        by_params, g = layers.passes.backward(*layers.at(slot, self.inputs), g, residuals, (g, self.by_balance))
+        if total is not None:
+            total = jax.tree.map(lambda all_, one: all_.at[slot].add(one), total, gradients_of(by_params))
+        return g, total
 
 
 def block_inputs(
