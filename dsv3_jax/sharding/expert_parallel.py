@@ -24,15 +24,12 @@ from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.dispatch import dispatch_formats
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.sharding.expert_hops import Hop
-from dsv3_jax.sharding.expert_layout import hops_between
+from dsv3_jax.sharding.expert_layout import hops_between, pieces_of
 from dsv3_jax.sharding.expert_rows import over_hops
 from dsv3_jax.sharding.expert_stages import TokenStages, in_stages
 from dsv3_jax.sharding.fsdp_gather import gather_over_fsdp
 from dsv3_jax.sharding.ranks import on_every_rank
 from dsv3_jax.sharding.rules import gathered_dimension, token_axes, weight_axes
-
-BUFFER_ROWS = 2
-"""The most rows of a piece's receive buffers, over the rows of all of a rank's tokens under an even load."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +125,9 @@ class ExpertExchange:
         return gather_over_fsdp(weight, dimension, dtype, in_axes=1, stacked=1, ranks=axes[dimension])
 
     def _pieces(self, tokens: int, chosen: int, experts: int) -> int:
-        """Returns the number of pieces with which buffers for one have at most `BUFFER_ROWS` times the even load."""
-        worst = self.mesh.shape["expert"] * min(chosen, experts)
-        wanted = max(-(-worst // (BUFFER_ROWS * chosen)), (1 + len(self.hops)) * self.overlap)
-        return next(pieces for pieces in range(min(wanted, tokens), tokens + 1) if tokens % pieces == 0)
+        """Returns the number of pieces; where the exchange is overlapped, at least one more than there are hops."""
+        fewest = 1 + len(self.hops) if self.overlap else 1
+        return pieces_of(tokens, self.mesh.shape["expert"], chosen, experts, fewest=fewest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
