@@ -102,7 +102,8 @@ class ExpertExchange:
         parts = tuple(x.reshape(pieces, -1, *x.shape[1:]) for x in (u, expert_index + 1, gate))
         if self.overlap and pieces > len(self.hops) > 0:
             stages = TokenStages(self.hops, gate_up.shape[0], product, added, parts[1].shape[1:])
-            return in_stages(stages, parts, (gate_up, down)).reshape(batch)
+            out: Any = in_stages(stages, parts, (gate_up, down))
+            return out.reshape(batch)
 
         def one(u: Array, ids: Array, gate: Array, gate_up: Any, down: Any) -> Array:
             experts = functools.partial(product, gate_up=gate_up, down=down)

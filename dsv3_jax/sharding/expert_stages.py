@@ -148,8 +148,8 @@ def _backward(stages: TokenStages, saved: tuple, out_bar: Array) -> tuple[tuple[
             sent, others, results_bar, pulls = prepared
 
             def send(rows: Array, gates: Array) -> tuple[tuple[Array, Array], Array]:
-                *arrived, ids = send_copies(hop, Copies(rows, gates, *others))
-                return tuple(arrived), ids
+                rows, gates, ids = send_copies(hop, Copies(rows, gates, *others))
+                return (rows, gates), ids
 
             (rows, gates), leaves, ids = vjp((index, "send"), send, *sent)
             # Of the results only the shape is read.
