@@ -28,19 +28,18 @@ Together = Callable[
 All ranks call it at the beginning of a tick, before they compute what differs: no rank waits for another later.
 """
 
-Forward = Callable[[TickEntry, Float[Array, "B T d"], Any], tuple[Float[Array, "B T d"], Any]]
-"""(this rank's entry, the stage's input, carry) -> (the stage's output, carry)."""
-
-Backward = Callable[[TickEntry, Float[Array, "B T d"], Any], tuple[Float[Array, "B T d"], Any]]
-"""(entry, gradient by the stage's output, carry) -> (gradient by its input, carry)."""
+Compute = Callable[
+    [TickEntry, Float[Array, "B T d"], Float[Array, "B T d"], Any],
+    tuple[Float[Array, "B T d"], Float[Array, "B T d"], Any],
+]
+"""(this rank's entry, a stage's input, gradient by a stage's output, carry) -> (output, gradient by input, carry)."""
 
 
 def run_ticks(
     table: TickTable,
     own: TickEntry,
     together: Together,
-    forward: Forward,
-    backward: Backward,
+    compute: Compute,
     carry: Any,
     message: Float[Array, "B T d"],
 ) -> Any:
@@ -51,7 +50,8 @@ def run_ticks(
       own: this rank's part of `table.entries`: int32 [ticks, 1].
       together: computes what all ranks compute together: the input of the first stage, and the gradient by the output
         of the last. There its second array is the output itself when the backward for input begins.
-      forward, backward: compute a stage. If the entry says that there is nothing to do, the carry stays as it is.
+      compute: computes the forward pass of one stage and the backward pass of one, as the entry says. If it says that
+        there is nothing to do, the carry stays as it is.
       carry: what both read and write from tick to tick.
       message: an array of the shape, dtype and sharding of the activations and gradients that ranks send.
 
@@ -66,10 +66,8 @@ def run_ticks(
         h, g = _read(activations, entry.forward_input_slot), _read(gradients, entry.backward_gradient_slot)
         with jax.named_scope("together"):
             h, by_output, carry = together(entry, h, g, carry)
-        with jax.named_scope("forward"):
-            output, carry = forward(entry, h, carry)
+        output, by_input, carry = compute(entry, h, by_output, carry)
         with jax.named_scope("backward"):
-            by_input, carry = backward(entry, by_output, carry)
             # A backward for weights finds the gradient here on every stage, the last one included.
             gradients = _write(gradients, entry.backward_gradient_slot, by_output)
             gradients = _write(gradients, entry.forward_output_slot, output)

@@ -313,8 +313,9 @@ def _run_rank(
         layer_counts=layer_counts,
         slots_per_stage=slots,
         splits_backward=table.splits_backward,
+        pairs=table.pairs,
     )
-    carry = run_ticks(table, own, stage.together, stage.forward, stage.backward, carry, message)
+    carry = run_ticks(table, own, stage.together, stage.compute, carry, message)
 
     with jax.named_scope("gradients_from_stages"):
         gradients, load = carry.gradients, carry.load

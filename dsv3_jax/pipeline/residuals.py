@@ -73,7 +73,7 @@ class TwoPasses:
         recomputation, _ = partial_eval.dce_jaxpr(jaxpr.replace(outvars=[*again.values()]), every, instantiate=True)
         return cls(
             types=tuple((variable.aval.shape, variable.aval.dtype) for variable in kept.values()),
-            _forward=jaxpr_as_fun(ClosedJaxpr(forward, traced.consts)),
+            _forward=jax.jit(jaxpr_as_fun(ClosedJaxpr(forward, traced.consts))),  # lowered once for all its uses
             _results=results_tree,
             _dtypes=dtypes,
             _again=jaxpr_as_fun(ClosedJaxpr(recomputation, traced.consts)),

@@ -119,6 +119,12 @@ class TickTable:
         return bool((self.entries.backward_parts == FOR_INPUT).any())
 
     @property
+    def pairs(self) -> bool:
+        """Whether any rank computes a forward and a full backward pass in one tick."""
+        full = self.entries.backward_parts == FOR_INPUT | FOR_WEIGHTS
+        return bool((full & (self.entries.forward_micro_batch != _NONE)).any())
+
+    @property
     def messages(self) -> tuple[str, ...]:
         """Fields of the entries with slots for arriving values, those that are used: each is one send in every tick."""
         arriving = ("activation_up_slot", "gradient_up_slot", "activation_down_slot", "gradient_down_slot")

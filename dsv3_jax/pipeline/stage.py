@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.block import BlockInputs
 from dsv3_jax.pipeline.predictions import BatchTargets, LossSums, LossWeights, Predictions, StageObjective
-from dsv3_jax.pipeline.residuals import SlotLayout
+from dsv3_jax.pipeline.residuals import Residuals, SlotLayout
 from dsv3_jax.pipeline.slots import FOR_INPUT, FOR_WEIGHTS, LOOK_UP, LOOK_UP_GRADIENT, PREDICT, TickEntry
 from dsv3_jax.pipeline.stacked_layers import StackedLayers
 from dsv3_jax.pipeline.weights import gradients_of
@@ -78,6 +79,7 @@ class StageComputation:
       layer_counts: MoE layers of every stage.
       slots_per_stage: layer slots of every stage.
       splits_backward: whether the schedule splits backward passes.
+      pairs: whether a rank ever computes a forward and a full backward pass in one tick.
     """
 
     objective: StageObjective
@@ -95,6 +97,7 @@ class StageComputation:
     layer_counts: Int[Array, " stages"]
     slots_per_stage: int
     splits_backward: bool
+    pairs: bool
 
     def together(
         self, entry: TickEntry, h: Float[Array, "b T d"], g: Float[Array, "b T d"], carry: StageCarry
@@ -132,95 +135,101 @@ class StageComputation:
         carry = dataclasses.replace(carry, gradients=gradients, sums=sums, by_embedded=by_h[-1])
         return h, jnp.where(own, by_h[0], g), carry
 
-    def forward(
-        self, entry: TickEntry, h: Float[Array, "b T d"], carry: StageCarry
-    ) -> tuple[Float[Array, "b T d"], StageCarry]:
-        """Returns a stage's output from its input `h`, and the carry with the residuals of the stage's layers."""
-        _, segment_ids, inputs = self._micro_batch(entry.forward_micro_batch)
-        start = entry.forward_direction * self.slots_per_stage
-        share = self._share(segment_ids)
+    def compute(
+        self, entry: TickEntry, h: Float[Array, "b T d"], g: Float[Array, "b T d"], carry: StageCarry
+    ) -> tuple[Float[Array, "b T d"], Float[Array, "b T d"], StageCarry]:
+        """Returns a stage's output, the gradient by a stage's input, and the carry.
 
-        def run(layers: StackedLayers, slot: Any, i: Any, h: Array, kept: tuple[Array, ...]) -> tuple:
-            outputs, load, residuals = layers.passes.forward(*layers.at(slot, inputs), h)
-            return *outputs, load, self.slot_layout.write(kept, entry.forward_kept_slot, layers.kind, i, residuals)
-
-        def moe_layer(i: Any, state: tuple) -> tuple:
-            h, kept, load, balance = state
-            h, term, layer_load, kept = run(self.moe, start + i, i, h, kept)
-            return h, kept, load.at[start + i].add(layer_load.astype(load.dtype)), balance + share * term
-
-        kept = carry.kept
-        if (dense := self.dense) is not None:
-
-            def dense_layer(i: Any, state: tuple) -> tuple:
-                h, _, _, kept = run(dense, i, i, *state)
-                return h, kept
-
-            h, kept = lax.fori_loop(0, jnp.where(entry.forward_stage == 0, dense.count, 0), dense_layer, (h, kept))
-        state = (h, kept, carry.load, carry.sums.balance)
-        h, kept, load, balance = lax.fori_loop(0, self._layer_count(entry.forward_stage), moe_layer, state)
-        sums = dataclasses.replace(carry.sums, balance=balance)
-        return h, dataclasses.replace(carry, kept=kept, load=load, sums=sums)
-
-    def backward(
-        self, entry: TickEntry, g: Float[Array, "b T d"], carry: StageCarry
-    ) -> tuple[Float[Array, "b T d"], StageCarry]:
-        """Returns the gradient by a stage's input, and the carry with those by its weights.
+        Where a rank computes a forward and a full backward pass in one tick, of two micro-batches, it computes a layer
+        of one beside a layer of the other, so that the compiler can send the tokens of one while it multiplies those of
+        the other (figure 4).
 
         Args:
-          g: gradient by the stage's output.
+          h: input of the stage whose forward pass is computed.
+          g: gradient by the output of the stage whose backward pass is computed.
         """
-        tokens, segment_ids, inputs = self._micro_batch(entry.backward_micro_batch)
-        stage = entry.backward_stage
         for_weights = entry.backward_parts & FOR_WEIGHTS != 0
-        start = entry.backward_direction * self.slots_per_stage
-        share = self._share(segment_ids)
-        by_balance = self.loss_weights.balance * share
+        forward = self._forward_layer(entry)
+        _, segment_ids, inputs = self._micro_batch(entry.backward_micro_batch)
+        by_balance = self.loss_weights.balance * self._share(segment_ids)
+        backward = _BackwardLayer(self.slot_layout, entry.backward_kept_slot, inputs, by_balance)
+        forward_count = self._layer_count(entry.forward_stage)
+        backward_count = self._layer_count(entry.backward_stage)
+        full_count = jnp.where(for_weights, backward_count, 0)
+        moe_gradients, dense_gradients = carry.gradients[MOE], carry.gradients[DENSE]
+        state = (h, carry.kept, carry.load, carry.sums.balance)
 
-        def pull(layers: StackedLayers, slot: Any, i: Any, g: Array) -> tuple[nnx.State, Array]:
-            residuals = self.slot_layout.read(carry.kept, entry.backward_kept_slot, layers.kind, i)
-            return layers.passes.backward(*layers.at(slot, inputs), g, residuals, (g, by_balance))
-
-        def through(
-            layers: StackedLayers, first: Any, count: Any, state: tuple[Array, nnx.State]
-        ) -> tuple[Array, nnx.State]:
-            """Returns the gradient by the input of `count` layers, and `total` with those by their parameters."""
-
-            def layer(step: Any, state: tuple[Array, nnx.State]) -> tuple[Array, nnx.State]:
-                g, total = state
-                i = count - 1 - step
-                by_params, g = pull(layers, first + i, i, g)
-                by_params = gradients_of(by_params)
-                return g, jax.tree.map(lambda all_, one: all_.at[first + i].add(one), total, by_params)
-
-            return lax.fori_loop(0, count, layer, state)
-
-        count = self._layer_count(stage)
-        by_input, moe_gradients = through(self.moe, start, jnp.where(for_weights, count, 0), (g, carry.gradients[MOE]))
-        if self.splits_backward:
-            # No rank receives the gradient by the first stage's input.
-            alone = (entry.backward_parts == FOR_INPUT) & (stage != 0)
-
-            def layer_for_input(step: Any, g: Array) -> Array:
-                i = count - 1 - step
-                return pull(self.moe, start + i, i, g)[1]
-
-            by_input = lax.fori_loop(0, jnp.where(alone, count, 0), layer_for_input, by_input)
-
-        of_first_stage = (stage == 0) & for_weights
-        by_embedded, dense_gradients = by_input, carry.gradients[DENSE]
         if (dense := self.dense) is not None:
-            dense_count = jnp.where(of_first_stage, dense.count, 0)
-            by_embedded, dense_gradients = through(dense, 0, dense_count, (by_input, dense_gradients))
+            with jax.named_scope("forward"):
+                on_first = jnp.where(entry.forward_stage == 0, dense.count, 0)
+                state = lax.fori_loop(0, on_first, functools.partial(forward, dense, 0), state)
+        forward_moe = functools.partial(forward, self.moe, entry.forward_direction * self.slots_per_stage)
+        last = entry.backward_direction * self.slots_per_stage, backward_count - 1  # the first slot and the last layer
 
-        by_embedded = jnp.where(of_first_stage, by_embedded, 0)
+        paired: Any = 0
+        gradients = (g, moe_gradients)
+        if self.pairs:
+
+            def pair(step: Any, both: tuple) -> tuple:
+                state, gradients, residuals = both
+                gradients = backward.pull(self.moe, *last, residuals, step, gradients)
+                state = forward_moe(step, state)
+                # Read behind the write, because the compiler copies the buffers if it can't tell which is first.
+                return state, gradients, backward.read(self.moe, *last, state[1], step + 1)
+
+            paired = jnp.minimum(forward_count, full_count)
+            with jax.named_scope("pairs"):
+                start = (state, gradients, backward.read(self.moe, *last, state[1], 0))
+                state, gradients, _ = lax.fori_loop(0, paired, pair, start)
+        with jax.named_scope("forward"):
+            h, kept, load, balance = lax.fori_loop(paired, forward_count, forward_moe, state)
+        with jax.named_scope("backward"):
+            through_moe = functools.partial(backward, self.moe, *last, kept)
+            by_input, moe_gradients = lax.fori_loop(paired, full_count, through_moe, gradients)
+            if self.splits_backward:
+                # No rank receives the gradient by the first stage's input.
+                alone = (entry.backward_parts == FOR_INPUT) & (entry.backward_stage != 0)
+                count = jnp.where(alone, backward_count, 0)
+                by_input = lax.fori_loop(0, count, lambda step, g: through_moe(step, (g, None))[0], by_input)
+
+            of_first_stage = (entry.backward_stage == 0) & for_weights
+            by_embedded = by_input
+            if dense is not None:
+                through_dense = functools.partial(backward, dense, 0, dense.count - 1, kept)
+                on_first = jnp.where(of_first_stage, dense.count, 0)
+                by_embedded, dense_gradients = lax.fori_loop(0, on_first, through_dense, (by_input, dense_gradients))
+            by_table = self._by_table(entry, jnp.where(of_first_stage, by_embedded, 0), carry)
+        of_parts = carry.gradients | {MOE: moe_gradients, DENSE: dense_gradients, EMBEDDING: by_table}
+        sums = dataclasses.replace(carry.sums, balance=balance)
+        return h, by_input, dataclasses.replace(carry, kept=kept, gradients=of_parts, load=load, sums=sums)
+
+    def _forward_layer(self, entry: TickEntry) -> Callable[[StackedLayers, Any, Any, tuple], tuple]:
+        """Returns (layers, slot of the stage's first, layer of the stage, state) -> state behind the layer.
+
+        The state is (hidden states, residuals of all slots, load, balance term).
+        """
+        _, segment_ids, inputs = self._micro_batch(entry.forward_micro_batch)
+        share = self._share(segment_ids)
+
+        def layer(layers: StackedLayers, first: Any, i: Any, state: tuple) -> tuple:
+            h, kept, load, balance = state
+            (h, term), layer_load, residuals = layers.passes.forward(*layers.at(first + i, inputs), h)
+            kept = self.slot_layout.write(kept, entry.forward_kept_slot, layers.kind, i, residuals)
+            if layer_load is not None:
+                load = load.at[first + i].add(layer_load.astype(load.dtype))
+                balance = balance + share * term
+            return h, kept, load, balance
+
+        return layer
+
+    def _by_table(self, entry: TickEntry, by_embedded: Float[Array, "b T d"], carry: StageCarry) -> nnx.State:
+        """Returns the gradients of the embedding with those of this tick, `by_embedded` being of the first layer."""
+        tokens, _, _ = self._micro_batch(entry.backward_micro_batch)
         adds = entry.together & LOOK_UP_GRADIENT != 0
         if self.model.mtp:
             by_embedded, adds = by_embedded + carry.by_embedded, adds | (entry.together & PREDICT != 0)
         add_embedding = functools.partial(self._add_embedding, tokens=tokens, by_embedded=by_embedded)
-        by_table = lax.cond(adds, add_embedding, lambda total: total, carry.gradients[EMBEDDING])
-        gradients = carry.gradients | {MOE: moe_gradients, DENSE: dense_gradients, EMBEDDING: by_table}
-        return by_input, dataclasses.replace(carry, gradients=gradients)
+        return lax.cond(adds, add_embedding, lambda total: total, carry.gradients[EMBEDDING])
 
     def _share(self, segment_ids: Int[Array, "b T1"]) -> Float[Array, ""]:
         """Returns a rank's part of a micro-batch's weight in the balance term, which is the same on all ranks."""
@@ -251,6 +260,49 @@ class StageComputation:
     def _layer_count(self, stage: Int[Array, ""]) -> Int[Array, ""]:
         """Returns how many MoE layers a stage has; 0 for stage -1."""
         return jnp.where(stage >= 0, self.layer_counts[jnp.maximum(stage, 0)], 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _BackwardLayer:
+    """The backward pass of one layer of the stage of an entry.
+
+    Its methods take the slot of the stage's first layer among `layers`, the index of its last layer in the stage, and a
+    step: step 0 is the last layer.
+
+    Attributes:
+      slot_layout, kept_slot: where the residuals are.
+      inputs: the block inputs of the micro-batch.
+      by_balance: gradient by a layer's balance term.
+    """
+
+    slot_layout: SlotLayout
+    kept_slot: Int[Array, ""]
+    inputs: BlockInputs
+    by_balance: Float[Array, ""]
+
+    def __call__(self, layers: StackedLayers, first: Any, last: Any, kept: Residuals, step: Any, state: tuple) -> tuple:
+        """Returns the state behind the layer, as `pull` does, from the residuals of all slots."""
+        return self.pull(layers, first, last, self.read(layers, first, last, kept, step), step, state)
+
+    def read(self, layers: StackedLayers, first: Any, last: Any, kept: Residuals, step: Any) -> Residuals:
+        """Returns the layer's residuals; any where there is no such layer."""
+        del first
+        return self.slot_layout.read(kept, self.kept_slot, layers.kind, jnp.maximum(last - step, 0))
+
+    def pull(
+        self, layers: StackedLayers, first: Any, last: Any, residuals: Residuals, step: Any, state: tuple
+    ) -> tuple[Float[Array, "b T d"], nnx.State | None]:
+        """Returns the state behind the layer, from its residuals.
+
+        Args:
+          state: gradient by the layer's output, and the gradients by the parameters of all layers; None without them.
+        """
+        g, total = state
+        slot = first + last - step
+        by_params, g = layers.passes.backward(*layers.at(slot, self.inputs), g, residuals, (g, self.by_balance))
+        if total is not None:
+            total = jax.tree.map(lambda all_, one: all_.at[slot].add(one), total, gradients_of(by_params))
+        return g, total
 
 
 def block_inputs(

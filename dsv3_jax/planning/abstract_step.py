@@ -24,7 +24,8 @@ from dsv3_jax.training.step import StepSettings, make_train_step
 def traced_step(config: PlanConfig, devices: Sequence[Any]) -> Any:
     """Returns `make_train_step`'s step traced for these devices, ready to be lowered."""
     mesh, run = make_mesh(config.mesh, devices), config.run
-    layout = StateLayout(mesh, config.zero, layers=moe_layers_of_stages(config.model, config.mesh.stage))
+    layers = moe_layers_of_stages(config.model, config.mesh.stage)
+    layout = StateLayout(mesh, config.zero, run.training.overlap_exchange, layers)
 
     def make() -> DeepSeekV3:
         devices = layout.devices if config.target.devices > 1 else OneDevice()

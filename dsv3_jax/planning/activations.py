@@ -29,7 +29,7 @@ from dsv3_jax.planning.traced_block import (
     traced_block,
 )
 from dsv3_jax.planning.weights import LayerKind, abstract_mesh, layers_of_rank, stages_per_rank, weights_of
-from dsv3_jax.sharding.expert_parallel import BUFFER_ROWS
+from dsv3_jax.sharding.expert_layout import BUFFER_ROWS
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.sharding.ranks import axes_of
 from dsv3_jax.sharding.rules import gathered_dimension, weight_axes

@@ -7,15 +7,15 @@ import math
 import re
 from collections import Counter, defaultdict
 
-_KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f8e4m3fn": 1, "f8e5m2": 1}
 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\([^\n]*\) -> [^\n]*)?\{", re.M)
 _INSTRUCTION = re.compile(
-    rf"= (?P<shape>\(?[^=\n]*?\)?) (?P<kind>{'|'.join(_KINDS)})(?P<start>-start)?\((?P<rest>[^\n]*)"
+    rf"= (?P<shape>\(?[^=\n]*?\)?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\((?P<rest>[^\n]*)"
 )
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition|(?:branch|true|false)_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Collective:
       runs: how often they run, loops included.
       sent: bytes that a device sends in all runs.
       largest: bytes of the largest result.
+      hidden: the part of their time that runs beside computation (`planning.overlap`); None where the compiler does not
+        say in which order instructions run.
     """
 
     kind: str
@@ -35,6 +37,7 @@ class Collective:
     runs: int
     sent: float
     largest: float
+    hidden: float | None = None
 
 
 def read_collectives(hlo: str) -> list[Collective]:
@@ -45,19 +48,12 @@ def read_collectives(hlo: str) -> list[Collective]:
     send and receive buffers. On the first hop that is as many rows as may be sent; the receive buffer, and both buffers
     of a second hop, are larger than what arrives.
     """
-    hlo = re.sub(r"/\*index=\d+\*/", "", hlo)  # counters in long tuples
-    bodies = _computations(hlo)
-    runs = _executions(bodies, hlo)
+    bodies = computations(hlo)
+    runs = executions(bodies, hlo)
     found: dict[tuple[str, int], list[tuple[int, float]]] = defaultdict(list)
     for name, body in bodies.items():
-        for match in _INSTRUCTION.finditer(body):
-            if not runs[name]:
-                continue
-            kind, rest = match["kind"], match["rest"]
-            group = _group_size(rest)
-            result = _result_bytes(match["shape"], kind, started=match["start"] is not None, group=group)
-            if kind == "ragged-all-to-all":
-                result = _rows_bytes(match["shape"], rest, body)
+        for match in _INSTRUCTION.finditer(body) if runs[name] else ():
+            kind, group, result = _described(match, body)
             found[kind, group].append((runs[name], result))
     collectives = [
         Collective(
@@ -73,8 +69,27 @@ def read_collectives(hlo: str) -> list[Collective]:
     return sorted(collectives, key=lambda item: -item.sent)
 
 
-def _computations(hlo: str) -> dict[str, str]:
+def sent_by(line: str, body: str) -> tuple[str, int, float] | None:
+    """Returns kind and group size of the collective that a line of a computation begins, and the bytes it sends."""
+    match = _INSTRUCTION.search(line)
+    if match is None:
+        return None
+    kind, group, result = _described(match, body)
+    return kind, group, _sent(kind, result, group)
+
+
+def _described(match: re.Match[str], body: str) -> tuple[str, int, float]:
+    """Returns kind and group size of a collective, and the bytes of its result."""
+    kind, rest = match["kind"], match["rest"]
+    group = _group_size(rest)
+    if kind == "ragged-all-to-all":
+        return kind, group, _rows_bytes(match["shape"], rest, body)
+    return kind, group, _result_bytes(match["shape"], kind, started=match["start"] is not None, group=group)
+
+
+def computations(hlo: str) -> dict[str, str]:
     """Returns name and text of every computation."""
+    hlo = re.sub(r"/\*index=\d+\*/", "", hlo)  # counters in long tuples
     bodies = {}
     starts = list(_COMPUTATION.finditer(hlo))
     for start, following in zip(starts, [*starts[1:], None], strict=True):
@@ -82,12 +97,12 @@ def _computations(hlo: str) -> dict[str, str]:
     return bodies
 
 
-def _executions(bodies: dict[str, str], hlo: str) -> Counter[str]:
+def executions(bodies: dict[str, str], hlo: str) -> Counter[str]:
     """Returns how often each computation runs in one execution of the program."""
     calls: dict[str, Counter[str]] = {name: Counter() for name in bodies}
     for name, body in bodies.items():
         for line in body.splitlines():
-            times = _passes(line, bodies) if " while(" in line else 1
+            times = passes(line, bodies) if " while(" in line else 1
             for called in _CALLED.finditer(line):
                 for callee in re.findall(r"[\w.\-]+", called[1]):
                     if callee in calls:
@@ -99,7 +114,7 @@ def _executions(bodies: dict[str, str], hlo: str) -> Counter[str]:
     return runs
 
 
-def _passes(loop: str, bodies: dict[str, str]) -> int:
+def passes(loop: str, bodies: dict[str, str]) -> int:
     """Returns the passes of a loop: those the compiler notes, or the one constant that its condition compares with."""
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop)
     if known:
@@ -133,7 +148,7 @@ def _group_size(rest: str) -> int:
 
 def _result_bytes(shape: str, kind: str, *, started: bool, group: int) -> float:
     """Returns the bytes of the result; the shape of a started collective is (operands, results, ...)."""
-    arrays = [_array_bytes(*match) for match in _ARRAY.findall(shape)]
+    arrays = [array_bytes(*match) for match in ARRAY.findall(shape)]
     if not arrays:
         return 0.0
     if not started or kind == "all-reduce":
@@ -152,10 +167,10 @@ def _rows_bytes(shape: str, rest: str, body: str) -> float:
     if operand:
         defined = re.search(rf"^\s*(?:ROOT )?%?{re.escape(operand[1])} = (\w+\[[\d,]*\])", body, re.M)
         shape = f"{shape} {defined[1]}" if defined else shape
-    return min(_array_bytes(*array) for array in _ARRAY.findall(shape) if "," in array[1])
+    return min(array_bytes(*array) for array in ARRAY.findall(shape) if "," in array[1])
 
 
-def _array_bytes(dtype: str, dimensions: str) -> float:
+def array_bytes(dtype: str, dimensions: str) -> float:
     width = _BYTES.get(dtype)
     if width is None:
         digits = re.search(r"\d+", dtype)

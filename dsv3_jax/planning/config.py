@@ -122,6 +122,7 @@ class PlanConfig:
                 attention=self.attention,
                 pipeline_schedule=self.schedule,
                 zero=self.zero,
+                overlap_exchange=self.mesh.expert > 1,
                 optimizer=self.optimizer,
                 moment_dtype=self.moment_dtype,
                 ema_decay=TrainingConfig.ema_decay if self.average == "device" else 0.0,
@@ -186,6 +187,7 @@ class PlanConfig:
             "--training.zero" if self.zero else "--training.no-zero": "",
             "--training.ema-decay": f"{training.ema_decay:g}",
             "--training.pipeline-schedule": training.pipeline_schedule,
+            **({"--training.overlap-exchange": ""} if training.overlap_exchange else {}),
         }
 
     def to_json(self) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from dsv3_jax.counts import count_flops
 from dsv3_jax.planning.attention_form import attention_core, attention_form
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.forward_operations import forward_operations, recomputed_operations
-from dsv3_jax.planning.stage_parts import operations_per_token
+from dsv3_jax.planning.stage_parts import layer_runs, operations_per_token
 
 _FORWARD_AND_BACKWARD = 3
 
@@ -41,6 +42,19 @@ def operations(config: PlanConfig) -> Operations:
     attention *= core.computed * (1 + core.backward + again.core)
     plain = _FORWARD_AND_BACKWARD * plain + again.router * (model.num_moe_layers + mtp)
     return _of_device(config, _FORWARD_AND_BACKWARD * linear + recomputed, attention, plain)
+
+
+def expert_operations(config: PlanConfig, rank: int) -> float:
+    """Returns the operations of routed experts that a rank of the stage axis computes in a step.
+
+    Every part of a backward pass computes the experts again, and the gradients by their inputs.
+    """
+    model, runs = config.model, layer_runs(config)[rank]
+    forward, backward, by_weights = (
+        of.get("moe", 0) + of.get("mtp", 0) for of in (runs.forward, runs.backward, runs.by_weights)
+    )
+    one = count_flops(model, 1).terms["routed_experts"] / max(model.num_moe_layers, 1)
+    return (forward + 2 * backward + by_weights) * one * config.tokens_per_pass / config.mesh.tensor
 
 
 def operations_without_recomputation(config: PlanConfig) -> Operations:

@@ -10,7 +10,14 @@ from dsv3_jax.counts import count_flops
 from dsv3_jax.planning.activations import LAYERS, ActivationMemory, activation_memory, gathered_bytes
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.operations import operations, operations_without_recomputation
-from dsv3_jax.planning.step_time import REPORT_FRACTION, Reached, StepTime, exposed_communication, step_time
+from dsv3_jax.planning.step_time import (
+    REPORT_FRACTION,
+    Reached,
+    StepTime,
+    expert_seconds,
+    exposed_communication,
+    step_time,
+)
 from dsv3_jax.planning.traffic import Traffic, traffic
 from dsv3_jax.planning.weights import LayerKind, StateMemory, layers_of_rank, state_memory
 
@@ -62,7 +69,10 @@ class Plan:
     def at_the_reports_pace(self) -> float:
         """Seconds of a step that computes as far from the best kernels as the report's run did, over the same links."""
         computing = (self.expected.total - self.expected.exposed) / REPORT_FRACTION
-        return max(computing + exposed_communication(self.config, self.flows, computing), self.expected.total)
+        best = Reached.by_best_kernels(self.config.target.accelerator)
+        experts = expert_seconds(self.config, self.rank, best) / REPORT_FRACTION
+        exposed = exposed_communication(self.config, self.flows, computing, experts)
+        return max(computing + exposed, self.expected.total)
 
     @property
     def train_options(self) -> dict[str, str]:
@@ -111,8 +121,8 @@ def make_plan(config: PlanConfig) -> Plan:
         state=state,
         activations=activations,
         flows=flows,
-        bound=step_time(config, state, flows, Reached()),
-        expected=step_time(config, state, flows, best),
+        bound=step_time(config, state, flows, rank, Reached()),
+        expected=step_time(config, state, flows, rank, best),
         recomputed=operations(config).total / operations_without_recomputation(config).total - 1,
     )
 

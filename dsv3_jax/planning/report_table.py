@@ -196,11 +196,14 @@ def _comparison(plan: Plan, compiled: CompiledPlan) -> Table:
 
 
 def _collectives(compiled: CompiledPlan) -> Table:
-    table = _table("Collectives of the compiled step", "kind", "devices", "runs", "sent", "largest result")
+    table = _table("Collectives of the compiled step", "kind", "devices", "runs", "sent", "largest result", "hidden")
     for item in compiled.collectives:
         # How many rows of a ragged exchange's buffers are filled is known when it runs.
         most = "at most " if item.kind.startswith("ragged") else ""
-        table.add_row(item.kind, f"{item.group:,}", f"{item.runs:,}", most + size(item.sent), size(item.largest))
+        hidden = "" if item.hidden is None else f"{item.hidden:.0%}"
+        table.add_row(
+            item.kind, f"{item.group:,}", f"{item.runs:,}", most + size(item.sent), size(item.largest), hidden
+        )
     return table
 
 

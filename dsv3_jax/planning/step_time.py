@@ -11,10 +11,11 @@ import dataclasses
 from dsv3_jax.planning.activations import LAYERS, working_bytes
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.hardware import Accelerator
-from dsv3_jax.planning.operations import operations
+from dsv3_jax.planning.operations import expert_operations, operations
 from dsv3_jax.planning.stage_parts import backward_parts, bubble, waiting
 from dsv3_jax.planning.traffic import CONTEXT_EXCHANGE, REPLICAS, TENSOR_SUMS, TOKENS, WHILE_COMPUTING, Traffic
 from dsv3_jax.planning.weights import StateMemory
+from dsv3_jax.sharding.expert_layout import hops_between, pieces_of
 
 REPORT_FRACTION = 0.4944518052731055
 """How fast the report's run computed, as a fraction of this planner's figure for it with the best kernels known.
@@ -71,8 +72,12 @@ class Reached:
         return cls(accelerator.fp8_reached, plain, plain * _ATTENTION_REACHED, accelerator.bandwidth_reached)
 
 
-def step_time(config: PlanConfig, state: StateMemory, flows: list[Traffic], reached: Reached) -> StepTime:
-    """Returns the time of a step in which kernels reach these fractions of the hardware's peaks."""
+def step_time(config: PlanConfig, state: StateMemory, flows: list[Traffic], rank: int, reached: Reached) -> StepTime:
+    """Returns the time of a step in which kernels reach these fractions of the hardware's peaks.
+
+    Args:
+      flows: what the rank `rank` of the stage axis sends.
+    """
     accelerator = config.target.accelerator
     work = operations(config)
     fp8 = work.fp8_products / (accelerator.fp8_flops * reached.fp8)
@@ -88,7 +93,7 @@ def step_time(config: PlanConfig, state: StateMemory, flows: list[Traffic], reac
         attention=attention,
         memory=memory,
         optimizer=update / bandwidth,
-        exposed=exposed_communication(config, flows, computing),
+        exposed=exposed_communication(config, flows, computing, expert_seconds(config, rank, reached)),
         bubble=computing * bubble(config) if config.has_stages else 0.0,
     )
 
@@ -103,16 +108,49 @@ def _activation_traffic(config: PlanConfig) -> float:
     return (_FORWARD_PASSES + _BACKWARD_PASSES * backward_parts(config)) * computed / config.mesh.stage
 
 
-def exposed_communication(config: PlanConfig, flows: list[Traffic], computing: float) -> float:
+def expert_seconds(config: PlanConfig, rank: int, reached: Reached) -> float:
+    """Returns the seconds for which a rank of the stage axis multiplies by routed experts' weights in a step."""
+    accelerator, fp8 = config.target.accelerator, config.recipe.fp8 is not None
+    rate = accelerator.fp8_flops * reached.fp8 if fp8 else accelerator.flops * reached.products
+    return expert_operations(config, rank) / rate
+
+
+def exposed_communication(config: PlanConfig, flows: list[Traffic], computing: float, experts: float = 0.0) -> float:
     """Returns the seconds of communication that computation does not hide.
 
     Without stages, FSDP's gathers and sums run beside the computation of other layers, as long as there is any. Tensor
-    sums, the exchanges of tokens, latents and attention's outputs, and what happens once at the end of a step stop the
-    computation. A pipelined step hides nothing, and in a tick all ranks wait for the one that sends longest.
+    sums, the exchanges of latents and attention's outputs, and what happens once at the end of a step stop the
+    computation. The exchange of tokens runs beside the products of experts (`_exposed_tokens`). Of the rest a pipelined
+    step hides nothing, and in a tick all ranks wait for the one that sends longest.
+
+    Args:
+      computing: seconds of all computation.
+      experts: seconds of the products of routed experts.
     """
+    flows = [
+        dataclasses.replace(flow, seconds=_exposed_tokens(config, flow.seconds, experts))
+        if flow.what == TOKENS
+        else flow
+        for flow in flows
+    ]
     if config.has_stages:
         return sum(flow.seconds * (waiting(config) if flow.what in WHILE_COMPUTING else 1) for flow in flows)
     waited_for = (TENSOR_SUMS, CONTEXT_EXCHANGE, REPLICAS, TOKENS)
     exposed = sum(flow.seconds for flow in flows if flow.what in waited_for)
     hidden = sum(flow.seconds for flow in flows if flow.what not in waited_for)
     return exposed + max(hidden - computing, 0.0)
+
+
+def _exposed_tokens(config: PlanConfig, seconds: float, experts: float) -> float:
+    """Returns the exposed part of the seconds for which tokens are exchanged (`sharding.expert_stages`).
+
+    Products of experts hide as much as they take, but not the exchange of the first and last pieces, of as many as
+    there are hops. Schedules of the GPU compiler confirm this (`planning.overlap`). Those of others are not read.
+    """
+    model, mesh = config.model, config.mesh
+    if config.target.accelerator.platform != "gpu" or mesh.expert == 1:
+        return seconds
+    hops, experts_of_rank = len(hops_between(mesh.expert, model.n_group)), model.n_routed_experts // mesh.expert
+    chosen = model.num_experts_per_tok
+    pieces = pieces_of(config.tokens_per_pass, mesh.expert, chosen, experts_of_rank, fewest=1 + hops)
+    return seconds - min(seconds * max(1 - hops / pieces, 0.0), experts)

@@ -35,6 +35,22 @@ class HopRanks:
         return min(chosen, self.peers, self.reached or self.peers)
 
 
+BUFFER_ROWS = 2
+"""The most rows of a piece's receive buffers, over the rows of all of a rank's tokens under an even load."""
+
+
+def pieces_of(tokens: int, ranks: int, chosen: int, experts: int, *, fewest: int = 1) -> int:
+    """Returns into how many equal pieces a rank's tokens are divided, so that buffers have at most so many rows.
+
+    Args:
+      ranks: number of ranks of the expert axis.
+      chosen, experts: number of experts of a token, and of a rank.
+      fewest: the fewest pieces wanted.
+    """
+    wanted = max(-(-ranks * min(chosen, experts) // (BUFFER_ROWS * chosen)), fewest)
+    return next(pieces for pieces in range(min(wanted, tokens), tokens + 1) if tokens % pieces == 0)
+
+
 def hops_between(ranks: int, groups: int, reached: int | None = None) -> tuple[HopRanks, ...]:
     """Returns the exchanges that bring a token to its experts (report section 3.2.2); none for a single rank.
 

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
@@ -25,14 +24,12 @@ from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.dispatch import dispatch_formats
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.sharding.expert_hops import Hop
-from dsv3_jax.sharding.expert_layout import hops_between
+from dsv3_jax.sharding.expert_layout import hops_between, pieces_of
 from dsv3_jax.sharding.expert_rows import over_hops
+from dsv3_jax.sharding.expert_stages import TokenStages, in_stages
 from dsv3_jax.sharding.fsdp_gather import gather_over_fsdp
 from dsv3_jax.sharding.ranks import on_every_rank
 from dsv3_jax.sharding.rules import gathered_dimension, token_axes, weight_axes
-
-BUFFER_ROWS = 2
-"""The most rows of a piece's receive buffers, over the rows of all of a rank's tokens under an even load."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +44,7 @@ class ExpertExchange:
     Attributes:
       mesh: the devices.
       shapes: weights, groups and FP8 recipe of the experts.
-      overlap: whether a rank's tokens are sent in two halves that do not wait for each other, so that one half can be
-        sent while the other is multiplied.
+      overlap: whether a piece of a rank's tokens is sent while the one before is multiplied.
     """
 
     mesh: Mesh
@@ -98,20 +94,24 @@ class ExpertExchange:
         u, expert_index, gate = (x.reshape(-1, x.shape[-1]) for x in (u, expert_index, gate))
         gate_up, down = self._gathered(gate_up, self.shapes.gate_up), self._gathered(down, self.shapes.down)
         width_is_sharded = "tensor" in weight_axes(self.shapes.down, self.mesh)
-        halves = 2 if self.overlap and u.shape[0] % 2 == 0 else 1
-        pieces = self._pieces(u.shape[0] // halves, expert_index.shape[1], gate_up.shape[0])
+        pieces = self._pieces(u.shape[0], expert_index.shape[1], gate_up.shape[0])
 
-        def one(u: Array, expert_index: Array, gate: Array, gate_up: Any, down: Any) -> Array:
-            experts = functools.partial(product, gate_up=gate_up, down=down)
-            out = over_hops(self.hops, u, expert_index + 1, gate, gate_up.shape[0], experts)
+        def added(out: Array) -> Array:
             return lax.psum(out, "tensor") if width_is_sharded else out
 
-        def a_piece(parts: tuple[Array, ...]) -> Array:
-            """Applies the experts to both halves of a piece, neither of which waits for the other."""
-            out: list[Any] = [recomputed(one, *(part[half] for part in parts), gate_up, down) for half in range(halves)]
-            return jnp.stack(out)
+        parts = tuple(x.reshape(pieces, -1, *x.shape[1:]) for x in (u, expert_index + 1, gate))
+        if self.overlap and pieces > len(self.hops) > 0:
+            stages = TokenStages(self.hops, gate_up.shape[0], product, added, parts[1].shape[1:])
+            out: Any = in_stages(stages, parts, (gate_up, down))
+            return out.reshape(batch)
 
-        parts = tuple(x.reshape(pieces, halves, -1, *x.shape[1:]) for x in (u, expert_index, gate))
+        def one(u: Array, ids: Array, gate: Array, gate_up: Any, down: Any) -> Array:
+            experts = functools.partial(product, gate_up=gate_up, down=down)
+            return added(over_hops(self.hops, u, ids, gate, gate_up.shape[0], experts))
+
+        def a_piece(part: tuple[Array, ...]) -> Array:
+            return recomputed(one, *part, gate_up, down)  # pyright: ignore[reportReturnType]
+
         if pieces == 1:
             return a_piece(tuple(part[0] for part in parts)).reshape(batch)
         return lax.map(a_piece, parts).reshape(batch)
@@ -126,10 +126,9 @@ class ExpertExchange:
         return gather_over_fsdp(weight, dimension, dtype, in_axes=1, stacked=1, ranks=axes[dimension])
 
     def _pieces(self, tokens: int, chosen: int, experts: int) -> int:
-        """Returns the number of pieces with which buffers for one have at most `BUFFER_ROWS` times the even load."""
-        worst = self.mesh.shape["expert"] * min(chosen, experts)
-        wanted = -(-worst // (BUFFER_ROWS * chosen))
-        return next(pieces for pieces in range(min(wanted, tokens), tokens + 1) if tokens % pieces == 0)
+        """Returns the number of pieces; where the exchange is overlapped, at least one more than there are hops."""
+        fewest = 1 + len(self.hops) if self.overlap else 1
+        return pieces_of(tokens, self.mesh.shape["expert"], chosen, experts, fewest=fewest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

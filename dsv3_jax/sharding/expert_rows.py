@@ -8,8 +8,9 @@ experts that the remaining hops can reach, and 0 means none. One row returns: th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,23 @@ class LocalProduct(Protocol):
     def __call__(self, rows: Array, *, group_sizes: Array, row_alignment: int) -> Float[Array, "M d"]: ...
 
 
+class Copies(NamedTuple):
+    """Copies of rows, sorted by the rank that they are sent to; `route` says how many each rank gets.
+
+    Attributes:
+      rows, gates: the copies and the gates of their experts, which are differentiable.
+      ids: of each copy's experts, the ids that count from 1 among those that the receiver leads to, 0 for none.
+      route: how many rows are sent between which ranks.
+      order: the order of the copies.
+    """
+
+    rows: Float[Array, "S d"]
+    gates: Float[Array, "S K"]
+    ids: Int[Array, "S K"]
+    route: Route
+    order: pallas_kernels.Permutation
+
+
 def over_hops(
     hops: Sequence[Hop],
     rows: Float[Array, "n d"],
@@ -32,27 +50,39 @@ def over_hops(
     gates: Float[Array, "n K"],
     experts: int,
     product: LocalProduct,
-    *,
-    even_load: int | None = None,
 ) -> Float[Array, "n d"]:
     """Returns sum_i g_i E_i(row) of every row, whose experts are reached by `hops`.
 
     Args:
-      hops: the exchanges still to make; none when the rows are at the ranks of their experts.
       rows, ids, gates: the rows, the ids of their experts (0 for none), and their gates.
       experts: number of experts per rank.
       product: applies this rank's experts.
-      even_load: assignments per rank under an even load; all ids of `ids` unless given.
     """
-    even_load = even_load or ids.size
-    if not hops:
-        return _at_home(rows, ids, gates, experts, product, even_load)
-    hop, *further = hops
-    behind = experts
-    for other in further:
-        behind *= other.peers
-    slots, copies = rows.shape[0], hop.copies(ids.shape[1])
-    receiver = _receivers(ids, hop.peers, behind, copies)
+    even_load, chosen, sent = ids.size, ids.shape[1], []
+    for hop, behind in zip(hops, experts_behind(hops, experts), strict=True):
+        copies = copies_for(hop, rows, gates, ids, behind)
+        rows, gates, ids = send_copies(hop, copies)
+        sent.append(copies)
+    results = multiply(rows, gates, ids, experts, product, even_load=even_load)
+    for hop, copies in zip(reversed(hops), reversed(sent), strict=True):
+        results = collect(hop, chosen, results, copies.route, copies.order)
+    return results
+
+
+def experts_behind(hops: Sequence[Hop], experts: int) -> list[int]:
+    """Returns for every hop how many experts each of its peers leads to, with so many on each rank."""
+    return [math.prod((experts, *(hop.peers for hop in hops[index + 1 :]))) for index in range(len(hops))]
+
+
+def copies_for(
+    hop: Hop, rows: Float[Array, "n d"], gates: Float[Array, "n K"], ids: Int[Array, "n K"], behind: int
+) -> Copies:
+    """Returns the copies of rows to send; ranks tell each other how many there are.
+
+    Args:
+      behind: how many experts each peer leads to.
+    """
+    receiver = _receivers(ids, hop.peers, behind, hop.copies(ids.shape[1]))
     sent, order = pallas_kernels.permute(rows, receiver, hop.peers + 1, row_alignment=1)
     # Of each copy: which of the row's experts the receiver has.
     inside = ids[:, None] - receiver[..., None] * behind
@@ -61,21 +91,42 @@ def over_hops(
     sent_ids, sent_gates = (
         jnp.where(there, of_slot, 0).reshape(-1, ids.shape[1])[order.slot_of_row] for of_slot in (inside, wide[:, None])
     )
-    route = Route.of(hop, order.group_sizes[:-1])
-    rows, ids, gates = send(hop, slots, sent, sent_ids, sent_gates, route)  # pyright: ignore[reportGeneralTypeIssues]
-    results = over_hops(further, rows, ids, gates, experts, product, even_load=even_load)
-    return _sums(copies, send_back(hop, slots, sent.shape[0], results, route), order)
+    return Copies(sent, sent_gates, sent_ids, Route.of(hop, order.group_sizes[:-1]), order)
 
 
-def _at_home(
+def send_copies(hop: Hop, copies: Copies) -> tuple[Float[Array, "M d"], Float[Array, "M K"], Int[Array, "M K"]]:
+    """Returns the rows that arrive, the gates of their experts, and the ids of these."""
+    slots = copies.rows.shape[0] // hop.copies(copies.ids.shape[1])
+    rows, ids, gates = send(hop, slots, copies.rows, copies.ids, copies.gates, copies.route)  # pyright: ignore[reportGeneralTypeIssues]
+    return rows, gates, ids
+
+
+def collect(
+    hop: Hop, chosen: int, results: Float[Array, "M d"], route: Route, order: pallas_kernels.Permutation
+) -> Float[Array, "n d"]:
+    """Returns results to the senders of the rows, which add up those of each row's copies.
+
+    Args:
+      chosen: number of experts of each row, K.
+    """
+    count, copies = order.slot_of_row.shape[0], hop.copies(chosen)
+    return _sums(copies, send_back(hop, count // copies, count, results, route), order)
+
+
+def multiply(
     rows: Float[Array, "M d"],
-    ids: Int[Array, "M K"],
     gates: Float[Array, "M K"],
+    ids: Int[Array, "M K"],
     experts: int,
     product: LocalProduct,
+    *,
     even_load: int,
 ) -> Float[Array, "M d"]:
-    """Returns sum_i g_i E_i(row) of rows that are at the rank of their experts."""
+    """Returns sum_i g_i E_i(row) of rows that are at the rank of their experts.
+
+    Args:
+      even_load: assignments per rank under an even load.
+    """
     if experts < ids.shape[1]:
         ids, gates = _one_entry_per_expert(ids, gates, experts)
     alignment = pallas_kernels.preferred_row_alignment(even_load, experts)

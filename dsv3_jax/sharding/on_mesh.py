@@ -39,8 +39,7 @@ class OnMesh:
     Attributes:
       mesh: a mesh with all axes of `dsv3_jax.sharding.mesh.AXES`.
       layers: how many MoE layers each pipeline stage holds; one number without stages, or none.
-      overlap: whether a rank's tokens are sent to experts in two halves, so that one half is sent while the other is
-        multiplied.
+      overlap: whether a piece of a rank's tokens is sent to experts while the piece before it is multiplied.
     """
 
     mesh: Mesh

@@ -76,8 +76,8 @@ class TrainingConfig:
       attention: what computes attention: auto (a kernel where the device has one), scan (plain products, tile by
         tile), or cudnn (on an NVIDIA GPU, in bfloat16, with data.isolate_documents false; elsewhere as auto).
       loss_chunk: number of tokens whose logits a device holds at a time.
-      overlap_exchange: with a mesh.expert axis, send each pass through the experts in two halves, so that one half is
-        exchanged between devices while the other is computed (report section 3.2.1).
+      overlap_exchange: with a mesh.expert axis, send a piece of each pass's tokens to their experts while the piece
+        before it is multiplied (report section 3.2.1).
       pipeline_schedule: order of the micro-batches (of micro_batch_size sequences) with mesh.stage above 1: "dualpipe",
         or "zb1p" or "1f1b" (report section 3.2.1).
       zero: on a mesh, shard the optimizer state over the replicas of its parameters (ZeRO-1).

@@ -32,7 +32,7 @@ class StateLayout:
     Attributes:
       mesh: the devices; None for one device.
       zero: whether optimizer state is sharded over the replicas of its parameters.
-      overlap: whether tokens are sent to experts in two halves (`OnMesh`).
+      overlap: whether tokens are sent to experts beside products (`OnMesh`).
       layers: how many MoE layers each pipeline stage holds; one number without stages, or none.
     """
 

@@ -22,6 +22,7 @@ from dsv3_jax.pipeline.executor import AXIS
 from dsv3_jax.pipeline.passes import check_passes, make_pipelined_pass
 from dsv3_jax.pipeline.predictions import StageObjective
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
+from dsv3_jax.sharding.compiler_options import compiler_options
 from dsv3_jax.sharding.rules import BATCH_AXES
 from dsv3_jax.training.adapters import Adapters, with_adapters
 from dsv3_jax.training.config import RunConfig
@@ -166,7 +167,7 @@ def make_train_step(
             raise ConfigError(f"{what} cannot be trained in a pipeline: give a mesh without mesh.stage")
         differentiate = make_pipelined_gradients(skeleton, config, layout.mesh)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(layout.mesh))
     def train_step(
         state: TrainState,
         tokens: Int[Array, "A B T1"],

@@ -97,10 +97,11 @@ def chain(name: ScheduleName, ranks: int = 8, passes: int = 17) -> tuple[float, 
         def forward(entry: Any, h: Any, carry: Any) -> Any:
             m, slot = entry.forward_micro_batch, entry.forward_kept_slot
             kept = carry[0].at[slot].set(jnp.where(m >= 0, h[0, 0, 0], carry[0][slot]))
-            return h * jnp.asarray(weights)[entry.forward_stage], (kept, *carry[1:])
+            return h * jnp.asarray(weights)[entry.forward_stage], kept
 
-        def backward(entry: Any, g: Any, carry: Any) -> Any:
-            kept, by_weights, by_inputs = carry
+        def compute(entry: Any, h: Any, g: Any, carry: Any) -> Any:
+            output, kept = forward(entry, h, carry)
+            _, by_weights, by_inputs = carry
             for_input = entry.backward_parts & FOR_INPUT != 0
             for_weights = entry.backward_parts & FOR_WEIGHTS != 0
             m, stage = entry.backward_micro_batch, entry.backward_stage
@@ -108,10 +109,10 @@ def chain(name: ScheduleName, ranks: int = 8, passes: int = 17) -> tuple[float, 
             value = g[0, 0, 0]
             by_weights = by_weights.at[stage].add(jnp.where(for_weights, value * kept[entry.backward_kept_slot], 0))
             by_inputs = by_inputs.at[m].add(jnp.where((stage == 0) & for_input, value * weight, 0))
-            return g * weight, (kept, by_weights, by_inputs)
+            return output, g * weight, (kept, by_weights, by_inputs)
 
         carry = (jnp.zeros(table.slots.kept), jnp.zeros(ranks), jnp.zeros(passes))
-        _, *found = run_ticks(table, own, together, forward, backward, carry, jnp.zeros((1, 1, 1)))
+        _, *found = run_ticks(table, own, together, compute, carry, jnp.zeros((1, 1, 1)))
         return jax.lax.psum(tuple(found), "stage")
 
     run = jax.shard_map(

@@ -13,7 +13,7 @@ from dsv3_jax.planning.activations import working_bytes
 from dsv3_jax.planning.advice import advise
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.hardware import ACCELERATORS, Target
-from dsv3_jax.planning.operations import operations, operations_without_recomputation
+from dsv3_jax.planning.operations import expert_operations, operations, operations_without_recomputation
 from dsv3_jax.planning.plan import make_plan
 from dsv3_jax.planning.stage_parts import bubble, waiting
 from dsv3_jax.planning.step_time import exposed_communication
@@ -113,6 +113,21 @@ def test_only_what_fits_beside_computation_is_hidden() -> None:
     exposed = [flow(TENSOR_SUMS, 0.1), flow(REPLICAS, 0.2), flow(TOKENS, 0.4)]
     assert exposed_communication(config, hidden + exposed, computing=10.0) == pytest.approx(0.7)
     assert exposed_communication(config, hidden + exposed, computing=4.0) == pytest.approx(1.7)
+
+
+def test_products_of_experts_hide_the_exchange_of_tokens() -> None:
+    """They hide as much as they take, of 14 of 16 pieces (there are two hops); a TPU's exchange is not hidden."""
+    gpu, tpu = (
+        PlanConfig(model=V3, target=Target.parse(target), mesh=MeshConfig(expert=64))
+        for target in ("h800:64", "v5p:64")
+    )
+    tokens = [Traffic("expert", TOKENS, 1.0, 1.0, True)]
+    assert exposed_communication(gpu, tokens, computing=9.0, experts=0.3) == pytest.approx(0.7)
+    assert exposed_communication(gpu, tokens, computing=9.0, experts=3.0) == pytest.approx(2 / 16)
+    assert exposed_communication(tpu, tokens, computing=9.0, experts=3.0) == 1
+    # Forward, again in the backward pass, and two gradients of 8 experts in 58 layers and the MTP module.
+    one = 2 * 3 * 7168 * 2048 * 8 * 59
+    assert expert_operations(gpu, 0) == pytest.approx(4 * one * 4096)
 
 
 @pytest.mark.parametrize(("stages", "policy", "runs"), [(1, "report", 2 + 2), (2, "report", 2 + 2), (2, "full", 2 + 4)])

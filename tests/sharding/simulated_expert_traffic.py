@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.extend.core import Var, jaxprs_in_params
+from jax.interpreters import partial_eval
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.devices import OneDevice
@@ -112,34 +113,43 @@ def count_all_to_alls(jaxpr: Any, found: Counter[str]) -> None:
             count_all_to_alls(inner, found)
 
 
-def waiting_together(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> list[int]:
-    """Returns the sizes of the sets of all-to-alls, forward and backward, that do not depend on each other."""
+def waits_in_loops(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> list[int]:
+    """Returns, of each exchange of rows in a loop over pieces, how many exchanges and products it waits for there."""
     weights = layer.experts.gate_up[...], layer.experts.down[...]
 
     def there_and_back(u: Any, weights: Any, y_bar: Any) -> Any:
         y, pull = jax.vjp(lambda u, weights: exchange(u, gates, *weights, layer.experts._products), u, weights)
         return y, pull(y_bar)
 
-    sets: list[set[object]] = []
     jaxpr = jax.make_jaxpr(there_and_back)(u, weights, u).jaxpr
-    exchanges_behind(jaxpr, [frozenset()] * len(jaxpr.invars), sets)
-    return sorted(map(len, sets))
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)  # as the compiler does
+    found: list[int] = []
+    waits_behind(jaxpr, [frozenset()] * len(jaxpr.invars), [], found)
+    return found
 
 
-def exchanges_behind(jaxpr: Any, inputs: list[frozenset[Any]], sets: list[set[Any]]) -> list[frozenset[Any]]:
-    """Returns the all-to-alls that each output depends on, given those of each input; joins `sets` that depend."""
+def waits_behind(
+    jaxpr: Any, inputs: list[frozenset[Any]], found: list[int], in_loops: list[int]
+) -> list[frozenset[Any]]:
+    """Returns the exchanges and products that each output depends on, given those of each input."""
     known = dict(zip(jaxpr.invars, inputs, strict=True))
     for equation in jaxpr.eqns:
         needed = [known.get(of, frozenset()) if isinstance(of, Var) else frozenset() for of in equation.invars]
         inner = list(jaxprs_in_params(equation.params))
-        if len(inner) == 1 and len(inner[0].invars) == len(needed):
-            outputs = exchanges_behind(inner[0], needed, sets)
+        name, together = equation.primitive.name, frozenset().union(*needed)
+        if name == "optimization_barrier":
+            outputs = needed
+        elif name == "scan":
+            waits_behind(inner[0], [frozenset()] * len(needed), in_loops, in_loops)
+            outputs = [together] * len(equation.outvars)
+        elif len(inner) == 1 and len(inner[0].invars) == len(needed):
+            outputs = waits_behind(inner[0], needed, found, in_loops)
         else:
-            together = frozenset().union(*needed)
-            if equation.primitive.name == "all_to_all":
+            if name == "all_to_all" and jnp.issubdtype(equation.invars[0].aval.dtype, jnp.floating):
+                found.append(len(together))
                 together |= {object()}
-                joined = [one for one in sets if one & together]
-                sets[:] = [one for one in sets if not one & together] + [set(together.union(*joined))]
+            if name == "dot_general":
+                together |= {object()}
             outputs = [together] * len(equation.outvars)
         known.update(zip(equation.outvars, outputs, strict=True))
     return [known.get(of, frozenset()) if isinstance(of, Var) else frozenset() for of in jaxpr.outvars]
@@ -160,8 +170,8 @@ def main() -> None:
     flat = u.reshape(-1, CONFIG.hidden_size)
     results = {
         "crossings": crossings(layer, gates, flat, exchange),
-        "halves": waiting_together(layer, gates, flat, dataclasses.replace(exchange, overlap=True)),
-        "whole": waiting_together(layer, gates, flat, exchange),
+        "stages": waits_in_loops(layer, gates, flat, dataclasses.replace(exchange, overlap=True)),
+        "whole": waits_in_loops(layer, gates, flat, exchange),
         "fp8": in_fp8(layer, gates, flat, in_fp8_format),
     }
     print(json.dumps(results))

@@ -32,7 +32,7 @@ def new_layer(mesh: Any = None) -> Any:
         CONFIG,
         dtype=jnp.dtype("float32"),
         precision=Precision.preset("float32"),
-        devices=OneDevice() if mesh is None else OnMesh(mesh),
+        devices=OneDevice() if mesh is None else OnMesh(mesh, overlap=True),
         rngs=nnx.Rngs(0),
     )
     layer.router.bias[...] = jnp.arange(CONFIG.n_routed_experts) * 0.05  # an uneven load

@@ -66,9 +66,10 @@ def test_tokens_and_gradients_are_sent_in_fp8(traffic: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_halves_do_not_wait_for_each_other(traffic: dict[str, Any]) -> None:
-    """No exchange of one half, forward or backward, depends on one of the other half."""
-    assert traffic["halves"] == sorted(2 * traffic["whole"])
+def test_stages_do_not_wait_for_each_other(traffic: dict[str, Any]) -> None:
+    """In an iteration no exchange of rows, forward or backward, waits for another or for a product."""
+    assert len(traffic["stages"]) > 10
+    assert not any(traffic["stages"])
     assert max(traffic["whole"]) > 5
 
 

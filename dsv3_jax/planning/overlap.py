@@ -1,0 +1,257 @@
+"""Reads from a compiled program's schedule how much of its communication runs beside computation.
+
+A compiler that schedules writes its instructions in the order in which a device runs them. An asynchronous collective
+is two of them: its start, and its done, at which the device waits. The reader goes through this order with two clocks:
+computation takes its roofline time, and transfers over the same links follow one another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+
+from dsv3_jax.planning.collectives import ARRAY, KINDS, array_bytes, computations, executions, passes, sent_by
+from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.planning.hardware import Accelerator
+from dsv3_jax.sharding.expert_layout import hops_between
+
+_FREE = {
+    *("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "partition-id", "after-all", "opt-barrier"),
+    *("async-start", "async-update", "async-done", "copy-start", "copy-done", "iota", "add-dependency"),
+}
+_LINE = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\([^=]*?\)|\S+) ([\w\-]+)\(([^)]*)\)(.*)")
+_CALLED = re.compile(r"(?:calls|body|to_apply)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))")
+_FIRST_GROUP = re.compile(r"replica_groups=\{\{(\d+),(\d+)")
+_KERNEL = re.compile(r'op_name="(?:[^"]*/)?([^"/]+)/[^"/]*"')
+"""The name of a kernel is the scope in which it is called."""
+_SLICES = ("dynamic-slice", "gather", "slice")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvenLoad:
+    """Which part of the buffers for rows is filled if all experts have the same load.
+
+    Attributes:
+      hops: by hop the distance between its ranks, and the part of its smaller buffer that is sent.
+      products: the part of the rows of an experts' product.
+    """
+
+    hops: tuple[tuple[int, float], ...] = ()
+    products: float = 1.0
+
+
+@dataclasses.dataclass
+class Transfers:
+    """All transfers of one kind.
+
+    Attributes:
+      seconds: time of their bytes over their links.
+      exposed: time for which the device waits for them.
+    """
+
+    seconds: float = 0.0
+    exposed: float = 0.0
+
+    @property
+    def hidden(self) -> float:
+        """The part of the time that computation hides."""
+        return max(1 - self.exposed / self.seconds, 0.0) if self.seconds else 0.0
+
+
+def read_overlap(hlo: str, accelerator: Accelerator, load: EvenLoad | None = None) -> dict[tuple[str, int], Transfers]:
+    """Returns the transfers of a scheduled module in HLO text form, by kind and group size of their collectives.
+
+    A product takes its operations at the rate that good kernels reach, or the bytes it reads and writes if that is
+    longer; any other instruction takes its bytes. Loops and conditionals are read through, the latter by their longest
+    branch. What a loop without a known number of passes does is counted once.
+    """
+    schedule = _Schedule(computations(hlo), accelerator, load or EvenLoad())
+    found: dict[tuple[str, int], Transfers] = defaultdict(Transfers)
+    for name, runs in executions(schedule.bodies, hlo).items():
+        if runs:
+            for key, transfers in schedule.timed(name)[1].items():
+                found[key].seconds += runs * transfers.seconds
+                found[key].exposed += runs * transfers.exposed
+    return dict(found)
+
+
+def even_load(config: PlanConfig) -> EvenLoad:
+    """Returns the filled parts of the buffers of `sharding.expert_parallel`, which are large enough for every load."""
+    model, chosen = config.model, config.model.num_experts_per_tok
+    rows, slots, hops = 1, 1, []  # for a token of every rank: rows that arrive at a rank, and its slots for them
+    for hop in hops_between(config.mesh.expert, model.n_group, model.topk_group):
+        copies = hop.copies(chosen)
+        rows = min(rows * copies, chosen)
+        hops.append((hop.stride * config.mesh.tensor, rows / (slots * min(copies, hop.peers))))
+        slots *= hop.peers
+    return EvenLoad(tuple(hops), chosen / (slots * min(chosen, model.n_routed_experts // config.mesh.expert)))
+
+
+class _Instruction:
+    """One line of a computation."""
+
+    def __init__(self, match: re.Match[str], line: str) -> None:
+        self.name, self.shape, self.opcode, operands, self.rest = match.groups()
+        self.operands = re.findall(r"%([\w.\-]+)", operands) or re.findall(r"(?<![\w.\-])([\w.\-]+)", operands)
+        self.line = line
+
+    @functools.cached_property
+    def arrays(self) -> list[tuple[str, str]]:
+        """Dtype and dimensions of the results."""
+        return ARRAY.findall(self.shape)
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of the results."""
+        return sum(array_bytes(*array) for array in self.arrays)
+
+
+class _Schedule:
+    """The computations of a module, and how long each takes."""
+
+    def __init__(self, bodies: dict[str, str], accelerator: Accelerator, load: EvenLoad) -> None:
+        self.bodies = bodies
+        self._accelerator, self._load = accelerator, load
+        self._timed: dict[str, tuple[float, dict[tuple[str, int], Transfers]]] = {}
+        self._lines: dict[str, list[_Instruction]] = {}
+
+    def timed(self, name: str) -> tuple[float, dict[tuple[str, int], Transfers]]:
+        """Returns the seconds of a computation, and its own transfers without those of what it calls."""
+        if name not in self._timed:
+            self._timed[name] = self._play(name)
+        return self._timed[name]
+
+    def _play(self, name: str) -> tuple[float, dict[tuple[str, int], Transfers]]:
+        now, free = 0.0, defaultdict[bool, float](float)
+        found: dict[tuple[str, int], Transfers] = defaultdict(Transfers)
+        pending: dict[str, tuple[tuple[str, int], float]] = {}
+        named = {instruction.name: instruction for instruction in self._instructions(name)}
+        for instruction in named.values():
+            sent = sent_by(instruction.line, self.bodies[name]) if instruction.opcode.startswith(KINDS) else None
+            if sent is not None:
+                kind, group, size = sent
+                outside, seconds = self._transfer(instruction, kind, size)
+                if group == 1:
+                    continue
+                free[outside] = max(now, free[outside]) + seconds
+                found[kind, group].seconds += seconds
+                pending[instruction.name] = (kind, group), free[outside]
+            done = pending.pop(self._awaited(instruction), None)
+            if done is not None:
+                key, end = done
+                found[key].exposed += max(end - now, 0.0)
+                now = max(end, now)
+            elif sent is None:
+                now += self._seconds(instruction, named)
+        return now, found
+
+    @staticmethod
+    def _awaited(instruction: _Instruction) -> str:
+        """Returns the name of the collective that an instruction waits for; its own if it is synchronous."""
+        if instruction.opcode.endswith("-done") and instruction.operands:
+            return instruction.operands[0]
+        return instruction.name if instruction.opcode in KINDS else ""
+
+    def _transfer(self, instruction: _Instruction, kind: str, size: float) -> tuple[bool, float]:
+        """Returns whether a collective leaves the node, and its seconds."""
+        listed, node = _FIRST_GROUP.search(instruction.rest), self._accelerator.node
+        first, second = (int(rank) for rank in listed.groups()) if listed else (0, node)
+        if kind == "ragged-all-to-all":
+            size *= dict(self._load.hops).get(second - first, 1.0)
+        outside = first // node != second // node
+        return outside, size / (self._accelerator.outer_link if outside else self._accelerator.inner_link)
+
+    def _instructions(self, name: str) -> list[_Instruction]:
+        if name not in self._lines:
+            lines = self.bodies.get(name, "").splitlines()
+            self._lines[name] = [_Instruction(match, line) for line in lines if (match := _LINE.match(line))]
+        return self._lines[name]
+
+    def _seconds(self, instruction: _Instruction, named: dict[str, _Instruction]) -> float:
+        if instruction.opcode in _FREE or instruction.opcode.endswith(("-start", "-done")):
+            return 0.0
+        called = _CALLED.search(instruction.rest)
+        if instruction.opcode == "while" and called:
+            return passes(instruction.line, self.bodies) * self.timed(called[1])[0]
+        if instruction.opcode == "call" and called:
+            return self.timed(called[1])[0]
+        if instruction.opcode == "conditional":
+            branches = re.findall(r"[\w.\-]+", " ".join(map(" ".join, _BRANCHES.findall(instruction.rest))))
+            return max((self.timed(branch)[0] for branch in branches if branch in self.bodies), default=0.0)
+        operands = [named[operand] for operand in instruction.operands if operand in named]
+        inner = self._instructions(called[1]) if instruction.opcode == "fusion" and called else []
+        moved = _fused_bytes(operands, instruction, inner) if inner else sum(x.bytes for x in (*operands, instruction))
+        product = next((x for x in (instruction, *inner) if _is_product(x)), None)
+        seconds = moved / (self._accelerator.bandwidth * self._accelerator.bandwidth_reached)
+        if product is None:
+            return seconds
+        known = named if product is instruction else {x.name: x for x in inner}
+        factors = [known[operand] for operand in product.operands if operand in known]
+        arrays = [array for factor in factors for array in factor.arrays]
+        if product.opcode == "dot":
+            operations = _dot_operations(product, factors[0])
+        else:
+            operations = _kernel_operations([*arrays, *product.arrays])
+        accelerator = self._accelerator
+        fp8 = sum(dtype.startswith("f8") for dtype, _ in arrays) >= 2
+        rate = accelerator.fp8_flops * accelerator.fp8_reached if fp8 else accelerator.flops * accelerator.flops_reached
+        kernel = _KERNEL.search(product.rest)
+        filled = self._load.products if kernel and "grouped" in kernel[1] else 1.0
+        return max(seconds, operations / rate) * filled
+
+
+def _is_product(instruction: _Instruction) -> bool:
+    """Whether an instruction is a matrix product: a dot, or a kernel whose name says so."""
+    if instruction.opcode != "custom-call":
+        return instruction.opcode == "dot"
+    kernel = _KERNEL.search(instruction.rest)
+    return "gemm" in instruction.rest[:200] or bool(kernel and "matmul" in kernel[1])
+
+
+def _dot_operations(dot: _Instruction, left: _Instruction) -> float:
+    """Returns 2 M N K of a dot, from its result and the contracted dimensions of its left operand."""
+    sizes = [[int(size) for size in text.split(",") if size] for (_, text), *_ in (left.arrays, dot.arrays)]
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.rest)
+    inner = [sizes[0][int(axis)] for axis in contracted[1].split(",") if axis] if contracted else []
+    return 2.0 * math.prod(sizes[1]) * math.prod(inner)
+
+
+def _kernel_operations(arrays: Sequence[tuple[str, str]]) -> float:
+    """Returns 2 M N K of a kernel, from the sizes M K, N K and M N of the largest three of its operands and results.
+
+    Where one of them has a leading axis, that of the experts, each row meets one of its parts.
+    """
+    shapes = sorted(([int(size) for size in text.split(",") if size] for _, text in arrays), key=math.prod)[-3:]
+    stacked = [shape[0] for shape in shapes if len(shape) > 2]
+    return 2 * math.sqrt(math.prod(map(math.prod, shapes)) / (stacked[0] if len(stacked) == 1 else 1))
+
+
+def _fused_bytes(operands: Sequence[_Instruction], fusion: _Instruction, inner: Sequence[_Instruction]) -> float:
+    """Returns the bytes that a fusion reads and writes; of a buffer of which it handles a slice, those of the slice."""
+    users: dict[str, list[_Instruction]] = defaultdict(list)
+    for instruction in inner:
+        for operand in instruction.operands:
+            users[operand].append(instruction)
+    known = {instruction.name: instruction for instruction in inner}
+    read = written = 0.0
+    parameters = [instruction for instruction in inner if instruction.opcode == "parameter"]
+    parameters.sort(key=lambda instruction: int(re.search(r"parameter\((\d+)\)", instruction.line)[1]))  # pyright: ignore[reportOptionalSubscript]
+    for parameter, operand in zip(parameters, operands, strict=False):
+        uses = [user for user in users[parameter.name] if not _updates(user, parameter)]
+        if uses and all(user.opcode in _SLICES and user.operands[0] == parameter.name for user in uses):
+            read += sum(user.bytes for user in uses)
+        elif uses:
+            read += operand.bytes
+    updates = [known[x.operands[1]] for x in inner if x.opcode == "dynamic-update-slice" and x.operands[1] in known]
+    written = sum(update.bytes for update in updates) if updates else fusion.bytes
+    return read + written
+
+
+def _updates(user: _Instruction, parameter: _Instruction) -> bool:
+    """Whether an instruction writes a slice of the parameter."""
+    return user.opcode == "dynamic-update-slice" and user.operands[:1] == [parameter.name]
