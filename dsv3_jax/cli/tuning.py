@@ -153,6 +153,8 @@ class Tuning[Options: TuningOptions]:
             raise UserError(f"--data is missing: give a file or folder of {self.data}")
         else:
             base = self.default(Path(source), data)
+            if value_of(flags, "--lora.rank") and not value_of(flags, "--training.optimizer"):
+                base = _by_adamw(base)
         options = self.parse(flags, base)
         config = self.configure(base, options, Path(source))
         self.say(config)
@@ -162,3 +164,8 @@ class Tuning[Options: TuningOptions]:
             "epochs": None if by_steps else options.epochs,
         }
         return train_together(config, options.out, options.processes, {"init_from": source}, lambda: start)
+
+
+def _by_adamw(run: RunConfig) -> RunConfig:
+    """Returns the run with AdamW and no QK-clip, as low-rank adapters need it, also of a model trained with Muon."""
+    return dataclasses.replace(run, training=dataclasses.replace(run.training, optimizer="adamw", qk_clip=0.0))

@@ -29,7 +29,8 @@ _RUNS: dict[str, dict[str, dict[str, Any]]] = {
             "steps": 400,
             "evaluate_every": 100,
             "batch_size": 8,
-            "schedule": TrainingSchedule(learning_rate=3e-3, bias_update_speed=0.003, **_SHORT),
+            "optimizer": "muon",  # 1.61 bits per byte after these steps; AdamW at its best rate, half of this one: 1.71
+            "schedule": TrainingSchedule(learning_rate=6e-3, bias_update_speed=0.003, **_SHORT),
         },
     },
     "mini": {

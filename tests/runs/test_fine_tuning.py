@@ -126,9 +126,14 @@ def test_mistakes_are_one_line(tuned, uninterrupted, tmp_path, arguments: list[s
 def test_adapters_are_merged_when_a_run_is_loaded_and_written_for_peft(tuned, uninterrupted: Path, tmp_path: Path):
     out = tmp_path / "run"
     options = ["--lora.rank", "2", "--lora.targets", "all", "--steps", "1", "--learning-rate", "0.01"]
-    command = [*tuned[1][:5], str(out), "--precision", "float32", *options]
+    source = RunFolder(shutil.copytree(uninterrupted, tmp_path / "source"))
+    trained = source.read_config()
+    by_muon = dataclasses.replace(trained.training, optimizer="muon", qk_clip=5.0)
+    source.write_config(dataclasses.replace(trained, training=by_muon))
+    command = ["sft", str(source.path), *tuned[1][2:5], str(out), "--precision", "float32", *options]
     assert main(command) == 0
     config = RunFolder(out).read_config()
+    assert (config.training.optimizer, config.training.qk_clip) == ("adamw", 0.0)
     state, _ = final_state(out, config, step=1)
     loaded = load_run(out)
     merged = split_model(loaded.model)[1]
