@@ -216,7 +216,7 @@ def _deliver(plan: Plan, compiled: Any, options: PlanOptions) -> None:
             show(plan, Console(file=file, width=110), compiled)
             if reinforcement is not None:
                 Console(file=file, width=110).print(reinforcement.table())
-        draw_plan(plan, folder / "plan.png")
+        draw_plan(plan, folder / "plan.png", compiled)
 
 
 def _folder(name: str) -> Path:

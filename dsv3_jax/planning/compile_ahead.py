@@ -9,7 +9,6 @@ PYTHONPATH (`make setup-aot`) and JAX_PLATFORMS=cpu.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import sys
 import time
@@ -18,9 +17,9 @@ from typing import Any
 from dsv3_jax.errors import UserError
 from dsv3_jax.operating_system import peak_memory_bytes
 from dsv3_jax.planning import topology
-from dsv3_jax.planning.collectives import Collective, read_collectives
+from dsv3_jax.planning.collectives import read_collectives
 from dsv3_jax.planning.config import PlanConfig
-from dsv3_jax.planning.overlap import even_load, read_overlap
+from dsv3_jax.planning.overlap import Schedule, even_load
 
 
 def compile_step(config: PlanConfig) -> dict[str, Any]:
@@ -47,17 +46,24 @@ def compile_step(config: PlanConfig) -> dict[str, Any]:
         "temporary_bytes": memory.temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
         "peak_bytes": peak or together,
-        "collectives": [vars(item) for item in _collectives(config, compiled.as_text())],
+        **_communication(config, compiled.as_text()),
     }
 
 
-def _collectives(config: PlanConfig, hlo: str) -> list[Collective]:
-    """Returns the collectives, with what is hidden of them where the program is in the order in which it runs."""
+def _communication(config: PlanConfig, hlo: str) -> dict[str, Any]:
+    """Returns the collectives, with what is hidden of them where the program is in the order in which it runs.
+
+    Also returned is the time line of a layer of a forward and one of a backward pass that a pipeline computes together.
+    """
     found, accelerator = read_collectives(hlo), config.target.accelerator
     if accelerator.platform != "gpu":  # a TPU's instructions have units of their own, which the reader does not know
-        return found
-    transfers = read_overlap(hlo, accelerator, even_load(config))
-    return [dataclasses.replace(item, hidden=transfers[item.kind, item.group].hidden) for item in found]
+        return {"collectives": [vars(item) for item in found], "pair": []}
+    schedule = Schedule(hlo, accelerator, even_load(config))
+    hidden = {key: transfers.hidden for key, transfers in schedule.transfers().items()}
+    return {
+        "collectives": [vars(item) | {"hidden": hidden[item.kind, item.group]} for item in found],
+        "pair": [vars(span) for span in schedule.timeline("pairs")],
+    }
 
 
 def _compile(lowered: Any, platform: str) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 from dsv3_jax.errors import UserError
 from dsv3_jax.planning.collectives import Collective
 from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.planning.overlap import Span
 
 _CHANGE_COMPILATION = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")  # they would change what is compiled
 _TIMEOUT = 1800  # seconds; the 671B step for 2,048 devices takes one to five minutes
@@ -32,6 +33,7 @@ class CompiledPlan:
       code_bytes: the program.
       peak_bytes: the most that is allocated at one time, where the compiler says it; else the sum.
       collectives: all collectives of the program.
+      pair: what a device does when while it computes a layer forward and one backward together, where a pipeline does.
       lower_seconds, compile_seconds, host_peak_bytes: what compiling took on this machine.
     """
 
@@ -42,6 +44,7 @@ class CompiledPlan:
     code_bytes: float
     peak_bytes: float
     collectives: list[Collective]
+    pair: list[Span]
     lower_seconds: float
     compile_seconds: float
     host_peak_bytes: float
@@ -77,7 +80,8 @@ def compile_plan(config: PlanConfig) -> CompiledPlan:
     if "error" in result:
         raise UserError(result["error"])
     collectives = [Collective(**values) for values in result.pop("collectives")]
-    return CompiledPlan(collectives=collectives, **result)
+    pair = [Span(**values) for values in result.pop("pair")]
+    return CompiledPlan(collectives=collectives, pair=pair, **result)
 
 
 def _answer_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

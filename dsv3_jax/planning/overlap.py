@@ -12,7 +12,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from dsv3_jax.planning.collectives import ARRAY, KINDS, array_bytes, computations, executions, passes, sent_by
 from dsv3_jax.planning.config import PlanConfig
@@ -29,6 +29,7 @@ _BRANCHES = re.compile(r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_compu
 _FIRST_GROUP = re.compile(r"replica_groups=\{\{(\d+),(\d+)")
 _KERNEL = re.compile(r'op_name="(?:[^"]*/)?([^"/]+)/[^"/]*"')
 """The name of a kernel is the scope in which it is called."""
+_SCOPES = re.compile(r'op_name="([^"]*)"')
 _SLICES = ("dynamic-slice", "gather", "slice")
 
 
@@ -63,21 +64,20 @@ class Transfers:
         return max(1 - self.exposed / self.seconds, 0.0) if self.seconds else 0.0
 
 
-def read_overlap(hlo: str, accelerator: Accelerator, load: EvenLoad | None = None) -> dict[tuple[str, int], Transfers]:
-    """Returns the transfers of a scheduled module in HLO text form, by kind and group size of their collectives.
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A time for which a device computes or sends.
 
-    A product takes its operations at the rate that good kernels reach, or the bytes it reads and writes if that is
-    longer; any other instruction takes its bytes. Loops and conditionals are read through, the latter by their longest
-    branch. What a loop without a known number of passes does is counted once.
+    Attributes:
+      lane: "computation", "between nodes" or "within a node".
+      what: the part of a layer, such as "attention, forward".
+      start, end: seconds.
     """
-    schedule = _Schedule(computations(hlo), accelerator, load or EvenLoad())
-    found: dict[tuple[str, int], Transfers] = defaultdict(Transfers)
-    for name, runs in executions(schedule.bodies, hlo).items():
-        if runs:
-            for key, transfers in schedule.timed(name)[1].items():
-                found[key].seconds += runs * transfers.seconds
-                found[key].exposed += runs * transfers.exposed
-    return dict(found)
+
+    lane: str
+    what: str
+    start: float
+    end: float
 
 
 def even_load(config: PlanConfig) -> EvenLoad:
@@ -111,44 +111,95 @@ class _Instruction:
         return sum(array_bytes(*array) for array in self.arrays)
 
 
-class _Schedule:
-    """The computations of a module, and how long each takes."""
+@dataclasses.dataclass
+class _Played:
+    """How a computation runs: its seconds, own transfers and spans, and its loops (body, start, passes)."""
 
-    def __init__(self, bodies: dict[str, str], accelerator: Accelerator, load: EvenLoad) -> None:
-        self.bodies = bodies
-        self._accelerator, self._load = accelerator, load
-        self._timed: dict[str, tuple[float, dict[tuple[str, int], Transfers]]] = {}
+    seconds: float = 0.0
+    transfers: dict[tuple[str, int], Transfers] = dataclasses.field(default_factory=lambda: defaultdict(Transfers))
+    spans: list[Span] = dataclasses.field(default_factory=list)
+    loops: list[tuple[str, float, int]] = dataclasses.field(default_factory=list)
+
+
+class Schedule:
+    """The order in which a compiled program runs its instructions, and how long they take.
+
+    A product takes its operations at the rate that good kernels reach, or the bytes it reads and writes if that is
+    longer; any other instruction takes its bytes. Loops and conditionals are read through, the latter by their longest
+    branch.
+    """
+
+    def __init__(self, hlo: str, accelerator: Accelerator, load: EvenLoad | None = None) -> None:
+        """Reads a scheduled module in HLO text form."""
+        self._bodies = computations(hlo)
+        self._runs = executions(self._bodies, hlo)
+        self._accelerator, self._load = accelerator, load or EvenLoad()
+        self._played: dict[str, _Played] = {}
         self._lines: dict[str, list[_Instruction]] = {}
 
-    def timed(self, name: str) -> tuple[float, dict[tuple[str, int], Transfers]]:
-        """Returns the seconds of a computation, and its own transfers without those of what it calls."""
-        if name not in self._timed:
-            self._timed[name] = self._play(name)
-        return self._timed[name]
+    def transfers(self) -> dict[tuple[str, int], Transfers]:
+        """Returns all transfers, by kind and group size of their collectives.
 
-    def _play(self, name: str) -> tuple[float, dict[tuple[str, int], Transfers]]:
-        now, free = 0.0, defaultdict[bool, float](float)
+        What a loop without a known number of passes does is counted once.
+        """
         found: dict[tuple[str, int], Transfers] = defaultdict(Transfers)
+        for name, runs in self._runs.items():
+            for key, transfers in self._play(name).transfers.items() if runs else ():
+                found[key].seconds += runs * transfers.seconds
+                found[key].exposed += runs * transfers.exposed
+        return dict(found)
+
+    def timeline(self, scope: str) -> list[Span]:
+        """Returns one pass of the loop in a named scope, with all passes of the loops inside; nothing without one."""
+        for name in self._bodies:
+            for instruction in self._instructions(name) if self._runs[name] else ():
+                called = _CALLED.search(instruction.rest)
+                if instruction.opcode == "while" and f'/{scope}/while"' in instruction.rest and called:
+                    return _merged(self._expanded(called[1], 0.0))
+        return []
+
+    def _expanded(self, name: str, start: float) -> Iterator[Span]:
+        played = self._play(name)
+        for span in played.spans:
+            yield dataclasses.replace(span, start=start + span.start, end=start + span.end)
+        for body, begin, count in played.loops:
+            for index in range(count):
+                yield from self._expanded(body, start + begin + index * self._play(body).seconds)
+
+    def _play(self, name: str) -> _Played:
+        """Returns how a computation runs."""
+        if name in self._played:
+            return self._played[name]
+        played = self._played[name] = _Played()
+        now, free = 0.0, defaultdict[str, float](float)
         pending: dict[str, tuple[tuple[str, int], float]] = {}
         named = {instruction.name: instruction for instruction in self._instructions(name)}
         for instruction in named.values():
-            sent = sent_by(instruction.line, self.bodies[name]) if instruction.opcode.startswith(KINDS) else None
+            sent = sent_by(instruction.line, self._bodies[name]) if instruction.opcode.startswith(KINDS) else None
             if sent is not None:
                 kind, group, size = sent
-                outside, seconds = self._transfer(instruction, kind, size)
                 if group == 1:
                     continue
-                free[outside] = max(now, free[outside]) + seconds
-                found[kind, group].seconds += seconds
-                pending[instruction.name] = (kind, group), free[outside]
+                lane, seconds = self._transfer(instruction, kind, size)
+                begin = max(now, free[lane])
+                free[lane] = begin + seconds
+                played.spans.append(Span(lane, _part(instruction), begin, free[lane]))
+                played.transfers[kind, group].seconds += seconds
+                pending[instruction.name] = (kind, group), free[lane]
             done = pending.pop(self._awaited(instruction), None)
             if done is not None:
                 key, end = done
-                found[key].exposed += max(end - now, 0.0)
+                played.transfers[key].exposed += max(end - now, 0.0)
                 now = max(end, now)
-            elif sent is None:
-                now += self._seconds(instruction, named)
-        return now, found
+            elif sent is None and (seconds := self._seconds(instruction, named)):
+                called = _CALLED.search(instruction.rest)
+                if instruction.opcode == "while" and called:
+                    played.loops.append((called[1], now, passes(instruction.line, self._bodies)))
+                else:
+                    played.spans.append(Span("computation", _part(instruction), now, now + seconds))
+                now += seconds
+        played.seconds = now
+        return played
 
     @staticmethod
     def _awaited(instruction: _Instruction) -> str:
@@ -157,18 +208,19 @@ class _Schedule:
             return instruction.operands[0]
         return instruction.name if instruction.opcode in KINDS else ""
 
-    def _transfer(self, instruction: _Instruction, kind: str, size: float) -> tuple[bool, float]:
-        """Returns whether a collective leaves the node, and its seconds."""
+    def _transfer(self, instruction: _Instruction, kind: str, size: float) -> tuple[str, float]:
+        """Returns the links that a collective uses, and its seconds."""
         listed, node = _FIRST_GROUP.search(instruction.rest), self._accelerator.node
         first, second = (int(rank) for rank in listed.groups()) if listed else (0, node)
         if kind == "ragged-all-to-all":
             size *= dict(self._load.hops).get(second - first, 1.0)
-        outside = first // node != second // node
-        return outside, size / (self._accelerator.outer_link if outside else self._accelerator.inner_link)
+        if first // node != second // node:
+            return "between nodes", size / self._accelerator.outer_link
+        return "within a node", size / self._accelerator.inner_link
 
     def _instructions(self, name: str) -> list[_Instruction]:
         if name not in self._lines:
-            lines = self.bodies.get(name, "").splitlines()
+            lines = self._bodies.get(name, "").splitlines()
             self._lines[name] = [_Instruction(match, line) for line in lines if (match := _LINE.match(line))]
         return self._lines[name]
 
@@ -177,12 +229,12 @@ class _Schedule:
             return 0.0
         called = _CALLED.search(instruction.rest)
         if instruction.opcode == "while" and called:
-            return passes(instruction.line, self.bodies) * self.timed(called[1])[0]
+            return passes(instruction.line, self._bodies) * self._play(called[1]).seconds
         if instruction.opcode == "call" and called:
-            return self.timed(called[1])[0]
+            return self._play(called[1]).seconds
         if instruction.opcode == "conditional":
             branches = re.findall(r"[\w.\-]+", " ".join(map(" ".join, _BRANCHES.findall(instruction.rest))))
-            return max((self.timed(branch)[0] for branch in branches if branch in self.bodies), default=0.0)
+            return max((self._play(branch).seconds for branch in branches if branch in self._bodies), default=0.0)
         operands = [named[operand] for operand in instruction.operands if operand in named]
         inner = self._instructions(called[1]) if instruction.opcode == "fusion" and called else []
         moved = _fused_bytes(operands, instruction, inner) if inner else sum(x.bytes for x in (*operands, instruction))
@@ -203,6 +255,26 @@ class _Schedule:
         kernel = _KERNEL.search(product.rest)
         filled = self._load.products if kernel and "grouped" in kernel[1] else 1.0
         return max(seconds, operations / rate) * filled
+
+
+def _part(instruction: _Instruction) -> str:
+    """Returns the part of a layer to which an instruction belongs, by its named scopes."""
+    scopes = _SCOPES.search(instruction.rest)
+    text = scopes[1] if scopes else ""
+    part = next((part for part in ("routed_experts", "attention") if part in text), "other")
+    return f"{part.replace('_', ' ')}, {'backward' if 'transpose(' in text else 'forward'}"
+
+
+def _merged(spans: Iterable[Span]) -> list[Span]:
+    """Returns spans in order of their lanes and starts, those that follow another of the same part joined with it."""
+    joined: list[Span] = []
+    for span in sorted(spans, key=lambda span: (span.lane, span.start)):
+        last = joined[-1] if joined else None
+        if last and (last.lane, last.what) == (span.lane, span.what) and span.start <= last.end * (1 + 1e-9):
+            joined[-1] = dataclasses.replace(last, end=max(last.end, span.end))
+        else:
+            joined.append(span)
+    return joined
 
 
 def _is_product(instruction: _Instruction) -> bool:

@@ -1,12 +1,16 @@
-"""Draws a plan: what fills a device, and where a step's time goes."""
+"""Draws a plan: what fills a device, where a step's time goes, and what a pipeline computes and sends at once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
+from dsv3_jax.planning.compiled import CompiledPlan
+from dsv3_jax.planning.overlap import Span
 from dsv3_jax.planning.plan import Plan
 from dsv3_jax.planning.report_table import memory_parts
 
@@ -33,15 +37,29 @@ _TIMES = {
 }
 
 
-def draw_plan(plan: Plan, path: Path) -> None:
-    """Writes a PNG of the plan."""
-    config = plan.config
+_PARTS = {
+    "attention, forward": "#9cc3e6",
+    "attention, backward": "#2f6db3",
+    "routed experts, forward": "#cfa9dd",
+    "routed experts, backward": "#7a5195",
+}
+_LANES = {"computation": 2, "between nodes": 1, "within a node": 0}
+
+
+def draw_plan(plan: Plan, path: Path, compiled: CompiledPlan | None = None) -> None:
+    """Writes a PNG of the plan, and below it of a pair of layers where the compiler's schedule has one."""
+    config, pair = plan.config, compiled.pair if compiled else []
     # Not by pyplot, whose backend belongs to the program or notebook that imports this module.
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    axes = ", ".join(f"{axis}={value}" for axis, value in vars(config.mesh).items() if value > 1) or "one device"
+    figure = Figure(figsize=(11, 8.2 if pair else 5.2), layout="constrained")
+    if pair:
+        axes = figure.subplot_mosaic([["memory", "time"], ["pair", "pair"]], height_ratios=[5, 3])
+        left, right = axes["memory"], axes["time"]
+        _draw_pair(axes["pair"], pair)
+    else:
+        left, right = figure.subplots(1, 2)
+    mesh = ", ".join(f"{axis}={value}" for axis, value in vars(config.mesh).items() if value > 1) or "one device"
     billions = config.model.num_parameters(mtp=True) / 1e9
-    figure.suptitle(f"{billions:.3g}B parameters on {config.target.name}: {axes}")
+    figure.suptitle(f"{billions:.3g}B parameters on {config.target.name}: {mesh}")
     _draw_memory(left, plan)
     _draw_time(right, plan)
     figure.savefig(path, dpi=120)
@@ -81,3 +99,27 @@ def _draw_time(axes: Axes, plan: Plan) -> None:
     axes.set(xlim=(0, 1.35 * max(totals)), ylim=(-0.5, 4.0), xlabel="seconds per step")
     axes.set_title(f"{plan.config.tokens_per_step:,} tokens per step")
     axes.legend(frameon=False, loc="upper right", fontsize=9, ncols=2)
+
+
+def _draw_pair(axes: Axes, pair: Sequence[Span]) -> None:
+    """Draws what a device computes, and what its links send meanwhile."""
+    colours = [*_PARTS.items(), ("all else", "#bbbbbb")]
+    for lane, row in _LANES.items():
+        for part, colour in colours:
+            spans = [span for span in pair if span.lane == lane and _part_of(span) == part]
+            bars = [(1e3 * span.start, 1e3 * (span.end - span.start)) for span in spans]
+            axes.broken_barh(bars, (row - 0.35, 0.7), color=colour if lane == "computation" else "#d9822b")
+    axes.legend(
+        handles=[Patch(color=colour, label=part) for part, colour in (*colours, ("sending", "#d9822b"))],
+        frameon=False,
+        loc="upper center",
+        ncols=6,
+        fontsize=9,
+    )
+    axes.set_yticks([*_LANES.values()], [*_LANES])
+    axes.set(ylim=(-0.5, 3.2), xlabel="milliseconds, by the roofline of each instruction of the compiler's schedule")
+    axes.set_title("one layer forward and one backward, in a tick with both")
+
+
+def _part_of(span: Span) -> str:
+    return span.what if span.what in _PARTS and span.lane == "computation" else "all else"

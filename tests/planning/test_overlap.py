@@ -9,7 +9,7 @@ import pytest
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.hardware import ACCELERATORS, Target
-from dsv3_jax.planning.overlap import EvenLoad, even_load, read_overlap
+from dsv3_jax.planning.overlap import EvenLoad, Schedule, Span, even_load
 from dsv3_jax.sharding.mesh import MeshConfig
 
 # 1 byte of memory, 2 bytes between nodes or 8 within one, 1000 operations a microsecond.
@@ -40,7 +40,7 @@ def program(between: str, behind: str = "", others: str = "") -> str:
 
 
 def hidden(text: str, load: EvenLoad | None = None) -> float:
-    found = read_overlap(text, ACCELERATOR, load)
+    found = Schedule(text, ACCELERATOR, load).transfers()
     assert found["all-gather", 4].seconds == pytest.approx(SECONDS)
     return found["all-gather", 4].hidden
 
@@ -70,9 +70,9 @@ def test_a_product_takes_its_operations() -> None:
         'metadata={op_name="jit(step)/grouped_matmul/mpmd_map"}\n'
     )
     for dtype, line, seconds in (("f32", dot, 12e-6), ("f32", kernel, 12e-6), ("f8e4m3fn", kernel, 6e-6)):
-        found = read_overlap(program(factors.format(dtype) + line), accelerator)["all-gather", 4]
+        found = Schedule(program(factors.format(dtype) + line), accelerator).transfers()["all-gather", 4]
         assert found.hidden == pytest.approx(seconds / SECONDS, rel=1e-3), line
-    found = read_overlap(program(factors.format("f32") + kernel), accelerator, EvenLoad(products=0.25))
+    found = Schedule(program(factors.format("f32") + kernel), accelerator, EvenLoad(products=0.25)).transfers()
     assert found["all-gather", 4].hidden == pytest.approx(3e-6 / SECONDS, rel=1e-3)
 
 
@@ -111,17 +111,17 @@ def test_transfers_over_one_link_follow_one_another() -> None:
     """Two sends of 0.6 ms begin together: 0.9 ms of computation hide one and a half. Another link is free meanwhile."""
     second = START.replace("%s =", "%s2 =").split("\n", 1)[1]
     done = DONE.replace("%d =", "%d2 =").replace("(%s)", "(%s2)")
-    found = read_overlap(program(second + NEGATED.format(225), done), ACCELERATOR)["all-gather", 4]
+    found = Schedule(program(second + NEGATED.format(225), done), ACCELERATOR).transfers()["all-gather", 4]
     assert found.seconds == pytest.approx(2 * SECONDS)
     assert found.hidden == pytest.approx(0.75)
     inner = second.replace("{{0,2,4,6}}", "{{0,1}}")
-    found = read_overlap(program(inner + NEGATED.format(225), done), ACCELERATOR)
+    found = Schedule(program(inner + NEGATED.format(225), done), ACCELERATOR).transfers()
     assert found["all-gather", 4].hidden == found["all-gather", 2].hidden == 1
 
 
 def test_a_synchronous_collective_hides_nothing_and_is_beside_nothing() -> None:
     text = program("  %e = f32[200]{0} all-gather(%a), replica_groups={{0,1}}, dimensions={0}\n")
-    found = read_overlap(text, ACCELERATOR)
+    found = Schedule(text, ACCELERATOR).transfers()
     assert found["all-gather", 2].hidden == 0
     assert found["all-gather", 4].hidden == pytest.approx(100 * 4 / 8e6 / SECONDS)
 
@@ -130,3 +130,33 @@ def test_the_filled_part_of_buffers_on_the_reports_mesh() -> None:
     """A token goes to 4 nodes and 8 ranks; the buffers have room for 64 rows, and for 4 experts of each."""
     config = PlanConfig(model=ModelConfig.preset("v3-671b"), target=Target.parse("h800:64"), mesh=MeshConfig(expert=64))
     assert even_load(config) == EvenLoad(hops=((8, 1.0), (1, 1 / 8)), products=1 / 32)
+
+
+def test_a_time_line_has_every_pass_of_inner_loops() -> None:
+    """A pass computes 40 us of attention, then three times 80 us of experts, beside which 0.2 ms are sent."""
+    scope = 'metadata={op_name="jit(step)/pairs/while/body/'
+    text = f"""HloModule m, is_scheduled=true
+
+%inner (p: f32[20]) -> f32[20] {{
+  ROOT %n = f32[20]{{0}} negate(%q), {scope}transpose(jvp())/routed_experts/neg"}}
+}}
+
+%pair (p: f32[100]) -> f32[100] {{
+  %p = f32[100]{{0}} parameter(0)
+  %n = f32[10]{{0}} negate(%q), {scope}attention/neg"}}
+  %s = ((f32[100]), f32[200]{{0}}) all-gather-start(%p), replica_groups={{{{0,2}}}}, {scope}attention/gather"}}
+  %w = f32[20]{{0}} while(%q), condition=%c, body=%inner, backend_config={{"known_trip_count":{{"n":"3"}}}}
+  %d = f32[200]{{0}} all-gather-done(%s)
+}}
+
+ENTRY %main (a: f32[100]) -> f32[] {{
+  %l = f32[100]{{0}} while(%a), condition=%c, body=%pair, metadata={{op_name="jit(step)/pairs/while"}}
+}}
+"""
+    spans = Schedule(text, ACCELERATOR).timeline("pairs")
+    assert [dataclasses.replace(span, start=round(span.start, 9), end=round(span.end, 9)) for span in spans] == [
+        Span("between nodes", "attention, forward", 40e-6, 240e-6),
+        Span("computation", "attention, forward", 0.0, 40e-6),
+        Span("computation", "routed experts, backward", 40e-6, 280e-6),
+    ]
+    assert Schedule(text, ACCELERATOR).timeline("elsewhere") == []
