@@ -70,7 +70,7 @@ class Span:
 
     Attributes:
       lane: "computation", "between nodes" or "within a node".
-      what: the part of a layer, such as "attention, forward".
+      what: the part of a layer, such as "attention, forward", or "all else".
       start, end: seconds.
     """
 
@@ -113,12 +113,12 @@ class _Instruction:
 
 @dataclasses.dataclass
 class _Played:
-    """How a computation runs: its seconds, own transfers and spans, and its loops (body, start, passes)."""
+    """How a computation runs: its seconds, own transfers and spans, and its loops (body, start, passes, part)."""
 
     seconds: float = 0.0
     transfers: dict[tuple[str, int], Transfers] = dataclasses.field(default_factory=lambda: defaultdict(Transfers))
     spans: list[Span] = dataclasses.field(default_factory=list)
-    loops: list[tuple[str, float, int]] = dataclasses.field(default_factory=list)
+    loops: list[tuple[str, float, int, str]] = dataclasses.field(default_factory=list)
 
 
 class Schedule:
@@ -155,16 +155,18 @@ class Schedule:
             for instruction in self._instructions(name) if self._runs[name] else ():
                 called = _CALLED.search(instruction.rest)
                 if instruction.opcode == "while" and f'/{scope}/while"' in instruction.rest and called:
-                    return _merged(self._expanded(called[1], 0.0))
+                    return _merged(self._expanded(called[1], 0.0, "all else"))
         return []
 
-    def _expanded(self, name: str, start: float) -> Iterator[Span]:
+    def _expanded(self, name: str, start: float, part: str) -> Iterator[Span]:
+        """Yields what a computation does; without a name of its own it belongs to the part around it."""
         played = self._play(name)
         for span in played.spans:
-            yield dataclasses.replace(span, start=start + span.start, end=start + span.end)
-        for body, begin, count in played.loops:
+            what = span.what or part
+            yield dataclasses.replace(span, what=what, start=start + span.start, end=start + span.end)
+        for body, begin, count, what in played.loops:
             for index in range(count):
-                yield from self._expanded(body, start + begin + index * self._play(body).seconds)
+                yield from self._expanded(body, start + begin + index * self._play(body).seconds, what or part)
 
     def _play(self, name: str) -> _Played:
         """Returns how a computation runs."""
@@ -194,7 +196,7 @@ class Schedule:
             elif sent is None and (seconds := self._seconds(instruction, named)):
                 called = _CALLED.search(instruction.rest)
                 if instruction.opcode == "while" and called:
-                    played.loops.append((called[1], now, passes(instruction.line, self._bodies)))
+                    played.loops.append((called[1], now, passes(instruction.line, self._bodies), _part(instruction)))
                 else:
                     played.spans.append(Span("computation", _part(instruction), now, now + seconds))
                 now += seconds
@@ -258,11 +260,11 @@ class Schedule:
 
 
 def _part(instruction: _Instruction) -> str:
-    """Returns the part of a layer to which an instruction belongs, by its named scopes."""
+    """Returns the part of a layer to which an instruction belongs, by its named scopes; nothing where they say none."""
     scopes = _SCOPES.search(instruction.rest)
     text = scopes[1] if scopes else ""
-    part = next((part for part in ("routed_experts", "attention") if part in text), "other")
-    return f"{part.replace('_', ' ')}, {'backward' if 'transpose(' in text else 'forward'}"
+    part = next((part for part in ("routed_experts", "attention") if part in text), None)
+    return f"{part.replace('_', ' ')}, {'backward' if 'transpose(' in text else 'forward'}" if part else ""
 
 
 def _merged(spans: Iterable[Span]) -> list[Span]:

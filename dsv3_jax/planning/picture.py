@@ -106,20 +106,16 @@ def _draw_pair(axes: Axes, pair: Sequence[Span]) -> None:
     colours = [*_PARTS.items(), ("all else", "#bbbbbb")]
     for lane, row in _LANES.items():
         for part, colour in colours:
-            spans = [span for span in pair if span.lane == lane and _part_of(span) == part]
+            spans = [span for span in pair if (span.lane, span.what) == (lane, part)]
             bars = [(1e3 * span.start, 1e3 * (span.end - span.start)) for span in spans]
-            axes.broken_barh(bars, (row - 0.35, 0.7), color=colour if lane == "computation" else "#d9822b")
+            axes.broken_barh(bars, (row - 0.35, 0.7), color=colour if lane == "computation" else "#d9822b", lw=0)
     axes.legend(
         handles=[Patch(color=colour, label=part) for part, colour in (*colours, ("sending", "#d9822b"))],
         frameon=False,
         loc="upper center",
-        ncols=6,
+        ncols=3,
         fontsize=9,
     )
     axes.set_yticks([*_LANES.values()], [*_LANES])
-    axes.set(ylim=(-0.5, 3.2), xlabel="milliseconds, by the roofline of each instruction of the compiler's schedule")
+    axes.set(ylim=(-0.5, 3.6), xlabel="milliseconds, by the roofline of each instruction of the compiler's schedule")
     axes.set_title("one layer forward and one backward, in a tick with both")
-
-
-def _part_of(span: Span) -> str:
-    return span.what if span.what in _PARTS and span.lane == "computation" else "all else"
