@@ -127,17 +127,15 @@ def exposed_communication(config: PlanConfig, flows: list[Traffic], computing: f
       computing: seconds of all computation.
       experts: seconds of the products of routed experts.
     """
-    flows = [
-        dataclasses.replace(flow, seconds=_exposed_tokens(config, flow.seconds, experts))
-        if flow.what == TOKENS
-        else flow
-        for flow in flows
-    ]
+    tokens = sum(flow.seconds for flow in flows if flow.what == TOKENS)
+    exposed_tokens = _exposed_tokens(config, tokens, experts)
+    others = [flow for flow in flows if flow.what != TOKENS]
     if config.has_stages:
-        return sum(flow.seconds * (waiting(config) if flow.what in WHILE_COMPUTING else 1) for flow in flows)
-    waited_for = (TENSOR_SUMS, CONTEXT_EXCHANGE, REPLICAS, TOKENS)
-    exposed = sum(flow.seconds for flow in flows if flow.what in waited_for)
-    hidden = sum(flow.seconds for flow in flows if flow.what not in waited_for)
+        in_ticks = exposed_tokens + sum(flow.seconds for flow in others if flow.what in WHILE_COMPUTING)
+        return in_ticks * waiting(config) + sum(flow.seconds for flow in others if flow.what not in WHILE_COMPUTING)
+    waited_for = (TENSOR_SUMS, CONTEXT_EXCHANGE, REPLICAS)
+    exposed = exposed_tokens + sum(flow.seconds for flow in others if flow.what in waited_for)
+    hidden = tokens - exposed_tokens + sum(flow.seconds for flow in others if flow.what not in waited_for)
     return exposed + max(hidden - computing, 0.0)
 
 

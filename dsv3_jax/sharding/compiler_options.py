@@ -13,6 +13,9 @@ ON_GPUS: dict[str, bool | int] = {
     # The scheduler takes kernels that it does not know, as all of Pallas are, for short ones. It would start sends
     # behind most of an iteration's products.
     "xla_gpu_experimental_collective_start_as_early_as_possible": True,
+    # In percent. Where a step needs more than this part of four fifths of the memory, the scheduler gives up overlap
+    # until it does not. By default that is 95, three quarters of the memory; this is nine tenths.
+    "xla_gpu_memory_limit_slop_factor": 115,
 }
 """Options of NVIDIA GPUs, each with its reason."""
 
