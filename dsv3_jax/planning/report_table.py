@@ -211,8 +211,12 @@ def _compiler_verdict(plan: Plan, compiled: CompiledPlan) -> Text:
     spare = plan.config.target.accelerator.memory - compiled.peak_bytes
     verdict = f"fits with {size(spare)} to spare" if spare >= 0 else f"does not fit: {size(-spare)} too much"
     notes = ""
+    if any(item.hidden is not None for item in compiled.collectives):
+        notes = (
+            "Hidden is what runs beside computation, by the compiler's order and the rooflines of its instructions.\n"
+        )
     if plan.config.has_stages:
-        notes = "A stage's collectives are counted in every branch of every tick, and for one layer.\n"
+        notes += "A stage's collectives are counted in every branch of every tick, and for one layer.\n"
     return Text(
         f"{notes}The compiler says: the step {verdict}. Lowered in {compiled.lower_seconds:.0f} s and compiled in "
         f"{compiled.compile_seconds:.0f} s here, within {size(compiled.host_peak_bytes)}.",
