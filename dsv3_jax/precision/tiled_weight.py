@@ -28,7 +28,8 @@ class TiledWeight:
     """One parameter, which modules read as they read an array.
 
     Attributes:
-      values: [*stack, parts, tiles, inputs of a part, 64], filled up with zeros.
+      values: [*stack, parts * tiles, inputs of a part, 64], filled up with zeros. An axis of their own for parts, often
+        of size 1, would make XLA copy the weights of all experts before it chooses some.
       out_shape, in_shape: sizes of the output and input axes of the array that the weight replaces.
       rounded: the same matrix in eight bits, for products that need not be exact.
     """
@@ -51,12 +52,13 @@ class TiledWeight:
         matrix = jnp.pad(matrix, [*nothing, (0, tiles * _OUTPUTS - columns), (0, parts * width - rows)])
         values = matrix.reshape(*stack, tiles, _OUTPUTS, parts, width)
         axes = [stack_axes + axis for axis in (2, 0, 3, 1)]
-        return cls(values.transpose(*range(stack_axes), *axes), out, inputs)
+        values = values.transpose(*range(stack_axes), *axes)
+        return cls(values.reshape(*stack, parts * tiles, width, _OUTPUTS), out, inputs)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array that the weight replaces."""
-        return (*self.values.shape[:-4], *self.out_shape, *self.in_shape)
+        return (*self.values.shape[:-3], *self.out_shape, *self.in_shape)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -80,13 +82,14 @@ class TiledWeight:
         stack_axes = len(shape) - 1
         while math.prod(shape[stack_axes:-1]) < math.prod(self.out_shape):
             stack_axes -= 1
-        values = self.values.reshape(*shape[:stack_axes], *self.values.shape[-4:])
+        values = self.values.reshape(*shape[:stack_axes], *self.values.shape[-3:])
         assert shape[-1] == math.prod(self.in_shape)
         return TiledWeight(values, shape[stack_axes:-1], shape[-1:])
 
     def product(self, x: Float[Array, "*batch in"], dtype: jax.typing.DTypeLike) -> Float[Array, "*batch out"]:
         """Returns y = W x for one matrix [out, in]."""
-        parts, tiles, width, _ = self.values.shape
+        parts = -(-x.shape[-1] // _MOST_INPUTS)
+        tiles, width = self.values.shape[0] // parts, self.values.shape[1]
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         flat = jnp.pad(flat, ((0, 0), (0, parts * width - x.shape[-1])))
         count = len(flat)
@@ -95,9 +98,8 @@ class TiledWeight:
         rows = flat.reshape(-1, parts, width).swapaxes(0, 1)
         for_tiles = jnp.broadcast_to(rows[:, None], (parts, tiles, *rows.shape[1:]))
         contract = (((2,), (1,)), ((0,), (0,)))
-        sums = lax.dot_general(
-            for_tiles.reshape(-1, *rows.shape[1:]), self.values.reshape(-1, width, _OUTPUTS), contract
-        ).reshape(parts, tiles, -1, _OUTPUTS)
+        sums = lax.dot_general(for_tiles.reshape(-1, *rows.shape[1:]), self.values, contract)
+        sums = sums.reshape(parts, tiles, -1, _OUTPUTS)
         sums = lax.optimization_barrier(sums)  # XLA may leave out the filling, and add the rest in another order
         total = sums[0]
         for part in range(1, parts):

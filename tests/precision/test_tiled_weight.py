@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,3 +46,25 @@ def test_stacks_are_selected_and_reshaped_as_arrays_are(layers: int, experts: in
     np.testing.assert_allclose(
         np.asarray(flat[layers * experts - 1].product(jnp.asarray(x), jnp.float32)), want, atol=1e-5
     )
+
+
+def test_weights_of_experts_that_are_not_chosen_are_not_copied() -> None:
+    """Not even inside loops over layers and over rows, whose operands XLA copies where their layouts differ."""
+    weight = TiledWeight.of(jnp.ones((3, 8, 96, 40)), stack_axes=2)
+
+    def layers(weight: TiledWeight, u: jax.Array, chosen: jax.Array) -> jax.Array:
+        of_all = weight.reshape(-1, 96, 40)
+
+        def layer(u: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
+            def expert(i: jax.Array, u: jax.Array) -> jax.Array:
+                return u + of_all[8 * layer + chosen[i]].product(u, jnp.float32)[:, :40]
+
+            return jax.lax.fori_loop(0, jnp.sum(chosen > 0), expert, u), None
+
+        return jax.lax.scan(layer, u, jnp.arange(3))[0]
+
+    program = jax.jit(layers).lower(weight, jnp.ones((1, 40)), jnp.arange(4)).compile().as_text()
+    made = re.findall(r"= f32\[([\d,]+)\]\S* (?:copy|transpose|fusion)\(", program)
+    assert made
+    sizes = [np.prod([int(size) for size in shape.split(",")]) for shape in made]
+    assert max(sizes) < weight.values.size
