@@ -100,3 +100,7 @@ def test_layers_of_stages(layers: int, dense: int, stages: int, expected: tuple[
 def test_more_stages_than_moe_layers_are_refused():
     with pytest.raises(ConfigError, match=r"mesh.stage \(4\) .* 3 MoE layers.* use 3 or fewer"):
         moe_layers_of_stages(ModelConfig.preset("tiny", num_hidden_layers=4, first_k_dense_replace=1), 4)
+
+
+def test_only_dualpipe_has_ticks_with_a_forward_and_a_full_backward_pass() -> None:
+    assert [tick_table(make_schedule(name, 4, 8)).pairs for name in NAMES] == [False, False, True]
