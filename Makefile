@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 .PHONY: help setup setup-dev setup-aot train test tests test-slow test-aot test-oracle mutants soak docs lint clean
 
 help:
-	@echo "make train      trains the 'nano' preset on Python's own source code and writes the run to $(RUN): 5 minutes on 2 cores"
+	@echo "make train      trains the 'nano' preset on Python's own source code and writes the run to $(RUN): 3 to 5 minutes on 2 cores"
 	@echo "make test       runs the linter, the type checker and the tests: under 10 minutes on 2 cores"
 	@echo "make test-slow  runs tests of meshes, processes, resuming, notebooks and compilers for absent hardware: 15 minutes"
 	@echo "make test-aot   compiles every kernel in every tiling and size and writes their resources: 4 minutes"
