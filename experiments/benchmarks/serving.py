@@ -58,6 +58,14 @@ def bytes_of_a_step(config: ModelConfig, tokens: int) -> float:
     return 4 * (per_token + config.num_moe_layers * more * expert)
 
 
+def bytes_of_a_draft(config: ModelConfig) -> float:
+    """Returns the bytes of weights that one MTP module multiplies a token by, its copy of the head in int8 included."""
+    module = config.num_parameters(mtp=True) - config.num_parameters()
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    unused = (config.n_routed_experts - config.num_experts_per_tok) * expert
+    return 4 * (module - unused) + config.vocab_size * config.hidden_size
+
+
 def copy_rate(threads: int) -> float:
     """Returns the bytes per second that so many threads read together while they copy 256 MB, the best of ten."""
     source = np.ones((threads, (1 << 26) // threads), np.float32)
@@ -131,6 +139,9 @@ def summary(preset: str, results: dict[str, Any], copied: float) -> dict[str, fl
         "share of the copy rate, 1 sequence": weights * tokens / copied,
         "cost of a step with a draft": 1 / step,
         "gain of a draft at 85 % acceptance": (1 + REPORTED_ACCEPTANCE) * step,
+        "the same, by bytes of weights alone": (1 + REPORTED_ACCEPTANCE)
+        * weights
+        / (bytes_of_a_step(config, 2) + bytes_of_a_draft(ModelConfig.preset(preset, num_nextn_predict_layers=1))),
     }
     if "trained run, one draft" in results:
         values = results["trained run, one draft"]["values"]
