@@ -115,7 +115,7 @@ def expert_seconds(config: PlanConfig, rank: int, reached: Reached) -> float:
     return expert_operations(config, rank) / rate
 
 
-def exposed_communication(config: PlanConfig, flows: list[Traffic], computing: float, experts: float = 0.0) -> float:
+def exposed_communication(config: PlanConfig, flows: list[Traffic], computing: float, experts: float) -> float:
     """Returns the seconds of communication that computation does not hide.
 
     Without stages, FSDP's gathers and sums run beside the computation of other layers, as long as there is any. Tensor
@@ -142,8 +142,10 @@ def exposed_communication(config: PlanConfig, flows: list[Traffic], computing: f
 def _exposed_tokens(config: PlanConfig, seconds: float, experts: float) -> float:
     """Returns the exposed part of the seconds for which tokens are exchanged (`sharding.expert_stages`).
 
-    Products of experts hide as much as they take, but not the exchange of the first and last pieces, of as many as
-    there are hops. Schedules of the GPU compiler confirm this (`planning.overlap`). Those of others are not read.
+    Tokens go through the experts in pieces. While one piece is multiplied the others are sent, but for as many pieces
+    as there are hops, which are sent before the first product or behind the last. So products hide at most the time
+    that they take. Schedules of XLA's GPU compiler show this (`planning.overlap`); for other hardware nothing is
+    taken as hidden, because its schedules cannot be read.
     """
     model, mesh = config.model, config.mesh
     if config.target.accelerator.platform != "gpu" or mesh.expert == 1:

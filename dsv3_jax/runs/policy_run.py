@@ -40,7 +40,10 @@ def policy_run(
     """
     run = RunFolder(source)
     model = architecture_of_source(source)
-    config = run.read_config() if run.holds_run else dataclasses.replace(default_run("mini"), model=model)
+    if run.holds_run:
+        config = run.read_config()
+    else:  # a preset with the optimizer of the report
+        config = dataclasses.replace(default_run("mini"), model=model)
     constant = dict.fromkeys(("constant_until", "cosine_until", "final_until", "ramp_from"), 1.0)
     changes: dict[str, Any] = {
         "batch_size": settings.rows_per_update,

@@ -40,7 +40,7 @@ BUFFER_ROWS = 2
 
 
 def pieces_of(tokens: int, ranks: int, chosen: int, experts: int, *, fewest: int = 1) -> int:
-    """Returns into how many equal pieces a rank's tokens are divided, so that buffers have at most so many rows.
+    """Returns into how many equal pieces a rank's tokens are divided, so that receive buffers keep to `BUFFER_ROWS`.
 
     Args:
       ranks: number of ranks of the expert axis.

@@ -108,11 +108,11 @@ def test_only_what_fits_beside_computation_is_hidden() -> None:
         return Traffic("fsdp", what, 1.0, seconds, False)
 
     hidden = [flow(WEIGHTS_GATHERED, 3.0), flow(GRADIENTS_SUMMED, 2.0)]
-    assert exposed_communication(config, hidden, computing=10.0) == 0
-    assert exposed_communication(config, hidden, computing=4.0) == pytest.approx(1.0)
+    assert exposed_communication(config, hidden, computing=10.0, experts=0.0) == 0
+    assert exposed_communication(config, hidden, computing=4.0, experts=0.0) == pytest.approx(1.0)
     exposed = [flow(TENSOR_SUMS, 0.1), flow(REPLICAS, 0.2), flow(TOKENS, 0.4)]
-    assert exposed_communication(config, hidden + exposed, computing=10.0) == pytest.approx(0.7)
-    assert exposed_communication(config, hidden + exposed, computing=4.0) == pytest.approx(1.7)
+    assert exposed_communication(config, hidden + exposed, computing=10.0, experts=0.0) == pytest.approx(0.7)
+    assert exposed_communication(config, hidden + exposed, computing=4.0, experts=0.0) == pytest.approx(1.7)
 
 
 def test_products_of_experts_hide_the_exchange_of_tokens() -> None:
