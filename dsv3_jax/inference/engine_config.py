@@ -37,9 +37,10 @@ class EngineConfig:
       record_experts: whether outputs say which experts each token chose. The cache keeps them for shared beginnings.
       int8_weights: whether the engine keeps the weights of products in int8, a quarter of float32's memory, and
         multiplies in int8 (`dsv3_jax.precision.int8_weight`), which is faster on a CPU.
-      tiled_weights: whether an engine of a float32 model on one CPU keeps a copy of the weights of products in tiles,
-        which decoding reads faster (`dsv3_jax.precision.tiled_weight`). Drafts are then computed with weights in int8,
-        which changes how many are accepted but not the text. Not with redundant experts.
+      tiled_weights: whether an engine on one CPU keeps copies of weights that decoding reads faster: of a float32 model
+        all weights of products, in tiles (`dsv3_jax.precision.tiled_weight`); of a bfloat16 model the experts', as an
+        array for each layer. Drafts of a float32 model are then computed in int8, which changes how many are accepted
+        but not the text. Not with redundant experts.
       redundant_experts: copies of routed experts of each layer, of those that serve most tokens (section 3.4).
       requests_per_placement: finished requests after which the copies are chosen anew by the load measured since.
       sets: meshes of two sets of devices, one of which reads prompts while the other generates; None where the model's
@@ -54,7 +55,7 @@ class EngineConfig:
     cache_dtype: str | None = None
     page_size: int = 16
     chunk_sizes: tuple[int, ...] = (16, 64)
-    chunk_rows: int = 1
+    chunk_rows: int = 2
     micro_batches: int = 1
     steps: int = 8
     drafts: int | None = None
@@ -98,7 +99,8 @@ class Sizes:
       drafts: tokens that the MTP module drafts per step.
       pages: number of pages of the cache.
       page_size: tokens per page.
-      chunk_rows: prompts that are read at a time, rounded up to what the devices share in every micro-batch.
+      chunk_rows: prompts that are read at a time: no more than slots, rounded up to what the devices share in every
+        micro-batch.
       batch_ranks: the number of rows of every batch is a multiple of this.
     """
 
@@ -122,7 +124,7 @@ class Sizes:
         ranks = model.devices.batch_ranks
         slots = -(-config.max_sequences // ranks) * ranks
         together = ranks * config.micro_batches
-        chunk_rows = -(-config.chunk_rows // together) * together
+        chunk_rows = -(-min(config.chunk_rows, slots) // together) * together
         return cls(slots, context, drafts, pages, config.page_size, chunk_rows, ranks)
 
     @property

@@ -1,4 +1,4 @@
-"""A model for generation on a CPU: the weights of its products in eight bits, or in tiles."""
+"""A model for generation on a CPU: the weights of its products in eight bits or in tiles, its experts divided."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dsv3_jax.modules.embedding import Head
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.moe import Experts
 from dsv3_jax.modules.router import Router
+from dsv3_jax.precision.by_layer import ByLayer
 from dsv3_jax.precision.int8_weight import Int8Weight
 from dsv3_jax.precision.tiled_weight import TiledWeight
 from pallas_kernels.device import target_platform
@@ -31,6 +32,8 @@ def with_int8_weights(model: DeepSeekV3) -> DeepSeekV3:
     for parameter, in_axes, _ in _products(copy):
         if isinstance(parameter.get_value(), jax.Array):
             parameter.set_value(_to_int8(parameter.get_value(), in_axes))
+    if _on_one_cpu(copy) and copy.precision.fp8 is None:
+        _divide_experts(copy)
     return copy
 
 
@@ -53,14 +56,38 @@ def with_tiled_weights(model: DeepSeekV3, *, drafts: bool) -> DeepSeekV3:
             parameter.set_value(_to_tiles(value, in_axes, value.ndim - matrix_axes))
     head = copy.head.weight
     head.set_value(dataclasses.replace(head[...], rounded=rounded))
+    _divide_experts(copy)
     return copy
 
 
-def gains_from_tiles(model: DeepSeekV3) -> bool:
-    """Returns whether tiles make decoding faster and exact: in float32 on one CPU, with weights that are arrays."""
-    on_cpu = isinstance(model.devices, OneDevice) and target_platform() == "cpu"
+def for_one_cpu(model: DeepSeekV3, *, drafts: bool) -> DeepSeekV3:
+    """Returns a model in the form that one CPU decodes fastest: with weights in tiles in float32, else experts divided.
+
+    A model on other devices, or with weights in formats of their own, is returned as it is.
+    """
     plain = all(isinstance(parameter.get_value(), jax.Array) for parameter, *_ in _products(model))
-    return on_cpu and plain and model.precision.fp8 is None and model.precision.dtype == jnp.float32
+    if not (_on_one_cpu(model) and plain and model.precision.fp8 is None):
+        return model
+    if model.precision.dtype == jnp.float32:
+        return with_tiled_weights(model, drafts=drafts)
+    copy = nnx.clone(model)
+    _divide_experts(copy)
+    return copy
+
+
+def _on_one_cpu(model: DeepSeekV3) -> bool:
+    return isinstance(model.devices, OneDevice) and target_platform() == "cpu"
+
+
+def _divide_experts(model: DeepSeekV3) -> None:
+    """Gives every main layer's experts arrays of their own, if one array holds those of all layers."""
+    for _, experts in nnx.iter_modules(model):
+        if isinstance(experts, Experts) and experts.gate_up.get_value().ndim > len(experts.shapes.gate_up.shape):
+            for parameter in (experts.gate_up, experts.down):
+                parameter.set_value(_by_layer(parameter.get_value()))
+
+
+_by_layer = jax.jit(ByLayer.of)
 
 
 def _products(model: nnx.Module) -> Iterator[tuple[nnx.Param, int, int]]:

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.inference.sampling import SamplerRows, TextSoFar, adjust, choose, draw_keys
+from dsv3_jax.inference.sampling import SamplerRows, TextSoFar, adjust, choose
 from dsv3_jax.inference.scores import Scores
 from dsv3_jax.inference.speculation import DRAFT, TOKEN, check_draft
 from dsv3_jax.micro_batches import decode_in_two
@@ -287,8 +287,7 @@ def _draft(
             drafted = model.draft(drafted.hidden[:, -1:], drafts[-1][:, None], drafted.cache, at)
             load, text = load + drafted.load, text.with_token(drafts[-1], running.sampler.counts_tokens)
         logits.append(adjust(model.draft_logits(drafted.hidden[:, -1:])[:, 0], running.sampler, text))
-        keys = draw_keys(running.sampler, running.position + number, DRAFT)
-        drafts.append(choose(logits[-1], running.sampler, keys))
+        drafts.append(choose(logits[-1], running.sampler, running.position + number, DRAFT))
     return drafts, logits, drafted.cache, [load]
 
 
@@ -311,7 +310,7 @@ def _check(
             right, token = check_draft(drafts[number], adjusted, draft_logits[number], sampler, at)
         else:
             right = jnp.zeros(going.shape, bool)
-            token = choose(adjusted, sampler, draw_keys(sampler, at, TOKEN))
+            token = choose(adjusted, sampler, at, TOKEN)
         chosen.append(token)
         text = text.with_token(token, going & sampler.counts_tokens)
         going &= right

@@ -10,7 +10,7 @@ from flax import nnx
 
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.inference.engine_config import EngineConfig
-from dsv3_jax.inference.product_weights import gains_from_tiles, with_int8_weights, with_tiled_weights
+from dsv3_jax.inference.product_weights import for_one_cpu, with_int8_weights
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.sharding.placed_experts import with_placed_experts
 from dsv3_jax.sharding.placement import place_experts
@@ -68,8 +68,8 @@ class OwnModel:
             self._model, self._counted = model, 0 if load is None else load
             model = with_redundant_experts(model, self._config.redundant_experts, since)
         if not self._config.int8_weights:
-            tiled = self._config.tiled_weights and not self._config.redundant_experts and gains_from_tiles(model)
-            return with_tiled_weights(model, drafts=self._config.drafts != 0) if tiled else model
+            tiled = self._config.tiled_weights and not self._config.redundant_experts
+            return for_one_cpu(model, drafts=self._config.drafts != 0) if tiled else model
         if model.precision.fp8 is not None:
             raise ConfigError("engine.int8_weights is for models of precision float32 or bfloat16, not fp8")
         return with_int8_weights(model)

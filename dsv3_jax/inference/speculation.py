@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.inference.sampling import SamplerRows, choose, draw_keys
+from dsv3_jax.inference.sampling import SamplerRows, choose, draw_keys, likeliest
 
 # What a request's random numbers at a position are for.
 TOKEN, ACCEPTANCE, DRAFT = 0, 1, 2
@@ -32,7 +32,7 @@ def check_draft(
       adjusted, draft_adjusted: logits of p and q, from `adjust`.
       positions: of the token, for the random numbers.
     """
-    likeliest = jnp.argmax(adjusted, axis=-1).astype(jnp.int32)
+    best = likeliest(adjusted)
     drawn_rows = rows.temperature > 0
 
     def by_rejection(_: None) -> tuple[Bool[Array, " B"], Int[Array, " B"]]:
@@ -44,8 +44,8 @@ def check_draft(
         rest = jnp.maximum(p - q, 0)
         # Rounding may leave nothing of p beyond q: then the two are equal, and p itself is right.
         rest = jnp.where(jnp.any(rest > 0, axis=-1, keepdims=True), rest, p)
-        other = choose(jnp.log(rest), rows, draw_keys(rows, positions, TOKEN))
-        accepted = jnp.where(drawn_rows, accepted, likeliest == draft)
-        return accepted, jnp.where(accepted, draft, jnp.where(drawn_rows, other, likeliest))
+        other = choose(jnp.log(rest), rows, positions, TOKEN)
+        accepted = jnp.where(drawn_rows, accepted, best == draft)
+        return accepted, jnp.where(accepted, draft, jnp.where(drawn_rows, other, best))
 
-    return lax.cond(jnp.any(drawn_rows), by_rejection, lambda _: (likeliest == draft, likeliest), None)
+    return lax.cond(jnp.any(drawn_rows), by_rejection, lambda _: (best == draft, best), None)

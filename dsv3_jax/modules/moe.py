@@ -20,7 +20,7 @@ import pallas_kernels
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.balance import Routing, balance_terms
 from dsv3_jax.modules.devices import Devices, ExpertShapes, OneDevice
-from dsv3_jax.modules.expert_blocks import blocks_of_experts
+from dsv3_jax.modules.expert_blocks import NO_EXPERT, ExpertProducts, apply_experts
 from dsv3_jax.modules.feed_forward import FeedForward
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.modules.router import Router
@@ -33,6 +33,8 @@ from dsv3_jax.precision import (
     linear_by_row,
     swiglu_linear,
 )
+from dsv3_jax.precision.by_layer import ByLayer, with_layer
+from dsv3_jax.precision.int8_weight import Int8Weight
 from dsv3_jax.precision.keeping import keep
 from dsv3_jax.precision.tiled_weight import TiledWeight
 from pallas_kernels.device import target_platform
@@ -145,23 +147,17 @@ class Experts(nnx.Module):
         gate_up, down = self.gate_up[...], self.down[...]
         experts, _, width, d = gate_up.shape[-4:]
         tokens, chosen = u.shape[0], gates.expert_index.shape[-1]
-        in_blocks = isinstance(self.devices, OneDevice) and target_platform() == "cpu" and self.precision.fp8 is None
+        index = gates.expert_index.reshape(tokens, chosen)
         weights = jnp.where(token_mask[:, None], gates.gate.reshape(tokens, chosen), 0)
-        if not in_blocks and tokens * chosen > experts:
+        on_cpu = isinstance(self.devices, OneDevice) and target_platform() == "cpu" and self.precision.fp8 is None
+        if on_cpu:
+            index = jnp.where(token_mask[:, None], index, NO_EXPERT)
+            return apply_experts(u.astype(self.precision.dtype), index, weights, self._products_of(layer))
+        if tokens * chosen > experts:
             gates = dataclasses.replace(gates, gate=weights.reshape(gates.gate.shape))
             return self._apply(u, gates, *((gate_up, down) if layer is None else (gate_up[layer], down[layer])))
         gate_up, down = gate_up.reshape(-1, 2 * width, d), down.reshape(-1, d, width)
-        index = gates.expert_index.reshape(tokens, chosen) + (0 if layer is None else layer * experts)
-        if in_blocks:
-            index = jnp.where(token_mask[:, None], index, jnp.iinfo(jnp.int32).max)
-
-            def product(rows: Float[Array, "R d"], expert: Int[Array, ""]) -> Float[Array, "R d"]:
-                hidden = linear(rows, gate_up[expert], self.precision).reshape(-1, 2, width)
-                return swiglu_linear(hidden, down[expert], self.precision)
-
-            fewest = 1 if isinstance(gate_up, TiledWeight) else 2
-            u = u.astype(self.precision.dtype)
-            return blocks_of_experts(u, index, weights, experts, product, fewest_rows=fewest)
+        index += 0 if layer is None else layer * experts
         dtype = self.precision.dtype
         rows = jnp.repeat(u, chosen, axis=0)
         hidden = linear_by_row(rows, gate_up[index.reshape(-1)], self.precision)
@@ -169,6 +165,29 @@ class Experts(nnx.Module):
         out = out.reshape(tokens, chosen, d)
         wide = jnp.promote_types(dtype, jnp.float32)
         return jnp.sum(out.astype(wide) * weights[..., None].astype(wide), axis=1).astype(dtype)
+
+    def _products_of(self, layer: Int[Array, ""] | None) -> ExpertProducts:
+        """Returns the networks of a layer's experts on a CPU; `layer` is that of `of_few`."""
+        gate_up, down = self.gate_up[...], self.down[...]
+        experts, _, width, d = gate_up.shape[-4:]
+        is_stack = layer is not None and not isinstance(gate_up, ByLayer)
+
+        def of_one(gate_up: Any, down: Any, rows: Float[Array, "R d"], expert: Int[Array, ""]) -> Float[Array, "R d"]:
+            expert += layer * experts if is_stack else 0
+            hidden = linear(rows, gate_up.reshape(-1, 2 * width, d)[expert], self.precision).reshape(-1, 2, width)
+            return swiglu_linear(hidden, down.reshape(-1, d, width)[expert], self.precision)
+
+        def of_all(gate_up: Any, down: Any, rows: Float[Array, "E R d"]) -> Float[Array, "E R d"]:
+            return self._products(rows.reshape(-1, d), gate_up, down, None, 1).reshape(rows.shape)
+
+        one = gate_up.layers[0] if isinstance(gate_up, ByLayer) else gate_up
+        exact = not is_stack and (isinstance(one, Int8Weight | TiledWeight) or self.precision.dtype != jnp.float32)
+        return ExpertProducts(
+            experts,
+            with_layer(of_one, (gate_up, down), layer),
+            with_layer(of_all, (gate_up, down), layer) if exact else None,
+            fewest_rows=1 if isinstance(one, TiledWeight) else 2,
+        )
 
 
 class MixtureOfExperts(nnx.Module):

@@ -70,14 +70,21 @@ class Int8Weight:
         return lax.stop_gradient(self.values.astype(jnp.float32) * scales).astype(dtype)
 
     def product(self, x: Float[Array, "*batch in"], dtype: jax.typing.DTypeLike) -> Float[Array, "*batch out"]:
-        """Returns y = W x for one matrix [out, in], with the rows of x rounded to eight bits."""
-        if x.size == x.shape[-1]:  # XLA's kernel for a single row is slow
-            twice = jnp.repeat(x.reshape(1, -1), 2, axis=0)
-            return self.product(twice, dtype)[:1].reshape(*x.shape[:-1], -1)
-        rows, row_scales = _rounded(x)
-        contract_last = (((x.ndim - 1,), (1,)), ((), ()))
-        sums = lax.dot_general(rows, self.values, contract_last, preferred_element_type=jnp.int32)
-        return (sums.astype(jnp.float32) * row_scales[..., None] * self.scales).astype(dtype)
+        """Returns y = W x for one matrix [out, in], with the rows of x rounded to eight bits.
+
+        For a stack of matrices x is [*stack, rows, in].
+        """
+        stack = self.values.shape[:-2]
+        rows = x.reshape(*stack, -1, x.shape[-1])
+        count = rows.shape[-2]
+        if count == 1:  # XLA's kernel for a single row is slow
+            rows = jnp.repeat(rows, 2, axis=-2)
+        values, row_scales = _rounded(rows)
+        axes = tuple(range(len(stack)))
+        contract_last = (((rows.ndim - 1,), (self.values.ndim - 1,)), (axes, axes))
+        sums = lax.dot_general(values, self.values, contract_last, preferred_element_type=jnp.int32)
+        y = sums.astype(jnp.float32) * row_scales[..., None] * self.scales[..., None, :]
+        return y[..., :count, :].reshape(*x.shape[:-1], -1).astype(dtype)
 
 
 def _rounded(x: Float[Array, "*batch in"]) -> tuple[Int[Array, "*batch in"], Float[Array, " *batch"]]:

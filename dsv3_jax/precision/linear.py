@@ -67,7 +67,7 @@ def swiglu_linear(
 
 def grouped_linear(
     rows: Float[Array, "M in"],
-    weights: Float[Array, "E out in"] | Fp8Weight,
+    weights: Float[Array, "E out in"] | Fp8Weight | Int8Weight | TiledWeight,
     group_sizes: Int[Array, " E"] | None,
     *,
     row_alignment: int,
@@ -77,9 +77,13 @@ def grouped_linear(
 
     Args:
       group_sizes: the number of rows of each expert, multiples of `row_alignment`; None if all have equally many,
-        which is possible without FP8.
+        which is possible without FP8, and always so with weights in int8 or in tiles.
     """
     dtype = precision.dtype
+    if isinstance(weights, Int8Weight | TiledWeight):
+        assert group_sizes is None
+        by_expert = rows.reshape(weights.shape[0], -1, rows.shape[-1])
+        return weights.product(by_expert, dtype).reshape(rows.shape[0], -1)
     if group_sizes is None:
         assert not isinstance(weights, Fp8Weight)
         by_expert = rows.reshape(weights.shape[0], -1, rows.shape[-1])

@@ -28,8 +28,8 @@ class TiledWeight:
     """One parameter, which modules read as they read an array.
 
     Attributes:
-      values: [*stack, parts * tiles, inputs of a part, 64], filled up with zeros. An axis of their own for parts, often
-        of size 1, would make XLA copy the weights of all experts before it chooses some.
+      values: [*stack, parts * tiles * inputs of a part * 64], filled up with zeros. On one axis the tiles of a matrix
+        are sliced out of a stack as one piece of memory, half as long as on three.
       out_shape, in_shape: sizes of the output and input axes of the array that the weight replaces.
       rounded: the same matrix in eight bits, for products that need not be exact.
     """
@@ -45,20 +45,19 @@ class TiledWeight:
         stack = weight.shape[:stack_axes]
         out, inputs = weight.shape[stack_axes : weight.ndim - in_axes], weight.shape[weight.ndim - in_axes :]
         columns, rows = math.prod(out), math.prod(inputs)
-        parts, tiles = -(-rows // _MOST_INPUTS), max(-(-columns // _OUTPUTS), _FEWEST_TILES)
-        width = -(-rows // parts)
+        parts, tiles, width = _divided(columns, rows)
         matrix = weight.reshape(*stack, columns, rows)
         nothing = [(0, 0)] * stack_axes
         matrix = jnp.pad(matrix, [*nothing, (0, tiles * _OUTPUTS - columns), (0, parts * width - rows)])
         values = matrix.reshape(*stack, tiles, _OUTPUTS, parts, width)
         axes = [stack_axes + axis for axis in (2, 0, 3, 1)]
         values = values.transpose(*range(stack_axes), *axes)
-        return cls(values.reshape(*stack, parts * tiles, width, _OUTPUTS), out, inputs)
+        return cls(values.reshape(*stack, -1), out, inputs)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array that the weight replaces."""
-        return (*self.values.shape[:-3], *self.out_shape, *self.in_shape)
+        return (*self.values.shape[:-1], *self.out_shape, *self.in_shape)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -82,28 +81,35 @@ class TiledWeight:
         stack_axes = len(shape) - 1
         while math.prod(shape[stack_axes:-1]) < math.prod(self.out_shape):
             stack_axes -= 1
-        values = self.values.reshape(*shape[:stack_axes], *self.values.shape[-3:])
+        values = self.values.reshape(*shape[:stack_axes], self.values.shape[-1])
         assert shape[-1] == math.prod(self.in_shape)
         return TiledWeight(values, shape[stack_axes:-1], shape[-1:])
 
     def product(self, x: Float[Array, "*batch in"], dtype: jax.typing.DTypeLike) -> Float[Array, "*batch out"]:
-        """Returns y = W x for one matrix [out, in]."""
-        parts = -(-x.shape[-1] // _MOST_INPUTS)
-        tiles, width = self.values.shape[0] // parts, self.values.shape[1]
-        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        flat = jnp.pad(flat, ((0, 0), (0, parts * width - x.shape[-1])))
-        count = len(flat)
-        if count == 1:  # XLA's own kernel for a single row may round products before it adds them
-            flat = jnp.repeat(flat, 2, axis=0)
-        rows = flat.reshape(-1, parts, width).swapaxes(0, 1)
-        for_tiles = jnp.broadcast_to(rows[:, None], (parts, tiles, *rows.shape[1:]))
+        """Returns y = W x for one matrix [out, in], or for a stack of them, each with rows x [*stack, rows, in]."""
+        stack = self.values.shape[:-1]
+        rows = x.reshape(*stack, -1, x.shape[-1]).astype(self.dtype)
+        count, columns = rows.shape[-2], math.prod(self.out_shape)
+        parts, tiles, width = _divided(columns, x.shape[-1])
+        nothing = [(0, 0)] * len(stack)
+        # XLA's own kernel for a single row may round products before it adds them: another row is put below it.
+        rows = jnp.pad(rows, [*nothing, (0, count == 1), (0, parts * width - x.shape[-1])])
+        of_parts = jnp.moveaxis(rows.reshape(*rows.shape[:-1], parts, width), -2, -3)
+        for_tiles = jnp.broadcast_to(of_parts[..., None, :, :], (*stack, parts, tiles, *of_parts.shape[-2:]))
+        values = lax.optimization_barrier(self.values)  # XLA would slice out three axes instead of one
+        values = values.reshape(-1, width, _OUTPUTS)
         contract = (((2,), (1,)), ((0,), (0,)))
-        sums = lax.dot_general(for_tiles.reshape(-1, *rows.shape[1:]), self.values, contract)
-        sums = sums.reshape(parts, tiles, -1, _OUTPUTS)
+        sums = lax.dot_general(for_tiles.reshape(-1, *of_parts.shape[-2:]), values, contract)
+        sums = sums.reshape(*stack, parts, tiles, -1, _OUTPUTS)
         sums = lax.optimization_barrier(sums)  # XLA may leave out the filling, and add the rest in another order
-        total = sums[0]
+        total = sums[..., 0, :, :, :]
         for part in range(1, parts):
-            total += sums[part]
-        columns = math.prod(self.out_shape)
-        y = total.swapaxes(0, 1).reshape(len(flat), -1)[:count, :columns]
+            total += sums[..., part, :, :, :]
+        y = total.swapaxes(-2, -3).reshape(*stack, rows.shape[-2], -1)[..., :count, :columns]
         return y.reshape(*x.shape[:-1], columns).astype(dtype)
+
+
+def _divided(columns: int, rows: int) -> tuple[int, int, int]:
+    """Returns the parts of so many inputs, the tiles of so many outputs, and the inputs of a part."""
+    parts, tiles = -(-rows // _MOST_INPUTS), max(-(-columns // _OUTPUTS), _FEWEST_TILES)
+    return parts, tiles, -(-rows // parts)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.errors import UserError
-from dsv3_jax.inference.sampling import GREEDY, Sampler, SamplerRows, TextSoFar, adjust, choose, draw_keys
+from dsv3_jax.inference.sampling import GREEDY, Sampler, SamplerRows, TextSoFar, adjust, choose, likeliest
 
 VOCABULARY = 80  # more than the candidates that are looked at before everything is sorted
 _adjust, _choose = jax.jit(adjust), jax.jit(choose)
@@ -70,7 +70,7 @@ def test_draws_follow_the_distribution() -> None:
     sampler = Sampler(temperature=1.5, top_k=7, top_p=0.9)
     rows = SamplerRows.of([sampler] * draws, range(draws))
     adjusted = _adjust(np.tile(logits, (draws, 1)), rows, no_text(draws, 9))
-    drawn = np.asarray(_choose(adjusted, rows, draw_keys(rows, jnp.zeros(draws, jnp.int32), 0)))
+    drawn = np.asarray(_choose(adjusted, rows, jnp.zeros(draws, jnp.int32), 0))
     want = promised(logits, sampler)
     seen = np.bincount(drawn, minlength=9) / draws
     assert seen[want == 0].sum() == 0
@@ -107,7 +107,7 @@ def test_penalties_and_bias() -> None:
 def test_greedy_takes_the_first_of_the_largest() -> None:
     rows = SamplerRows.of([GREEDY] * 2, [0, 1])
     logits = jnp.asarray([[0.0, 2.0, 2.0], [5.0, -1.0, 3.0]])
-    np.testing.assert_array_equal(choose(logits, rows, draw_keys(rows, jnp.zeros(2, jnp.int32), 0)), [1, 0])
+    np.testing.assert_array_equal(choose(logits, rows, jnp.zeros(2, jnp.int32), 0), [1, 0])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-40, 1e-37, 1e-31, 1e-29, 1e-20])
@@ -116,7 +116,7 @@ def test_the_coldest_samplers_take_the_most_likely_token(temperature: float) -> 
     for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
         rows = SamplerRows.of([Sampler(temperature=temperature, **options)] * 2, [0, 1])
         adjusted = _adjust(logits, rows, no_text(2, 4))
-        assert _choose(adjusted, rows, draw_keys(rows, jnp.zeros(2, jnp.int32), 0)).tolist() == [1, 2]
+        assert _choose(adjusted, rows, jnp.zeros(2, jnp.int32), 0).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -135,3 +135,9 @@ def test_the_coldest_samplers_take_the_most_likely_token(temperature: float) -> 
 def test_bad_settings_name_the_field(field: str, value: float) -> None:
     with pytest.raises(UserError, match=field):
         Sampler(**{field: value})
+
+
+def test_the_likeliest_token_is_the_first_of_the_largest_logits() -> None:
+    logits = np.asarray([[1, 3, 3, 2], [-np.inf, -np.inf, -1, -np.inf], [-np.inf] * 4, [5, 1, 1, 5]], np.float32)
+    np.testing.assert_array_equal(likeliest(jnp.asarray(logits)), np.argmax(logits, axis=1))
+    assert 0 <= int(likeliest(jnp.full((1, 4), jnp.nan))[0]) < 4

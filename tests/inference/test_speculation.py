@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 
-from dsv3_jax.inference.sampling import GREEDY, Sampler, SamplerRows, TextSoFar, adjust, choose, draw_keys
+from dsv3_jax.inference.sampling import GREEDY, Sampler, SamplerRows, TextSoFar, adjust, choose
 from dsv3_jax.inference.speculation import DRAFT, check_draft
 
 DRAWS, VOCABULARY = 100_000, 12
@@ -21,7 +21,7 @@ def speculate(logits: jax.Array, draft_logits: jax.Array, rows: SamplerRows) -> 
     text = TextSoFar(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32), jnp.zeros(shape))
     p, q = (adjust(jnp.broadcast_to(x, shape), rows, text) for x in (logits, draft_logits))
     positions = jnp.full(count, 5)
-    draft = choose(q, rows, draw_keys(rows, positions, DRAFT))
+    draft = choose(q, rows, positions, DRAFT)
     return check_draft(draft, p, q, rows, positions)
 
 
