@@ -1,9 +1,9 @@
-"""The routed experts on a CPU while decoding: all in one product, or one after the other.
+"""The routed experts on a CPU while decoding: all in one product, those of each row in one, or one after the other.
 
 Many tokens choose nearly all experts. Each expert is then given as many rows, some of them padding, and one batched
-product reads all weights where they are. Few tokens choose few experts, and so do the tokens for which the rows of
-their experts do not suffice: they are computed in a loop over blocks of rows that chose the same expert, which reads
-only the chosen experts' weights. A row's result is the same bits either way, whatever the other rows.
+product reads all weights where they are. For few tokens the weights of each row's expert are gathered. Tokens for which
+the rows of their experts do not suffice are computed in a loop over blocks of rows that chose the same expert, and so
+are all with plain weights. A row's result is the same bits in each way, whatever the other rows.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class ExpertProducts:
       of_one: applies the expert of a number to rows [R, d].
       of_all: applies every expert to its rows [E, R, d]; None where only `of_one` gives a row the same bits for any
         number of rows.
+      of_rows: applies to each row of [S, d] the expert whose number [S] it has; None as `of_all`.
       fewest_rows: of a block for `of_one`; a power of two. XLA's CPU backend multiplies a single row by another kernel,
         which adds in another order.
     """
@@ -40,6 +41,7 @@ class ExpertProducts:
     experts: int
     of_one: Callable[[Float[Array, "R d"], Int[Array, ""]], Float[Array, "R d"]]
     of_all: Callable[[Float[Array, "E R d"]], Float[Array, "E R d"]] | None
+    of_rows: Callable[[Float[Array, "S d"], Int[Array, " S"]], Float[Array, "S d"]] | None
     fewest_rows: int
 
 
@@ -54,6 +56,10 @@ def apply_experts(
     # With as many slots as experts two thirds of them or more are chosen.
     if products.of_all is not None and expert_index.size >= products.experts:
         outputs = _at_once(u, expert_index, products, products.of_all)
+    elif products.of_rows is not None:
+        rows = jnp.repeat(u, expert_index.shape[1], axis=0)
+        found = products.of_rows(rows, jnp.minimum(expert_index.reshape(-1), products.experts - 1))
+        outputs = found.reshape(*expert_index.shape, -1)
     else:
         outputs = _in_blocks(u, expert_index, products)
     wide = jnp.promote_types(u.dtype, jnp.float32)
@@ -95,8 +101,7 @@ def _in_blocks(
     u: Float[Array, "N d"], expert_index: Int[Array, "N K"], products: ExpertProducts
 ) -> Float[Array, "N K d"]:
     """Returns the outputs of the chosen experts, zeros where there is none."""
-    chosen = expert_index.shape[1]
-    slots = expert_index.size
+    chosen, slots = expert_index.shape[1], expert_index.size
     block = products.fewest_rows
     while block < min(2 * slots // products.experts, _MOST_ROWS):
         block *= 2

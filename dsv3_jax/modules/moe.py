@@ -122,13 +122,13 @@ class Experts(nnx.Module):
         row_alignment: int,
     ) -> Float[Array, "M d"]:
         """Returns FFN_i of rows sorted by expert i, equally many of each without `group_sizes`."""
-        experts, _, width, d = gate_up.shape
+        experts, d = gate_up.shape[0], gate_up.shape[-1]
         apply: dict[str, Any] = {
             "group_sizes": group_sizes,
             "row_alignment": row_alignment,
             "precision": self.precision,
         }
-        hidden = grouped_linear(rows, gate_up.reshape(experts, 2 * width, d), **apply)
+        hidden = grouped_linear(rows, gate_up.reshape(experts, -1, d), **apply)
         return keep(grouped_swiglu_linear(hidden, down, **apply))
 
     def of_few(
@@ -180,12 +180,18 @@ class Experts(nnx.Module):
         def of_all(gate_up: Any, down: Any, rows: Float[Array, "E R d"]) -> Float[Array, "E R d"]:
             return self._products(rows.reshape(-1, d), gate_up, down, None, 1).reshape(rows.shape)
 
+        def of_rows(gate_up: Any, down: Any, rows: Float[Array, "S d"], index: Int[Array, " S"]) -> Float[Array, "S d"]:
+            own = gate_up.reshape(-1, 2 * width, d)[index], down.reshape(-1, d, width)[index]
+            return self._products(rows, *own, None, 1)
+
         one = gate_up.layers[0] if isinstance(gate_up, ByLayer) else gate_up
-        exact = not is_stack and (isinstance(one, Int8Weight | TiledWeight) or self.precision.dtype != jnp.float32)
+        own_format = isinstance(one, Int8Weight | TiledWeight)
+        exact = not is_stack and (own_format or self.precision.dtype != jnp.float32)
         return ExpertProducts(
             experts,
             with_layer(of_one, (gate_up, down), layer),
             with_layer(of_all, (gate_up, down), layer) if exact else None,
+            with_layer(of_rows, (gate_up, down), layer) if exact and own_format else None,
             fewest_rows=1 if isinstance(one, TiledWeight) else 2,
         )
 

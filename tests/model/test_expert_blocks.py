@@ -43,6 +43,7 @@ def test_every_token_gets_the_weighted_sum_of_its_experts(tokens: int, chosen: i
         EXPERTS,
         of_one=lambda rows, expert: rows @ weights[expert].T,
         of_all=(lambda rows: jnp.einsum("eri,eoi->ero", rows, weights)) if at_once else None,
+        of_rows=(lambda rows, expert: jnp.einsum("si,soi->so", rows, weights[expert])) if at_once else None,
         fewest_rows=1,
     )
     given_ = jnp.where(nothing[:, None], NO_EXPERT, jnp.asarray(index, jnp.int32))
