@@ -167,12 +167,13 @@ class CachedDecoding(nnx.Module):
 
     def draft_logits(self, hidden: Float[Array, "B T d"]) -> Float[Array, "B T V"]:
         """Returns the logits of an MTP module's hidden states, from which drafts are drawn."""
-        return self.head.draft(hidden) if self._is_tiled else self.next_logits(hidden)
+        logits = self.head.draft(hidden)
+        return self.next_logits(hidden) if logits is None else logits
 
     @property
     def _is_tiled(self) -> bool:
         """Whether products of a single row have the bits that they have among other rows."""
-        return isinstance(self.head.weight[...], TiledWeight)
+        return isinstance(self.head.exact_weight, TiledWeight)
 
     def _scan_cached_layers[Cache: LatentCache](
         self, layer: _CachedLayer, h: Float[Array, "B T d"], cache: Cache, *, slice_experts: bool

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Iterator
 
@@ -17,7 +16,7 @@ from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.moe import Experts
 from dsv3_jax.modules.router import Router
 from dsv3_jax.precision.by_layer import ByLayer
-from dsv3_jax.precision.int8_weight import Int8Weight
+from dsv3_jax.precision.int8_weight import Int8Weight, WithRounded
 from dsv3_jax.precision.tiled_weight import TiledWeight
 from pallas_kernels.device import target_platform
 
@@ -37,46 +36,44 @@ def with_int8_weights(model: DeepSeekV3) -> DeepSeekV3:
     return copy
 
 
-def with_tiled_weights(model: DeepSeekV3, *, drafts: bool) -> DeepSeekV3:
-    """Returns a copy of the model, for generation, with the weights of its products and routers in tiles.
+def for_one_cpu(model: DeepSeekV3, *, drafts: bool) -> DeepSeekV3:
+    """Returns a copy in the form that one CPU decodes fastest.
+
+    In float32 it has the weights of products and routers in tiles. In other dtypes they stay arrays, but the experts of
+    each layer get their own. A model on other devices, or with weights in formats of their own, is returned as it is.
 
     Args:
       drafts: whether MTP modules are used. The head then has its weight in int8 too, as all products of the modules
         are: drafts need not be exact, since the main model checks them.
     """
-    copy = nnx.clone(model)
-    rounded = _to_int8(copy.head.weight[...], 1) if drafts else None
-    for parameter, in_axes, _ in _products(copy.mtp):
-        parameter.set_value(_to_int8(parameter.get_value(), in_axes))
-    routers = (module for _, module in nnx.iter_modules(copy) if isinstance(module, Router))
-    of_routers = [(router.weight, 1, 2) for router in routers]
-    for parameter, in_axes, matrix_axes in [*_products(copy), *of_routers]:
-        value = parameter.get_value()
-        if isinstance(value, jax.Array):
-            parameter.set_value(_to_tiles(value, in_axes, value.ndim - matrix_axes))
-    head = copy.head.weight
-    head.set_value(dataclasses.replace(head[...], rounded=rounded))
-    _divide_experts(copy)
-    return copy
-
-
-def for_one_cpu(model: DeepSeekV3, *, drafts: bool) -> DeepSeekV3:
-    """Returns a model in the form that one CPU decodes fastest: with weights in tiles in float32, else experts divided.
-
-    A model on other devices, or with weights in formats of their own, is returned as it is.
-    """
     plain = all(isinstance(parameter.get_value(), jax.Array) for parameter, *_ in _products(model))
     if not (_on_one_cpu(model) and plain and model.precision.fp8 is None):
         return model
-    if model.precision.dtype == jnp.float32:
-        return with_tiled_weights(model, drafts=drafts)
     copy = nnx.clone(model)
+    head = copy.head.weight
+    rounded = _to_int8(head[...], 1) if drafts else None
+    for parameter, in_axes, _ in _products(copy.mtp):
+        parameter.set_value(_to_int8(parameter.get_value(), in_axes))
+    if model.precision.dtype == jnp.float32:
+        _put_into_tiles(copy)
     _divide_experts(copy)
+    if rounded is not None:
+        head.set_value(WithRounded(head[...], rounded))
     return copy
 
 
 def _on_one_cpu(model: DeepSeekV3) -> bool:
     return isinstance(model.devices, OneDevice) and target_platform() == "cpu"
+
+
+def _put_into_tiles(model: DeepSeekV3) -> None:
+    """Puts the weights of products and routers that are arrays into tiles."""
+    routers = (module for _, module in nnx.iter_modules(model) if isinstance(module, Router))
+    of_routers = [(router.weight, 1, 2) for router in routers]
+    for parameter, in_axes, matrix_axes in [*_products(model), *of_routers]:
+        value = parameter.get_value()
+        if isinstance(value, jax.Array):
+            parameter.set_value(_to_tiles(value, in_axes, value.ndim - matrix_axes))
 
 
 def _divide_experts(model: DeepSeekV3) -> None:

@@ -10,7 +10,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.devices import Devices
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision import Precision
-from dsv3_jax.precision.int8_weight import Int8Weight
+from dsv3_jax.precision.int8_weight import Int8Weight, WithRounded
 from dsv3_jax.precision.tiled_weight import TiledWeight
 from dsv3_jax.precision.weight_product import weight_product
 
@@ -48,19 +48,23 @@ class Head(nnx.Module):
         return self.devices.multiply(
             self._logits,
             hidden,
-            self.weight[...],
+            self.exact_weight,
             self.shape,
             batch_axes=hidden.ndim - 1,
             in_axes=1,
             gather_dtype=dtype,
         )
 
-    def draft(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch V"]:
-        """Returns the logits of drafts, which need not be exact: by the weight in eight bits where there is one."""
+    @property
+    def exact_weight(self) -> Any:
+        """The weight that the logits are computed with: an array, or one in another format."""
         weight = self.weight[...]
-        if isinstance(weight, TiledWeight) and weight.rounded is not None:
-            return self._logits(hidden, weight.rounded)
-        return self(hidden)
+        return weight.exact if isinstance(weight, WithRounded) else weight
+
+    def draft(self, hidden: Float[Array, "*batch d"]) -> Float[Array, "*batch V"] | None:
+        """Returns the logits by the weight in eight bits, of which drafts are drawn; None where there is none."""
+        weight = self.weight[...]
+        return self._logits(hidden, weight.rounded) if isinstance(weight, WithRounded) else None
 
     def _logits(
         self, hidden: Float[Array, "*batch d"], weight: Float[Array, "V d"] | Int8Weight | TiledWeight

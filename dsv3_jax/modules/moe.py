@@ -182,16 +182,16 @@ class Experts(nnx.Module):
 
         def of_rows(gate_up: Any, down: Any, rows: Float[Array, "S d"], index: Int[Array, " S"]) -> Float[Array, "S d"]:
             own = gate_up.reshape(-1, 2 * width, d)[index], down.reshape(-1, d, width)[index]
-            return self._products(rows, *own, None, 1)
+            # Of two equal rows each, because a single one is multiplied by a kernel that adds in another order.
+            return self._products(jnp.repeat(rows, 2, axis=0), *own, None, 1)[::2]
 
         one = gate_up.layers[0] if isinstance(gate_up, ByLayer) else gate_up
-        own_format = isinstance(one, Int8Weight | TiledWeight)
-        exact = not is_stack and (own_format or self.precision.dtype != jnp.float32)
+        exact = not is_stack and (isinstance(one, Int8Weight | TiledWeight) or self.precision.dtype != jnp.float32)
         return ExpertProducts(
             experts,
             with_layer(of_one, (gate_up, down), layer),
             with_layer(of_all, (gate_up, down), layer) if exact else None,
-            with_layer(of_rows, (gate_up, down), layer) if exact and own_format else None,
+            with_layer(of_rows, (gate_up, down), layer) if exact else None,
             fewest_rows=1 if isinstance(one, TiledWeight) else 2,
         )
 

@@ -87,6 +87,25 @@ class Int8Weight:
         return y[..., :count, :].reshape(*x.shape[:-1], -1).astype(dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WithRounded[Weight]:
+    """One parameter in two forms.
+
+    Attributes:
+      exact: the weight.
+      rounded: the same in eight bits, for products that need not be exact.
+    """
+
+    exact: Weight
+    rounded: Int8Weight
+
+    def __getitem__(self, key: Ellipsis) -> WithRounded[Weight]:  # pyright: ignore[reportInvalidTypeForm]
+        """Returns both forms, as modules read their parameters."""
+        assert key is Ellipsis
+        return self
+
+
 def _rounded(x: Float[Array, "*batch in"]) -> tuple[Int[Array, "*batch in"], Float[Array, " *batch"]]:
     """Returns int8 values and the scale of each row; a row of zeros has a scale of zero."""
     x = x.astype(jnp.float32)

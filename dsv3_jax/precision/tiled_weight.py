@@ -15,8 +15,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.precision.int8_weight import Int8Weight
-
 _OUTPUTS = 64  # of a tile: fewer, or more than `_MOST_INPUTS` inputs, are added in several orders
 _MOST_INPUTS = 512
 _FEWEST_TILES = 2  # a single one would be multiplied as a plain matrix
@@ -31,13 +29,11 @@ class TiledWeight:
       values: [*stack, parts * tiles * inputs of a part * 64], filled up with zeros. On one axis the tiles of a matrix
         are sliced out of a stack as one piece of memory, half as long as on three.
       out_shape, in_shape: sizes of the output and input axes of the array that the weight replaces.
-      rounded: the same matrix in eight bits, for products that need not be exact.
     """
 
     values: Float[Array, "..."]
     out_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     in_shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
-    rounded: Int8Weight | None = None
 
     @classmethod
     def of(cls, weight: Float[Array, "..."], in_axes: int = 1, stack_axes: int = 0) -> TiledWeight:
