@@ -102,7 +102,8 @@ class Engine:
         self._to_bytes = to_bytes
         self._own = OwnModel(config)
         self._ended = 0
-        self._graph, self._weights = nnx.split(self._own(model))
+        graph, self._weights = nnx.split(self._own(model))
+        self._graph = programs.ModelGraph(graph)
         slots = programs.Slots.empty(model.config, self.sizes.slots, self.drafts, model.precision.dtype)
         state = model.devices.replicated((empty_pages(config, model, self.sizes), slots))
         if isinstance(model.devices, OneDevice):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,28 @@ from dsv3_jax.inference.speculation import DRAFT, TOKEN, check_draft
 from dsv3_jax.micro_batches import decode_in_two
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.paged_cache import PagedCache, Pages
+
+
+class ModelGraph:
+    """What `nnx.split` returns of a model besides its weights, a constant of the programs.
+
+    Every call of a program looks the constant up. Its hash, which takes as long as a step of a small model, is computed
+    once.
+    """
+
+    def __init__(self, graph: nnx.GraphDef[DeepSeekV3]):
+        self._graph = graph
+        self._hash = hash(graph)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, ModelGraph) and self._graph == other._graph)
+
+    def model(self, weights: nnx.State) -> DeepSeekV3:
+        """Returns the model with these weights."""
+        return nnx.merge(self._graph, weights)
 
 
 @jax.tree_util.register_dataclass
@@ -123,7 +144,14 @@ class Written:
 
 @functools.partial(jax.jit, static_argnames=("graph", "scored", "micro_batches"), donate_argnames=("pages", "slots"))
 def read_chunk(
-    graph: Any, weights: Any, pages: Pages, slots: Slots, chunk: Chunk, *, scored: bool, micro_batches: int
+    graph: ModelGraph,
+    weights: nnx.State,
+    pages: Pages,
+    slots: Slots,
+    chunk: Chunk,
+    *,
+    scored: bool,
+    micro_batches: int,
 ) -> tuple[Pages, Slots, Scores | None]:
     """Reads chunks of prompts into their pages; hidden states of the last tokens go to the slots.
 
@@ -131,7 +159,7 @@ def read_chunk(
       scored: return the scores of the next tokens, with the most likely one; else None.
       micro_batches: 1, or 2 to read each half of the rows as a micro-batch.
     """
-    model: DeepSeekV3 = nnx.merge(graph, weights)
+    model = graph.model(weights)
     cache = PagedCache(pages, chunk.table)
     decode = model.decode if micro_batches == 1 else functools.partial(decode_in_two, model)
     read = decode(chunk.tokens, cache, chunk.positions)
@@ -165,8 +193,8 @@ def begin(slots: Slots, slot: Int[Array, ""], text: TextSoFar) -> Slots:
 
 @functools.partial(jax.jit, static_argnames=("graph", "most_steps", "top"), donate_argnames=("pages", "slots"))
 def write_tokens(
-    graph: Any,
-    weights: Any,
+    graph: ModelGraph,
+    weights: nnx.State,
     pages: Pages,
     slots: Slots,
     running: Running,
@@ -181,7 +209,7 @@ def write_tokens(
       steps: at most `most_steps`.
       top: number of most likely tokens to report.
     """
-    model: DeepSeekV3 = nnx.merge(graph, weights)
+    model = graph.model(weights)
     batch, width = running.tokens.shape
     vocabulary = model.config.vocab_size
     text = jax.tree.map(lambda x: x.at[running.slot].get(mode="clip"), slots.text)
