@@ -12,12 +12,13 @@ from flax import nnx
 from dsv3_jax.model import DeepSeekV3
 from dsv3_jax.modules.devices import OneDevice
 from dsv3_jax.modules.embedding import Head
+from dsv3_jax.modules.latent_attention import LatentAttention
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.moe import Experts
 from dsv3_jax.modules.router import Router
 from dsv3_jax.precision.by_layer import ByLayer
 from dsv3_jax.precision.int8_weight import Int8Weight, WithRounded
-from dsv3_jax.precision.tiled_weight import TiledWeight
+from dsv3_jax.precision.tiled_weight import AbsorbedWeight, TiledWeight
 from pallas_kernels.device import target_platform
 
 
@@ -74,6 +75,10 @@ def _put_into_tiles(model: DeepSeekV3) -> None:
         value = parameter.get_value()
         if isinstance(value, jax.Array):
             parameter.set_value(_to_tiles(value, in_axes, value.ndim - matrix_axes))
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, LatentAttention):
+            up = module.kv_b.weight
+            up.set_value(_to_absorbed(up.get_value(), module.config.qk_nope_head_dim))
 
 
 def _divide_experts(model: DeepSeekV3) -> None:
@@ -109,3 +114,8 @@ def _to_int8(weight: jax.Array, in_axes: int) -> Int8Weight:
 @functools.partial(jax.jit, static_argnames=("in_axes", "stack_axes"))
 def _to_tiles(weight: jax.Array, in_axes: int, stack_axes: int) -> TiledWeight:
     return TiledWeight.of(weight.astype(jnp.float32), in_axes, stack_axes)
+
+
+@functools.partial(jax.jit, static_argnames=("keys",))
+def _to_absorbed(weight: jax.Array, keys: int) -> AbsorbedWeight:
+    return AbsorbedWeight.of(weight.astype(jnp.float32), keys)

@@ -37,6 +37,9 @@ from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import Rotation, rotate, softmax_scale
 from dsv3_jax.precision import NormedRows, Precision, rounded_weight
 from dsv3_jax.precision.keeping import keep
+from dsv3_jax.precision.tiled_weight import AbsorbedWeight, TiledWeight
+
+_OfHeads = Callable[[Float[Array, "B T H in"]], Float[Array, "B T H out"]]
 
 
 class LatentAttention(nnx.Module):
@@ -125,12 +128,10 @@ class LatentAttention(nnx.Module):
         """
         query, query_rope = self._queries(x, rotation, RMSNorm.decode)
         cache = cache.write(layer, positions, *self._latents(x, rotation, RMSNorm.decode))
-        kv_up = rounded_weight(self.kv_b.weight[...], self.precision)
-        key_up, value_up = jnp.split(kv_up, [self.config.qk_nope_head_dim], axis=1)
-        absorbed = _by_head(query, key_up)
+        key_up, value_up = self._absorbed()
         with jax.named_scope("attention_core"):
             gathered = attend_to_cache(
-                absorbed,
+                key_up(query),
                 query_rope,
                 cache,
                 layer,
@@ -139,9 +140,18 @@ class LatentAttention(nnx.Module):
                 scale=softmax_scale(self.config),
                 devices=self.devices,
             )
+        return self.o(value_up(gathered)), cache
+
+    def _absorbed(self) -> tuple[_OfHeads, _OfHeads]:
+        """Returns what multiplies queries [B, T, H, nope] by W^UK, and sums of latents [B, T, H, kv_rank] by W^UV."""
+        weight = self.kv_b.weight[...]
+        if isinstance(weight, AbsorbedWeight):
+            return functools.partial(_by_tiles, weight.key), functools.partial(_by_tiles, weight.value)
+        kv_up = rounded_weight(weight, self.precision)
+        key_up, value_up = jnp.split(kv_up, [self.config.qk_nope_head_dim], axis=1)
         # Transposed, because XLA's CPU backend adds in another order for few tokens where r is last in both operands.
         value_up = lax.optimization_barrier(value_up.transpose(0, 2, 1))
-        return self.o(_by_head(gathered, value_up)), cache
+        return functools.partial(_by_head, weight=key_up), functools.partial(_by_head, weight=value_up)
 
     def _queries(
         self, x: Float[Array, "B T d"] | NormedRows, rotation: Rotation, norm: Callable[[RMSNorm, Array], Any]
@@ -164,3 +174,10 @@ def _by_head(x: Float[Array, "B T H in"], weight: Float[Array, "H in out"]) -> F
     """Returns each head's product; that of a single token from two equal ones, as XLA adds in another order for one."""
     rows = jnp.repeat(x, 2, axis=1) if x.shape[0] * x.shape[1] == 1 else x
     return jnp.einsum("bthi,hio->btho", rows, weight)[:, : x.shape[1]]
+
+
+def _by_tiles(weight: TiledWeight, x: Float[Array, "B T H in"]) -> Float[Array, "B T H out"]:
+    """Returns each head's product."""
+    rows = jnp.moveaxis(x, 2, 0).reshape(x.shape[2], -1, x.shape[3])
+    y = weight.product(rows, x.dtype)
+    return jnp.moveaxis(y.reshape(x.shape[2], *x.shape[:2], -1), 0, 2)

@@ -105,6 +105,32 @@ class TiledWeight:
         return y.reshape(*x.shape[:-1], columns).astype(dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AbsorbedWeight:
+    """The up-projections of keys and values, [*stack, H, nope + v, r], as decoding absorbs them.
+
+    Attributes:
+      key: [*stack, H, r, nope], which a query is multiplied by.
+      value: [*stack, H, v, r], which a sum of latents is multiplied by.
+    """
+
+    key: TiledWeight
+    value: TiledWeight
+
+    @classmethod
+    def of(cls, weight: Float[Array, "*stack H out r"], keys: int) -> AbsorbedWeight:
+        """Returns the tiles of a weight whose first `keys` outputs are of keys."""
+        key, value = jnp.split(weight, [keys], axis=-2)
+        stack_axes = weight.ndim - 2
+        return cls(TiledWeight.of(key.mT, 1, stack_axes), TiledWeight.of(value, 1, stack_axes))
+
+    def __getitem__(self, key: Ellipsis) -> AbsorbedWeight:  # pyright: ignore[reportInvalidTypeForm]
+        """Returns the whole weight, as modules read their parameters."""
+        assert key is Ellipsis
+        return self
+
+
 def _divided(columns: int, rows: int) -> tuple[int, int, int]:
     """Returns the parts of so many inputs, the tiles of so many outputs, and the inputs of a part."""
     parts, tiles = -(-rows // _MOST_INPUTS), max(-(-columns // _OUTPUTS), _FEWEST_TILES)
