@@ -193,8 +193,8 @@ class Engine:
         """Replaces the weights by those of a model of the same kind, without copying or compiling anything.
 
         The engine holds the model's own arrays where it does not keep weights in another form: give it the new ones
-        before its next step if they are donated. Pages of finished requests are withdrawn. Running requests keep their text; it is read
-        again with the new weights.
+        before its next step if they are donated. Pages of finished requests are withdrawn. Running requests keep their
+        text; it is read again with the new weights.
 
         Raises:
           ConfigError: the weights have other names, shapes or dtypes.
