@@ -95,8 +95,3 @@ def attend_to_cache(
         state = lax.fori_loop(0, needed, add_block, state)
     _, total, gathered = state
     return (gathered / jnp.where(total > 0, total, 1)[..., None]).astype(dtype).reshape(queries.shape)
-
-
-def _of_all_layers(entries: Float[Array, "L P page w"]) -> Float[Array, "LP page w"]:
-    """Returns the pages of all layers one after the other, so that no layer is copied out of the stack."""
-    return entries.reshape(-1, *entries.shape[2:])
