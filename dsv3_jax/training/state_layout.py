@@ -98,10 +98,6 @@ class StateLayout:
             return make()
         return jax.jit(make, out_shardings=self.of_state(jax.eval_shape(make)))()
 
-    def put_state(self, state: TrainState) -> TrainState:
-        """Returns the state sharded, from arrays that every process has whole."""
-        return state if self.mesh is None else jax.device_put(state, self.of_state(state))
-
     def constrain_state[State: TrainState](self, state: State) -> State:
         """Inside a compiled step: constrains the new state to the sharding of the old one."""
         return state if self.mesh is None else jax.lax.with_sharding_constraint(state, self.of_state(state))
