@@ -102,8 +102,7 @@ class Engine:
         self._to_bytes = to_bytes
         self._own = OwnModel(config)
         self._ended = 0
-        graph, self._weights = nnx.split(self._own(model))
-        self._graph = programs.ModelGraph(graph)
+        self._graph, self._weights = programs.ModelGraph.split(self._own(model))
         slots = programs.Slots.empty(model.config, self.sizes.slots, self.drafts, model.precision.dtype)
         state = model.devices.replicated((empty_pages(config, model, self.sizes), slots))
         if isinstance(model.devices, OneDevice):

@@ -39,8 +39,8 @@ class EngineConfig:
         multiplies in int8 (`dsv3_jax.precision.int8_weight`), which is faster on a CPU.
       tiled_weights: whether an engine on one CPU keeps copies of weights that decoding reads faster: of a float32 model
         all weights of products, in tiles (`dsv3_jax.precision.tiled_weight`); of a bfloat16 model the experts', as an
-        array for each layer. Drafts of a float32 model are then computed in int8, which changes how many are accepted
-        but not the text. Not with redundant experts.
+        array for each layer. Drafts are then computed in int8, which changes how many are accepted but not the text.
+        Not with redundant experts.
       redundant_experts: copies of routed experts of each layer, of those that serve most tokens (section 3.4).
       requests_per_placement: finished requests after which the copies are chosen anew by the load measured since.
       sets: meshes of two sets of devices, one of which reads prompts while the other generates; None where the model's

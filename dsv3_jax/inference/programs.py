@@ -36,6 +36,12 @@ class ModelGraph:
         self._graph = graph
         self._hash = hash(graph)
 
+    @classmethod
+    def split(cls, model: DeepSeekV3) -> tuple[ModelGraph, nnx.State]:
+        """Returns the structure and the weights of a model."""
+        graph, weights = nnx.split(model)
+        return cls(graph), weights
+
     def __hash__(self) -> int:
         return self._hash
 

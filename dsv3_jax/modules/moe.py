@@ -186,6 +186,7 @@ class Experts(nnx.Module):
             return self._products(jnp.repeat(rows, 2, axis=0), *own, None, 1)[::2]
 
         one = gate_up.layers[0] if isinstance(gate_up, ByLayer) else gate_up
+        # Batched products of plain float32 arrays add in an order that depends on the number of rows.
         exact = not is_stack and (isinstance(one, Int8Weight | TiledWeight) or self.precision.dtype != jnp.float32)
         return ExpertProducts(
             experts,

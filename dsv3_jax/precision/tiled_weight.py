@@ -26,8 +26,8 @@ class TiledWeight:
     """One parameter, which modules read as they read an array.
 
     Attributes:
-      values: [*stack, parts * tiles * inputs of a part * 64], filled up with zeros. On one axis the tiles of a matrix
-        are sliced out of a stack as one piece of memory, half as long as on three.
+      values: [*stack, parts * tiles * inputs of a part * 64], filled up with zeros. On one axis XLA
+        slices the tiles of a matrix out of a stack as one piece of memory, which takes less time than on three.
       out_shape, in_shape: sizes of the output and input axes of the array that the weight replaces.
     """
 
