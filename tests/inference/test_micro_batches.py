@@ -13,6 +13,7 @@ from small_models import small_model
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError
 from dsv3_jax.inference import Engine, EngineConfig, Request
+from dsv3_jax.inference.engine_config import Sizes
 
 # A layer in which the second product waits for the first exchange, and the exchange of a loop's body does not.
 PROGRAM = """HloModule layer
@@ -79,3 +80,9 @@ def test_every_bit_is_that_of_one_batch(dense: int) -> None:
 def test_there_are_one_or_two() -> None:
     with pytest.raises(ConfigError, match=r"engine\.micro_batches must be 1 or 2, not 3"):
         EngineConfig(micro_batches=3)
+
+
+def test_no_more_prompts_are_read_together_than_there_are_slots() -> None:
+    model = small_model(ModelConfig.preset("tiny", num_nextn_predict_layers=0), 0)
+    for slots, rows in ((1, 1), (2, 2), (8, 2)):
+        assert Sizes.of(EngineConfig(max_sequences=slots), model).chunk_rows == rows

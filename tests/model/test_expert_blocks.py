@@ -83,6 +83,18 @@ def test_a_token_gets_the_same_bits_alone_and_among_many(kind: str) -> None:
         np.testing.assert_array_equal(alone, together[part])
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_drafts_are_drawn_from_logits_of_int8_weights(precision: str) -> None:
+    """They are near the exact logits but not equal to them; without drafts there is no such weight."""
+    model = small_model(CONFIG, 0, precision=Precision.preset(precision))
+    hidden = jnp.asarray(np.random.default_rng(2).standard_normal((1, 3, CONFIG.hidden_size)), precision)
+    exact = np.asarray(model.next_logits(hidden), np.float64)
+    found = np.asarray(for_one_cpu(model, drafts=True).draft_logits(hidden), np.float64)
+    assert 1e-4 < np.linalg.norm(found - exact) / np.linalg.norm(exact) < 2e-2
+    without = np.asarray(for_one_cpu(model, drafts=False).draft_logits(hidden), np.float64)
+    assert np.linalg.norm(without - exact) < 1e-5 * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("kind", ["tiles", "int8"])
 def test_the_experts_of_a_layer_are_not_copied(kind: str) -> None:
     """Not inside the loop over layers, where XLA would copy what is sliced out of a stack of all layers' experts."""

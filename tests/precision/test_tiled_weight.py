@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.precision.tiled_weight import TiledWeight
+from dsv3_jax.precision.tiled_weight import AbsorbedWeight, TiledWeight
 
 SHAPES = [((12,), (8,)), ((2, 64), (32,)), ((80,), (4, 16)), ((5, 30), (512,)), ((64,), (600,)), ((130,), (1100,))]
 multiply = jax.jit(lambda weight, x: weight.product(x, jnp.float32))
@@ -68,3 +68,19 @@ def test_weights_of_experts_that_are_not_chosen_are_not_copied() -> None:
     assert made
     sizes = [np.prod([int(size) for size in shape.split(",")]) for shape in made]
     assert max(sizes) < weight.values.size
+
+
+def test_absorbed_up_projections_of_keys_and_values_are_apart() -> None:
+    heads, keys, values, rank = 3, 8, 5, 20
+    random = np.random.default_rng(0)
+    w = random.standard_normal((heads, keys + values, rank)).astype(np.float32)
+    query, gathered = (random.standard_normal((heads, 4, width)).astype(np.float32) for width in (keys, rank))
+    weight = AbsorbedWeight.of(jnp.asarray(w), keys)
+    for tiles, x, matrix in (
+        (weight.key, query, w[:, :keys].swapaxes(1, 2)),
+        (weight.value, gathered, w[:, keys:]),
+    ):
+        wanted = np.einsum("hoi,hri->hro", matrix.astype(np.float64), x.astype(np.float64))
+        together = np.asarray(multiply(tiles, x))
+        np.testing.assert_allclose(together, wanted, atol=1e-5)
+        np.testing.assert_array_equal(np.asarray(multiply(tiles, x[:, :1])), together[:, :1])
