@@ -51,6 +51,7 @@ class Options:
       out: folder for the JSON file and the figures.
       runs: folder that holds the training runs of the arms.
       steps: optimizer steps of every arm; 0 takes the number that the scale prescribes.
+      arms: the arms to run, where the experiment lets them be chosen.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Options:
     out: Path
     runs: Path
     steps: int
+    arms: tuple[str, ...] = ()
 
     @property
     def corpus(self) -> Path:
@@ -70,15 +72,35 @@ class Options:
 
 
 def parse_options(
-    name: str, description: str | None, argv: Sequence[str] | None = None, *, seeds: int = 2, runs_of: str = ""
+    name: str,
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    *,
+    seeds: int = 2,
+    runs_of: str = "",
+    arms: Sequence[str] = (),
+    compared: Sequence[str] = (),
 ) -> Options:
     """Parses the options that all experiments have.
 
     Args:
       seeds: number of seeds by default, counted from 0.
       runs_of: the experiment whose folder of runs is used by default, where it has runs that this one needs too.
+      arms: the arms of an experiment with an option `--arms`, which chooses among them.
+      compared: those of `arms` that run whatever is chosen, because the claim is about them.
     """
-    return parse_more_options(name, CommandLine(description), argv, seeds=seeds, runs_of=runs_of)[0]
+    parser = CommandLine(description)
+    if arms:
+        parser.add_argument(
+            "--arms",
+            choices=arms,
+            nargs="+",
+            default=list(arms),
+            help=f"arms to run (default: all); {', '.join(map(repr, compared))} always run",
+        )
+    options, given = parse_more_options(name, parser, argv, seeds=seeds, runs_of=runs_of)
+    chosen = {*compared, *given.arms} if arms else ()
+    return dataclasses.replace(options, arms=tuple(arm for arm in arms if arm in chosen))
 
 
 def parse_more_options(

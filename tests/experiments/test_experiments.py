@@ -167,6 +167,17 @@ def test_a_wrong_option_is_one_line(load, argv: list[str], parts: list[str], cap
     refused(lambda argv: load("ablation").parse_options("name", None, argv), argv, capsys, *parts)
 
 
+@pytest.mark.parametrize(("name", "other"), [("fp8_vs_bf16", "float32"), ("balance_ablation", "none")])
+def test_chosen_arms_run_beside_those_that_the_claim_compares(load, name: str, other: str):
+    script, parse = load(name), load("ablation").parse_options
+    arms = tuple(script.ARMS) if name == "fp8_vs_bf16" else tuple(script.arms_of(0.0))
+    given = {"arms": arms, "compared": script.COMPARED}
+    assert parse(name, None, [], **given).arms == arms
+    chosen = parse(name, None, ["--arms", other], **given).arms
+    assert set(chosen) == {*script.COMPARED, other}
+    assert list(chosen) == sorted(chosen, key=arms.index)
+
+
 def test_an_impossible_schedule_is_one_line(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     argv = ["--ranks", "3", "--output", str(tmp_path / "out")]
     refused(load("pipeline_schedules").main, argv, capsys, "3", "use 2 or 4")
