@@ -51,9 +51,8 @@ $(VENV)/aot/.installed: pyproject.toml | $(BIN)/python
 	  'jax-cuda13-plugin>=0.11.2,<0.12' 'jax-cuda13-pjrt>=0.11.2,<0.12' 'libtpu==0.0.48.*' 'nvidia-cuda-nvdisasm==13.*'
 	@touch $@
 
-# Huge pages: a step allocates and frees hundreds of megabytes, and a seventh of it was the kernel clearing small pages.
 train: setup
-	GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/dsv3 train --preset nano --out $(RUN)
+	$(BIN)/dsv3 train --preset nano --out $(RUN)
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from dsv3_jax.operating_system import restart_with_huge_pages
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -16,6 +19,12 @@ class CommandLine(argparse.ArgumentParser):
         super().__init__(
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parses the arguments, those of the program if none are given; a program begins again with huge pages."""
+        if args is None:
+            restart_with_huge_pages()
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Prints in one line what is wrong and exits with code 2."""

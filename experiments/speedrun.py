@@ -149,8 +149,7 @@ def main() -> int:
         given = {word.split("=")[0] for word in recipe}
         for name, value in zip(quiet[::2], quiet[1::2], strict=True):
             command += [] if name in given else [name, value]
-        huge_pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # as `make train` has it
-        ended = subprocess.run([*command, *recipe], env=huge_pages | os.environ, check=False)
+        ended = subprocess.run([*command, *recipe], check=False)
         if ended.returncode:
             return ended.returncode
         records = [json.loads(text) for text in run.metrics.read_text().splitlines()]

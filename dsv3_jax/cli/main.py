@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from dsv3_jax import __version__
 from dsv3_jax.errors import UserError, reason_of
-from dsv3_jax.operating_system import check_supported
+from dsv3_jax.operating_system import check_supported, restart_with_huge_pages
 from dsv3_jax.runs.interruption import Interrupted, Interruption
 from dsv3_jax.terminal import replace_what_cannot_be_shown, say
 
@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """Runs the command line as a program."""
+    if len(sys.argv) > 2:  # not for a list of commands or the version
+        restart_with_huge_pages()
     exit_code = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # Python's own handler prints a traceback while the interpreter ends

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from simulated import environment
 
 from dsv3_jax.cli import main as command_line
 from dsv3_jax.errors import UserError
-from dsv3_jax.operating_system import check_supported
+from dsv3_jax.operating_system import check_supported, restart_with_huge_pages
 
 # A Python without what Windows lacks (fcntl, resource, SIGUSR1) and what macOS lacks (pipe2, affinity, /proc).
 _HIDE = """
@@ -75,3 +77,60 @@ def test_users_of_other_systems_are_told(
 @pytest.mark.parametrize(("system", "machine"), [("linux", "x86_64"), ("linux", "aarch64"), ("darwin", "arm64")])
 def test_others_are_not(system: str, machine: str) -> None:
     check_supported(system, machine)
+
+
+@pytest.fixture
+def restarted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Returns a function that returns the variables with which the program is started again; None if it is not."""
+
+    def tunables(setting: str | None, given: str | None = None, system: str = "linux") -> str | None:
+        found: list[str] = []
+
+        def start(program: str, arguments: list[str], variables: dict[str, str]) -> None:
+            assert (program, arguments[1:]) == (sys.executable, sys.orig_argv[1:])
+            assert {"GLIBC_TUNABLES": ""} | dict(os.environ) == variables | {"GLIBC_TUNABLES": given or ""}
+            found.append(variables["GLIBC_TUNABLES"])
+            raise OSError("started in a test")
+
+        monkeypatch.setattr(sys, "platform", system)
+        monkeypatch.setattr(os, "execve", start)
+        monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+        if given is not None:
+            monkeypatch.setenv("GLIBC_TUNABLES", given)
+        file = tmp_path / "enabled"
+        if setting is not None:
+            file.write_text(setting)
+        restart_with_huge_pages(file)
+        return found[0] if found else None
+
+    return tunables
+
+
+def test_huge_pages_are_asked_for_where_linux_gives_them_on_request(restarted: Any) -> None:
+    assert restarted("always [madvise] never\n") == "glibc.malloc.hugetlb=1"
+    assert (
+        restarted("always [madvise] never\n", "glibc.malloc.check=3") == "glibc.malloc.check=3:glibc.malloc.hugetlb=1"
+    )
+
+
+@pytest.mark.parametrize("setting", ["[always] madvise never\n", "always madvise [never]\n", None])
+def test_huge_pages_are_not_asked_for_where_it_changes_nothing(restarted: Any, setting: str | None) -> None:
+    assert restarted(setting) is None
+
+
+def test_huge_pages_are_asked_for_once_and_not_against_the_users_will(restarted: Any) -> None:
+    assert restarted("[madvise]", "glibc.malloc.hugetlb=1") is None
+    assert restarted("[madvise]", "glibc.malloc.hugetlb=0") is None
+
+
+def test_huge_pages_are_left_alone_on_other_systems(restarted: Any) -> None:
+    assert restarted("[madvise]", system="darwin") is None
+
+
+def test_a_program_that_starts_again_ends_as_it_would_have(tmp_path: Path) -> None:
+    """On a machine where huge pages are given on request, the program starts again before it finds nothing to show."""
+    variables = {name: value for name, value in environment().items() if name != "GLIBC_TUNABLES"}
+    command = [sys.executable, "-m", "dsv3_jax.cli.main", "inspect", str(tmp_path / "nothing")]
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120, check=False)
+    assert (done.stdout, done.returncode, done.stderr.count("\n")) == ("", 2, 1)
+    assert "nothing" in done.stderr
