@@ -13,6 +13,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
@@ -169,6 +170,7 @@ def _attend_forward(queries, keys, values, segment_ids, scale, start):
 def _attend_backward(scale, start, residuals, out_bar):
     """Returns the gradients; what a softmax subtracts, sum_s P_s dL/dP_s, is the output times its own gradient."""
     queries, keys, values, weights, sums, out = residuals
+    weights = lax.optimization_barrier(weights)
     dtype, wide = values.dtype, sums.dtype
     out_bar = jnp.swapaxes(out_bar, 1, 2).astype(wide) / sums
     subtracted = jnp.sum(out_bar * out, axis=-1, keepdims=True)
@@ -202,4 +204,5 @@ def _logits(
     if segment_ids is not None:
         own = segment_ids[:, start : start + query_count]
         visible = visible & (own[:, None, :, None] == segment_ids[:, None, None, :])
-    return jnp.where(visible, logits, -jnp.inf)
+    # Added, not selected: XLA computes the product, the sum and the softmax of a row as one operation on a CPU.
+    return logits + jnp.where(visible, 0.0, -jnp.inf).astype(wide)
