@@ -100,9 +100,10 @@ def _of_processor(*names: str) -> str | None:
 def restart_with_huge_pages(setting: Path = _HUGE_PAGES) -> None:
     """Starts this program again, in the same process, with large arrays in huge pages; returns where it need not.
 
-    A training step reads and writes hundreds of megabytes, and finding them in pages of 4 KiB takes a CPU a third of
-    its time. Linux gives huge pages to who asks. glibc asks for what Python and XLA allocate if a variable of the
-    environment says so when the program starts. Only the speed depends on it.
+    A training step reads and writes hundreds of megabytes. Finding them in pages of 4 KiB took a CPU a quarter of the
+    step (`experiments/benchmarks/huge_pages.py`). Linux gives huge pages to programs that ask for them, and glibc asks
+    on behalf of Python and XLA if a variable of the environment says so when the program starts. Results do not depend
+    on it.
 
     Args:
       setting: the file that says who gets huge pages.

@@ -106,7 +106,11 @@ def main(argv: list[str] | None = None) -> None:
     for name, values in numbers.items():
         print(f"{name:22} validation {show(values['validation_loss'])}")
     above = _above_noise(numbers)
-    measured = {"arms": numbers, "precision_of_arms": ARMS, "fp8_less_noise": above}
+    measured = {
+        "arms": numbers,
+        "precision_of_arms": {name: ARMS[name] for name in options.arms},
+        "fp8_less_noise": above,
+    }
     write_results(options, {"fp8_vs_bf16": figure}, _verdict(options, numbers, above), measured)
 
 
@@ -134,8 +138,8 @@ def _verdict(options: Options, numbers: dict[str, Any], above: dict[str, Any]) -
         f"{options.scale}. "
         f"Two bf16 runs whose weights differ by less than bf16 resolves are {100 * noise[NUDGED]['mean']:.2f}% apart"
         + (f", bf16 and float32 {100 * noise['float32']['mean']:.2f}%" if "float32" in noise else "")
-        + f". FP8's difference {'exceeds' if above['mean'] > 2 * deviation > 0 else 'cannot be told from'} "
-        f"{'the larger of these' if len(noise) > 1 else 'this'}, by {100 * above['mean']:.2f}% "
+        + f". FP8's difference {'exceeds' if above['mean'] > 2 * deviation > 0 else 'does not exceed'} "
+        f"{'the larger of these' if len(noise) > 1 else 'this'}: the one less the other is {100 * above['mean']:+.2f}% "
         f"(deviation over the seeds {100 * deviation:.2f}%)."
     )
     if BLOCKS not in numbers:

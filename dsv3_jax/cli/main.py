@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """Runs the command line as a program."""
-    if len(sys.argv) > 2:  # not for a list of commands or the version
+    if len(sys.argv) > 2:  # a command with options; lists of commands and the version are printed at once
         restart_with_huge_pages()
     exit_code = main()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -170,6 +170,7 @@ def _attend_forward(queries, keys, values, segment_ids, scale, start):
 def _attend_backward(scale, start, residuals, out_bar):
     """Returns the gradients; what a softmax subtracts, sum_s P_s dL/dP_s, is the output times its own gradient."""
     queries, keys, values, weights, sums, out = residuals
+    # Without the barrier XLA would keep the float32 copy that the forward pass makes of the weights to sum them.
     weights = lax.optimization_barrier(weights)
     dtype, wide = values.dtype, sums.dtype
     out_bar = jnp.swapaxes(out_bar, 1, 2).astype(wide) / sums

@@ -2,8 +2,9 @@
 
     python experiments/benchmarks/huge_pages.py [--presets nano mini] [--rounds 3]
 
-Runs with and without them alternate. A row is the median over the rounds of the median tokens per second of a run. The
-results are written to `experiments/results/huge_pages.json`.
+Runs with and without them alternate. The results are the median tokens per second of every run, and how many times as
+fast the runs with huge pages are, by the medians over the rounds. They are written to
+`experiments/results/huge_pages.json` after every round.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -44,11 +46,16 @@ def main() -> None:
     options = parser.parse_args()
     recipes = [(preset, precision) for preset in options.presets for precision in PRECISIONS]
     found: dict[tuple[str, str], dict[bool, list[float]]] = {recipe: {False: [], True: []} for recipe in recipes}
-    for _ in range(options.rounds):
+    for finished in range(1, options.rounds + 1):
         for recipe in recipes:
             for huge in (False, True):
                 found[recipe][huge].append(tokens_per_second(*recipe, huge))
                 print(*recipe, "huge pages" if huge else "small pages", round(found[recipe][huge][-1]), flush=True)
+        write(found, finished)
+
+
+def write(found: dict[tuple[str, str], dict[bool, list[float]]], rounds: int) -> None:
+    """Writes and prints the results of the rounds so far: by recipe, tokens per second without and with huge pages."""
     rows = []
     for (preset, precision), values in found.items():
         small, huge = (statistics.median(values[kind]) for kind in (False, True))
@@ -61,8 +68,9 @@ def main() -> None:
             }
         )
         print(f"{preset}, {precision}: {small:,.0f} and {huge:,.0f} tokens/s, {huge / small:.2f} times as fast")
-    machine = {"processor": processor_name(), "threads": len(os.sched_getaffinity(0)), "jax": version("jax")}
-    RESULTS.write_text(json.dumps({**machine, "rounds": options.rounds, "runs": rows}, indent=1) + "\n")
+    cores = {"processor": processor_name(), "threads": len(os.sched_getaffinity(0))}
+    machine = cores | {"python": platform.python_version(), "jax": version("jax")}
+    RESULTS.write_text(json.dumps({**machine, "rounds": rounds, "runs": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

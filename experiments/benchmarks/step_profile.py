@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.profiler import ProfileData
 
 from dsv3_jax import default_run
+from dsv3_jax.operating_system import restart_with_huge_pages
 from dsv3_jax.runs.checkpoints import make_model
 from dsv3_jax.training.state import new_state
 from dsv3_jax.training.step import StepSettings, make_train_step
@@ -143,4 +144,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()  # as `dsv3 train` does
     main()

@@ -33,7 +33,7 @@ from dsv3_jax.counts import count_flops
 from dsv3_jax.operating_system import processor_name
 
 HERE = Path(__file__).resolve().parent
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for both sides; `make train` uses them too
+HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # for both sides; `dsv3 train` asks for them itself
 OURS, EAGER, COMPILED = "this project", "transformers", "transformers + torch.compile"
 
 

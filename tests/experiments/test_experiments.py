@@ -178,6 +178,17 @@ def test_chosen_arms_run_beside_those_that_the_claim_compares(load, name: str, o
     assert list(chosen) == sorted(chosen, key=arms.index)
 
 
+def test_experiments_start_again_with_huge_pages_as_programs_only(load, monkeypatch: pytest.MonkeyPatch):
+    started = []
+    module = load("command_line")
+    monkeypatch.setattr(module, "restart_with_huge_pages", lambda: started.append(True))
+    monkeypatch.setattr(sys, "argv", ["experiment.py"])
+    module.CommandLine("text").parse_args([])
+    assert not started
+    module.CommandLine("text").parse_args()
+    assert started
+
+
 def test_an_impossible_schedule_is_one_line(load, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     argv = ["--ranks", "3", "--output", str(tmp_path / "out")]
     refused(load("pipeline_schedules").main, argv, capsys, "3", "use 2 or 4")

@@ -197,6 +197,25 @@ def test_the_program_does_not_grow_with_the_length():
     assert {times for _, times in products(traced(1024))} == {1}
 
 
+@pytest.mark.parametrize(("gradients", "most"), [(False, 0.9), (True, 2.0)])
+def test_a_cpu_keeps_no_logits_of_a_short_sequence(gradients, most):
+    """Memory in float32 logits: weights in bfloat16 are half of them, and the gradients of weights are all of them."""
+    length = 512
+    q, k, v = (jax.ShapeDtypeStruct((2, length, 4, width), jnp.bfloat16) for width in (48, 48, 32))
+
+    def attend(q, k, v):
+        return causal_attention(q, k, v, scale=0.1)
+
+    def pull(q, k, v):
+        return jax.vjp(attend, q, k, v)[1](v)
+
+    compiled = jax.jit(pull if gradients else attend).lower(q, k, v).compile()
+    if "ynn_fusion" not in compiled.as_text():
+        pytest.skip("XLA computes products in another way on this processor")
+    logits = 4 * 2 * 4 * length * length * 3 / 4  # of both chunks
+    assert compiled.memory_analysis().temp_size_in_bytes < most * logits
+
+
 @pytest.mark.parametrize("policy", ["report", "products"])  # by their names, and by their operation
 def test_recomputed_layers_in_a_loop(policy):
     """Gradients through stacked layers are those of the layers one after the other, in float64."""

@@ -40,7 +40,7 @@ def test_form(path: Path) -> None:
     outputs = [output for cell in code for output in cell["outputs"]]
     assert all(output["output_type"] != "error" and output.get("name") != "stderr" for output in outputs)
     shown = json.dumps(outputs)
-    assert not [folder for folder in ("/home/", "/root/", "/tmp/", "/Users/") if folder in shown]
+    assert not re.search(r"/(home|root|tmp|Users)/", shown), "it shows a path of the machine on which it ran"
     drawn = sum("image/png" in output.get("data", {}) for output in outputs)
     assert len(shown) < 150_000 * max(drawn, 1), "a figure is too large to keep"
 

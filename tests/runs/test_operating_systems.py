@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -128,9 +129,32 @@ def test_huge_pages_are_left_alone_on_other_systems(restarted: Any) -> None:
 
 
 def test_a_program_that_starts_again_ends_as_it_would_have(tmp_path: Path) -> None:
-    """On a machine where huge pages are given on request, the program starts again before it finds nothing to show."""
+    """Python reads `sitecustomize` whenever it starts; this one writes down what it is started with."""
+    starts = tmp_path / "starts"
+    text = f"import os; print(os.environ.get('GLIBC_TUNABLES', ''), file=open({str(starts)!r}, 'a'))"
+    (tmp_path / "sitecustomize.py").write_text(text)
     variables = {name: value for name, value in environment().items() if name != "GLIBC_TUNABLES"}
+    paths = os.pathsep.join(filter(None, (str(tmp_path), variables.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "dsv3_jax.cli.main", "inspect", str(tmp_path / "nothing")]
+    variables |= {"PYTHONPATH": paths}
     done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120, check=False)
     assert (done.stdout, done.returncode, done.stderr.count("\n")) == ("", 2, 1)
     assert "nothing" in done.stderr
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    on_request = setting.exists() and "[madvise]" in setting.read_text()
+    assert starts.read_text().splitlines() == ["", "glibc.malloc.hugetlb=1"][: 1 + on_request]
+
+
+def test_a_list_of_commands_is_printed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def restart() -> None:
+        raise AssertionError("started again")
+
+    monkeypatch.setattr(command_line, "restart_with_huge_pages", restart)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # those of the test stay
+    monkeypatch.setattr(sys, "argv", ["dsv3", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        command_line.command()
+    assert stop.value.code == 0
+    monkeypatch.setattr(sys, "argv", ["dsv3", "train", "--help"])
+    with pytest.raises(AssertionError, match="started again"):
+        command_line.command()
