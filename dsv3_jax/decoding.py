@@ -20,7 +20,9 @@ from dsv3_jax.modules.moe import Choice
 from dsv3_jax.modules.multi_token import MultiTokenModule
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import make_rotation
+from dsv3_jax.modules.router import Router
 from dsv3_jax.precision import Precision
+from dsv3_jax.precision.int8_weight import Int8Weight
 from dsv3_jax.precision.tiled_weight import TiledWeight
 
 _CachedLayer = Callable[
@@ -113,7 +115,7 @@ class CachedDecoding(nnx.Module):
         Returns:
           Hidden states, and the cache with the new entries.
         """
-        if tokens.size == 1 and not self._is_tiled:
+        if tokens.size == 1 and not self._is_exact_by_row:
             return _first_of(self.decode(_twice(tokens), cache, _twice(positions)))
         rotation = make_rotation(self.config, positions)
 
@@ -147,7 +149,7 @@ class CachedDecoding(nnx.Module):
         Returns:
           Hidden states, which predict the token after `tokens`, and the cache.
         """
-        if tokens.size == 1 and not self._is_tiled:
+        if tokens.size == 1 and not self._is_exact_by_row:
             hidden = jnp.repeat(hidden, 2, axis=1)
             return _first_of(self.draft(hidden, _twice(tokens), cache, _twice(positions), depth=depth))
         module = self.mtp[depth - 1]
@@ -161,7 +163,7 @@ class CachedDecoding(nnx.Module):
 
     def next_logits(self, hidden: Float[Array, "B T d"]) -> Float[Array, "B T V"]:
         """Returns the logits; on a CPU a row's are the same bits whatever the number of rows."""
-        if hidden.shape[0] * hidden.shape[1] == 1 and not self._is_tiled:
+        if hidden.shape[0] * hidden.shape[1] == 1 and not self._is_exact_by_row:
             return self.head(jnp.repeat(hidden, 2, axis=1))[:, :1]
         return self.head(hidden)
 
@@ -171,9 +173,13 @@ class CachedDecoding(nnx.Module):
         return self.next_logits(hidden) if logits is None else logits
 
     @property
-    def _is_tiled(self) -> bool:
-        """Whether products of a single row have the bits that they have among other rows."""
-        return isinstance(self.head.exact_weight, TiledWeight)
+    def _is_exact_by_row(self) -> bool:
+        """Whether all products of a single row have the bits that they have among other rows."""
+        weights = [self.head.exact_weight]
+        if self.config.num_moe_layers:
+            router: Router = self.moe_blocks.feed_forward.router  # pyright: ignore[reportAssignmentType]
+            weights.append(router.weight[...])
+        return all(isinstance(weight, TiledWeight | Int8Weight) for weight in weights)
 
     def _scan_cached_layers[Cache: LatentCache](
         self, layer: _CachedLayer, h: Float[Array, "B T d"], cache: Cache, *, slice_experts: bool

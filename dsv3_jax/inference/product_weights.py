@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,15 @@ def with_int8_weights(model: DeepSeekV3) -> DeepSeekV3:
 
     The embedding, norms and routers keep their dtype: they are read by rows or are small, and experts are chosen by
     small differences. So do the up-projections of keys and values, which decoding absorbs, and weights already in FP8.
+    On one CPU routers and those up-projections are in float32 tiles, so that a single row needs no second one below it.
     """
     copy = nnx.clone(model)
     for parameter, in_axes, _ in _products(copy):
         if isinstance(parameter.get_value(), jax.Array):
             parameter.set_value(_to_int8(parameter.get_value(), in_axes))
     if _on_one_cpu(copy) and copy.precision.fp8 is None:
+        _put_into_tiles(_routers(copy))
+        _absorb_in_tiles(copy)
         _divide_experts(copy)
     return copy
 
@@ -56,7 +59,8 @@ def for_one_cpu(model: DeepSeekV3, *, drafts: bool) -> DeepSeekV3:
     for parameter, in_axes, _ in _products(copy.mtp):
         parameter.set_value(_to_int8(parameter.get_value(), in_axes))
     if model.precision.dtype == jnp.float32:
-        _put_into_tiles(copy)
+        _put_into_tiles([*_products(copy), *_routers(copy)])
+        _absorb_in_tiles(copy)
     _divide_experts(copy)
     if rounded is not None:
         head.set_value(WithRounded(head[...], rounded))
@@ -67,14 +71,16 @@ def _on_one_cpu(model: DeepSeekV3) -> bool:
     return isinstance(model.devices, OneDevice) and target_platform() == "cpu"
 
 
-def _put_into_tiles(model: DeepSeekV3) -> None:
-    """Puts the weights of products and routers that are arrays into tiles."""
-    routers = (module for _, module in nnx.iter_modules(model) if isinstance(module, Router))
-    of_routers = [(router.weight, 1, 2) for router in routers]
-    for parameter, in_axes, matrix_axes in [*_products(model), *of_routers]:
+def _put_into_tiles(weights: Iterable[tuple[nnx.Param, int, int]]) -> None:
+    """Puts those of `weights` that are arrays into tiles; each comes as from `_products`."""
+    for parameter, in_axes, matrix_axes in weights:
         value = parameter.get_value()
         if isinstance(value, jax.Array):
             parameter.set_value(_to_tiles(value, in_axes, value.ndim - matrix_axes))
+
+
+def _absorb_in_tiles(model: DeepSeekV3) -> None:
+    """Puts the up-projections of keys and values into tiles, as decoding absorbs them."""
     for _, module in nnx.iter_modules(model):
         if isinstance(module, LatentAttention):
             up = module.kv_b.weight
@@ -104,6 +110,13 @@ def _products(model: nnx.Module) -> Iterator[tuple[nnx.Param, int, int]]:
         elif isinstance(module, Experts):
             yield module.gate_up, 1, 3
             yield module.down, 1, 2
+
+
+def _routers(model: nnx.Module) -> Iterator[tuple[nnx.Param, int, int]]:
+    """Yields the weights of routers, as `_products` does those of products."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Router):
+            yield module.weight, 1, 2
 
 
 @functools.partial(jax.jit, static_argnames=("in_axes",))

@@ -182,18 +182,21 @@ class Experts(nnx.Module):
 
         def of_rows(gate_up: Any, down: Any, rows: Float[Array, "S d"], index: Int[Array, " S"]) -> Float[Array, "S d"]:
             own = gate_up.reshape(-1, 2 * width, d)[index], down.reshape(-1, d, width)[index]
+            if is_exact_by_row:
+                return self._products(rows, *own, None, 1)
             # Of two equal rows each, because a single one is multiplied by a kernel that adds in another order.
             return self._products(jnp.repeat(rows, 2, axis=0), *own, None, 1)[::2]
 
         one = gate_up.layers[0] if isinstance(gate_up, ByLayer) else gate_up
+        is_exact_by_row = isinstance(one, Int8Weight | TiledWeight)
         # Batched products of plain float32 arrays add in an order that depends on the number of rows.
-        exact = not is_stack and (isinstance(one, Int8Weight | TiledWeight) or self.precision.dtype != jnp.float32)
+        exact = not is_stack and (is_exact_by_row or self.precision.dtype != jnp.float32)
         return ExpertProducts(
             experts,
             with_layer(of_one, (gate_up, down), layer),
             with_layer(of_all, (gate_up, down), layer) if exact else None,
             with_layer(of_rows, (gate_up, down), layer) if exact else None,
-            fewest_rows=1 if isinstance(one, TiledWeight) else 2,
+            fewest_rows=1 if is_exact_by_row else 2,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import jax
@@ -95,21 +96,32 @@ def test_drafts_are_drawn_from_logits_of_int8_weights(precision: str) -> None:
     assert np.linalg.norm(without - exact) < 1e-5 * np.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("kind", ["tiles", "int8"])
-def test_the_experts_of_a_layer_are_not_copied(kind: str) -> None:
-    """Not inside the loop over layers, where XLA would copy what is sliced out of a stack of all layers' experts."""
-    config = CONFIG.replace(hidden_size=64, n_routed_experts=32, moe_intermediate_size=128)
-    model = engine_model(kind, config)
-    cache = model.init_cache(16, 8)
+def largest_made(model: DeepSeekV3, rows: int) -> int:
+    """Returns the number of elements of the largest array that decoding a token of each row computes or copies."""
+    cache = model.init_cache(rows, 8)
     graph, weights = nnx.split(model)
-    tokens = jnp.zeros((16, 1), jnp.int32)
+    tokens = jnp.zeros((rows, 1), jnp.int32)
 
     @jax.jit
     def read(weights: nnx.State, cache: object) -> jax.Array:
         return nnx.merge(graph, weights).decode(tokens, cache, tokens).hidden
 
     program = read.lower(weights, cache).compile().as_text()
-    of_a_layer = config.n_routed_experts * config.moe_intermediate_size * config.hidden_size
     made = re.findall(r"= \w+\[([\d,]+)\]\S* (?:copy|transpose|fusion|dynamic-slice|convert)\(", program)
-    assert made
-    assert max(np.prod([int(size) for size in shape.split(",")]) for shape in made) < of_a_layer
+    return max(math.prod(int(size) for size in shape.split(",")) for shape in made)
+
+
+@pytest.mark.parametrize("kind", ["tiles", "int8"])
+def test_the_experts_of_a_layer_are_not_copied(kind: str) -> None:
+    """Not inside the loop over layers, where XLA would copy what is sliced out of a stack of all layers' experts."""
+    config = CONFIG.replace(hidden_size=64, n_routed_experts=32, moe_intermediate_size=128)
+    of_a_layer = config.n_routed_experts * config.moe_intermediate_size * config.hidden_size
+    assert largest_made(engine_model(kind, config), 16) < of_a_layer
+
+
+@pytest.mark.parametrize("kind", ["tiles", "int8"])
+def test_one_token_gathers_its_own_experts_alone(kind: str) -> None:
+    """It is not computed twice, which would gather their weights twice."""
+    config = CONFIG.replace(hidden_size=64, n_routed_experts=32, moe_intermediate_size=256)
+    of_an_expert = 2 * config.moe_intermediate_size * config.hidden_size  # of gate and up
+    assert largest_made(engine_model(kind, config), 1) == config.num_experts_per_tok * of_an_expert
