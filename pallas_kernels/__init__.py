@@ -7,7 +7,7 @@ from pallas_kernels.grouped_matmul import (
     masked_grouped_matmul,
     preferred_row_alignment,
 )
-from pallas_kernels.latent_attention import has_attention_kernel, latent_attention
+from pallas_kernels.latent_attention import has_attention_kernel, latent_attention, latent_attention_and_kept
 from pallas_kernels.latent_decode import has_decode_kernel, latent_decode
 from pallas_kernels.quantize import (
     PROMOTION_INTERVAL,
@@ -38,6 +38,7 @@ __all__ = [
     "has_attention_kernel",
     "has_decode_kernel",
     "latent_attention",
+    "latent_attention_and_kept",
     "latent_decode",
     "masked_grouped_matmul",
     "permute",

@@ -8,8 +8,9 @@ there is a kernel for the device, `pallas_kernels.latent_attention` computes seq
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 import pallas_kernels
 from dsv3_jax.errors import UserError
 from dsv3_jax.modules.tiled_attention import largest_of_tiles, tiled_attention
+from dsv3_jax.precision.attended import AttendedRows, KeptOutput
 from dsv3_jax.precision.weight_product import product_over_rows
 from pallas_kernels.device import target_platform
 
@@ -33,6 +35,42 @@ CHUNKS = 2  # of a short sequence: 3/4 of the square is computed, and the progra
 LARGEST_CHUNK = 512  # queries; a tile of 512 x 512 logits of a head takes 1 MB in float32
 CHUNK_MULTIPLE = 128  # chunks of a long sequence have the widths that matrix units like
 KEPT_LENGTH = 1024  # sequences up to this length keep their weights for the backward pass
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreAttention:
+    """The attention of a layer, between the products with its weights.
+
+    Attributes:
+      scale, choice: as in `causal_attention`.
+      kept: how kernels keep their output for the backward pass; None where they keep it as jax.vjp does.
+    """
+
+    scale: float
+    choice: AttentionChoice
+    kept: KeptOutput | None
+
+    def __call__(
+        self,
+        queries: Float[Array, "B T H qk"],
+        keys: Float[Array, "B T H c"],
+        values: Float[Array, "B T H v"],
+        shared_keys: Float[Array, "B T r"],
+        segment_ids: Int[Array, "B T"] | None,
+        *,
+        to_linear: bool = True,
+    ) -> Float[Array, "B T H v"] | AttendedRows:
+        """Returns what `causal_attention` does, or the same kept already, where a kernel computes it.
+
+        Args:
+          to_linear: whether the next linear map gets the output as it is. Then one copy is kept for both.
+        """
+        keeps = to_linear and self.kept is not None and self.choice == "auto"
+        call: dict[str, Any] = {"scale": self.scale, "segment_ids": segment_ids}
+        if keeps and pallas_kernels.has_attention_kernel(queries, keys, values):
+            call |= {"k_shared": shared_keys, "keep": self.kept}
+            return AttendedRows(*pallas_kernels.latent_attention_and_kept(queries, keys, values, **call))
+        return causal_attention(queries, keys, values, shared_keys, choice=self.choice, **call)
 
 
 def causal_attention(

@@ -16,9 +16,10 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
+from dsv3_jax.modules.attention_core import CoreAttention
 from dsv3_jax.modules.expert_shares import LEAST_SHARE, apply_in_shares, share_of
 from dsv3_jax.modules.parameter import ParameterShape
-from dsv3_jax.precision import Fp8Recipe, NormedRows
+from dsv3_jax.precision import AttendedRows, Fp8Recipe, NormedRows
 from pallas_kernels.device import target_platform
 
 Tree = Any
@@ -65,7 +66,7 @@ class Devices(Protocol):
     def multiply(
         self,
         product: Callable[[Any, Array], Array],
-        x: Float[Array, "..."] | NormedRows,
+        x: Float[Array, "..."] | NormedRows | AttendedRows,
         weight: Float[Array, "..."],
         shape: ParameterShape,
         *,
@@ -112,14 +113,14 @@ class Devices(Protocol):
 
     def attend(
         self,
-        attention: Callable[..., Array],
+        attention: CoreAttention,
         queries: Float[Array, "B T H qk"],
         keys: Float[Array, "B T H c"],
         values: Float[Array, "B T H v"],
         shared_keys: Float[Array, "B T r"],
         segment_ids: Int[Array, "B T"] | None,
-    ) -> Float[Array, "B T H v"]:
-        """Returns attention(queries, keys, values, shared_keys, segment_ids=segment_ids).
+    ) -> Float[Array, "B T H v"] | AttendedRows:
+        """Returns attention(queries, keys, values, shared_keys, segment_ids).
 
         It may be called with a shard of the sequences and of the heads.
         """
@@ -198,7 +199,7 @@ class OneDevice:
     def multiply(
         self,
         product: Callable[[Any, Array], Array],
-        x: Float[Array, "..."] | NormedRows,
+        x: Float[Array, "..."] | NormedRows | AttendedRows,
         weight: Float[Array, "..."],
         shape: ParameterShape,
         *,
@@ -223,15 +224,15 @@ class OneDevice:
 
     def attend(
         self,
-        attention: Callable[..., Array],
+        attention: CoreAttention,
         queries: Float[Array, "B T H qk"],
         keys: Float[Array, "B T H c"],
         values: Float[Array, "B T H v"],
         shared_keys: Float[Array, "B T r"],
         segment_ids: Int[Array, "B T"] | None,
-    ) -> Float[Array, "B T H v"]:
-        """Returns attention(queries, keys, values, shared_keys, segment_ids=segment_ids)."""
-        return attention(queries, keys, values, shared_keys, segment_ids=segment_ids)
+    ) -> Float[Array, "B T H v"] | AttendedRows:
+        """Returns attention(queries, keys, values, shared_keys, segment_ids)."""
+        return attention(queries, keys, values, shared_keys, segment_ids)
 
     def attend_to_pages(
         self,

@@ -28,14 +28,14 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.modules.attention_core import AttentionChoice, causal_attention, largest_logits
+from dsv3_jax.modules.attention_core import AttentionChoice, CoreAttention, largest_logits
 from dsv3_jax.modules.cached_attention import attend_to_cache
 from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.latent_cache import LatentCache
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import Rotation, rotate, softmax_scale
-from dsv3_jax.precision import NormedRows, Precision, rounded_weight
+from dsv3_jax.precision import KeptOutput, NormedRows, Precision, rounded_weight
 from dsv3_jax.precision.keeping import keep
 from dsv3_jax.precision.tiled_weight import AbsorbedWeight, TiledWeight
 
@@ -99,8 +99,8 @@ class LatentAttention(nnx.Module):
         key, value = jnp.split(self.kv_b(latent), [self.config.qk_nope_head_dim], axis=-1)
         query, scale, largest = jnp.concatenate([query, query_rope], axis=-1), softmax_scale(self.config), None
         with jax.named_scope("attention_core"):
-            attend = functools.partial(causal_attention, scale=scale, choice=choice)
-            attended = self.devices.attend(attend, query, key, value, key_rope, segment_ids)
+            attention = CoreAttention(scale, choice, KeptOutput.of(self.precision, self.config.v_head_dim))
+            attended = self.devices.attend(attention, query, key, value, key_rope, segment_ids)
             if measure_logits:
                 inputs = map(lax.stop_gradient, (query, key, key_rope))
                 largest = largest_logits(*inputs, scale=scale, segment_ids=segment_ids, counted=token_mask)

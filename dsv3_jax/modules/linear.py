@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.modules.devices import Devices
 from dsv3_jax.modules.parameter import LogicalAxis, ParameterShape
-from dsv3_jax.precision import NormedRows, Precision, linear
+from dsv3_jax.precision import AttendedRows, NormedRows, Precision, linear
 
 
 class Linear(nnx.Module):
@@ -54,7 +54,7 @@ class Linear(nnx.Module):
         self.shape = ParameterShape((*out_shape, *in_shape), axes)
         self.weight = self.shape.normal(rngs, scale, dtype)
 
-    def __call__(self, x: Float[Array, "..."] | NormedRows) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "..."] | NormedRows | AttendedRows) -> Float[Array, "..."]:
         """Maps x [*batch, *in] to [*batch, *out], in the recipe's dtype."""
         product = functools.partial(
             _product, in_axes=self.in_axes, precision=self.precision, after_attention=self.after_attention
@@ -62,7 +62,11 @@ class Linear(nnx.Module):
         return self.multiply(product, x, batch_axes=x.ndim - self.in_axes)
 
     def multiply(
-        self, product: Callable[[Any, Array], Array], x: Float[Array, "..."] | NormedRows, *, batch_axes: int
+        self,
+        product: Callable[[Any, Array], Array],
+        x: Float[Array, "..."] | NormedRows | AttendedRows,
+        *,
+        batch_axes: int,
     ) -> Float[Array, "..."]:
         """Returns product(x, weight) for a product that is linear in the weight; `x` has `batch_axes` batch axes."""
         return self.devices.multiply(
@@ -77,7 +81,7 @@ class Linear(nnx.Module):
 
 
 def _product(
-    x: Float[Array, "..."] | NormedRows,
+    x: Float[Array, "..."] | NormedRows | AttendedRows,
     weight: Float[Array, "..."],
     *,
     in_axes: int,

@@ -8,7 +8,8 @@ with one pass for queries and one for keys compute logits and gradients of weigh
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import pallas_kernels
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.attention_core import KEPT_LENGTH, LARGEST_CHUNK, even_chunk
 from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.precision import AttendedRows, KeptOutput
 from pallas_kernels.device import described_target
 
 AttentionForm = Literal["scan", "hopper", "tpu", "cudnn"]
@@ -41,6 +43,12 @@ def attention_form(config: PlanConfig) -> AttentionForm:
         if not pallas_kernels.has_attention_kernel(q, k, v):  # pyright: ignore[reportArgumentType]
             return "scan"
     return "hopper" if platform == "gpu" else "tpu"
+
+
+def keeps_core(config: PlanConfig) -> bool:
+    """Returns whether what the policy "report" keeps of attention's output serves its own backward pass too."""
+    is_kernel = attention_form(config) in ("hopper", "tpu")
+    return is_kernel and config.mesh.context == 1 and KeptOutput.of(config.recipe, config.model.v_head_dim) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,11 +105,12 @@ def attention_core_memory(config: PlanConfig) -> float:
 
 def attend_as_kernel(
     form: AttentionForm,
+    kept: KeptOutput | None,
     queries: Float[Array, "B T H qk"],
     keys: Float[Array, "B T H c"],
     values: Float[Array, "B T H v"],
     shared_keys: Float[Array, "B T r"],
-) -> Float[Array, "B T H v"]:
+) -> Float[Array, "B T H v"] | AttendedRows:
     """Returns an array of the attended values' shape, of a function that keeps for its backward pass what kernels keep.
 
     It is for tracing only: operands, result and the logarithms of the rows' sums are kept, as by the kernels, but the
@@ -111,29 +120,34 @@ def attend_as_kernel(
         repeated = jnp.broadcast_to(shared_keys[:, :, None], (*keys.shape[:3], shared_keys.shape[-1]))
         keys = jnp.concatenate([keys, repeated], axis=-1)
         wide = jnp.pad(values, [(0, 0)] * 3 + [(0, queries.shape[-1] - values.shape[-1])])
-        return _kept_by_kernel(queries, keys, wide, None)[..., : values.shape[-1]]
-    return _kept_by_kernel(queries, keys, values, shared_keys)
+        return _kept_by_kernel(None, queries, keys, wide, None)[0][..., : values.shape[-1]]
+    attended = _kept_by_kernel(kept, queries, keys, values, shared_keys)
+    return attended[0] if kept is None else AttendedRows(*attended)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _kept_by_kernel(
+    kept: KeptOutput | None,
     queries: Float[Array, "B T H qk"],
     keys: Float[Array, "B T H c"],
     values: Float[Array, "B T H v"],
     shared_keys: Float[Array, "B T r"] | None,
-) -> Float[Array, "B T H v"]:
-    return _forward(queries, keys, values, shared_keys)[0]
+) -> tuple[Float[Array, "B T H v"], Any]:
+    return _forward(kept, queries, keys, values, shared_keys)[0]
 
 
-def _forward(queries: Array, keys: Array, values: Array, shared_keys: Array | None) -> tuple[Array, tuple]:
+def _forward(
+    kept: KeptOutput | None, queries: Array, keys: Array, values: Array, shared_keys: Array | None
+) -> tuple[tuple[Array, Any], tuple]:
     log_sums = jnp.einsum("bthc,bthc->bht", keys, keys, preferred_element_type=jnp.float32)
     state = jnp.einsum("bthc,bthv->bhcv", queries, values)
     out = jnp.einsum("bthc,bhcv->bthv", queries, state)
-    return out, (queries, keys, values, shared_keys, out, log_sums)
+    out, packed, log_sums = (out, None, log_sums) if kept is None else kept.keep(out, log_sums)
+    return (out, packed), (queries, keys, values, shared_keys, out if packed is None else packed, log_sums)
 
 
-def _backward(kept: tuple, gradient: Array) -> tuple[Array | None, ...]:
-    return kept[:4]
+def _backward(kept: KeptOutput | None, residuals: tuple, gradients: tuple) -> tuple[Array | None, ...]:
+    return residuals[:4]
 
 
 _kept_by_kernel.defvjp(_forward, _backward)

@@ -42,12 +42,13 @@ class Recomputed:
     core: int
 
 
-def recomputed_operations(model: ModelConfig, policy: str, *, on_mesh: bool, fp8: bool) -> Recomputed:
+def recomputed_operations(model: ModelConfig, policy: str, *, on_mesh: bool, fp8: bool, keeps_core: bool) -> Recomputed:
     """Returns what the backward pass of one layer computes again.
 
     Args:
       on_mesh: whether tokens are sent to experts on other devices; the exchange always computes the experts again.
       fp8: whether linear maps are computed in FP8. The policy "products" does not keep the results of these.
+      keeps_core: whether the policy "report" keeps the result of the attention core for the core's own backward pass.
     """
     terms = count_flops(model, 1).terms
     attention = terms["attention_projections"] / model.num_hidden_layers
@@ -59,7 +60,7 @@ def recomputed_operations(model: ModelConfig, policy: str, *, on_mesh: bool, fp8
         return Recomputed(attention, dense, routed + shared, router, core=1)
     again = routed if on_mesh or policy == "products" else 0.0
     if policy == "report":
-        return Recomputed(_up_projections(model), 0.0, again, 0.0, core=1)
+        return Recomputed(_up_projections(model), 0.0, again, 0.0, core=int(not keeps_core))
     return Recomputed(0.0, 0.0, again, 0.0, core=int(policy != "none"))
 
 

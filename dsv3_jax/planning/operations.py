@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from dsv3_jax.counts import count_flops
-from dsv3_jax.planning.attention_form import attention_core, attention_form
+from dsv3_jax.planning.attention_form import attention_core, attention_form, keeps_core
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.forward_operations import forward_operations, recomputed_operations
 from dsv3_jax.planning.stage_parts import layer_runs, operations_per_token
@@ -35,7 +35,9 @@ def operations(config: PlanConfig) -> Operations:
     linear, attention, plain = forward_operations(model, config.sequence_length)
     core = attention_core(model, config.sequence_length, attention_form(config))
     fp8 = config.recipe.fp8 is not None
-    again = recomputed_operations(model, config.rematerialisation, on_mesh=config.target.devices > 1, fp8=fp8)
+    again = recomputed_operations(
+        model, config.rematerialisation, on_mesh=config.target.devices > 1, fp8=fp8, keeps_core=keeps_core(config)
+    )
     mtp = model.num_nextn_predict_layers
     recomputed = again.attention * (model.num_hidden_layers + mtp) + again.dense * model.num_dense_layers
     recomputed += again.experts * (model.num_moe_layers + mtp)

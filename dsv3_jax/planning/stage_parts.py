@@ -20,9 +20,9 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.counts import count_flops
 from dsv3_jax.pipeline.facts import PARTS, ScheduleFacts, schedule_facts
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
-from dsv3_jax.planning.attention_form import AttentionCore, attention_core, attention_form
+from dsv3_jax.planning.attention_form import AttentionCore, attention_core, attention_form, keeps_core
 from dsv3_jax.planning.config import PlanConfig
-from dsv3_jax.planning.forward_operations import forward_operations, recomputed_operations
+from dsv3_jax.planning.forward_operations import Recomputed, forward_operations, recomputed_operations
 from dsv3_jax.planning.weights import LayerKind, layers_of_rank, stages_per_rank
 
 
@@ -128,12 +128,15 @@ def _part_of_head(config: PlanConfig) -> float:
 def _costs(config: PlanConfig) -> tuple[Float[np.ndarray, "stages parts 3"], Float[np.ndarray, "3"]]:
     core = attention_core(config.model, config.sequence_length, attention_form(config))
     fp8 = config.recipe.fp8 is not None
-    return _costs_of(config.model, config.mesh.stage, config.sequence_length, config.rematerialisation, core, fp8)
+    again = recomputed_operations(
+        config.model, config.rematerialisation, on_mesh=True, fp8=fp8, keeps_core=keeps_core(config)
+    )
+    return _costs_of(config.model, config.mesh.stage, config.sequence_length, core, again)
 
 
 @functools.lru_cache(maxsize=64)
 def _costs_of(
-    model: ModelConfig, stages: int, length: int, policy: str, core: AttentionCore, fp8: bool
+    model: ModelConfig, stages: int, length: int, core: AttentionCore, again: Recomputed
 ) -> tuple[Float[np.ndarray, "stages parts 3"], Float[np.ndarray, "3"]]:
     """Returns operations per token of every stage and part of PARTS, and of the MTP modules' forward pass.
 
@@ -150,7 +153,6 @@ def _costs_of(
     last = model.num_nextn_predict_layers * moe
     heads = (1 + model.num_nextn_predict_layers) * counts.terms["head"]
     last[2] = plain - counts.terms["router"] - heads  # projections and routers of the MTP modules
-    again = recomputed_operations(model, policy, on_mesh=True, fp8=fp8)
     cores = np.array([0, again.core, 0]) * either
     again_dense = cores + np.array([again.attention + again.dense, 0, 0])
     again_moe = cores + np.array([again.attention + again.experts, 0, again.router])

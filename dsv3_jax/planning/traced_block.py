@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.modules.attention_core import CoreAttention
 from dsv3_jax.modules.block import Block, BlockInputs
 from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes, OneDevice
 from dsv3_jax.modules.embedding import Head
@@ -27,7 +28,7 @@ from dsv3_jax.modules.rope import make_rotation
 from dsv3_jax.pipeline.residuals import ArrayType, TwoPasses
 from dsv3_jax.planning.attention_form import AttentionForm, attend_as_kernel
 from dsv3_jax.planning.materialised import materialised_bytes
-from dsv3_jax.precision import NormedRows, Precision, saved_bytes
+from dsv3_jax.precision import AttendedRows, NormedRows, Precision, saved_bytes
 from dsv3_jax.sharding.expert_parallel import recomputed
 
 BlockKind = Literal["dense", "moe", "join", "head"]
@@ -123,7 +124,7 @@ class _OneRank(OneDevice):
     def multiply(
         self,
         product: Callable[[Any, Array], Array],
-        x: Float[Array, "..."] | NormedRows,
+        x: Float[Array, "..."] | NormedRows | AttendedRows,
         weight: Float[Array, "..."],
         shape: ParameterShape,
         *,
@@ -137,17 +138,17 @@ class _OneRank(OneDevice):
 
     def attend(
         self,
-        attention: Callable[..., Array],
+        attention: CoreAttention,
         queries: Float[Array, "B T H qk"],
         keys: Float[Array, "B T H c"],
         values: Float[Array, "B T H v"],
         shared_keys: Float[Array, "B T r"],
         segment_ids: Int[Array, "B T"] | None,
-    ) -> Float[Array, "B T H v"]:
+    ) -> Float[Array, "B T H v"] | AttendedRows:
         """Returns plain attention, or what stands for a kernel that this machine cannot trace."""
         if self.attention == "scan":
             return super().attend(attention, queries, keys, values, shared_keys, segment_ids)
-        return attend_as_kernel(self.attention, queries, keys, values, shared_keys)
+        return attend_as_kernel(self.attention, attention.kept, queries, keys, values, shared_keys)
 
     def apply_experts(
         self,

@@ -1,5 +1,6 @@
 """Precision recipes (report section 3.3): which products are computed in which format, and what they keep."""
 
+from dsv3_jax.precision.attended import AttendedRows, KeptOutput
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe
 from dsv3_jax.precision.linear import (
     grouped_linear,
@@ -16,7 +17,9 @@ from dsv3_jax.precision.swiglu import swiglu
 
 __all__ = [
     "PRECISIONS",
+    "AttendedRows",
     "Fp8Recipe",
+    "KeptOutput",
     "NormedRows",
     "Precision",
     "grouped_linear",

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
+from dsv3_jax.precision.attended import AttendedRows
 from dsv3_jax.precision.e5m6 import PackedE5M6, pack, unpack
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe, Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
@@ -33,7 +34,7 @@ from pallas_kernels import TILE
 
 @jax.named_scope("fp8_matmul")
 def fp8_product(
-    x: Float[Array, "M in"] | NormedRows,
+    x: Float[Array, "M in"] | NormedRows | AttendedRows,
     weight: Float[Array, "..."] | Fp8Weight,
     group_sizes: Int[Array, " E"] | None,
     recipe: Fp8Recipe,
@@ -42,13 +43,17 @@ def fp8_product(
     """Returns x Wᵀ in the dtype of x under the recipe; swiglu(x) Wᵀ, x being [M, 2 * in], where the role says so.
 
     Args:
-      x: rows; or rows [M, in] that an RMSNorm has quantized, under a recipe that `quantizes_norms`.
+      x: rows; or rows [M, in] that an RMSNorm has quantized, under a recipe that `quantizes_norms`; or those of
+        attention, kept for the backward pass already.
       weight: [out, in], or [E, out, in] with groups. An `Fp8Weight` is multiplied as stored, in blocks of 128 x 128
         whatever the recipe's tile.
       group_sizes: rows of each expert, multiples of 128; None for one matrix.
     """
-    rows, tiles = (x.rows, x.tiles) if isinstance(x, NormedRows) else (x, None)
-    return _product(rows, tiles, weight, group_sizes, recipe, role)
+    if isinstance(x, NormedRows):
+        rows, prepared = x.rows, x.tiles
+    else:
+        rows, prepared = (x.rows, x.packed) if isinstance(x, AttendedRows) else (x, None)
+    return _product(rows, prepared, weight, group_sizes, recipe, role)
 
 
 @jax.named_scope("fp8_matmul")
@@ -74,24 +79,24 @@ def weight_tiles(weight: Float[Array, "*E out in"], recipe: Fp8Recipe) -> Tiles:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _product(
     x: Array,
-    quantized: pk.Quantized | None,
+    prepared: pk.Quantized | PackedE5M6 | None,
     weight: Array | Fp8Weight,
     group_sizes: Array | None,
     recipe: Fp8Recipe,
     role: Role,
 ) -> Any:
-    return _forward(x, quantized, weight, group_sizes, recipe, role)[0]
+    return _forward(x, prepared, weight, group_sizes, recipe, role)[0]
 
 
 def _forward(
     x: Array,
-    quantized: pk.Quantized | None,
+    prepared: pk.Quantized | PackedE5M6 | None,
     weight: Array | Fp8Weight,
     group_sizes: Array | None,
     recipe: Fp8Recipe,
     role: Role,
 ) -> tuple[Array, Any]:
-    tiles, cache = _input_tiles(x, quantized, recipe, role)
+    tiles, cache = _input_tiles(x, prepared, recipe, role)
     constant = isinstance(weight, Fp8Weight)
     stored = weight.tiles() if constant else weight_tiles(weight, recipe)
     if recipe.forward == "none":
@@ -211,17 +216,21 @@ def _weight_gradient(
 
 
 def _input_tiles(
-    x: Float[Array, "M ..."], quantized: pk.Quantized | None, recipe: Fp8Recipe, role: Role
+    x: Float[Array, "M ..."], prepared: pk.Quantized | PackedE5M6 | None, recipe: Fp8Recipe, role: Role
 ) -> tuple[Tiles, Any]:
-    """Returns the map's input in FP8, and what is kept of x for the backward pass; x is not read if it is quantized."""
-    if quantized is not None:
-        return quantized, quantized
+    """Returns the map's input in FP8, and what is kept of x for the backward pass.
+
+    Args:
+      prepared: x in FP8, in whose place x is not read; or what is kept of x already.
+    """
+    if isinstance(prepared, pk.Quantized):
+        return prepared, prepared
     powers = _rounded_scales(recipe, role)
     if _fuses_swiglu(x.shape[1], recipe, role):
         tiles, kept = pk.quantize_swiglu(x, power_of_two_scales=powers)
         return tiles, _kept(kept)
     tiles = quantize(_activated(x) if role.swiglu else x, _along_row(recipe), "e4m3", power_of_two=powers)
-    return tiles, _cached(x, tiles, recipe, role)
+    return tiles, _cached(x, tiles, recipe, role) if prepared is None else prepared
 
 
 def _fuses_swiglu(width: int, recipe: Fp8Recipe, role: Role) -> bool:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from dsv3_jax.precision.attended import AttendedRows
 from dsv3_jax.precision.fp8_layer import fp8_product, fp8_product_by_row, weight_tiles
 from dsv3_jax.precision.fp8_recipe import Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
@@ -25,7 +26,7 @@ from pallas_kernels import TILE
 
 
 def linear(
-    x: Float[Array, "*batch in"] | NormedRows,
+    x: Float[Array, "*batch in"] | NormedRows | AttendedRows,
     weight: Float[Array, "out in"] | Fp8Weight | Int8Weight | TiledWeight,
     precision: Precision,
     *,
@@ -34,16 +35,18 @@ def linear(
     """Returns y = W x in the recipe's dtype. Operands are in that dtype, FP8 or int8; sums are in float32 or int32.
 
     Args:
-      x: an array, or the output of an RMSNorm that is quantized already.
+      x: an array; the output of an RMSNorm that is quantized already; or that of attention, kept already.
       after_attention: x is the attention's output, which recipes keep for the backward pass in a format of its own.
     """
     dtype = precision.dtype
     if precision.fp8 is not None and not isinstance(weight, Int8Weight | TiledWeight):
         rows, role = x.reshape(-1, x.shape[-1]), Role(after_attention=after_attention)
-        rows = rows if isinstance(rows, NormedRows) else rows.astype(dtype)
+        rows = rows if isinstance(rows, NormedRows | AttendedRows) else rows.astype(dtype)
         y = fp8_product(rows, weight, None, precision.fp8, role)
         return y.reshape(*x.shape[:-1], y.shape[-1])
     assert not isinstance(x, NormedRows)
+    if isinstance(x, AttendedRows):
+        x, after_attention = x.rows, False
     if isinstance(weight, Int8Weight | TiledWeight):
         return weight.product(x, dtype)
     if after_attention:

@@ -14,21 +14,23 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.modules.attention_core import CoreAttention
 from dsv3_jax.modules.parameter import ParameterShape
+from dsv3_jax.precision import AttendedRows
 from dsv3_jax.sharding.ranks import axes_of, on_every_rank
 from dsv3_jax.sharding.rules import BATCH_AXES, CONTEXT, token_axes, weight_axes
 
 
 def attend_on_ranks(
     mesh: Mesh,
-    attention: Callable[..., Array],
+    attention: CoreAttention,
     queries: Float[Array, "B T H qk"],
     keys: Float[Array, "B T H c"],
     values: Float[Array, "B T H v"],
     shared_keys: Float[Array, "B T r"],
     segment_ids: Int[Array, "B T"] | None,
-) -> Float[Array, "B T H v"]:
-    """Returns attention(queries, keys, values, shared_keys, segment_ids=segment_ids).
+) -> Float[Array, "B T H v"] | AttendedRows:
+    """Returns attention(queries, keys, values, shared_keys, segment_ids).
 
     Heads are sharded over the tensor axis and the context axis where these divide them; ranks along an axis that does
     not compute all heads. The gradient of `shared_keys` is summed over the ranks' heads.
@@ -38,10 +40,12 @@ def attend_on_ranks(
     gather_keys = CONTEXT in tokens
     scatter_tokens = gather_keys and CONTEXT in axes_of(heads[2])
 
-    def on_a_rank(queries: Array, keys: Array, values: Array, shared_keys: Array, segment_ids: Array | None) -> Array:
+    def on_a_rank(
+        queries: Array, keys: Array, values: Array, shared_keys: Array, segment_ids: Array | None
+    ) -> Array | AttendedRows:
         if gather_keys:
             shared_keys = lax.all_gather(shared_keys, CONTEXT, axis=1, tiled=True)
-        attended = attention(queries, keys, values, shared_keys, segment_ids=segment_ids)
+        attended = attention(queries, keys, values, shared_keys, segment_ids, to_linear=not scatter_tokens)
         return lax.all_to_all(attended, CONTEXT, 1, 2, tiled=True) if scatter_tokens else attended
 
     own_keys = PartitionSpec(*tokens)

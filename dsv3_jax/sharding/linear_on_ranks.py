@@ -19,6 +19,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from dsv3_jax.modules.parameter import ParameterShape
+from dsv3_jax.precision.attended import AttendedRows
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.normed import NormedRows
 from dsv3_jax.sharding.fsdp_gather import gather_over_fsdp
@@ -31,7 +32,7 @@ _TENSOR = "tensor"
 def multiply_on_ranks(
     mesh: Mesh,
     product: Callable[[Any, Any], Array],
-    x: Float[Array, "..."] | NormedRows,
+    x: Float[Array, "..."] | NormedRows | AttendedRows,
     weight: Float[Array, "..."] | Fp8Weight,
     shape: ParameterShape,
     *,
@@ -48,7 +49,7 @@ def multiply_on_ranks(
     to_heads = shape.axes[:1] == ("heads",)
     gather_tokens = to_heads and CONTEXT in batch
 
-    def on_a_rank(x: Array | NormedRows, weight: Any) -> Array:
+    def on_a_rank(x: Array | NormedRows | AttendedRows, weight: Any) -> Array:
         if gather_tokens:
             x = jax.tree.map(lambda part: lax.all_gather(part, CONTEXT, axis=batch.index(CONTEXT), tiled=True), x)
         if gathered is not None:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 import pallas_kernels
 from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
 from dsv3_jax.modules.parameter import ParameterShape
+from dsv3_jax.precision.attended import AttendedRows
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.normed import NormedRows
 from dsv3_jax.sharding.attention_on_ranks import attend_on_ranks, attend_to_pages_on_ranks
@@ -49,7 +50,7 @@ class OnMesh:
     def multiply(
         self,
         product: Callable[[Any, Array], Array],
-        x: Float[Array, "..."] | NormedRows,
+        x: Float[Array, "..."] | NormedRows | AttendedRows,
         weight: Float[Array, "..."] | Fp8Weight,
         shape: ParameterShape,
         *,
@@ -83,19 +84,19 @@ class OnMesh:
 
     def attend(
         self,
-        attention: Callable[..., Array],
+        attention: CoreAttention,
         queries: Float[Array, "B T H qk"],
         keys: Float[Array, "B T H c"],
         values: Float[Array, "B T H v"],
         shared_keys: Float[Array, "B T r"],
         segment_ids: Int[Array, "B T"] | None,
-    ) -> Float[Array, "B T H v"]:
+    ) -> Float[Array, "B T H v"] | AttendedRows:
         """Returns attention(...). A kernel is run by every rank, for its own sequences and heads.
 
         So is any attention where there is a context axis.
         """
         if self.context_ranks == 1 and not pallas_kernels.has_attention_kernel(queries, keys, values):
-            return attention(queries, keys, values, shared_keys, segment_ids=segment_ids)
+            return attention(queries, keys, values, shared_keys, segment_ids)
         return attend_on_ranks(self.mesh, attention, queries, keys, values, shared_keys, segment_ids)
 
     def attend_to_pages(

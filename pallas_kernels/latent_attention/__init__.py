@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from pallas_kernels.device import Implementation, choose_implementation, kernel_
 from pallas_kernels.latent_attention import cudnn
 from pallas_kernels.latent_attention.operands import OfResult, Operands
 
-__all__ = ["has_attention_kernel", "latent_attention"]
+__all__ = ["Keep", "has_attention_kernel", "latent_attention", "latent_attention_and_kept"]
 
 WIDTH_MULTIPLE = 16  # of every width that a Hopper kernel takes
 
@@ -58,7 +58,42 @@ def latent_attention(
     name = choose_implementation(implementation, _available(q, k, v))
     if name == "reference":
         return kernel_module("latent_attention", name).attention(x, scale, causal)[0]
-    return _kernel(x, name, float(scale), causal)
+    return _kernel(x, name, float(scale), causal, None)[0]
+
+
+class Keep(Protocol):
+    """How the result of attention is kept for the backward pass; hashable, as programs are compiled for each."""
+
+    def keep(
+        self, out: Float[Array, "B T H v"], log_sums: Float[Array, "B H T"]
+    ) -> tuple[Float[Array, "B T H v"], Any, Float[Array, "B H T"]]:
+        """Returns the result, what is kept in its place (None: itself), and the logarithms of sums, which are kept."""
+        ...
+
+    def restore(self, kept: Any, like: Float[Array, "B T H v"]) -> Float[Array, "B T H v"]:
+        """Returns the result, with the shape and dtype of `like`, from what was kept."""
+        ...
+
+
+@jax.named_scope("latent_attention")
+def latent_attention_and_kept(
+    q: Float[Array, "B T H qk"],
+    k: Float[Array, "B T H c"],
+    v: Float[Array, "B T H v"],
+    *,
+    scale: float,
+    keep: Keep,
+    k_shared: Float[Array, "B T r"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T H v"], Any]:
+    """Returns the attended values and what is kept of them, which whoever reads the values next may keep too.
+
+    The other arguments are those of `latent_attention`, where `has_attention_kernel` is true; what is kept has no
+    gradient.
+    """
+    x = Operands(q, k, v, k_shared, segment_ids)
+    _check(x, scale)
+    return _kernel(x, choose_implementation(None, _available(q, k, v)), float(scale), True, keep)
 
 
 def has_attention_kernel(q: Float[Array, "B T H qk"], k: Float[Array, "B T H c"], v: Float[Array, "B T H v"]) -> bool:
@@ -74,18 +109,21 @@ def _cudnn(x: Operands, scale: float, causal: bool) -> Float[Array, "B T H v"]:
     return cudnn.attention(x, scale, causal)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _kernel(x, name, scale, causal):
-    return _forward(x, name, scale, causal)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _kernel(x, name, scale, causal, keep):
+    return _forward(x, name, scale, causal, keep)[0]
 
 
-def _forward(x, name, scale, causal):
+def _forward(x, name, scale, causal, keep):
     out, log_sums = kernel_module("latent_attention/forward", name).forward(x, scale, causal)
-    return out, (x, out, log_sums)
+    out, kept, log_sums = (out, None, log_sums) if keep is None else keep.keep(out, log_sums)
+    return (out, kept), (x, out if kept is None else kept, log_sums)
 
 
-def _backward(name, scale, causal, kept, gradient):
-    x, out, log_sums = kept
+def _backward(name, scale, causal, keep, residuals, gradients):
+    (x, out, log_sums), (gradient, _) = residuals, gradients
+    if not isinstance(out, jax.Array):
+        out = keep.restore(out, gradient)
     # A row's sum of weight times gradient of the weight, which the softmax's derivative subtracts.
     mean = jnp.einsum("bthv,bthv->bht", out, gradient, preferred_element_type=jnp.float32)
     result = OfResult(gradient, log_sums, mean)
