@@ -16,11 +16,10 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.block import Block, BlockInputs
 from dsv3_jax.modules.embedding import Embedding, Head
 from dsv3_jax.modules.latent_cache import DenseCache, LatentCache
-from dsv3_jax.modules.moe import Choice
+from dsv3_jax.modules.moe import Choice, MixtureOfExperts
 from dsv3_jax.modules.multi_token import MultiTokenModule
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import make_rotation
-from dsv3_jax.modules.router import Router
 from dsv3_jax.precision import Precision
 from dsv3_jax.precision.int8_weight import Int8Weight
 from dsv3_jax.precision.tiled_weight import TiledWeight
@@ -177,8 +176,9 @@ class CachedDecoding(nnx.Module):
         """Whether all products of a single row have the bits that they have among other rows."""
         weights = [self.head.exact_weight]
         if self.config.num_moe_layers:
-            router: Router = self.moe_blocks.feed_forward.router  # pyright: ignore[reportAssignmentType]
-            weights.append(router.weight[...])
+            mixture = self.moe_blocks.feed_forward
+            assert isinstance(mixture, MixtureOfExperts)
+            weights.append(mixture.router.weight[...])
         return all(isinstance(weight, TiledWeight | Int8Weight) for weight in weights)
 
     def _scan_cached_layers[Cache: LatentCache](

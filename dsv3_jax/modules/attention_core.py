@@ -65,7 +65,7 @@ class CoreAttention:
         Args:
           to_linear: whether the next linear map gets the output as it is. Then one copy is kept for both.
         """
-        keeps = to_linear and self.kept is not None and self.choice == "auto"
+        keeps = to_linear and self.kept is not None and self.choice != "scan" and not _is_cudnn(self.choice)
         call: dict[str, Any] = {"scale": self.scale, "segment_ids": segment_ids}
         if keeps and pallas_kernels.has_attention_kernel(queries, keys, values):
             call |= {"k_shared": shared_keys, "keep": self.kept}
@@ -100,7 +100,7 @@ def causal_attention(
     Raises:
       UserError: cuDNN is chosen on a GPU for arrays that it does not take.
     """
-    cudnn = choice == "cudnn" and target_platform() in ("hopper", "gpu")
+    cudnn = _is_cudnn(choice)
     if cudnn:
         _check_for_cudnn(queries, segment_ids)
     if cudnn or (choice != "scan" and pallas_kernels.has_attention_kernel(queries, keys, values)):
@@ -158,6 +158,10 @@ def largest_logits(
         rows = _logits(queries[:, start:stop], keys[:, :stop], segments, scale=scale, start=start).max(axis=-1)
         largest.append(jnp.where(counted[:, None, start:stop], rows, 0.0).max(axis=(0, 2)))
     return jnp.maximum(jnp.max(jnp.stack(largest), axis=0), 0.0)
+
+
+def _is_cudnn(choice: AttentionChoice) -> bool:
+    return choice == "cudnn" and target_platform() in ("hopper", "gpu")
 
 
 def _with_shared(keys: Float[Array, "B T H c"], shared_keys: Float[Array, "B T r"]) -> Float[Array, "B T H qk"]:

@@ -24,9 +24,9 @@ Rematerialisation = Literal["none", "report", "products", "full"]
 REMATERIALISATIONS = tuple(_POLICIES)
 """The policies.
 
-none: everything is kept.  report: RMSNorm and SwiGLU outputs, MLA up-projections and the attention core are recomputed;
-the latents, the attention's output, expert products and the router's logits are kept.  products: only the results of
-products with weights are kept.  full: only each block's input is kept.
+none: everything is kept.  report: RMSNorm and SwiGLU outputs and MLA up-projections are recomputed; the latents, the
+attention's output, expert products and the router's logits are kept. Attention that no kernel computes runs again, too.
+products: only the results of products with weights are kept.  full: only each block's input is kept.
 """
 
 

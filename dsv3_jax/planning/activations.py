@@ -18,7 +18,7 @@ from dsv3_jax.pipeline.facts import schedule_facts
 from dsv3_jax.pipeline.residuals import SlotLayout
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.pipeline.weights import Format
-from dsv3_jax.planning.attention_form import attention_core_memory, attention_form
+from dsv3_jax.planning.attention_form import attention_core_memory, attention_form, keeps_core
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.traced_block import (
     BlockKind,
@@ -274,7 +274,8 @@ def exchange_buffers(config: PlanConfig) -> float:
 
 def _shape(config: PlanConfig, kind: BlockKind, tensor: int) -> BlockShape:
     on_mesh, form = config.target.devices > 1, attention_form(config)
-    return BlockShape(config.model, kind, config.recipe, tensor, config.sequence_length, on_mesh, form)
+    length = config.sequence_length
+    return BlockShape(config.model, kind, config.recipe, tensor, length, on_mesh, form, keeps_core(config))
 
 
 def _traced(config: PlanConfig, kind: BlockKind, figure: Callable[[TracedBlock], float]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -120,9 +120,10 @@ def attend_as_kernel(
         repeated = jnp.broadcast_to(shared_keys[:, :, None], (*keys.shape[:3], shared_keys.shape[-1]))
         keys = jnp.concatenate([keys, repeated], axis=-1)
         wide = jnp.pad(values, [(0, 0)] * 3 + [(0, queries.shape[-1] - values.shape[-1])])
-        return _kept_by_kernel(None, queries, keys, wide, None)[0][..., : values.shape[-1]]
-    attended = _kept_by_kernel(kept, queries, keys, values, shared_keys)
-    return attended[0] if kept is None else AttendedRows(*attended)
+        out, _ = cast("tuple[Array, Any]", _kept_by_kernel(None, queries, keys, wide, None))
+        return out[..., : values.shape[-1]]
+    out, packed = cast("tuple[Array, Any]", _kept_by_kernel(kept, queries, keys, values, shared_keys))
+    return out if kept is None else AttendedRows(out, packed)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -45,6 +45,7 @@ class BlockShape:
       length: tokens of the sequence.
       on_mesh: whether the routed experts exchange tokens with other devices.
       attention: what computes attention.
+      keeps_core: whether kernels keep their output once, for themselves and for the next linear map.
     """
 
     model: ModelConfig
@@ -54,6 +55,7 @@ class BlockShape:
     length: int
     on_mesh: bool
     attention: AttentionForm
+    keeps_core: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +121,7 @@ class _OneRank(OneDevice):
 
     on_mesh: bool
     attention: AttentionForm
+    keeps_core: bool
     gathered: list[Gathered]
 
     def multiply(
@@ -148,7 +151,9 @@ class _OneRank(OneDevice):
         """Returns plain attention, or what stands for a kernel that this machine cannot trace."""
         if self.attention == "scan":
             return super().attend(attention, queries, keys, values, shared_keys, segment_ids)
-        return attend_as_kernel(self.attention, attention.kept, queries, keys, values, shared_keys)
+        return attend_as_kernel(
+            self.attention, attention.kept if self.keeps_core else None, queries, keys, values, shared_keys
+        )
 
     def apply_experts(
         self,
@@ -186,7 +191,7 @@ class _AbstractBlock:
     @classmethod
     def of(cls, shape: BlockShape) -> _AbstractBlock:
         model, gathered = _of_tensor_rank(shape.model, shape.tensor), []
-        devices = _OneRank(shape.on_mesh, shape.attention, gathered)
+        devices = _OneRank(shape.on_mesh, shape.attention, shape.keeps_core, gathered)
         make: dict[str, Any] = {"dtype": jnp.dtype(jnp.float32), "precision": shape.precision, "devices": devices}
 
         def module() -> nnx.Module:

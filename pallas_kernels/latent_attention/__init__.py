@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,8 @@ def latent_attention(
     name = choose_implementation(implementation, _available(q, k, v))
     if name == "reference":
         return kernel_module("latent_attention", name).attention(x, scale, causal)[0]
-    return _kernel(x, name, float(scale), causal, None)[0]
+    out, _ = cast("tuple[Array, Any]", _kernel(x, name, float(scale), causal, None))
+    return out
 
 
 class Keep(Protocol):

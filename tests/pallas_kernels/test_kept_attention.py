@@ -79,9 +79,10 @@ def float64_gradients(
 
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
 def test_the_report_policy_computes_attention_once(precision: str) -> None:
-    """Once forward, for the map behind it and its gradients too; where nothing is kept for both, attention runs again."""
+    """Once for the forward pass and for all gradients; where the output is not kept for both, attention runs again."""
     recipe = Precision.preset(precision)
     q, k, v, k_shared, ids = operands(*SIZES)
+    assert k_shared is not None
     weight = jnp.asarray(np.random.default_rng(2).standard_normal((128, 256)), jnp.float32)
 
     def forward_kernels(kept: KeptOutput | None) -> int:

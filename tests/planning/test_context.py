@@ -40,7 +40,9 @@ def test_sequences_of_128k_fit_only_where_they_are_divided() -> None:
     plans = {context: plan_of(context) for context in MESHES}
     assert [plan.fits for plan in plans.values()] == [False, False, True]
     one, four = plans[1].activations, plans[4].activations
-    assert sum(four.kept.values()) == pytest.approx(sum(one.kept.values()) / 4)
+    # Where ranks send the outputs of their heads to others, logarithms of the heads' sums are not kept beside them.
+    log_sums = (V3.num_hidden_layers + 1) * LENGTH * V3.num_attention_heads * 4
+    assert sum(four.kept.values()) == pytest.approx((sum(one.kept.values()) - log_sums) / 4)
     assert plans[16].state.total < 1.05 * plans[1].state.total
     assert four.recomputed < one.recomputed / 3
 

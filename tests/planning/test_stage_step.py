@@ -139,9 +139,10 @@ def test_memory_of_the_671b_step_by_hand() -> None:
     in_float32 = 8 * (norms + router) + 3 * norms + 4 * 7168
     assert plan.state.working_weights == (1 + 4 / 128**2) * in_fp8 + 2 * in_bfloat16 + 4 * in_float32
     assert plan.state.gradients == 4 * (in_fp8 + in_bfloat16 + in_float32)
-    # 17 slots, each for four layers, of which three may be dense: two hidden states, the latents and attention's output
-    # of each; of four MoE layers the inputs of SwiGLU and the router's logits, of three dense layers the former.
-    common = 2 * (2 * 7168 + 1536 + 576) + 128 * 128 * (1.5 + 4 / 128)
+    # 17 slots, each for four layers, of which three may be dense. Of each: two hidden states, the latents, attention's
+    # output and the logarithms of its sums; of four MoE layers the inputs of SwiGLU and the router's logits, of three
+    # dense layers the former.
+    common = 2 * (2 * 7168 + 1536 + 576) + 128 * (128 * (1.5 + 4 / 128) + 4)
     slot = 4 * (common + 2 * 2048 * (1 + 4 / 128) + 256 * 4) + 3 * 2 * 18432 * (1 + 4 / 128)
     kept = plan.activations.kept
     assert kept.pop("received from other stages") == (2 + 8) * HIDDEN
@@ -161,7 +162,7 @@ def test_memory_of_the_671b_step_by_hand() -> None:
     # Two directions' micro-batches, each with the hidden states of two depths and their gradients.
     logits, head = 2 * 2 * 4096 * 129280 / 16 * 4, 129280 * 7168 / 16 * 2
     hidden = 2 * 2 * 2 * HIDDEN
-    kept = 2 * (4 * 7168 + 1536 + 576) + 128 * 128 * (1.5 + 4 / 128) + 2 * 2048 * (1 + 4 / 128) + 256 * 4
+    kept = 2 * (4 * 7168 + 1536 + 576) + 128 * (128 * (1.5 + 4 / 128) + 4) + 2 * 2048 * (1 + 4 / 128) + 256 * 4
     assert plan.activations.loss == logits + head + hidden + 4096 * kept + layer
 
 
