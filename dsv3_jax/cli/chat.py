@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
     from dsv3_jax.inference import Engine, EngineConfig
 
     loaded = load_model(arguments.run, arguments.dtype)
-    config = EngineConfig(max_sequences=1, steps=2, top_logprobs=0, compile_at_start=False)
+    config = EngineConfig(max_sequences=1, steps=2, top_logprobs=0, int8_weights=arguments.int8, compile_at_start=False)
     engine = Engine(loaded.model, config, to_bytes=loaded.tokenizer.to_bytes)
     sampler = default_sampler(loaded.tokenizer)
     chat = Chat(engine, loaded.tokenizer, ChatTemplate.of(loaded.tokenizer), sampler)
@@ -256,6 +256,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("run", type=Path, help="folder of a training run, or of a published checkpoint")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="dtype of the weights (default: as the checkpoint has them)"
+    )
+    parser.add_argument(
+        "--int8",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep the weights of products in eight bits, a quarter of float32's memory: the fastest on a CPU, and a "
+        "little less exact (default: no)",
     )
     parser.add_argument("--system", help="text before the first message")
     for name, read in _READ.items():

@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
             cache_tokens=tokens if arguments.cache_gib is None else None,
             cache_memory=None if arguments.cache_gib is None else int(arguments.cache_gib * 2**30),
             drafts=arguments.drafts,
+            int8_weights=arguments.int8,
             record_experts=arguments.experts,
             sets=sets,
             micro_batches=arguments.micro_batches,
@@ -116,6 +117,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model-name", help="name of the model in the API (default: the folder's)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="dtype of the weights (default: as the checkpoint has them)"
+    )
+    parser.add_argument(
+        "--int8",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep the weights of products in eight bits, a quarter of float32's memory: the fastest on a CPU, and a "
+        "little less exact (default: no)",
     )
     parser.add_argument(
         "--max-sequences", type=number(int, 1, 4096), default=16, help="requests that run at a time (default: 16)"

@@ -40,7 +40,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(200)
 def test_serve_a_published_checkpoint_until_sigterm(published: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("secret\n")
-    words = ["serve", str(published), "--port", "0", "--max-sequences", "1", "--drafts", "0", "--no-experts"]
+    words = ["serve", str(published), "--port", "0", "--max-sequences", "1", "--drafts", "0", "--no-experts", "--int8"]
     words += ["--api-key-file", str(tmp_path / "key"), "--context", "64"]
     process = subprocess.Popen(
         [sys.executable, "-m", "dsv3_jax.cli.main", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -160,6 +160,23 @@ def test_a_base_model_goes_on_with_the_text(models, monkeypatch, capsys) -> None
     assert "base model without a chat template: it goes on with your text.\n" in printed
     shown = [chat_command.printable(each.text) for each in (first, second)]
     assert printed.partition("your text.\n")[2] == "\n".join(shown) + "\n\n"
+
+
+@pytest.mark.parametrize("words", [(), ("--int8",)])
+def test_weights_are_in_eight_bits_on_request(words, models, monkeypatch, capsys) -> None:
+    """The engine is given the choice; the text is then that of such an engine."""
+    loaded, _ = models
+    made = []
+
+    class Recorded(Engine):
+        def __init__(self, model, config, **others):
+            made.append(config.int8_weights)
+            super().__init__(model, config, **others)
+
+    monkeypatch.setattr("dsv3_jax.inference.Engine", Recorded)
+    printed = talk(monkeypatch, capsys, loaded, ["a"], *words, max_new="3")
+    assert made == [bool(words)]
+    assert printed.partition("your text.\n")[2].strip()
 
 
 def test_commands_of_the_chat(models, monkeypatch, capsys) -> None:
