@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
+from dsv3_jax.modules.attention_core import CoreAttention
 from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.attended import AttendedRows
