@@ -13,7 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from dsv3_jax.bounds import LARGEST_SEED
-from dsv3_jax.cli.options import OptionParser, number, suggest
+from dsv3_jax.cli.options import OptionParser, add_weight_formats, number, suggest
 from dsv3_jax.errors import UserError
 from dsv3_jax.terminal import printable, say
 
@@ -254,16 +254,7 @@ class Chat:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = OptionParser("dsv3 chat", _DESCRIPTION)
     parser.add_argument("run", type=Path, help="folder of a training run, or of a published checkpoint")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="dtype of the weights (default: as the checkpoint has them)"
-    )
-    parser.add_argument(
-        "--int8",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="keep the weights of products in eight bits, a quarter of float32's memory: the fastest on a CPU, and a "
-        "little less exact (default: no)",
-    )
+    add_weight_formats(parser)
     parser.add_argument("--system", help="text before the first message")
     for name, read in _READ.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=read, help=f"{_TEXTS[name]}; /set changes it")

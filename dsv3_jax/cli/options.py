@@ -59,6 +59,20 @@ class OptionParser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message:.200}; {hint or f'see {self.prog} --help'}")
 
 
+def add_weight_formats(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say in which format a command that serves a conversation keeps weights."""
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="dtype of the weights (default: as the checkpoint has them)"
+    )
+    parser.add_argument(
+        "--int8",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep the weights of products in eight bits, a quarter of float32's memory: the fastest on a CPU, and a "
+        "little less exact (default: no)",
+    )
+
+
 def parse[Options](argv: list[str], *, prog: str, description: str, default: Options) -> Options:
     """Parses `argv` into a dataclass. The fields of nested dataclasses are `--section.field VALUE`.
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dsv3_jax.cli.models import add_sets
-from dsv3_jax.cli.options import OptionParser, number
+from dsv3_jax.cli.options import OptionParser, add_weight_formats, number
 from dsv3_jax.errors import UserError
 from dsv3_jax.regular_files import read_regular
 from dsv3_jax.terminal import say
@@ -115,16 +115,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--api-key-file", type=Path, help="file with the key that clients must send as bearer token")
     parser.add_argument("--model-name", help="name of the model in the API (default: the folder's)")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="dtype of the weights (default: as the checkpoint has them)"
-    )
-    parser.add_argument(
-        "--int8",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="keep the weights of products in eight bits, a quarter of float32's memory: the fastest on a CPU, and a "
-        "little less exact (default: no)",
-    )
+    add_weight_formats(parser)
     parser.add_argument(
         "--max-sequences", type=number(int, 1, 4096), default=16, help="requests that run at a time (default: 16)"
     )

@@ -19,7 +19,7 @@ import pallas_kernels
 from dsv3_jax.modules.attention_core import CoreAttention
 from dsv3_jax.modules.expert_shares import LEAST_SHARE, apply_in_shares, share_of
 from dsv3_jax.modules.parameter import ParameterShape
-from dsv3_jax.precision import AttendedRows, Fp8Recipe, NormedRows
+from dsv3_jax.precision import AttendedRows, Fp8Recipe, PreparedRows
 from pallas_kernels.device import target_platform
 
 Tree = Any
@@ -66,7 +66,7 @@ class Devices(Protocol):
     def multiply(
         self,
         product: Callable[[Any, Array], Array],
-        x: Float[Array, "..."] | NormedRows | AttendedRows,
+        x: Float[Array, "..."] | PreparedRows,
         weight: Float[Array, "..."],
         shape: ParameterShape,
         *,
@@ -199,7 +199,7 @@ class OneDevice:
     def multiply(
         self,
         product: Callable[[Any, Array], Array],
-        x: Float[Array, "..."] | NormedRows | AttendedRows,
+        x: Float[Array, "..."] | PreparedRows,
         weight: Float[Array, "..."],
         shape: ParameterShape,
         *,

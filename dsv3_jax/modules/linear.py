@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.modules.devices import Devices
 from dsv3_jax.modules.parameter import LogicalAxis, ParameterShape
-from dsv3_jax.precision import AttendedRows, NormedRows, Precision, linear
+from dsv3_jax.precision import Precision, PreparedRows, linear
 
 
 class Linear(nnx.Module):
@@ -54,7 +54,7 @@ class Linear(nnx.Module):
         self.shape = ParameterShape((*out_shape, *in_shape), axes)
         self.weight = self.shape.normal(rngs, scale, dtype)
 
-    def __call__(self, x: Float[Array, "..."] | NormedRows | AttendedRows) -> Float[Array, "..."]:
+    def __call__(self, x: Float[Array, "..."] | PreparedRows) -> Float[Array, "..."]:
         """Maps x [*batch, *in] to [*batch, *out], in the recipe's dtype."""
         product = functools.partial(
             _product, in_axes=self.in_axes, precision=self.precision, after_attention=self.after_attention
@@ -64,7 +64,7 @@ class Linear(nnx.Module):
     def multiply(
         self,
         product: Callable[[Any, Array], Array],
-        x: Float[Array, "..."] | NormedRows | AttendedRows,
+        x: Float[Array, "..."] | PreparedRows,
         *,
         batch_axes: int,
     ) -> Float[Array, "..."]:
@@ -81,7 +81,7 @@ class Linear(nnx.Module):
 
 
 def _product(
-    x: Float[Array, "..."] | NormedRows | AttendedRows,
+    x: Float[Array, "..."] | PreparedRows,
     weight: Float[Array, "..."],
     *,
     in_axes: int,

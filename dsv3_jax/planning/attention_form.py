@@ -52,7 +52,7 @@ def keeps_core(config: PlanConfig) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionCore:
+class CoreOperations:
     """Operations of the attention core.
 
     Attributes:
@@ -64,22 +64,22 @@ class AttentionCore:
     computed: float
 
 
-def attention_core(model: ModelConfig, length: int, form: AttentionForm) -> AttentionCore:
+def attention_core(model: ModelConfig, length: int, form: AttentionForm) -> CoreOperations:
     """Returns the operations of the core. Tiles on the diagonal are computed whole.
 
     Forward there are two products. Backward the scan and cuDNN compute five, the kernels seven.
     """
     keys, values = model.qk_head_dim, model.v_head_dim
     if form == "scan" and length <= KEPT_LENGTH:  # two chunks of queries, whose logits are kept
-        return AttentionCore(2.0, 1.5)
+        return CoreOperations(2.0, 1.5)
     tile = even_chunk(length) if form == "scan" else _TILES[form]
     tiles = -(-length // tile)
     computed = tiles * (tiles + 1) * (tile / length) ** 2
     if form == "scan":
-        return AttentionCore((3 * keys + 2 * values) / (keys + values), computed)
+        return CoreOperations((3 * keys + 2 * values) / (keys + values), computed)
     if form == "cudnn":  # values are as wide as keys
-        return AttentionCore(5 / 2, computed * 2 * keys / (keys + values))
-    return AttentionCore((4 * keys + 3 * values) / (keys + values), computed)
+        return CoreOperations(5 / 2, computed * 2 * keys / (keys + values))
+    return CoreOperations((4 * keys + 3 * values) / (keys + values), computed)
 
 
 def attention_core_memory(config: PlanConfig) -> float:

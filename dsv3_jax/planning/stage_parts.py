@@ -20,7 +20,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.counts import count_flops
 from dsv3_jax.pipeline.facts import PARTS, ScheduleFacts, schedule_facts
 from dsv3_jax.pipeline.slots import moe_layers_of_stages
-from dsv3_jax.planning.attention_form import AttentionCore, attention_core, attention_form, keeps_core
+from dsv3_jax.planning.attention_form import CoreOperations, attention_core, attention_form, keeps_core
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.forward_operations import Recomputed, forward_operations, recomputed_operations
 from dsv3_jax.planning.weights import LayerKind, layers_of_rank, stages_per_rank
@@ -136,7 +136,7 @@ def _costs(config: PlanConfig) -> tuple[Float[np.ndarray, "stages parts 3"], Flo
 
 @functools.lru_cache(maxsize=64)
 def _costs_of(
-    model: ModelConfig, stages: int, length: int, core: AttentionCore, again: Recomputed
+    model: ModelConfig, stages: int, length: int, core: CoreOperations, again: Recomputed
 ) -> tuple[Float[np.ndarray, "stages parts 3"], Float[np.ndarray, "3"]]:
     """Returns operations per token of every stage and part of PARTS, and of the MTP modules' forward pass.
 

@@ -28,7 +28,7 @@ from dsv3_jax.modules.rope import make_rotation
 from dsv3_jax.pipeline.residuals import ArrayType, TwoPasses
 from dsv3_jax.planning.attention_form import AttentionForm, attend_as_kernel
 from dsv3_jax.planning.materialised import materialised_bytes
-from dsv3_jax.precision import AttendedRows, NormedRows, Precision, saved_bytes
+from dsv3_jax.precision import AttendedRows, Precision, PreparedRows, saved_bytes
 from dsv3_jax.sharding.expert_parallel import recomputed
 
 BlockKind = Literal["dense", "moe", "join", "head"]
@@ -127,7 +127,7 @@ class _OneRank(OneDevice):
     def multiply(
         self,
         product: Callable[[Any, Array], Array],
-        x: Float[Array, "..."] | NormedRows | AttendedRows,
+        x: Float[Array, "..."] | PreparedRows,
         weight: Float[Array, "..."],
         shape: ParameterShape,
         *,

@@ -11,6 +11,7 @@ from dsv3_jax.precision.linear import (
     swiglu_linear,
 )
 from dsv3_jax.precision.normed import NormedRows, normed_rows, quantizes_norms
+from dsv3_jax.precision.prepared import PreparedRows
 from dsv3_jax.precision.recipe import PRECISIONS, Precision
 from dsv3_jax.precision.saved import saved_bytes
 from dsv3_jax.precision.swiglu import swiglu
@@ -22,6 +23,7 @@ __all__ = [
     "KeptOutput",
     "NormedRows",
     "Precision",
+    "PreparedRows",
     "grouped_linear",
     "grouped_swiglu_linear",
     "linear",

@@ -14,13 +14,14 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.precision.e5m6 import PackedE5M6, pack, unpack
 from dsv3_jax.precision.keeping import keep
+from dsv3_jax.precision.prepared import PreparedRows
 from dsv3_jax.precision.recipe import Precision
 from pallas_kernels import TILE
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class AttendedRows:
+class AttendedRows(PreparedRows):
     """The output of attention, kept for the backward pass already. Linear maps read it as they read an array.
 
     Attributes:
@@ -30,16 +31,6 @@ class AttendedRows:
 
     rows: Float[Array, "..."]
     packed: PackedE5M6 | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the rows."""
-        return self.rows.shape
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes of `shape`."""
-        return self.rows.ndim
 
     def reshape(self, *shape: int) -> AttendedRows:
         """Returns the same rows with other batch axes, or with the heads on one axis."""

@@ -26,6 +26,7 @@ from dsv3_jax.precision.fp8_recipe import Fp8Recipe, Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.keeping import keep
 from dsv3_jax.precision.normed import NormedRows
+from dsv3_jax.precision.prepared import PreparedRows
 from dsv3_jax.precision.products import columns_by_columns, rows_by_own_weights, rows_by_weights
 from dsv3_jax.precision.swiglu import swiglu
 from dsv3_jax.precision.tiles import Tiles, dequantize, quantize
@@ -34,7 +35,7 @@ from pallas_kernels import TILE
 
 @jax.named_scope("fp8_matmul")
 def fp8_product(
-    x: Float[Array, "M in"] | NormedRows | AttendedRows,
+    x: Float[Array, "M in"] | PreparedRows,
     weight: Float[Array, "..."] | Fp8Weight,
     group_sizes: Int[Array, " E"] | None,
     recipe: Fp8Recipe,

@@ -16,7 +16,7 @@ from dsv3_jax.precision.fp8_recipe import Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.int8_weight import Int8Weight
 from dsv3_jax.precision.keeping import keep
-from dsv3_jax.precision.normed import NormedRows
+from dsv3_jax.precision.prepared import PreparedRows
 from dsv3_jax.precision.recipe import Precision
 from dsv3_jax.precision.swiglu import swiglu
 from dsv3_jax.precision.tiled_weight import TiledWeight
@@ -26,7 +26,7 @@ from pallas_kernels import TILE
 
 
 def linear(
-    x: Float[Array, "*batch in"] | NormedRows | AttendedRows,
+    x: Float[Array, "*batch in"] | PreparedRows,
     weight: Float[Array, "out in"] | Fp8Weight | Int8Weight | TiledWeight,
     precision: Precision,
     *,
@@ -41,12 +41,12 @@ def linear(
     dtype = precision.dtype
     if precision.fp8 is not None and not isinstance(weight, Int8Weight | TiledWeight):
         rows, role = x.reshape(-1, x.shape[-1]), Role(after_attention=after_attention)
-        rows = rows if isinstance(rows, NormedRows | AttendedRows) else rows.astype(dtype)
+        rows = rows if isinstance(rows, PreparedRows) else rows.astype(dtype)
         y = fp8_product(rows, weight, None, precision.fp8, role)
         return y.reshape(*x.shape[:-1], y.shape[-1])
-    assert not isinstance(x, NormedRows)
     if isinstance(x, AttendedRows):
         x, after_attention = x.rows, False
+    assert not isinstance(x, PreparedRows)
     if isinstance(weight, Int8Weight | TiledWeight):
         return weight.product(x, dtype)
     if after_attention:

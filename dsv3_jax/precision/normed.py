@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 import pallas_kernels as pk
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe
+from dsv3_jax.precision.prepared import PreparedRows
 from pallas_kernels import TILE
 
 
@@ -34,7 +35,7 @@ class RunOnTokens(Protocol):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class NormedRows:
+class NormedRows(PreparedRows):
     """The output of an RMSNorm as linear maps in FP8 multiply by it. They read it as they read an array.
 
     Attributes:
@@ -45,16 +46,6 @@ class NormedRows:
 
     tiles: pk.Quantized
     rows: Float[Array, "*batch d"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the rows."""
-        return self.rows.shape
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes of `shape`."""
-        return self.rows.ndim
 
     def reshape(self, *shape: int) -> NormedRows:
         """Returns the same rows with other batch axes."""

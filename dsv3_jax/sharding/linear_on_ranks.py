@@ -19,9 +19,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from dsv3_jax.modules.parameter import ParameterShape
-from dsv3_jax.precision.attended import AttendedRows
 from dsv3_jax.precision.fp8_weight import Fp8Weight
-from dsv3_jax.precision.normed import NormedRows
+from dsv3_jax.precision.prepared import PreparedRows
 from dsv3_jax.sharding.fsdp_gather import gather_over_fsdp
 from dsv3_jax.sharding.ranks import on_every_rank
 from dsv3_jax.sharding.rules import CONTEXT, gathered_dimension, token_axes, weight_axes
@@ -32,7 +31,7 @@ _TENSOR = "tensor"
 def multiply_on_ranks(
     mesh: Mesh,
     product: Callable[[Any, Any], Array],
-    x: Float[Array, "..."] | NormedRows | AttendedRows,
+    x: Float[Array, "..."] | PreparedRows,
     weight: Float[Array, "..."] | Fp8Weight,
     shape: ParameterShape,
     *,
@@ -49,7 +48,7 @@ def multiply_on_ranks(
     to_heads = shape.axes[:1] == ("heads",)
     gather_tokens = to_heads and CONTEXT in batch
 
-    def on_a_rank(x: Array | NormedRows | AttendedRows, weight: Any) -> Array:
+    def on_a_rank(x: Array | PreparedRows, weight: Any) -> Array:
         if gather_tokens:
             x = jax.tree.map(lambda part: lax.all_gather(part, CONTEXT, axis=batch.index(CONTEXT), tiled=True), x)
         if gathered is not None:

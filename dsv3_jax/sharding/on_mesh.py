@@ -24,7 +24,7 @@ from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.attended import AttendedRows
 from dsv3_jax.precision.fp8_weight import Fp8Weight
-from dsv3_jax.precision.normed import NormedRows
+from dsv3_jax.precision.prepared import PreparedRows
 from dsv3_jax.sharding.attention_on_ranks import attend_on_ranks, attend_to_pages_on_ranks
 from dsv3_jax.sharding.embedding_lookup import look_up_on_ranks
 from dsv3_jax.sharding.expert_parallel import ExpertExchange
@@ -51,7 +51,7 @@ class OnMesh:
     def multiply(
         self,
         product: Callable[[Any, Array], Array],
-        x: Float[Array, "..."] | NormedRows | AttendedRows,
+        x: Float[Array, "..."] | PreparedRows,
         weight: Float[Array, "..."] | Fp8Weight,
         shape: ParameterShape,
         *,

@@ -87,13 +87,22 @@ def latent_attention_and_kept(
     k_shared: Float[Array, "B T r"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H v"], Any]:
-    """Returns the attended values and what is kept of them, which whoever reads the values next may keep too.
+    """Returns causally attended values, and what is kept of them, which the next operation may keep too.
 
-    The other arguments are those of `latent_attention`, where `has_attention_kernel` is true; what is kept has no
-    gradient.
+    The backward pass reads what was kept, and the logarithms of the rows' sums, so that it need not attend again. What
+    is kept has no gradient (report, section 3.3.3).
+
+    Args:
+      keep: says what is kept.
+      q, k, v, scale, k_shared, segment_ids: as in `latent_attention`.
+
+    Raises:
+      ValueError, TypeError: as `latent_attention`; or there is no kernel for the operands (`has_attention_kernel`).
     """
     x = Operands(q, k, v, k_shared, segment_ids)
     _check(x, scale)
+    if not has_attention_kernel(q, k, v):
+        raise ValueError(f"no attention kernel takes these operands on {target_platform()}; call latent_attention")
     return _kernel(x, choose_implementation(None, _available(q, k, v)), float(scale), True, keep)
 
 

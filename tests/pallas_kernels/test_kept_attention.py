@@ -55,6 +55,12 @@ def test_gradients_are_those_of_the_kept_output(device: str, monkeypatch: pytest
             assert relative_error(x, y) < 2**-7, (factor, name)
 
 
+def test_without_a_kernel_it_is_refused() -> None:
+    q, k, v, k_shared, _ = operands(*SIZES)
+    with pytest.raises(ValueError, match="no attention kernel takes these operands on cpu"):
+        pk.latent_attention_and_kept(q, k, v, k_shared=k_shared, scale=SCALE, keep=KeptOutput(packs=True))
+
+
 def float64_gradients(
     q: Any, k: Any, v: Any, k_shared: Any, ids: Any, out: np.ndarray, bar: np.ndarray
 ) -> tuple[np.ndarray, ...]:
