@@ -1,8 +1,8 @@
 """Runs a tick table on the stage axis of a mesh, as one compiled loop over its ticks (report section 3.2.1).
 
-Every rank follows its own column of the table: at each tick it computes what its entry says, and then all ranks send
-what they computed. The stages compute in loops and conditionals whose length and branch differ by rank, so that an idle
-rank computes nothing.
+Every rank follows its own column of the table: at each tick it computes what its entry says, and then neighbours send
+each other what is needed. The stages compute in loops and conditionals whose length and branch differ by rank, so that
+an idle rank computes nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.pipeline.slots import TickEntry, TickTable
+from dsv3_jax.pipeline.slots import Exchange, TickEntry, TickTable
 
 AXIS = "stage"
 
@@ -58,8 +58,7 @@ def run_ticks(
     Returns:
       The carry after the last tick.
     """
-    up = [(rank, rank + 1) for rank in range(table.ranks - 1)]
-    down = [(rank + 1, rank) for rank in range(table.ranks - 1)]
+    exchanges = table.exchanges
 
     def tick(buffers: tuple[Array, Array, Any], entry: TickEntry) -> tuple[tuple[Array, Array, Any], None]:
         activations, gradients, carry = buffers
@@ -71,20 +70,30 @@ def run_ticks(
             # A backward for weights finds the gradient here on every stage, the last one included.
             gradients = _write(gradients, entry.backward_gradient_slot, by_output)
             gradients = _write(gradients, entry.forward_output_slot, output)
-        for name in table.messages:
-            pairs, slot = up if "up" in name else down, getattr(entry, name)
-            if name.startswith("activation"):
+        for exchange in exchanges:
+            if exchange.of_activations:
                 with jax.named_scope("send_activations"):
-                    activations = _write(activations, slot, lax.ppermute(output, AXIS, pairs))
+                    activations = _exchange(exchange, entry, output, activations)
             else:
                 with jax.named_scope("send_gradients"):
-                    gradients = _write(gradients, slot, lax.ppermute(by_input, AXIS, pairs))
+                    gradients = _exchange(exchange, entry, by_input, gradients)
         return (activations, gradients, carry), None
 
     entries = jax.tree.map(lambda column: column[:, 0], own)
     start = (_buffer(message, table.slots.activations), _buffer(message, table.slots.gradients), carry)
     (_, _, carry), _ = lax.scan(tick, start, entries)
     return carry
+
+
+def _exchange(
+    exchange: Exchange, entry: TickEntry, sent: Float[Array, "B T d"], buffer: Float[Array, "slots B T d"]
+) -> Float[Array, "slots B T d"]:
+    """Returns the buffer with what the exchange brings; the same buffer in a tick that does not need it."""
+
+    def received() -> Float[Array, "slots B T d"]:
+        return _write(buffer, getattr(entry, exchange.field), lax.ppermute(sent, AXIS, exchange.pairs))
+
+    return lax.cond(entry.exchanges & exchange.bit != 0, received, lambda: buffer)
 
 
 def _buffer(message: Float[Array, "B T d"], slots: int) -> Float[Array, "slots B T d"]:

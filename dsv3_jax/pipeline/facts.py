@@ -12,7 +12,7 @@ import functools
 import numpy as np
 from jaxtyping import Float
 
-from dsv3_jax.pipeline.schedules import ScheduleName, make_schedule
+from dsv3_jax.pipeline.schedules import ScheduleName, schedule_of_step
 from dsv3_jax.pipeline.slots import LOOK_UP, LOOK_UP_GRADIENT, PREDICT, TickTable, tick_table
 
 PARTS = ("F", "I", "W", "IW")
@@ -26,9 +26,9 @@ class ScheduleFacts:
     """The counts of one step.
 
     Attributes:
-      ticks: ticks of the step; in each, all ranks send what they computed.
+      ticks: ticks of the step.
       kept, activations, gradients: slots of each buffer of a rank, as in `slots.SlotCounts`.
-      ways: activations and gradients that a rank sends in every tick.
+      sends: activations and gradients that a rank sends.
       look_ups, predictions, look_up_gradients: ticks in which all ranks compute these together (`TickEntry.together`).
       parts: how often a rank computes each part of PARTS for micro-batches of a direction.
       seconds: time of the step if every tick takes as long as its slowest rank, in the unit of the given costs.
@@ -38,7 +38,7 @@ class ScheduleFacts:
     kept: int
     activations: int
     gradients: int
-    ways: int
+    sends: float
     look_ups: float
     predictions: float
     look_up_gradients: float
@@ -78,7 +78,7 @@ def schedule_facts(
     near, far = (_counted(name, ranks, m, costs, prediction) for m in (first, first + 2))
     more = (passes - first) / 2
     grow = {}
-    for field in ("ticks", "look_ups", "predictions", "look_up_gradients", "parts", "seconds"):
+    for field in ("ticks", "sends", "look_ups", "predictions", "look_up_gradients", "parts", "seconds"):
         at_first = getattr(near, field)
         grow[field] = at_first + more * (getattr(far, field) - at_first)
     return dataclasses.replace(near, **grow)
@@ -107,7 +107,7 @@ def _counted(
     return ScheduleFacts(
         ticks=table.ticks,
         **slots,
-        ways=len(table.messages),
+        sends=table.sends,
         look_ups=look_ups,
         predictions=predictions,
         look_up_gradients=look_up_gradients,
@@ -119,5 +119,5 @@ def _counted(
 @functools.lru_cache(maxsize=64)
 def _table(name: ScheduleName, ranks: int, passes: int) -> tuple[TickTable, int]:
     """Returns the tick table of a schedule, and how many directions it has."""
-    schedule = make_schedule(name, ranks, passes)
+    schedule = schedule_of_step(name, ranks, passes)
     return tick_table(schedule), schedule.directions

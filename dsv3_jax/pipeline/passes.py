@@ -27,7 +27,7 @@ from dsv3_jax.pipeline.executor import AXIS, run_ticks
 from dsv3_jax.pipeline.mtp_slots import Blocks, put_blocks, split_blocks, take_blocks, tree_of_blocks, with_slots
 from dsv3_jax.pipeline.predictions import BatchTargets, LossSums, LossWeights, Predictions, StageObjective
 from dsv3_jax.pipeline.residuals import SlotLayout
-from dsv3_jax.pipeline.schedules import ScheduleName, check_micro_batches, make_schedule
+from dsv3_jax.pipeline.schedules import ScheduleName, check_micro_batches, schedule_of_step
 from dsv3_jax.pipeline.slots import TickEntry, TickTable, layer_slots, tick_table
 from dsv3_jax.pipeline.stacked_layers import StackedLayers
 from dsv3_jax.pipeline.stage import (
@@ -77,7 +77,7 @@ def make_pipelined_pass(
         micro_batches = _enough_micro_batches(schedule_name, mesh.shape[AXIS], tokens.shape[0])
         fill = ((0, micro_batches - tokens.shape[0]), (0, 0), (0, 0))
         tokens, segment_ids = jnp.pad(tokens, fill), jnp.pad(segment_ids, fill)
-        schedule = make_schedule(schedule_name, mesh.shape[AXIS], micro_batches)
+        schedule = schedule_of_step(schedule_name, mesh.shape[AXIS], micro_batches)
         table = tick_table(schedule)
         model = make_model(params, biases)
         formats = stage_weights.working_formats(model, mesh)

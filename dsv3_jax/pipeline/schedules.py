@@ -1,6 +1,7 @@
 """Pipeline schedules: which rank computes which part of which micro-batch, in which order (report section 3.2.1).
 
 Three schedules are here, by the names of the report's table 2: 1F1B, ZB1P and DualPipe (figure 5).
+`schedule_of_step` says in which form a training step runs them.
 """
 
 from __future__ import annotations
@@ -124,6 +125,32 @@ def make_schedule(name: ScheduleName, ranks: int, micro_batches: int) -> Pipelin
         directions=2 if name == "dualpipe" else 1,
         programs=tuple(tuple(programs[name](rank, ranks, micro_batches)) for rank in range(ranks)),
     )
+
+
+def schedule_of_step(name: ScheduleName, ranks: int, micro_batches: int) -> PipelineSchedule:
+    """Returns the schedule that the training step runs: `make_schedule`'s, but DualPipe's backward passes are whole.
+
+    All ranks of the step advance in ticks. A tick in which one rank computes half of a backward pass is as long as the
+    whole pass that another rank computes, so that halves gain nothing, and they compute some of their work twice.
+
+    Raises:
+      ConfigError: see `check_micro_batches`.
+    """
+    schedule = make_schedule(name, ranks, micro_batches)
+    if name != "dualpipe":
+        return schedule
+    programs = tuple(tuple(_with_whole_backwards(program)) for program in schedule.programs)
+    return dataclasses.replace(schedule, programs=programs)
+
+
+def _with_whole_backwards(program: tuple[Action, ...]) -> Iterator[Action]:
+    """Yields a rank's actions with each backward for weights moved to its backward for input."""
+    for action in program:
+        parts = [chunk.part for chunk in action]
+        if parts == ["I"]:
+            yield (*action, Chunk("W", action[0].micro_batch))
+        elif parts != ["W"]:
+            yield action
 
 
 def one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> Iterator[Action]:

@@ -29,6 +29,9 @@ FOR_INPUT, FOR_WEIGHTS = 1, 2
 LOOK_UP, PREDICT, LOOK_UP_GRADIENT = 1, 2, 4
 """Bits of `TickEntry.together`: embeddings of a first stage, losses of a last stage, gradients by those embeddings."""
 
+_RECEIVED = ("even_activation_slot", "odd_activation_slot", "even_gradient_slot", "odd_gradient_slot")
+"""Fields of `TickEntry` with the slot of what is received; their order is that of the bits of `TickEntry.exchanges`."""
+
 _NONE = -1
 
 
@@ -37,7 +40,9 @@ _NONE = -1
 class TickEntry:
     """What one rank does at one tick: int32 scalars; in `TickTable.entries`, int32 [ticks, ranks]; -1 means nothing.
 
-    "Up" is from rank r to rank r + 1, "down" from rank r to rank r - 1. What is sent at a tick is received at its end.
+    What is sent at a tick is received at its end. Neighbours exchange values in pairs: an "even" exchange is between
+    ranks 2 i and 2 i + 1, an "odd" one between ranks 2 i + 1 and 2 i + 2. While both directions of a pipeline are
+    busy, all ranks take part in one exchange of activations and one of gradients in each tick, even and odd in turn.
 
     Attributes:
       forward_micro_batch: the micro-batch whose forward pass is computed.
@@ -53,8 +58,9 @@ class TickEntry:
       backward_kept_slot: slot of the residuals of the stage's layers.
       together: what all ranks compute together, each with its part of the vocabulary's weights, because a first or a
         last stage needs it: bits LOOK_UP, PREDICT and LOOK_UP_GRADIENT, the same on all ranks; 0 means nothing.
-      activation_up_slot, activation_down_slot: slot for the activation that arrives going up or down.
-      gradient_up_slot, gradient_down_slot: slot for the gradient that arrives going up or down.
+      exchanges: the exchanges of this tick, bits in the order of the next four fields; the same on all ranks.
+      even_activation_slot, odd_activation_slot: slot for the activation that arrives in the exchange.
+      even_gradient_slot, odd_gradient_slot: slot for the gradient that arrives in the exchange.
     """
 
     forward_micro_batch: Any
@@ -70,10 +76,31 @@ class TickEntry:
     backward_gradient_slot: Any
     backward_kept_slot: Any
     together: Any
-    activation_up_slot: Any
-    activation_down_slot: Any
-    gradient_up_slot: Any
-    gradient_down_slot: Any
+    exchanges: Any
+    even_activation_slot: Any
+    odd_activation_slot: Any
+    even_gradient_slot: Any
+    odd_gradient_slot: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """An exchange between neighbouring ranks, in the ticks whose entries have its bit in `exchanges`.
+
+    Attributes:
+      field: the field of the entries with the slot of what is received.
+      bit: its bit.
+      pairs: sender and receiver of every value that is ever needed.
+    """
+
+    field: str
+    bit: int
+    pairs: tuple[tuple[int, int], ...]
+
+    @property
+    def of_activations(self) -> bool:
+        """Whether activations are sent, and not gradients."""
+        return "activation" in self.field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,10 +152,20 @@ class TickTable:
         return bool((full & (self.entries.forward_micro_batch != _NONE)).any())
 
     @property
-    def messages(self) -> tuple[str, ...]:
-        """Fields of the entries with slots for arriving values, those that are used: each is one send in every tick."""
-        arriving = ("activation_up_slot", "gradient_up_slot", "activation_down_slot", "gradient_down_slot")
-        return tuple(name for name in arriving if (getattr(self.entries, name) != _NONE).any())
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """The exchanges that any tick needs."""
+        found = []
+        for index, field in enumerate(_RECEIVED):
+            receivers = np.flatnonzero((getattr(self.entries, field) != _NONE).any(axis=0)).tolist()
+            odd = int("odd" in field)
+            pairs = tuple((((rank + odd) ^ 1) - odd, rank) for rank in receivers)
+            found += [Exchange(field, 1 << index, pairs)] if pairs else []
+        return tuple(found)
+
+    @property
+    def sends(self) -> int:
+        """How many values a rank sends in a step, if it takes part in every exchange."""
+        return sum(int((self.entries.exchanges[:, 0] & exchange.bit != 0).sum()) for exchange in self.exchanges)
 
 
 def tick_table(schedule: PipelineSchedule) -> TickTable:
@@ -178,6 +215,17 @@ def tick_table(schedule: PipelineSchedule) -> TickTable:
         write("backward_stage", tick, stage)
         write("backward_gradient_slot", tick, gradient_slot)
         write("backward_kept_slot", tick, kept_slot)
+    for kind, sent, slot, needed in (
+        ("activation", activation_sent, activation_slot, ~first_stage),
+        ("gradient", gradient_sent, gradient_slot, ~last_stage),
+    ):
+        # Activations go up in the first direction, and gradients down; both come from the lower rank or the higher.
+        lower = np.where(up == (kind == "activation"), rank - 1, rank)
+        write(f"even_{kind}_slot", sent, slot, needed & (lower % 2 == 0))
+        write(f"odd_{kind}_slot", sent, slot, needed & (lower % 2 == 1))
+    tables["exchanges"][:] = 0
+    for index, field in enumerate(_RECEIVED):
+        tables["exchanges"] += (1 << index) * (tables[field] != _NONE).any(axis=1, keepdims=True)
     tables["together"][:] = 0
     parts, stages = tables["backward_parts"], tables["backward_stage"]
     for bit, needed in (
@@ -186,10 +234,6 @@ def tick_table(schedule: PipelineSchedule) -> TickTable:
         (LOOK_UP_GRADIENT, (stages == 0) & (parts & FOR_WEIGHTS != 0)),
     ):
         tables["together"] += bit * needed.any(axis=1, keepdims=True)
-    write("activation_up_slot", activation_sent, activation_slot, ~first_stage & up)
-    write("activation_down_slot", activation_sent, activation_slot, ~first_stage & ~up)
-    write("gradient_up_slot", gradient_sent, gradient_slot, ~last_stage & ~up)
-    write("gradient_down_slot", gradient_sent, gradient_slot, ~last_stage & up)
     return TickTable(TickEntry(**tables), SlotCounts(activations, kept, gradients))
 
 

@@ -194,7 +194,7 @@ def _once(config: PlanConfig) -> list[Traffic]:
         flow_over(config, "stage", STAGE_WEIGHTS, exchanged),
         flow_over(config, "stage", OPPOSITE_WEIGHTS, opposite),
         *flows,
-        flow_over(config, "stage", HIDDEN_STATES, facts.ticks * facts.ways * config.hidden_bytes),
+        flow_over(config, "stage", HIDDEN_STATES, facts.sends * config.hidden_bytes),
         flow_over(config, "stage", VOCABULARY, _for_vocabulary(config, facts)),
     ]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.pipeline.facts import PARTS, schedule_facts
-from dsv3_jax.pipeline.schedules import Action, Chunk, PipelineSchedule, ScheduleName, make_schedule
+from dsv3_jax.pipeline.schedules import Action, Chunk, PipelineSchedule, ScheduleName, schedule_of_step
 from dsv3_jax.pipeline.slots import SlotCounts, tick_table
 
 CASES: list[tuple[ScheduleName, int, int]] = [
@@ -42,7 +42,7 @@ def advance_together(schedule: PipelineSchedule) -> list[list[Action | None]]:
 @pytest.mark.parametrize(("name", "ranks", "passes"), CASES)
 def test_counts_are_those_of_ranks_that_advance_together(name: ScheduleName, ranks: int, passes: int) -> None:
     """Every stage has different costs."""
-    schedule = make_schedule(name, ranks, passes)
+    schedule = schedule_of_step(name, ranks, passes)
     costs = np.random.default_rng(0).uniform(0, 3, (ranks, len(PARTS)))
     facts = schedule_facts(name, ranks, passes, tuple(map(tuple, costs.tolist())), prediction=0.7)
 
@@ -78,7 +78,7 @@ def test_counts_are_those_of_ranks_that_advance_together(name: ScheduleName, ran
 
 
 @pytest.mark.parametrize(("name", "ranks", "passes"), CASES)
-def test_slots_and_messages_are_those_of_the_whole_tick_table(name: ScheduleName, ranks: int, passes: int) -> None:
-    table, facts = tick_table(make_schedule(name, ranks, passes)), schedule_facts(name, ranks, passes)
+def test_slots_and_sends_are_those_of_the_whole_tick_table(name: ScheduleName, ranks: int, passes: int) -> None:
+    table, facts = tick_table(schedule_of_step(name, ranks, passes)), schedule_facts(name, ranks, passes)
     assert SlotCounts(facts.activations, facts.kept, facts.gradients) == table.slots
-    assert facts.ways == len(table.messages) == (4 if name == "dualpipe" else 2)
+    assert facts.sends == table.sends

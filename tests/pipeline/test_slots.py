@@ -9,20 +9,23 @@ import pytest
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.errors import ConfigError
-from dsv3_jax.pipeline.schedules import make_schedule
+from dsv3_jax.pipeline.schedules import make_schedule, schedule_of_step
 from dsv3_jax.pipeline.simulation import schedule_figures
 from dsv3_jax.pipeline.slots import FOR_INPUT, FOR_WEIGHTS, moe_layers_of_stages, tick_table
 
 NAMES = ("1f1b", "zb1p", "dualpipe")
+MADE = (make_schedule, schedule_of_step)
 SIZES = [(2, 4), (2, 10), (4, 8), (4, 14), (8, 16), (16, 32)]
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize(("ranks", "micro_batches"), SIZES)
-def test_every_value_is_there_when_it_is_needed(name: Any, ranks: int, micro_batches: int):
+def test_every_value_is_there_when_it_is_needed(name: Any, made: Any, ranks: int, micro_batches: int):
     """A value is a label that says what it is; a slot that is read must hold the label that the rank needs."""
-    schedule = make_schedule(name, ranks, micro_batches)
+    schedule = made(name, ranks, micro_batches)
     table = tick_table(schedule)
+    sends = 0
     activations: list[dict] = [{} for _ in range(ranks)]
     kept: list[dict] = [{} for _ in range(ranks)]
     gradients: list[dict] = [{} for _ in range(ranks)]
@@ -54,21 +57,27 @@ def test_every_value_is_there_when_it_is_needed(name: Any, ranks: int, micro_bat
         for rank, entry in enumerate(entries):
             if entry.forward_output_slot >= 0:
                 gradients[rank][entry.forward_output_slot] = sent_activation[rank][0]
-            for way, step in (("up", -1), ("down", 1)):
-                for received, sent, slot, upward in (
-                    (activations, sent_activation, getattr(entry, f"activation_{way}_slot"), 0),
-                    (gradients, sent_gradient, getattr(entry, f"gradient_{way}_slot"), 1),
-                ):
-                    if slot >= 0:
-                        value, direction = sent[rank + step]
-                        assert (way == "up") == (direction == upward)
-                        assert slot not in received[rank], "a slot in use is overwritten"
-                        received[rank][slot] = value
+        for exchange in table.exchanges:
+            takes_place = bool(entries[0].exchanges & exchange.bit)
+            sends += takes_place
+            slots = [getattr(entry, exchange.field) for entry in entries]
+            assert takes_place == any(slot >= 0 for slot in slots)
+            senders, receivers = zip(*exchange.pairs, strict=True)
+            assert len(set(senders)) == len(senders), "a collective permutation sends from each rank once"
+            assert {rank for rank, slot in enumerate(slots) if slot >= 0} <= set(receivers)
+            values = (activations, sent_activation) if exchange.of_activations else (gradients, sent_gradient)
+            for sender, rank in exchange.pairs:
+                if slots[rank] >= 0:
+                    value, direction = values[1][sender]
+                    assert (rank - sender == 1) == ((direction == 0) == exchange.of_activations)
+                    assert slots[rank] not in values[0][rank], "a slot in use is overwritten"
+                    values[0][rank][slots[rank]] = value
         assert max(map(len, kept)) <= table.slots.kept
         assert max(map(len, activations)) <= table.slots.activations
         assert max(map(len, gradients)) <= table.slots.gradients
     assert done == {(rank, part, m) for rank in range(ranks) for part in "FIW" for m in range(micro_batches)}
     assert not any([*kept, *activations, *gradients])
+    assert sends == table.sends
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,6 +109,21 @@ def test_layers_of_stages(layers: int, dense: int, stages: int, expected: tuple[
 def test_more_stages_than_moe_layers_are_refused():
     with pytest.raises(ConfigError, match=r"mesh.stage \(4\) .* 3 MoE layers.* use 3 or fewer"):
         moe_layers_of_stages(ModelConfig.preset("tiny", num_hidden_layers=4, first_k_dense_replace=1), 4)
+
+
+def test_while_dualpipe_is_busy_a_rank_sends_two_values_in_a_tick() -> None:
+    """It computes two passes there, whose results it sends; with one direction it computes one in a tick."""
+    for name, each in (("dualpipe", 2), ("1f1b", 4)):
+        short, long = (tick_table(schedule_of_step(name, 8, passes)) for passes in (40, 60))
+        assert long.sends - short.sends == 20 * each
+
+
+def test_dualpipe_computes_every_backward_pass_whole_in_fewer_ticks() -> None:
+    halves, whole = (tick_table(made("dualpipe", 8, 40)) for made in MADE)
+    assert halves.splits_backward
+    assert not whole.splits_backward
+    assert whole.ticks < halves.ticks
+    assert whole.slots.kept == halves.slots.kept
 
 
 def test_only_dualpipe_has_ticks_with_a_forward_and_a_full_backward_pass() -> None:
