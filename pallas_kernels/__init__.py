@@ -19,7 +19,7 @@ from pallas_kernels.quantize import (
     requantize_transposed,
 )
 from pallas_kernels.rms_norm import quantize_rms_norm, rms_norm_gradient
-from pallas_kernels.routing import Gates, Permutation, combine, gate, gates_of_experts, permute
+from pallas_kernels.routing import Gates, Permutation, combine, gate, gates_of_experts, order_by_expert, permute
 from pallas_kernels.swiglu import quantize_swiglu, swiglu_gradient
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "latent_attention_and_kept",
     "latent_decode",
     "masked_grouped_matmul",
+    "order_by_expert",
     "permute",
     "preferred_row_alignment",
     "quantize",

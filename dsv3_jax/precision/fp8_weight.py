@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,19 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels as pk
+
+
+def add_gradients(total: Any, more: Any) -> Any:
+    """Returns the sum of two trees of gradients by weights; of an `Fp8Weight` only the field `gradient` is one."""
+
+    def add(one: Any, other: Any) -> Any:
+        if not isinstance(one, Fp8Weight):
+            return one + other
+        if one.gradient is None or other.gradient is None:
+            return one
+        return dataclasses.replace(one, gradient=one.gradient + other.gradient)
+
+    return jax.tree.map(add, total, more, is_leaf=lambda leaf: isinstance(leaf, Fp8Weight))
 
 
 @jax.tree_util.register_dataclass

@@ -106,8 +106,7 @@ class ExpertExchange:
             return out.reshape(batch)
 
         def one(u: Array, ids: Array, gate: Array, gate_up: Any, down: Any) -> Array:
-            experts = functools.partial(product, gate_up=gate_up, down=down)
-            return added(over_hops(self.hops, u, ids, gate, gate_up.shape[0], experts))
+            return added(over_hops(self.hops, u, ids, gate, (gate_up, down), product))
 
         def a_piece(part: tuple[Array, ...]) -> Array:
             return recomputed(one, *part, gate_up, down)  # pyright: ignore[reportReturnType]

@@ -1,8 +1,8 @@
 """The work of one rank on rows that are dispatched to experts, and on their results (report section 3.2.2).
 
-Before each hop a row is copied once for every rank it must reach; at the last rank it is copied once for each of its
-experts there. A row is sent with the ids of the experts it is for and with their gates. An id counts from 1 among the
-experts that the remaining hops can reach, and 0 means none. One row returns: the gate-weighted sum of the results.
+Before each hop a row is copied once for every rank it must reach. A row is sent with the ids of the experts it is for
+and with their gates. An id counts from 1 among the experts that the remaining hops can reach, and 0 means none. One row
+returns: the gate-weighted sum of the results.
 """
 
 from __future__ import annotations
@@ -10,20 +10,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from dsv3_jax.modules.devices import ExpertProduct
 from dsv3_jax.sharding.expert_hops import Hop, Route, send, send_back
-
-
-class LocalProduct(Protocol):
-    """Computes E_i(row) for rows that are sorted by expert, with this rank's weights."""
-
-    def __call__(self, rows: Array, *, group_sizes: Array, row_alignment: int) -> Float[Array, "M d"]: ...
+from dsv3_jax.sharding.expert_products import ExpertsOfRank, Weights, apply_to_arrived
 
 
 class Copies(NamedTuple):
@@ -48,22 +44,21 @@ def over_hops(
     rows: Float[Array, "n d"],
     ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
-    experts: int,
-    product: LocalProduct,
+    weights: Weights,
+    product: ExpertProduct,
 ) -> Float[Array, "n d"]:
     """Returns sum_i g_i E_i(row) of every row, whose experts are reached by `hops`.
 
     Args:
       rows, ids, gates: the rows, the ids of their experts (0 for none), and their gates.
-      experts: number of experts per rank.
-      product: applies this rank's experts.
+      weights: those of this rank's experts, which `product` applies.
     """
-    even_load, chosen, sent = ids.size, ids.shape[1], []
+    experts, even_load, chosen, sent = weights[0].shape[0], ids.size, ids.shape[1], []
     for hop, behind in zip(hops, experts_behind(hops, experts), strict=True):
         copies = copies_for(hop, rows, gates, ids, behind)
         rows, gates, ids = send_copies(hop, copies)
         sent.append(copies)
-    results = multiply(rows, gates, ids, experts, product, even_load=even_load)
+    results = apply_at_experts(rows, gates, ids, weights, ExpertsOfRank(product, experts, even_load))
     for hop, copies in zip(reversed(hops), reversed(sent), strict=True):
         results = collect(hop, chosen, results, copies.route, copies.order)
     return results
@@ -113,27 +108,17 @@ def collect(
     return _sums(copies, send_back(hop, count // copies, count, results, route), order)
 
 
-def multiply(
+def apply_at_experts(
     rows: Float[Array, "M d"],
     gates: Float[Array, "M K"],
     ids: Int[Array, "M K"],
-    experts: int,
-    product: LocalProduct,
-    *,
-    even_load: int,
+    weights: Weights,
+    experts: ExpertsOfRank,
 ) -> Float[Array, "M d"]:
-    """Returns sum_i g_i E_i(row) of rows that are at the rank of their experts.
-
-    Args:
-      even_load: assignments per rank under an even load.
-    """
-    if experts < ids.shape[1]:
-        ids, gates = _one_entry_per_expert(ids, gates, experts)
-    alignment = pallas_kernels.preferred_row_alignment(even_load, experts)
-    index = jnp.where(ids > 0, ids - 1, experts)  # entries without an expert come last, as one more expert
-    by_expert, order = pallas_kernels.permute(rows, index, experts + 1, row_alignment=alignment)
-    out = product(by_expert, group_sizes=order.group_sizes[:-1], row_alignment=alignment)
-    return pallas_kernels.combine(out, gates, order)
+    """Returns sum_i g_i E_i(row) of rows that are at the rank of their experts."""
+    if experts.count < ids.shape[1]:
+        ids, gates = _one_entry_per_expert(ids, gates, experts.count)
+    return apply_to_arrived(experts, rows, gates, ids, weights)
 
 
 def _one_entry_per_expert(

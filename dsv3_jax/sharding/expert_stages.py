@@ -19,11 +19,10 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.modules.devices import ExpertProduct
+from dsv3_jax.precision.fp8_weight import add_gradients
 from dsv3_jax.sharding.expert_hops import Hop
-from dsv3_jax.sharding.expert_rows import Copies, collect, copies_for, experts_behind, multiply, send_copies
-
-Weights = tuple[Any, Any]
-"""The experts' gate and up projections, and their down projections."""
+from dsv3_jax.sharding.expert_products import ExpertsOfRank, Weights
+from dsv3_jax.sharding.expert_rows import Copies, apply_at_experts, collect, copies_for, experts_behind, send_copies
 
 Pieces = tuple[Float[Array, "pieces n d"], Int[Array, "pieces n K"], Float[Array, "pieces n K"]]
 """Tokens, the ids of their experts (0 for none), and gates."""
@@ -74,9 +73,8 @@ class TokenStages:
         self, rows: Float[Array, "M d"], gates: Float[Array, "M K"], ids: Int[Array, "M K"], weights: Weights
     ) -> Float[Array, "M d"]:
         """Applies this rank's experts to the rows that arrived."""
-        gate_up, down = weights
-        experts = functools.partial(self.product, gate_up=gate_up, down=down)
-        return multiply(rows, gates, ids, self.experts, experts, even_load=self.shape[0] * self.shape[1])
+        experts = ExpertsOfRank(self.product, self.experts, even_load=self.shape[0] * self.shape[1])
+        return apply_at_experts(rows, gates, ids, weights, experts)
 
     def collect(self, hop: Hop, results: Float[Array, "M d"], route: tuple) -> Float[Array, "n d"]:
         """Returns results over one hop, and adds them up; those of the first hop are the outputs."""
@@ -172,7 +170,7 @@ def _backward(stages: TokenStages, saved: tuple, out_bar: Array) -> tuple[tuple[
         rows, ids, gates, results_bar, pulls = state
         _, pull = jax.vjp(lambda rows, gates, weights: stages.multiply(rows, gates, ids, weights), rows, gates, weights)
         *bars, weights_bar = pull(results_bar)
-        return jax.tree.map(jnp.add, total, weights_bar), (tuple(bars), pulls)
+        return add_gradients(total, weights_bar), (tuple(bars), pulls)
 
     before = [there(index, *hop) for index, hop in enumerate(stages.hops_behind)]
     after = [back(index) for index in reversed(range(len(before)))]

@@ -29,6 +29,25 @@ class Permutation:
     group_sizes: Int[Array, " E"]
 
 
+def order_by_expert(expert_index: Int[Array, "T K"], num_experts: int, *, row_alignment: int = 1) -> Permutation:
+    """Returns the order in which `permute` sorts tokens by expert, for callers that move rows themselves.
+
+    Args:
+      expert_index: the K experts of each token, integers.
+      row_alignment: the rows of each expert are padded to a multiple of this.
+
+    Raises:
+      ValueError, TypeError: a shape or dtype that does not fit, which is named.
+    """
+    if expert_index.ndim != 2:
+        raise ValueError(f"expert_index must be [tokens, slots], not {expert_index.shape}")
+    if not jnp.issubdtype(expert_index.dtype, jnp.integer):
+        raise TypeError(f"expert_index must hold integers, not {expert_index.dtype}")
+    if row_alignment < 1 or num_experts < 1:
+        raise ValueError(f"row_alignment and num_experts must be positive, not {row_alignment} and {num_experts}")
+    return Permutation(*reference.expert_order(expert_index, num_experts, row_alignment))
+
+
 @jax.named_scope("permute")
 def permute(
     x: Float[Array, "T d"],
@@ -55,12 +74,8 @@ def permute(
         raise ValueError(
             f"expert_index must be [tokens, slots] for x [tokens, width], not {expert_index.shape} for {x.shape}"
         )
-    if not jnp.issubdtype(expert_index.dtype, jnp.integer):
-        raise TypeError(f"expert_index must hold integers, not {expert_index.dtype}")
-    if row_alignment < 1 or num_experts < 1:
-        raise ValueError(f"row_alignment and num_experts must be positive, not {row_alignment} and {num_experts}")
+    permutation = order_by_expert(expert_index, num_experts, row_alignment=row_alignment)
     name = choose_implementation(implementation, _available(x))
-    permutation = Permutation(*reference.expert_order(expert_index, num_experts, row_alignment))
     return _permute(x, permutation, expert_index.shape[1], name), permutation
 
 

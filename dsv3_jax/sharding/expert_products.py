@@ -1,0 +1,169 @@
+"""Multiplies the rows that arrived at a rank by the weights of its experts, in blocks (report section 3.2.2).
+
+Receive buffers are large enough for the worst load, and few of their rows are filled. For all of a buffer only indices
+are sorted. Rows are gathered, multiplied and added up in blocks that are a little larger than an even load. One block
+is enough unless far more rows arrive; then there are more, and no row is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+import pallas_kernels
+from dsv3_jax.modules.devices import ExpertProduct
+from dsv3_jax.precision.fp8_weight import add_gradients
+
+Weights = tuple[Any, Any]
+"""The experts' gate and up projections, and their down projections."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsOfRank:
+    """The experts of a rank.
+
+    Attributes:
+      product: applies them to rows that are sorted by expert.
+      count: how many there are.
+      even_load: assignments that arrive together under an even load.
+    """
+
+    product: ExpertProduct
+    count: int
+    even_load: int
+
+    @property
+    def alignment(self) -> int:
+        """The rows of an expert are padded to a multiple of this."""
+        return pallas_kernels.preferred_row_alignment(self.even_load, self.count)
+
+    @property
+    def block(self) -> int:
+        """Rows of a block: a quarter more than under an even load, and half of the most padding."""
+        rows = self.even_load * 5 // 4 + self.count * self.alignment // 2
+        return -(-rows // self.alignment) * self.alignment
+
+
+class _Block(NamedTuple):
+    """A part of the rows that are sorted by expert.
+
+    Attributes:
+      entry: of each row, the index of its entry among the [M * K] entries; M * K where there is none.
+      sizes: rows of each expert in the block.
+      row: of each entry its row in the block; the last row of the block for entries that are not in it.
+      holds: whether the block has a row of the entry.
+    """
+
+    entry: Int[Array, " R"]
+    sizes: Int[Array, " E"]
+    row: Int[Array, " MK"]
+    holds: Bool[Array, " MK"]
+
+    @property
+    def order(self) -> pallas_kernels.Permutation:
+        """The rows of the entries, for `pallas_kernels.combine`."""
+        return pallas_kernels.Permutation(self.row, self.entry, self.sizes)
+
+
+class _Blocks(NamedTuple):
+    """The order of all rows by expert; those of entries without an expert come last and are in no block."""
+
+    order: pallas_kernels.Permutation
+    is_live: Bool[Array, " MK"]
+
+    @classmethod
+    def of(cls, experts: ExpertsOfRank, ids: Int[Array, "M K"]) -> _Blocks:
+        """Returns the order for entries with the ids of their experts, which count from 1; 0 for none."""
+        index = jnp.where(ids > 0, ids - 1, experts.count)
+        order = pallas_kernels.order_by_expert(index, experts.count + 1, row_alignment=experts.alignment)
+        return cls(order, (ids > 0).reshape(-1))
+
+    def count(self, experts: ExpertsOfRank) -> Int[Array, ""]:
+        """Returns how many blocks there are, at least one."""
+        return jnp.maximum(-(-jnp.sum(self.order.group_sizes[:-1]) // experts.block), 1)
+
+    def at(self, experts: ExpertsOfRank, index: Int[Array, ""] | int) -> _Block:
+        """Returns a block; `experts.alignment` rows without an expert are behind its own."""
+        size, none = experts.block, self.is_live.shape[0]
+        start = index * size
+        entries = self.order.slot_of_row
+        entries = jnp.pad(entries, (0, -len(entries) % size), constant_values=none)
+        own = jnp.pad(lax.dynamic_slice_in_dim(entries, start, size), (0, experts.alignment), constant_values=none)
+        ends = jnp.cumsum(self.order.group_sizes[:-1])
+        before, after = (jnp.clip(edge - start, 0, size) for edge in (ends - self.order.group_sizes[:-1], ends))
+        row = self.order.row_of_slot - start
+        holds = self.is_live & (row >= 0) & (row < size)
+        return _Block(own, after - before, jnp.where(holds, row, len(own) - 1), holds)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def apply_to_arrived(
+    experts: ExpertsOfRank,
+    rows: Float[Array, "M d"],
+    gates: Float[Array, "M K"],
+    ids: Int[Array, "M K"],
+    weights: Weights,
+) -> Float[Array, "M d"]:
+    """Returns sum_k gates[m, k] * E_k(row m) of every row of a receive buffer; the backward pass computes it again.
+
+    Args:
+      ids: the experts of each row, which count from 1; 0 for none.
+    """
+    blocks = _Blocks.of(experts, ids)
+
+    def of_block(index: Int[Array, ""] | int) -> Float[Array, "M d"]:
+        block = blocks.at(experts, index)
+        out = _product(experts, block, _taken(rows, block.entry // ids.shape[1]), weights)
+        return pallas_kernels.combine(out, jnp.where(block.holds.reshape(gates.shape), gates, 0), block.order)
+
+    return lax.fori_loop(1, blocks.count(experts), lambda index, total: total + of_block(index), of_block(0))
+
+
+def _forward(experts: ExpertsOfRank, *arguments: Any) -> tuple[Array, tuple[Any, ...]]:
+    return apply_to_arrived(experts, *arguments), arguments
+
+
+def _backward(
+    experts: ExpertsOfRank, arguments: tuple[Any, ...], out_bar: Float[Array, "M d"]
+) -> tuple[Array, Array, None, Weights]:
+    rows, gates, ids, weights = arguments
+    blocks, chosen = _Blocks.of(experts, ids), ids.shape[1]
+    wide = jnp.promote_types(gates.dtype, jnp.float32)
+
+    def of_block(index: Int[Array, ""] | int) -> tuple[Array, Array, Weights]:
+        block = blocks.at(experts, index)
+        given, bar = (_taken(x, block.entry // chosen) for x in (rows, out_bar))
+        out, pull = jax.vjp(functools.partial(_product, experts, block), given, weights)
+        gate = _taken(gates.reshape(-1).astype(wide), block.entry)
+        given_bar, weights_bar = pull((bar.astype(wide) * gate[:, None]).astype(out.dtype))
+        gate_bar = jnp.sum(out.astype(wide) * bar.astype(wide), axis=1)[block.row]
+        rows_bar = pallas_kernels.combine(given_bar, block.holds.reshape(gates.shape).astype(wide), block.order)
+        return rows_bar, jnp.where(block.holds, gate_bar, 0).reshape(gates.shape), weights_bar
+
+    def add(index: Int[Array, ""], total: tuple[Array, Array, Weights]) -> tuple[Array, Array, Weights]:
+        rows_bar, gate_bar, weights_bar = of_block(index)
+        return total[0] + rows_bar, total[1] + gate_bar, add_gradients(total[2], weights_bar)
+
+    rows_bar, gate_bar, weights_bar = lax.fori_loop(1, blocks.count(experts), add, of_block(0))
+    return rows_bar, gate_bar.astype(gates.dtype), None, weights_bar
+
+
+apply_to_arrived.defvjp(_forward, _backward)
+
+
+def _product(
+    experts: ExpertsOfRank, block: _Block, given: Float[Array, "R d"], weights: Weights
+) -> Float[Array, "R d"]:
+    gate_up, down = weights
+    return experts.product(given, gate_up=gate_up, down=down, group_sizes=block.sizes, row_alignment=experts.alignment)
+
+
+def _taken(x: Float[Array, "M ..."], index: Int[Array, " R"]) -> Float[Array, "R ..."]:
+    """Returns rows of `x`, and zeros where the index is past its end."""
+    return x.at[index].get(mode="fill", fill_value=0)
