@@ -20,7 +20,7 @@ import pallas_kernels as pk
 
 
 def add_gradients(total: Any, more: Any) -> Any:
-    """Returns the sum of two trees of gradients by weights; of an `Fp8Weight` only the field `gradient` is one."""
+    """Returns the sum of two trees of gradients; of an `Fp8Weight` only the field `gradient` is one."""
 
     def add(one: Any, other: Any) -> Any:
         if not isinstance(one, Fp8Weight):

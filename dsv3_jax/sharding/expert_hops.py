@@ -1,7 +1,10 @@
 """The exchange of rows between ranks of the expert axis, forward and backward (report section 3.2.2).
 
-A hop is an all-to-all among some of the ranks. Results return along the route that their rows took. The gradient of a
+A hop is an all-to-all among some of the ranks. Before it a row is copied once for every rank that it must reach.
+Results return along the route that their rows took, and those of a row's copies are added up. The gradient of a
 dispatch is therefore a combine, and the gradient of a combine is a dispatch, in the formats of section 3.3.3.
+
+A rank has memory for so many rows of each sender. Where one sends more, these follow in further rounds.
 """
 
 from __future__ import annotations
@@ -13,13 +16,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+import pallas_kernels
 from dsv3_jax.precision.dispatch import DispatchFormat
 from dsv3_jax.precision.tiles import dequantize
 from dsv3_jax.sharding.expert_layout import HopRanks
 
 AXIS = "expert"
+
+_NEVER_SENT = 8  # rows of zeros behind those that return, which stand for copies that another round sends
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,14 +33,23 @@ class Hop(HopRanks):
     """One exchange: its ranks, and the formats of the rows.
 
     Attributes:
+      most: the most rows that a rank sends to another in one round.
+      behind: number of experts that each peer leads to.
       ragged: whether the backend sends each rank as many rows as there are, instead of equally many to all.
       tokens: format of dispatched tokens; None for the rows' own dtype.
       gradients: format of dispatched gradients of results; None for the rows' own dtype.
     """
 
+    most: int
+    behind: int
     ragged: bool = False
     tokens: DispatchFormat | None = None
     gradients: DispatchFormat | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a receive buffer."""
+        return self.peers * self.most
 
     @property
     def index(self) -> Int[Array, ""]:
@@ -45,134 +60,210 @@ class Hop(HopRanks):
         """Sends equal parts of the leading axis, one to every peer."""
         return lax.all_to_all(x, AXIS, 0, 0, axis_index_groups=self.groups, tiled=True)
 
-    def ragged_all_to_all(self, rows: Array, buffer_rows: int, *parts: Array) -> Array:
-        """Sends slices of `rows` of different sizes, one to every peer; returns the receive buffer.
+    def exchange(self, x: Array, sizes: Int[Array, " P"], arriving: Int[Array, " P"], more: int = 0) -> Array:
+        """Returns what the peers send to this rank.
 
         Args:
-          buffer_rows: rows of the receive buffer; those that nothing is written to are zero.
-          parts: per peer, as `lax.ragged_all_to_all` takes them: starts and sizes of the slices, their starts in the
-            receivers' buffers, and the sizes that arrive here.
+          x: [rows, ...]: of `most` rows for each peer the first `sizes` are sent; the others are zeros.
+          arriving: how many rows each peer sends.
+          more: rows of zeros behind.
+
+        Returns:
+          [rows + more, ...]: of `most` rows from each peer the first have arrived; the others are zeros.
         """
-        buffer = jnp.zeros((buffer_rows, rows.shape[1]), rows.dtype)
-        parts = tuple(part.astype(jnp.int32) for part in parts)
-        return lax.ragged_all_to_all(rows, buffer, *parts, axis_name=AXIS, axis_index_groups=self.groups)
+        if not self.ragged:
+            return jnp.pad(self.all_to_all(x), ((0, more), *[(0, 0)] * (x.ndim - 1)))
+        starts = jnp.arange(self.peers, dtype=jnp.int32) * self.most
+        there = jnp.full(self.peers, self.index * self.most, jnp.int32)
+        buffer = jnp.zeros((self.rows + more, *x.shape[1:]), x.dtype)
+        sizes, arriving = sizes.astype(jnp.int32), arriving.astype(jnp.int32)
+        return lax.ragged_all_to_all(
+            x, buffer, starts, sizes, there, arriving, axis_name=AXIS, axis_index_groups=self.groups
+        )
 
 
 class Route(NamedTuple):
-    """How many rows, sorted by receiver, each rank sends to each. The receive buffer has `slots` rows per sender.
+    """The copies of rows that ranks send each other. A copy is one of `copies` per row, which need not all be used.
 
     Attributes:
-      sizes, starts: per receiver, number and first index of the rows to send.
-      arriving: per sender, number of rows that arrive.
-      starts_there: per sender, first index of those rows among all that the sender sends.
+      sizes, arriving: per peer, number of copies that are sent to it, and that it sends here.
+      rounds: how many rounds send all copies between all peers; at least one.
+      copy_of_place: the copies in the order of their receivers; those that are not used come last.
+      place_of_copy: the inverse.
+      ids: of each copy, the experts that the receiver leads to, which count from 1 there; 0 for none.
     """
 
     sizes: Int[Array, " P"]
-    starts: Int[Array, " P"]
     arriving: Int[Array, " P"]
-    starts_there: Int[Array, " P"]
+    rounds: Int[Array, ""]
+    copy_of_place: Int[Array, " S"]
+    place_of_copy: Int[Array, " S"]
+    ids: Int[Array, "S K"]
 
     @classmethod
-    def of(cls, hop: Hop, sizes: Int[Array, " P"]) -> Route:
-        starts = jnp.cumsum(sizes) - sizes
-        arriving, starts_there = jnp.moveaxis(hop.all_to_all(jnp.stack([sizes, starts], axis=1)), 1, 0)
-        return cls(sizes, starts, arriving, starts_there)
+    def of(cls, hop: Hop, ids: Int[Array, "n K"]) -> Route:
+        """Returns the route of rows to their experts, whose ids count from 1; peers tell each other their numbers."""
+        receiver = _receivers(ids, hop.peers, hop.behind, hop.copies(ids.shape[1]))
+        order = pallas_kernels.order_by_expert(receiver, hop.peers + 1)
+        inside = ids[:, None] - receiver[..., None] * hop.behind
+        there = (ids[:, None] > 0) & (inside > 0) & (inside <= hop.behind)
+        sizes = order.group_sizes[:-1]
+        of_all = lax.all_gather(sizes, AXIS, axis_index_groups=hop.groups)
+        return cls(
+            sizes=sizes,
+            arriving=of_all[:, hop.index],
+            rounds=jnp.maximum(-(-jnp.max(of_all) // hop.most), 1),
+            copy_of_place=order.slot_of_row,
+            place_of_copy=order.row_of_slot,
+            ids=jnp.where(there, inside, 0).reshape(-1, ids.shape[1]),
+        )
+
+    def in_round(self, hop: Hop, index: Int[Array, ""] | int) -> Round:
+        """Returns the part of the copies that a round sends."""
+        first = index * hop.most
+        sizes, arriving = (jnp.clip(count - first, 0, hop.most) for count in (self.sizes, self.arriving))
+        starts = jnp.cumsum(self.sizes) - self.sizes
+        at, copies = jnp.arange(hop.most), self.copy_of_place.shape[0]
+        place = jnp.minimum((starts + first)[:, None] + at, copies - 1)
+        sent = jnp.where(at < sizes[:, None], self.copy_of_place[place], copies).reshape(-1)
+        receiver = jnp.searchsorted(starts + self.sizes, self.place_of_copy, side="right")
+        used = jnp.minimum(receiver, hop.peers - 1)
+        behind_first = self.place_of_copy - starts[used] - first
+        holds = (receiver < hop.peers) & (behind_first >= 0) & (behind_first < hop.most)
+        return Round(sizes, arriving, sent, jnp.where(holds, used * hop.most + behind_first, hop.rows), holds)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def send(
-    hop: Hop, slots: int, rows: Float[Array, "S d"], ids: Int[Array, "S K"], gates: Float[Array, "S K"], route: Route
-) -> tuple[Float[Array, "M d"], Int[Array, "M K"], Float[Array, "M K"]]:
-    """Dispatches rows with their experts and gates; returns the receive buffers, zero where no row arrived.
+class Round(NamedTuple):
+    """A round of a hop.
 
-    Args:
-      slots: the most rows that one rank sends to another.
-      ids, gates: a row's experts (counted from 1) and their weights, at least float32; 0 for none.
+    Attributes:
+      sizes, arriving: per peer, number of rows that are sent to it, and that it sends here.
+      copy: of each row to send, which copy it is; the number of copies where there is none.
+      place: of each copy its row among those that are sent; one past them if it is not.
+      holds: whether the copy is sent in this round.
     """
-    beside = jnp.concatenate([ids.astype(gates.dtype), gates], axis=1)
-    arrived, beside = _send_in_format(hop, slots, hop.tokens, rows, route, beside)
+
+    sizes: Int[Array, " P"]
+    arriving: Int[Array, " P"]
+    copy: Int[Array, " M"]
+    place: Int[Array, " S"]
+    holds: Bool[Array, " S"]
+
+
+Arrived = tuple[Float[Array, "M d"], Float[Array, "M K"], Int[Array, "M K"]]
+"""Rows, the gates of their experts, and the ids of these, which count from 1; 0 where there is none."""
+
+
+def dispatch(
+    hop: Hop, rows: Float[Array, "n d"], gates: Float[Array, "n K"], route: Route, index: Int[Array, ""] | int
+) -> Arrived:
+    """Returns what arrives at this rank in a round; zeros where no row arrives."""
+    return _dispatch(hop, rows, gates, route, index)  # pyright: ignore[reportReturnType]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(hop: Hop, rows: Array, gates: Array, route: Route, index: Int[Array, ""] | int) -> Arrived:
+    this = route.in_round(hop, index)
+    copies = this.copy // hop.copies(gates.shape[1])
+    ids = taken(route.ids, this.copy)
+    own_gates = jnp.where(ids > 0, taken(gates, copies), 0)
+    wide = jnp.promote_types(gates.dtype, jnp.float32)
+    beside = jnp.concatenate([ids.astype(wide), own_gates.astype(wide)], axis=1)
+    arrived, beside = _send_in_format(hop, hop.tokens, rows, copies, this, beside)
     chosen = ids.shape[1]
-    return arrived, beside[:, :chosen].astype(ids.dtype), beside[:, chosen:]
+    return arrived, beside[:, chosen:], beside[:, :chosen].astype(ids.dtype)
 
 
-def _send_forward(
-    hop: Hop, slots: int, rows: Array, ids: Array, gates: Array, route: Route
-) -> tuple[Any, tuple[Route, Array]]:
-    return send(hop, slots, rows, ids, gates, route), (route, jnp.empty((rows.shape[0], 0)))
+def gradient_of_dispatch(
+    hop: Hop,
+    rows_bar: Float[Array, "M d"],
+    gates_bar: Float[Array, "M K"],
+    route: Route,
+    index: Int[Array, ""] | int,
+) -> tuple[Float[Array, "n d"], Float[Array, "n K"]]:
+    """Returns the gradients by the rows and gates that were sent, from those by what arrived."""
+    this = route.in_round(hop, index)
+    returned = hop.exchange(gates_bar, this.arriving, this.sizes, more=_NEVER_SENT)
+    of_copies = jnp.where(this.holds[:, None] & (route.ids > 0), returned[this.place], 0)
+    of_rows = of_copies.reshape(-1, hop.copies(gates_bar.shape[1]), gates_bar.shape[1])
+    return _returned(hop, rows_bar, route, this), jnp.sum(of_rows, axis=1)
 
 
-def _send_backward(
-    hop: Hop, slots: int, residuals: tuple[Route, Array], bars: tuple[Array, Any, Array]
-) -> tuple[Array, None, Array, None]:
-    route, like_rows = residuals
-    rows_bar, _, gates_bar = bars
-    count = like_rows.shape[0]
-    return (
-        _send_rows_back(hop, slots, count, rows_bar, route),
-        None,
-        _send_rows_back(hop, slots, count, gates_bar, route),
-        None,
-    )
+def _dispatch_forward(hop: Hop, rows: Array, gates: Array, route: Route, index: Any) -> tuple[Arrived, Any]:
+    return dispatch(hop, rows, gates, route, index), (route, index, jnp.empty(0, gates.dtype))
 
 
-send.defvjp(_send_forward, _send_backward)
+def _dispatch_backward(hop: Hop, residuals: Any, bars: tuple[Array, Array, Any]) -> tuple[Array, Array, None, None]:
+    route, index, like = residuals
+    rows_bar, gates_bar = gradient_of_dispatch(hop, *bars[:2], route, index)
+    return rows_bar, gates_bar.astype(like.dtype), None, None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def send_back(hop: Hop, slots: int, count: int, rows: Float[Array, "M d"], route: Route) -> Float[Array, "S d"]:
-    """Returns rows of the receive buffer to their senders: `count` rows in the order they were sent, then zeros."""
-    return _send_rows_back(hop, slots, count, rows, route)
+_dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
-def _send_back_forward(hop: Hop, slots: int, count: int, rows: Array, route: Route) -> tuple[Array, Route]:
-    return send_back(hop, slots, count, rows, route), route
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def collect(hop: Hop, results: Float[Array, "M d"], route: Route, index: Int[Array, ""] | int) -> Float[Array, "n d"]:
+    """Returns results to the senders of the rows, which add up those of each row's copies in float32."""
+    return _returned(hop, results, route, route.in_round(hop, index))
 
 
-def _send_back_backward(hop: Hop, slots: int, count: int, route: Route, out_bar: Array) -> tuple[Array, None]:
-    del count
-    return _send_in_format(hop, slots, hop.gradients, out_bar, route)[0], None
+def gradient_of_collect(
+    hop: Hop, out_bar: Float[Array, "n d"], route: Route, index: Int[Array, ""] | int
+) -> Float[Array, "M d"]:
+    """Returns the gradient by the results, from that by their sums."""
+    this = route.in_round(hop, index)
+    copies = this.copy // hop.copies(route.ids.shape[1])
+    return _send_in_format(hop, hop.gradients, out_bar, copies, this)[0]
 
 
-send_back.defvjp(_send_back_forward, _send_back_backward)
+def _collect_backward(hop: Hop, residuals: Any, out_bar: Array) -> tuple[Array, None, None]:
+    return gradient_of_collect(hop, out_bar, *residuals), None, None
+
+
+collect.defvjp(lambda hop, results, *route: (collect(hop, results, *route), route), _collect_backward)
 
 
 def _send_in_format(
-    hop: Hop, slots: int, wire: DispatchFormat | None, rows: Array, route: Route, beside: Array | None = None
+    hop: Hop,
+    wire: DispatchFormat | None,
+    rows: Float[Array, "n d"],
+    row_of_copy: Int[Array, " M"],
+    this: Round,
+    beside: Float[Array, "M B"] | None = None,
 ) -> tuple[Float[Array, "M d"], Any]:
-    """Sends rows in the format `wire`, and float32 numbers with them, together with the scales if there are any."""
+    """Sends copies of rows in the format `wire`, and with them numbers in float32, the scales among them."""
+
+    def send(x: Array) -> Array:
+        return hop.exchange(x, this.sizes, this.arriving)
+
     if wire is None:
-        return _send_rows(hop, slots, rows, route), None if beside is None else _send_rows(hop, slots, beside, route)
+        return send(taken(rows, row_of_copy)), None if beside is None else send(beside)
     tiles = wire.quantize(rows)
-    width = tiles.scales.shape[1]
-    values = _send_rows(hop, slots, tiles.values, route)
-    with_scales = tiles.scales if beside is None else jnp.concatenate([tiles.scales, beside], axis=1)
-    with_scales = _send_rows(hop, slots, with_scales, route)
+    scales = taken(tiles.scales, row_of_copy)
+    width = scales.shape[1]
+    values = send(taken(tiles.values, row_of_copy))
+    with_scales = send(scales if beside is None else jnp.concatenate([scales, beside], axis=1))
     arrived = dataclasses.replace(tiles, values=values, scales=with_scales[:, :width])
     return dequantize(arrived).astype(rows.dtype), with_scales[:, width:]
 
 
-def _send_rows(hop: Hop, slots: int, rows: Float[Array, "S d"], route: Route) -> Float[Array, "M d"]:
-    """Sends rows, sorted by receiver, into the slots that the receivers have for this sender."""
-    buffer_rows = hop.peers * slots
-    if hop.ragged:
-        there = jnp.full(hop.peers, hop.index * slots)
-        return hop.ragged_all_to_all(rows, buffer_rows, route.starts, route.sizes, there, route.arriving)
-    at = jnp.arange(slots)
-    source = jnp.minimum(route.starts[:, None] + at, rows.shape[0] - 1)
-    sent = (at < route.sizes[:, None])[..., None]
-    padded = jnp.where(sent, rows[source], jnp.zeros((), rows.dtype))
-    return hop.all_to_all(padded).reshape(buffer_rows, -1)
+def _returned(hop: Hop, results: Float[Array, "M d"], route: Route, this: Round) -> Float[Array, "n d"]:
+    """Returns results to their senders, and sums those of each row's copies."""
+    back = hop.exchange(results, this.arriving, this.sizes, more=_NEVER_SENT)
+    copies = hop.copies(route.ids.shape[1])
+    own = this.holds.reshape(-1, copies).astype(jnp.promote_types(results.dtype, jnp.float32))
+    order = pallas_kernels.Permutation(this.place, jnp.pad(this.copy, (0, _NEVER_SENT)), route.sizes)
+    return pallas_kernels.combine(back, own, order)
 
 
-def _send_rows_back(hop: Hop, slots: int, count: int, rows: Float[Array, "M d"], route: Route) -> Float[Array, "S d"]:
-    """Sends each sender the rows of its slots."""
-    if hop.ragged:
-        here = jnp.arange(hop.peers) * slots
-        return hop.ragged_all_to_all(rows, count, here, route.arriving, route.starts_there, route.sizes)
-    padded = hop.all_to_all(rows.reshape(hop.peers, slots, -1))
-    at = jnp.arange(count)
-    receiver = jnp.searchsorted(route.starts + route.sizes, at, side="right")
-    sent = receiver < hop.peers
-    receiver = jnp.minimum(receiver, hop.peers - 1)
-    came = padded[receiver, jnp.clip(at - route.starts[receiver], 0, slots - 1)]
-    return jnp.where(sent[:, None], came, 0)
+def taken(x: Float[Array, "n ..."], index: Int[Array, " M"]) -> Float[Array, "M ..."]:
+    """Returns rows of `x`, and zeros where the index is past its end."""
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def _receivers(ids: Int[Array, "n K"], peers: int, behind: int, copies: int) -> Int[Array, "n R"]:
+    """Returns the distinct peers that lead to any of a row's experts, in order, padded with `peers`."""
+    of_slot = jnp.sort(jnp.where(ids > 0, (ids - 1) // behind, peers), axis=1)
+    again = jnp.pad(of_slot[:, 1:] == of_slot[:, :-1], ((0, 0), (1, 0)))
+    return jnp.sort(jnp.where(again, peers, of_slot), axis=1)[:, :copies]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,20 +36,46 @@ class HopRanks:
         return min(chosen, self.peers, self.reached or self.peers)
 
 
-BUFFER_ROWS = 2
-"""The most rows of a piece's receive buffers, over the rows of all of a rank's tokens under an even load."""
+SPARE = 1.5
+"""The rows that a rank has for each sender, over those that arrive under an even load."""
+
+_FEWEST_ROWS = 16
+
+SELDOM = "beyond_an_even_load"
+"""Named scope of what is computed and sent only where more rows arrive than there is memory for."""
+
+_PIECES_PER_HOP = 4  # with fewer, less of the exchange is beside products; with more, products are smaller
 
 
-def pieces_of(tokens: int, ranks: int, chosen: int, experts: int, *, fewest: int = 1) -> int:
-    """Returns into how many equal pieces a rank's tokens are divided, so that receive buffers keep to `BUFFER_ROWS`.
+def pieces_of(tokens: int, hops: int) -> int:
+    """Returns into how many equal pieces a rank's tokens are divided, so that products hide the exchange of others."""
+    wanted = _PIECES_PER_HOP * hops
+    return next(pieces for pieces in range(min(wanted, tokens), tokens + 1) if tokens % pieces == 0)
+
+
+def rows_per_sender(hops: Sequence[HopRanks], tokens: int, chosen: int) -> list[int]:
+    """Returns for every hop the most rows that a rank sends to another in one round.
+
+    The last hop has `SPARE` times those of an even load, or a few if that is less, because few rows are never even. All
+    others have as many rows as can arrive at all.
 
     Args:
-      ranks: number of ranks of the expert axis.
-      chosen, experts: number of experts of a token, and of a rank.
-      fewest: the fewest pieces wanted.
+      tokens: number of tokens of a rank.
+      chosen: number of experts of a token.
     """
-    wanted = max(-(-ranks * min(chosen, experts) // (BUFFER_ROWS * chosen)), fewest)
-    return next(pieces for pieces in range(min(wanted, tokens), tokens + 1) if tokens % pieces == 0)
+    found, arriving, copies = [], tokens, 1
+    for hop in hops:
+        copies = min(copies * hop.copies(chosen), chosen)
+        found.append(arriving)
+        arriving *= hop.peers
+    if found:
+        found[-1] = min(found[-1], max(-(-int(SPARE * tokens * copies) // hops[-1].peers), _FEWEST_ROWS))
+    return found
+
+
+def rows_of_block(even_load: int, experts: int, alignment: int) -> int:
+    """Returns how many rows of a rank's experts are multiplied at once: an even load, a quarter more, and padding."""
+    return (-(-even_load * 5 // (4 * alignment)) + experts) * alignment
 
 
 def hops_between(ranks: int, groups: int, reached: int | None = None) -> tuple[HopRanks, ...]:

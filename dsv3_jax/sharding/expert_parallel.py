@@ -1,15 +1,15 @@
 """Expert parallelism: tokens are dispatched to the ranks that hold their experts, and combined (report section 3.2.2).
 
 Every rank of the batch axes and of the context axis has tokens of its own, and every rank of the expert axis some of
-the experts. No token is ever dropped: receive buffers are large enough for the worst case, in which all tokens of all
-ranks choose the experts of one rank. So that such buffers stay small, tokens are sent in pieces, and the backward pass
-recomputes each piece.
+the experts. No token is ever dropped: receive buffers are a little larger than an even load needs, and what they cannot
+hold is sent in further rounds. Nothing that was received is kept: the backward pass exchanges tokens again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +24,8 @@ from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.dispatch import dispatch_formats
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.sharding.expert_hops import Hop
-from dsv3_jax.sharding.expert_layout import hops_between, pieces_of
+from dsv3_jax.sharding.expert_layout import HopRanks, hops_between, pieces_of, rows_per_sender
+from dsv3_jax.sharding.expert_products import ExpertsOfRank
 from dsv3_jax.sharding.expert_rows import over_hops
 from dsv3_jax.sharding.expert_stages import TokenStages, in_stages
 from dsv3_jax.sharding.fsdp_gather import gather_over_fsdp
@@ -72,14 +73,24 @@ class ExpertExchange:
         by_sequence = u.reshape(*leading, u.shape[-1])
         return exchange(by_sequence, gates.expert_index, gates.gate, gate_up, down).reshape(u.shape)
 
-    @property
-    def hops(self) -> tuple[Hop, ...]:
-        """The exchanges between ranks that a token goes through, in their order."""
-        tokens, gradients = dispatch_formats(self.shapes.fp8)
+    def _hops(self, tokens: int, chosen: int, experts: int) -> tuple[Hop, ...]:
+        """Returns the exchanges between ranks that a piece of a rank's tokens goes through, in their order.
+
+        Args:
+          tokens: number of tokens of the piece.
+          chosen, experts: number of experts of a token, and of a rank.
+        """
+        formats = dict(zip(("tokens", "gradients"), dispatch_formats(self.shapes.fp8), strict=True))
+        hops, most = self._ranks_of_hops, rows_per_sender(self._ranks_of_hops, tokens, chosen)
+        behind = [math.prod((experts, *(hop.peers for hop in hops[index + 1 :]))) for index in range(len(hops))]
         return tuple(
-            Hop(**vars(hop), ragged=self._ragged, tokens=tokens, gradients=gradients)
-            for hop in hops_between(self.mesh.shape["expert"], self.shapes.groups, self.shapes.reached_groups)
+            Hop(**vars(hop), most=rows, behind=leads_to, ragged=self._ragged, **formats)
+            for hop, rows, leads_to in zip(hops, most, behind, strict=True)
         )
+
+    @property
+    def _ranks_of_hops(self) -> tuple[HopRanks, ...]:
+        return hops_between(self.mesh.shape["expert"], self.shapes.groups, self.shapes.reached_groups)
 
     @property
     def _ragged(self) -> bool:
@@ -89,31 +100,28 @@ class ExpertExchange:
     def _on_a_rank(
         self, product: ExpertProduct, u: Array, expert_index: Array, gate: Array, gate_up: Any, down: Any
     ) -> Float[Array, "*batch d"]:
-        """Applies the experts to this rank's tokens, in pieces; weights are all-gathered once for all of them."""
+        """Applies the experts to this rank's tokens; weights are all-gathered once for all pieces of them."""
         batch = u.shape
         u, expert_index, gate = (x.reshape(-1, x.shape[-1]) for x in (u, expert_index, gate))
         gate_up, down = self._gathered(gate_up, self.shapes.gate_up), self._gathered(down, self.shapes.down)
         width_is_sharded = "tensor" in weight_axes(self.shapes.down, self.mesh)
-        pieces = self._pieces(u.shape[0], expert_index.shape[1], gate_up.shape[0])
+        pieces, chosen = self._pieces(u.shape[0]), expert_index.shape[1]
+        hops = self._hops(u.shape[0] // pieces, chosen, gate_up.shape[0])
+        experts = ExpertsOfRank(product, gate_up.shape[0], even_load=u.shape[0] // pieces * chosen)
 
         def added(out: Array) -> Array:
             return lax.psum(out, "tensor") if width_is_sharded else out
 
-        parts = tuple(x.reshape(pieces, -1, *x.shape[1:]) for x in (u, expert_index + 1, gate))
-        if self.overlap and pieces > len(self.hops) > 0:
-            stages = TokenStages(self.hops, gate_up.shape[0], product, added, parts[1].shape[1:])
-            out: Any = in_stages(stages, parts, (gate_up, down))
+        if pieces > 1:
+            parts: Any = tuple(x.reshape(pieces, -1, *x.shape[1:]) for x in (u, expert_index + 1, gate))
+            out: Any = in_stages(TokenStages(hops, experts, added), parts, (gate_up, down))
             return out.reshape(batch)
 
-        def one(u: Array, ids: Array, gate: Array, gate_up: Any, down: Any) -> Array:
-            return added(over_hops(self.hops, u, ids, gate, (gate_up, down), product))
+        def exchanged(u: Array, ids: Array, gate: Array, *weights: Any) -> Array:
+            return added(over_hops(hops, experts, u, ids, gate, weights))  # pyright: ignore[reportArgumentType]
 
-        def a_piece(part: tuple[Array, ...]) -> Array:
-            return recomputed(one, *part, gate_up, down)  # pyright: ignore[reportReturnType]
-
-        if pieces == 1:
-            return a_piece(tuple(part[0] for part in parts)).reshape(batch)
-        return lax.map(a_piece, parts).reshape(batch)
+        out: Any = recomputed(exchanged, u, expert_index + 1, gate, gate_up, down)
+        return out.reshape(batch)
 
     def _gathered(self, weight: Float[Array, "E ..."], shape: ParameterShape) -> Array | Fp8Weight:
         """Returns the weight with its FSDP shards all-gathered."""
@@ -124,10 +132,11 @@ class ExpertExchange:
         dtype = self.shapes.gather_dtype or weight.dtype
         return gather_over_fsdp(weight, dimension, dtype, in_axes=1, stacked=1, ranks=axes[dimension])
 
-    def _pieces(self, tokens: int, chosen: int, experts: int) -> int:
-        """Returns the number of pieces; where the exchange is overlapped, at least one more than there are hops."""
-        fewest = 1 + len(self.hops) if self.overlap else 1
-        return pieces_of(tokens, self.mesh.shape["expert"], chosen, experts, fewest=fewest)
+    def _pieces(self, tokens: int) -> int:
+        """Returns the number of pieces of a rank's tokens: one, unless pieces are exchanged beside products."""
+        hops = len(self._ranks_of_hops)
+        pieces = pieces_of(tokens, hops) if self.overlap and hops else 1
+        return pieces if pieces > hops else 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -135,7 +144,7 @@ def recomputed(function: Callable[..., Array], *arguments: Array) -> Array:
     """Returns `function(*arguments)`, which the backward pass recomputes.
 
     This is not `jax.checkpoint`, because the policy of a rematerialised layer around it would keep the named values
-    inside, whose buffers are as large as the worst case.
+    inside, which are as large as the receive buffers.
     """
     return function(*arguments)
 

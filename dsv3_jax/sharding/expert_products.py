@@ -1,14 +1,15 @@
 """Multiplies the rows that arrived at a rank by the weights of its experts, in blocks (report section 3.2.2).
 
-Receive buffers are large enough for the worst load, and few of their rows are filled. For all of a buffer only indices
-are sorted. Rows are gathered, multiplied and added up in blocks that are a little larger than an even load. One block
-is enough unless far more rows arrive; then there are more, and no row is dropped.
+Every row of a receive buffer may be for any of the rank's experts, but most are for one of them, and not all rows are
+filled. For all possible pairs of a row and an expert only indices are sorted. Rows are gathered, multiplied and added
+up in blocks that are a little larger than an even load. If more pairs arrive there are more blocks; none is dropped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 import pallas_kernels
 from dsv3_jax.modules.devices import ExpertProduct
 from dsv3_jax.precision.fp8_weight import add_gradients
+from dsv3_jax.sharding.expert_hops import taken
+from dsv3_jax.sharding.expert_layout import SELDOM, rows_of_block
 
 Weights = tuple[Any, Any]
 """The experts' gate and up projections, and their down projections."""
@@ -32,11 +35,14 @@ class ExpertsOfRank:
       product: applies them to rows that are sorted by expert.
       count: how many there are.
       even_load: assignments that arrive together under an even load.
+      in_a_loop: whether the first block, too, is computed in the loop over blocks. The program is smaller then, but
+        makes more passes over memory.
     """
 
     product: ExpertProduct
     count: int
     even_load: int
+    in_a_loop: bool = False
 
     @property
     def alignment(self) -> int:
@@ -45,9 +51,8 @@ class ExpertsOfRank:
 
     @property
     def block(self) -> int:
-        """Rows of a block: a quarter more than under an even load, and half of the most padding."""
-        rows = self.even_load * 5 // 4 + self.count * self.alignment // 2
-        return -(-rows // self.alignment) * self.alignment
+        """Rows of a block."""
+        return rows_of_block(self.even_load, self.count, self.alignment)
 
 
 class _Block(NamedTuple):
@@ -119,10 +124,10 @@ def apply_to_arrived(
 
     def of_block(index: Int[Array, ""] | int) -> Float[Array, "M d"]:
         block = blocks.at(experts, index)
-        out = _product(experts, block, _taken(rows, block.entry // ids.shape[1]), weights)
+        out = _product(experts, block, taken(rows, block.entry // ids.shape[1]), weights)
         return pallas_kernels.combine(out, jnp.where(block.holds.reshape(gates.shape), gates, 0), block.order)
 
-    return lax.fori_loop(1, blocks.count(experts), lambda index, total: total + of_block(index), of_block(0))
+    return _over_blocks(experts, blocks, of_block, jnp.add)
 
 
 def _forward(experts: ExpertsOfRank, *arguments: Any) -> tuple[Array, tuple[Any, ...]]:
@@ -138,23 +143,29 @@ def _backward(
 
     def of_block(index: Int[Array, ""] | int) -> tuple[Array, Array, Weights]:
         block = blocks.at(experts, index)
-        given, bar = (_taken(x, block.entry // chosen) for x in (rows, out_bar))
+        given, bar = (taken(x, block.entry // chosen) for x in (rows, out_bar))
         out, pull = jax.vjp(functools.partial(_product, experts, block), given, weights)
-        gate = _taken(gates.reshape(-1).astype(wide), block.entry)
+        gate = taken(gates.reshape(-1).astype(wide), block.entry)
         given_bar, weights_bar = pull((bar.astype(wide) * gate[:, None]).astype(out.dtype))
         gate_bar = jnp.sum(out.astype(wide) * bar.astype(wide), axis=1)[block.row]
         rows_bar = pallas_kernels.combine(given_bar, block.holds.reshape(gates.shape).astype(wide), block.order)
         return rows_bar, jnp.where(block.holds, gate_bar, 0).reshape(gates.shape), weights_bar
 
-    def add(index: Int[Array, ""], total: tuple[Array, Array, Weights]) -> tuple[Array, Array, Weights]:
-        rows_bar, gate_bar, weights_bar = of_block(index)
-        return total[0] + rows_bar, total[1] + gate_bar, add_gradients(total[2], weights_bar)
-
-    rows_bar, gate_bar, weights_bar = lax.fori_loop(1, blocks.count(experts), add, of_block(0))
+    rows_bar, gate_bar, weights_bar = _over_blocks(experts, blocks, of_block, add_gradients)
     return rows_bar, gate_bar.astype(gates.dtype), None, weights_bar
 
 
 apply_to_arrived.defvjp(_forward, _backward)
+
+
+def _over_blocks(experts: ExpertsOfRank, blocks: _Blocks, of_block: Callable[..., Any], add: Callable[..., Any]) -> Any:
+    """Returns the sum over all blocks of what `of_block` returns for the index of one."""
+    if experts.in_a_loop:
+        start, total = 0, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_block, 0))
+    else:
+        start, total = 1, of_block(0)
+    with jax.named_scope(SELDOM):
+        return lax.fori_loop(start, blocks.count(experts), lambda index, total: add(total, of_block(index)), total)
 
 
 def _product(
@@ -162,8 +173,3 @@ def _product(
 ) -> Float[Array, "R d"]:
     gate_up, down = weights
     return experts.product(given, gate_up=gate_up, down=down, group_sizes=block.sizes, row_alignment=experts.alignment)
-
-
-def _taken(x: Float[Array, "M ..."], index: Int[Array, " R"]) -> Float[Array, "R ..."]:
-    """Returns rows of `x`, and zeros where the index is past its end."""
-    return x.at[index].get(mode="fill", fill_value=0)

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.modules.devices import ExpertProduct
 from dsv3_jax.precision.fp8_weight import add_gradients
-from dsv3_jax.sharding.expert_hops import Hop
+from dsv3_jax.sharding.expert_hops import AXIS, Hop, Route, collect, dispatch, gradient_of_collect, gradient_of_dispatch
+from dsv3_jax.sharding.expert_layout import SELDOM
 from dsv3_jax.sharding.expert_products import ExpertsOfRank, Weights
-from dsv3_jax.sharding.expert_rows import Copies, apply_at_experts, collect, copies_for, experts_behind, send_copies
+from dsv3_jax.sharding.expert_rows import apply_at_experts, over_hops
 
 Pieces = tuple[Float[Array, "pieces n d"], Int[Array, "pieces n K"], Float[Array, "pieces n K"]]
 """Tokens, the ids of their experts (0 for none), and gates."""
@@ -52,70 +52,59 @@ class TokenStages:
 
     Attributes:
       hops: the exchanges between ranks.
-      experts: number of experts per rank.
-      product: applies experts.
+      experts: the experts of this rank.
       added: sums the outputs over ranks that each have a part of the experts' width.
-      shape: numbers of tokens of a piece and of experts per token.
     """
 
-    hops: Sequence[Hop]
-    experts: int
-    product: ExpertProduct
+    hops: tuple[Hop, ...]
+    experts: ExpertsOfRank
     added: Callable[[Array], Array]
-    shape: tuple[int, ...]
 
-    @property
-    def hops_behind(self) -> list[tuple[Hop, int]]:
-        """The hops, each with the number of experts that one of its peers leads to."""
-        return list(zip(self.hops, experts_behind(self.hops, self.experts), strict=True))
-
-    def multiply(
-        self, rows: Float[Array, "M d"], gates: Float[Array, "M K"], ids: Int[Array, "M K"], weights: Weights
-    ) -> Float[Array, "M d"]:
-        """Applies this rank's experts to the rows that arrived."""
-        experts = ExpertsOfRank(self.product, self.experts, even_load=self.shape[0] * self.shape[1])
-        return apply_at_experts(rows, gates, ids, weights, experts)
-
-    def collect(self, hop: Hop, results: Float[Array, "M d"], route: tuple) -> Float[Array, "n d"]:
-        """Returns results over one hop, and adds them up; those of the first hop are the outputs."""
-        out = collect(hop, self.shape[1], results, *route)
-        return self.added(out) if hop is self.hops[0] else out
+    def beyond_first_rounds(self, u: Array, ids: Array, gates: Array, weights: Weights) -> Float[Array, "n d"]:
+        """Returns what further rounds of the last hop contribute to a piece of tokens."""
+        return self.added(over_hops(self.hops, self.experts, u, ids, gates, weights, first_round=False))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def in_stages(stages: TokenStages, tokens: Pieces, weights: Weights) -> Float[Array, "pieces n d"]:
     """Returns sum_i g_i E_i(u) of every token; the backward pass computes all of it again.
 
-    There must be more pieces than hops.
+    There must be more pieces than hops. Only first rounds of hops are in stages. Further ones follow behind all pieces.
     """
 
-    def there(hop: Hop, behind: int) -> _Stage:
-        def prepare(state: tuple) -> tuple[Copies, tuple]:
+    def there(hop: Hop) -> _Stage:
+        def prepare(state: tuple) -> tuple:
             rows, ids, gates, routes = state
-            copies = copies_for(hop, rows, gates, ids, behind)
-            return copies, (*routes, (copies.route, copies.order))
+            return rows, gates, (*routes, Route.of(hop, ids))
 
-        def run(prepared: tuple[Copies, tuple]) -> tuple:
-            copies, routes = prepared
-            rows, gates, ids = send_copies(hop, copies)
-            return rows, ids, gates, routes
+        def run(prepared: tuple) -> tuple:
+            rows, gates, routes = prepared
+            arrived, own_gates, own_ids = dispatch(hop, rows, gates, routes[-1], 0)
+            return arrived, own_ids, own_gates, routes
 
         return _Stage(prepare, run)
 
+    def products(none: tuple, state: tuple) -> tuple[tuple, tuple]:
+        rows, ids, gates, routes = state
+        results = apply_at_experts(stages.experts, (rows, gates, ids), weights)
+        return none, (results, routes, routes[-1].rounds)
+
     def back(hop: Hop) -> _Stage:
         def run(state: tuple) -> tuple:
-            results, (*routes, route) = state
-            return stages.collect(hop, results, route), tuple(routes)
+            results, (*routes, route), rounds = state
+            out: Any = collect(hop, results, route, 0)
+            return stages.added(out) if hop is stages.hops[0] else out, tuple(routes), rounds
 
         return _Stage(lambda state: state, run)
 
-    def products(none: tuple, state: tuple) -> tuple[tuple, Any]:
-        rows, ids, gates, routes = state
-        return none, (stages.multiply(rows, gates, ids, weights), routes)
+    before, after = [there(hop) for hop in stages.hops], [back(hop) for hop in reversed(stages.hops)]
+    out, _, rounds = _run(before, products, after, (*tokens, ()), ())[1]
 
-    before = [there(hop, behind) for hop, behind in stages.hops_behind]
-    after = [back(hop) for hop in reversed(stages.hops)]
-    return _run(before, products, after, (*tokens, ()), ())[1][0]
+    def add(piece: tuple, index: Int[Array, ""], out: Array) -> Array:
+        u, ids, gates = piece
+        return out.at[index].add(stages.beyond_first_rounds(u, ids, gates, weights))
+
+    return _for_further_rounds(add, tokens, rounds, out)
 
 
 def _forward(stages: TokenStages, tokens: Pieces, weights: Weights) -> tuple[Array, tuple]:
@@ -124,62 +113,71 @@ def _forward(stages: TokenStages, tokens: Pieces, weights: Weights) -> tuple[Arr
 
 def _backward(stages: TokenStages, saved: tuple, out_bar: Array) -> tuple[tuple[Array, None, Array], Weights]:
     tokens, weights = saved
-    trees: dict[Any, Any] = {}  # of what `jax.vjp` returns, whose leaves are handed from stage to stage
 
-    def vjp(key: Any, function: Callable[..., Any], *primals: Array) -> tuple[Any, list[Array], Any]:
-        out, pull, more = jax.vjp(function, *primals, has_aux=True)
-        leaves, trees[key] = jax.tree.flatten(pull)
-        return out, leaves, more
-
-    def there(index: int, hop: Hop, behind: int) -> _Stage:
+    def there(hop: Hop) -> _Stage:
         def prepare(state: tuple) -> tuple:
-            rows, ids, gates, results_bar, pulls = state
-
-            def copy(rows: Array, gates: Array) -> tuple[tuple[Array, Array], tuple]:
-                copies = copies_for(hop, rows, gates, ids, behind)
-                return copies[:2], copies[2:]
-
-            sent, leaves, others = vjp((index, "copy"), copy, rows, gates)
-            return sent, others, results_bar, (*pulls, leaves)
+            rows, ids, gates, bar, routes = state
+            return rows, gates, bar, (*routes, Route.of(hop, ids))
 
         def run(prepared: tuple) -> tuple:
-            sent, others, results_bar, pulls = prepared
-
-            def send(rows: Array, gates: Array) -> tuple[tuple[Array, Array], Array]:
-                rows, gates, ids = send_copies(hop, Copies(rows, gates, *others))
-                return (rows, gates), ids
-
-            (rows, gates), leaves, ids = vjp((index, "send"), send, *sent)
-            # Of the results only the shape is read.
-            results = jnp.zeros(rows.shape, results_bar.dtype)
-            _, pull = jax.vjp(lambda results: stages.collect(hop, results, others[1:]), results)
-            return rows, ids, gates, pull(results_bar)[0], (*pulls, leaves)
+            rows, gates, bar, routes = prepared
+            if hop is stages.hops[0]:
+                (bar,) = jax.linear_transpose(stages.added, bar)(bar)
+            arrived, own_gates, own_ids = dispatch(hop, rows, gates, routes[-1], 0)
+            return arrived, own_ids, own_gates, gradient_of_collect(hop, bar, routes[-1], 0), routes
 
         return _Stage(prepare, run)
 
-    def back(index: int) -> _Stage:
+    def products(total: Weights, state: tuple) -> tuple[Weights, tuple]:
+        rows, ids, gates, results_bar, routes = state
+
+        def results(rows: Array, gates: Array, weights: Weights) -> Array:
+            return apply_at_experts(stages.experts, (rows, gates, ids), weights)
+
+        *bars, weights_bar = jax.vjp(results, rows, gates, weights)[1](results_bar)
+        return add_gradients(total, weights_bar), (*bars, routes, routes[-1].rounds)
+
+    def back(hop: Hop) -> _Stage:
         def run(state: tuple) -> tuple:
-            bars, (*pulls, copying, sending) = state
-            for key, leaves in ("send", sending), ("copy", copying):
-                bars = jax.tree.unflatten(trees[index, key], leaves)(bars)
-            return bars, tuple(pulls)
+            rows_bar, gates_bar, (*routes, route), rounds = state
+            return *gradient_of_dispatch(hop, rows_bar, gates_bar, route, 0), tuple(routes), rounds
 
         return _Stage(lambda state: state, run)
 
-    def products(total: Weights, state: tuple) -> tuple[Weights, tuple]:
-        rows, ids, gates, results_bar, pulls = state
-        _, pull = jax.vjp(lambda rows, gates, weights: stages.multiply(rows, gates, ids, weights), rows, gates, weights)
-        *bars, weights_bar = pull(results_bar)
-        return add_gradients(total, weights_bar), (tuple(bars), pulls)
-
-    before = [there(index, *hop) for index, hop in enumerate(stages.hops_behind)]
-    after = [back(index) for index in reversed(range(len(before)))]
+    before, after = [there(hop) for hop in stages.hops], [back(hop) for hop in reversed(stages.hops)]
     total = jax.tree.map(jnp.zeros_like, weights)
-    total, ((u_bar, gates_bar), _) = _run(before, products, after, (*tokens, out_bar, ()), total)
-    return (u_bar, None, gates_bar), total
+    total, (u_bar, gates_bar, _, rounds) = _run(before, products, after, (*tokens, out_bar, ()), total)
+
+    def add(piece: tuple, index: Int[Array, ""], bars: tuple[Array, Array, Weights]) -> tuple[Array, Array, Weights]:
+        u, ids, gates, bar = piece
+
+        def contributed(u: Array, gates: Array, weights: Weights) -> Array:
+            return stages.beyond_first_rounds(u, ids, gates, weights)
+
+        u_more, gates_more, weights_more = jax.vjp(contributed, u, gates, weights)[1](bar)
+        u_bar, gates_bar, total = bars
+        gates_bar = gates_bar.at[index].add(gates_more.astype(gates_bar.dtype))
+        return u_bar.at[index].add(u_more), gates_bar, add_gradients(total, weights_more)
+
+    u_bar, gates_bar, total = _for_further_rounds(add, (*tokens, out_bar), rounds, (u_bar, gates_bar, total))
+    return (u_bar, None, gates_bar.astype(tokens[2].dtype)), total
 
 
 in_stages.defvjp(_forward, _backward)
+
+
+def _for_further_rounds(
+    add: Callable[[Any, Int[Array, ""], Any], Any], pieces: Any, rounds: Int[Array, " pieces"], total: Any
+) -> Any:
+    """Returns add(piece, its index, total) over all pieces of which any rank needs more than one round."""
+    needed = lax.pmax(rounds, AXIS) > 1
+
+    def of_piece(index: Int[Array, ""], total: Any) -> Any:
+        piece = jax.tree.map(lambda part: lax.dynamic_index_in_dim(part, index, keepdims=False), pieces)
+        return lax.cond(needed[index], lambda total: add(piece, index, total), lambda total: total, total)
+
+    with jax.named_scope(SELDOM):
+        return lax.fori_loop(0, jnp.where(jnp.any(needed), len(rounds), 0), of_piece, total)
 
 
 def _run(

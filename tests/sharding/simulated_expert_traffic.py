@@ -39,7 +39,7 @@ def crossings(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> dic
 
     def counting(hop: Hop, x: Any) -> Any:
         if hop.stride > 1 and x.shape[-1] == CONFIG.hidden_size:
-            filled = jnp.any(x != 0, axis=-1).sum(axis=-1)
+            filled = jnp.any(x != 0, axis=-1).reshape(hop.peers, -1).sum(axis=-1)
             jax.debug.callback(lambda count: counted.append(int(count)), filled.sum() - filled[hop.index])
         return plainly(hop, x)
 
@@ -113,8 +113,8 @@ def count_all_to_alls(jaxpr: Any, found: Counter[str]) -> None:
             count_all_to_alls(inner, found)
 
 
-def waits_in_loops(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> list[int]:
-    """Returns, of each exchange of rows in a loop over pieces, how many exchanges and products it waits for there."""
+def waits(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> tuple[list[int], list[int]]:
+    """Returns how many exchanges and products each exchange of rows waits for, outside of loops and inside."""
     weights = layer.experts.gate_up[...], layer.experts.down[...]
 
     def there_and_back(u: Any, weights: Any, y_bar: Any) -> Any:
@@ -123,9 +123,10 @@ def waits_in_loops(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -
 
     jaxpr = jax.make_jaxpr(there_and_back)(u, weights, u).jaxpr
     jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)  # as the compiler does
-    found: list[int] = []
-    waits_behind(jaxpr, [frozenset()] * len(jaxpr.invars), [], found)
-    return found
+    outside: list[int] = []
+    inside: list[int] = []
+    waits_behind(jaxpr, [frozenset()] * len(jaxpr.invars), outside, inside)
+    return outside, inside
 
 
 def waits_behind(
@@ -170,8 +171,8 @@ def main() -> None:
     flat = u.reshape(-1, CONFIG.hidden_size)
     results = {
         "crossings": crossings(layer, gates, flat, exchange),
-        "stages": waits_in_loops(layer, gates, flat, dataclasses.replace(exchange, overlap=True)),
-        "whole": waits_in_loops(layer, gates, flat, exchange),
+        "stages": waits(layer, gates, flat, dataclasses.replace(exchange, overlap=True))[1],
+        "whole": waits(layer, gates, flat, exchange)[0],
         "fp8": in_fp8(layer, gates, flat, in_fp8_format),
     }
     print(json.dumps(results))

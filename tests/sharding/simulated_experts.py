@@ -17,6 +17,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.moe import MixtureOfExperts
 from dsv3_jax.precision import Precision
+from dsv3_jax.sharding import expert_layout
 from dsv3_jax.sharding.expert_parallel import ExpertExchange
 from dsv3_jax.sharding.mesh import MeshConfig, make_mesh
 from dsv3_jax.sharding.on_mesh import OnMesh
@@ -96,7 +97,8 @@ def main() -> None:
         with (
             mock.patch.object(ExpertExchange, "_ragged", ragged),
             mock.patch.object(lax, "ragged_all_to_all", ragged_all_to_all),
-            mock.patch.object(ExpertExchange, "_pieces", return_value=4 if changes else 2),  # two need no loop
+            mock.patch.object(expert_layout, "SPARE", 0.3),  # most tokens need further rounds
+            mock.patch.object(expert_layout, "_FEWEST_ROWS", 1),
         ):
             other, other_load, others = compute(make_mesh(MeshConfig.parse(mesh)), u, changes)
         results[name] = {

@@ -10,7 +10,7 @@ from simulated import run_simulated
 
 from dsv3_jax.precision import Precision
 from dsv3_jax.precision.dispatch import DispatchFormat, dispatch_formats
-from dsv3_jax.sharding.expert_layout import HopRanks, hops_between
+from dsv3_jax.sharding.expert_layout import HopRanks, hops_between, pieces_of, rows_of_block, rows_per_sender
 
 TOLERANCE = 1e-5  # relative error of float32 sums in another order
 
@@ -61,8 +61,8 @@ def test_tokens_and_gradients_are_sent_in_fp8(traffic: dict[str, Any]) -> None:
     assert found["apart"] < TOLERANCE
     assert found["rounding"] > 100 * TOLERANCE  # error by rounding the gradients that are sent
     # On each of two hops, FP8: dispatch, its recomputation, and the gradient of combine. Float32: combine, its
-    # recomputation, and the gradient of dispatch.
-    assert found["moved"] == {"float8_e4m3fn": 2 * 3, "float32": 2 * 3}
+    # recomputation, and the gradient of dispatch. In a further round of the second hop one recomputation more.
+    assert found["moved"] == {"float8_e4m3fn": 2 * 3 + 4, "float32": 2 * 3 + 4}
 
 
 @pytest.mark.slow
@@ -113,3 +113,29 @@ def test_formats_of_dispatch_follow_the_recipe(
     recipe: str, tokens: DispatchFormat | None, gradients: DispatchFormat | None
 ) -> None:
     assert dispatch_formats(Precision.preset(recipe).fp8) == (tokens, gradients)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "groups", "expected"),
+    [
+        (64, 8, [256, 384]),  # 8 rows of 256 tokens reach a rank of the second hop's 8 peers, half of them from each
+        (8, 8, [192]),  # at most four of a token's copies, over 8 ranks
+        (64, 1, [48]),
+        (2, 2, [256]),  # no rank can send more than its tokens
+    ],
+)
+def test_memory_of_an_exchange_is_for_a_little_more_than_an_even_load(ranks: int, groups: int, expected: Any) -> None:
+    hops = hops_between(ranks, groups, 4)
+    assert rows_per_sender(hops, tokens=256, chosen=8) == expected
+    few = rows_per_sender(hops, tokens=2, chosen=8)
+    assert few[-1] == min(16, 2 * ranks // hops[-1].peers)  # of few tokens any part may be for one rank
+
+
+def test_a_block_of_products_holds_an_even_load_with_its_padding() -> None:
+    assert rows_of_block(4096, 4, 128) == 5120 + 4 * 128
+    assert rows_of_block(16, 4, 128) == 5 * 128
+    assert rows_of_block(12, 4, 1) == 15 + 4
+
+
+def test_pieces_divide_the_tokens() -> None:
+    assert [pieces_of(tokens, hops=2) for tokens in (4096, 9, 7)] == [8, 9, 7]

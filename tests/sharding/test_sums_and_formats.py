@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,7 @@ import pallas_kernels as pk
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.precision.dispatch import DispatchFormat
 from dsv3_jax.precision.tiles import dequantize, quantize
-from dsv3_jax.sharding.expert_hops import Hop, Route, send, send_back
+from dsv3_jax.sharding.expert_hops import Hop, Route, collect, dispatch
 from dsv3_jax.sharding.fsdp_gather import gather_over_fsdp
 from dsv3_jax.sharding.mesh import AXES, MeshConfig
 from dsv3_jax.sharding.placed_experts import _to_physical
@@ -48,14 +46,10 @@ def test_weight_gradients_are_summed_over_ranks_in_float32() -> None:
 
 
 def exchanged(hop: Hop, function):
-    """Calls `function(rows of a rank, its route)` on four ranks that send one row to every rank."""
-    sizes = jnp.ones((RANKS, RANKS), jnp.int32)
+    """Calls `function(rows of a rank, their route)` on four ranks that send one row to every rank."""
     rows = jnp.asarray(np.random.default_rng(2).normal(size=(RANKS, RANKS, 64)), jnp.float32)
-
-    def on_a_rank(rows, sizes):
-        return function(rows, Route.of(hop, sizes))
-
-    return rows, jax.vmap(on_a_rank, axis_name="expert")(rows, sizes)
+    ids = jnp.arange(1, RANKS + 1)[:, None]
+    return rows, jax.vmap(lambda rows: function(rows, Route.of(hop, ids)), axis_name="expert")(rows)
 
 
 def rounded(rows, form: DispatchFormat) -> np.ndarray:
@@ -67,19 +61,17 @@ def rounded(rows, form: DispatchFormat) -> np.ndarray:
 def test_tokens_and_gradients_are_sent_each_in_its_own_format(tokens: str) -> None:
     other = {"e4m3": "e5m2", "e5m2": "e4m3"}[tokens]
     forms = DispatchFormat(32, tokens), DispatchFormat(32, other)
-    hop = Hop(ranks=RANKS, peers=RANKS, tokens=forms[0], gradients=forms[1])
+    hop = Hop(ranks=RANKS, peers=RANKS, most=1, behind=1, tokens=forms[0], gradients=forms[1])
 
     def there(rows, route):
-        ids, gates = jnp.ones((RANKS, 1), jnp.int32), jnp.ones((RANKS, 1))
-        return send(hop, 1, rows, ids, gates, route)[0]
+        return dispatch(hop, rows, jnp.ones((RANKS, 1)), route, 0)[0]
 
     rows, arrived = exchanged(hop, there)
     np.testing.assert_array_equal(arrived, rounded(rows, forms[0]).swapaxes(0, 1))
     assert not np.array_equal(rounded(rows, forms[0]), rounded(rows, forms[1]))
 
     def gradient_of_results(rows, route):
-        back = functools.partial(send_back, hop, 1, RANKS)
-        out, pull = jax.vjp(lambda results: back(results, route), rows)
+        out, pull = jax.vjp(lambda results: collect(hop, results, route, 0), rows)
         return out, pull(rows)[0]
 
     rows, (back, gradient) = exchanged(hop, gradient_of_results)
