@@ -20,6 +20,7 @@ from dsv3_jax.pipeline.slots import moe_layers_of_stages
 from dsv3_jax.pipeline.weights import Format
 from dsv3_jax.planning.attention_form import attention_core_memory, attention_form, keeps_core
 from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.planning.exchange import TokenExchange
 from dsv3_jax.planning.traced_block import (
     BlockKind,
     BlockShape,
@@ -29,7 +30,6 @@ from dsv3_jax.planning.traced_block import (
     traced_block,
 )
 from dsv3_jax.planning.weights import LayerKind, abstract_mesh, layers_of_rank, stages_per_rank, weights_of
-from dsv3_jax.sharding.expert_layout import BUFFER_ROWS
 from dsv3_jax.sharding.mesh import MeshConfig
 from dsv3_jax.sharding.ranks import axes_of
 from dsv3_jax.sharding.rules import gathered_dimension, weight_axes
@@ -260,16 +260,11 @@ def gathered_bytes(config: PlanConfig, kind: LayerKind, *, ahead: int) -> float:
 
 def _backward(config: PlanConfig, kind: LayerKind) -> float:
     """Returns the bytes that the backward pass of one layer reads and computes."""
-    buffers = exchange_buffers(config) if kind == "moe" and config.target.devices > 1 else 0.0
+    buffers = 0.0
+    if kind == "moe" and config.target.devices > 1:
+        inner = config.model.moe_intermediate_size / config.mesh.tensor * config.recipe.dtype.itemsize
+        buffers = TokenExchange.of(config).memory(inner)
     return working_bytes(config, kind) + attention_core_memory(config) + buffers
-
-
-def exchange_buffers(config: PlanConfig) -> float:
-    """Returns the bytes of the largest piece of the experts' exchange: rows received, sorted, multiplied; gradients."""
-    model = config.model
-    rows = BUFFER_ROWS * config.tokens_per_pass * model.num_experts_per_tok
-    per_row = 2 * model.hidden_size + 3 * model.moe_intermediate_size / config.mesh.tensor
-    return 2 * rows * per_row * config.recipe.dtype.itemsize
 
 
 def _shape(config: PlanConfig, kind: BlockKind, tensor: int) -> BlockShape:

@@ -7,6 +7,8 @@ import math
 import re
 from collections import Counter, defaultdict
 
+from dsv3_jax.sharding.expert_layout import SELDOM
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "f8e4m3fn": 1, "f8e5m2": 1}
 
@@ -45,8 +47,7 @@ def read_collectives(hlo: str) -> list[Collective]:
 
     A loop whose number of passes the compiler does not know is counted once, and every branch of a conditional is
     counted. How many rows a ragged all-to-all sends is known only when it runs. It is counted with the smaller of its
-    send and receive buffers. On the first hop that is as many rows as may be sent; the receive buffer, and both buffers
-    of a second hop, are larger than what arrives.
+    send and receive buffers, which are larger than what arrives under an even load.
     """
     bodies = computations(hlo)
     runs = executions(bodies, hlo)
@@ -115,7 +116,12 @@ def executions(bodies: dict[str, str], hlo: str) -> Counter[str]:
 
 
 def passes(loop: str, bodies: dict[str, str]) -> int:
-    """Returns the passes of a loop: those the compiler notes, or the one constant that its condition compares with."""
+    """Returns the passes of a loop: those the compiler notes, or the one constant that its condition compares with.
+
+    A loop that only an uneven load enters has none.
+    """
+    if SELDOM in loop:
+        return 0
     known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop)
     if known:
         return int(known[1])

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from dsv3_jax.planning.collectives import ARRAY, KINDS, array_bytes, computations, executions, passes, sent_by
 from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.planning.exchange import TokenExchange
 from dsv3_jax.planning.hardware import Accelerator
-from dsv3_jax.sharding.expert_layout import hops_between
 
 _FREE = {
     *("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "partition-id", "after-all", "opt-barrier"),
@@ -82,14 +82,10 @@ class Span:
 
 def even_load(config: PlanConfig) -> EvenLoad:
     """Returns the filled parts of the buffers of `sharding.expert_parallel`, which are large enough for every load."""
-    model, chosen = config.model, config.model.num_experts_per_tok
-    rows, slots, hops = 1, 1, []  # for a token of every rank: rows that arrive at a rank, and its slots for them
-    for hop in hops_between(config.mesh.expert, model.n_group, model.topk_group):
-        copies = hop.copies(chosen)
-        rows = min(rows * copies, chosen)
-        hops.append((hop.stride * config.mesh.tensor, rows / (slots * min(copies, hop.peers))))
-        slots *= hop.peers
-    return EvenLoad(tuple(hops), chosen / (slots * min(chosen, model.n_routed_experts // config.mesh.expert)))
+    exchange = TokenExchange.of(config)
+    hops = zip(exchange.hops, exchange.filled, strict=True)
+    filled = tuple((hop.stride * config.mesh.tensor, part) for hop, part in hops)
+    return EvenLoad(filled, exchange.tokens * config.model.num_experts_per_tok / exchange.product)
 
 
 class _Instruction:

@@ -30,7 +30,8 @@ _TIMES = {
     "fp8_products": ("FP8 products", "#1f4e8c"),
     "products": ("other products", "#2f6db3"),
     "attention": ("attention core", "#9cc3e6"),
-    "memory": ("reading and writing activations", "#7a5195"),
+    "memory": ("activations", "#7a5195"),
+    "exchange": ("buffers of the exchange", "#374c80"),
     "optimizer": ("optimizer", "#b07cc6"),
     "exposed": ("communication not hidden", "#d9822b"),
     "bubble": ("pipeline bubble", "#bbbbbb"),
@@ -96,7 +97,7 @@ def _draw_time(axes: Axes, plan: Plan) -> None:
     totals = [plan.bound.total, plan.expected.total, like_report]
     for row, seconds in enumerate(totals):
         axes.text(seconds, row, f" {seconds:.3g} s, MFU {100 * plan.mfu(seconds):.0f}%", va="center", fontsize=9)
-    axes.set(xlim=(0, 1.35 * max(totals)), ylim=(-0.5, 4.0), xlabel="seconds per step")
+    axes.set(xlim=(0, 1.4 * max(totals)), ylim=(-0.5, 4.0), xlabel="seconds per step")
     axes.set_title(f"{plan.config.tokens_per_step:,} tokens per step")
     axes.legend(frameon=False, loc="upper right", fontsize=9, ncols=2)
 

@@ -10,6 +10,7 @@ from dsv3_jax.counts import count_flops
 from dsv3_jax.planning.activations import LAYERS, ActivationMemory, activation_memory, gathered_bytes
 from dsv3_jax.planning.config import PlanConfig
 from dsv3_jax.planning.operations import operations, operations_without_recomputation
+from dsv3_jax.planning.stage_parts import bubble
 from dsv3_jax.planning.step_time import (
     REPORT_FRACTION,
     Reached,
@@ -67,10 +68,14 @@ class Plan:
 
     @property
     def at_the_reports_pace(self) -> float:
-        """Seconds of a step that computes as far from the best kernels as the report's run did, over the same links."""
-        computing = (self.expected.total - self.expected.exposed) / REPORT_FRACTION
+        """Seconds of a step that computes as far from the best kernels as the report's run did, over the same links.
+
+        That fraction includes what the report's run read and wrote for its exchange, so ours is not divided by it.
+        """
+        exchange = self.expected.exchange * (1 + (bubble(self.config) if self.config.has_stages else 0.0))
+        computing = (self.expected.total - self.expected.exposed - exchange) / REPORT_FRACTION + exchange
         best = Reached.by_best_kernels(self.config.target.accelerator)
-        experts = expert_seconds(self.config, self.rank, best) / REPORT_FRACTION
+        experts = expert_seconds(self.config, self.rank, best) / REPORT_FRACTION + self.expected.exchange
         exposed = exposed_communication(self.config, self.flows, computing, experts)
         return max(computing + exposed, self.expected.total)
 

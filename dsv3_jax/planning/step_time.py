@@ -10,12 +10,12 @@ import dataclasses
 
 from dsv3_jax.planning.activations import LAYERS, working_bytes
 from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.planning.exchange import TokenExchange
 from dsv3_jax.planning.hardware import Accelerator
 from dsv3_jax.planning.operations import expert_operations, operations
-from dsv3_jax.planning.stage_parts import backward_parts, bubble, waiting
+from dsv3_jax.planning.stage_parts import backward_parts, bubble, layer_runs, waiting
 from dsv3_jax.planning.traffic import CONTEXT_EXCHANGE, REPLICAS, TENSOR_SUMS, TOKENS, WHILE_COMPUTING, Traffic
 from dsv3_jax.planning.weights import StateMemory
-from dsv3_jax.sharding.expert_layout import hops_between, pieces_of
 
 REPORT_FRACTION = 0.4944518052731055
 """How fast the report's run computed, as a fraction of this planner's figure for it with the best kernels known.
@@ -37,6 +37,7 @@ class StepTime:
     Attributes:
       fp8_products, products, attention: time of matrix products, recomputation included.
       memory: time of reading and writing activations.
+      exchange: time of reading and writing what is sent to experts and back, and the sums of pieces' gradients.
       optimizer: time of the update at the end of the step.
       exposed: time of communication that is not hidden behind computation.
       bubble: idle time of the pipeline.
@@ -46,6 +47,7 @@ class StepTime:
     products: float
     attention: float
     memory: float
+    exchange: float
     optimizer: float
     exposed: float
     bubble: float
@@ -86,14 +88,16 @@ def step_time(config: PlanConfig, state: StateMemory, flows: list[Traffic], rank
     bandwidth = accelerator.bandwidth * reached.bandwidth
     memory = _activation_traffic(config) / bandwidth
     update = _OPTIMIZER_PASSES * (state.masters + state.moments) + state.gradients + state.working_weights
-    computing = fp8 + products + attention + memory
+    exchange = _exchange_traffic(config, rank) / bandwidth
+    computing = fp8 + products + attention + memory + exchange
     return StepTime(
         fp8_products=fp8,
         products=products,
         attention=attention,
         memory=memory,
+        exchange=exchange,
         optimizer=update / bandwidth,
-        exposed=exposed_communication(config, flows, computing, expert_seconds(config, rank, reached)),
+        exposed=exposed_communication(config, flows, computing, expert_seconds(config, rank, reached) + exchange),
         bubble=computing * bubble(config) if config.has_stages else 0.0,
     )
 
@@ -106,6 +110,13 @@ def _activation_traffic(config: PlanConfig) -> float:
     if not config.has_stages:
         return _MEMORY_PASSES * computed
     return (_FORWARD_PASSES + _BACKWARD_PASSES * backward_parts(config)) * computed / config.mesh.stage
+
+
+def _exchange_traffic(config: PlanConfig, rank: int) -> float:
+    """Returns the bytes that a rank of the stage axis reads and writes in a step for the exchange of tokens."""
+    exchange, runs = TokenExchange.of(config), layer_runs(config)[rank]
+    forward, backward = (of.get("moe", 0) + of.get("mtp", 0) for of in (runs.forward, runs.backward))
+    return forward * exchange.moved(backward=False) + backward * exchange.moved(backward=True)
 
 
 def expert_seconds(config: PlanConfig, rank: int, reached: Reached) -> float:
@@ -125,7 +136,7 @@ def exposed_communication(config: PlanConfig, flows: list[Traffic], computing: f
 
     Args:
       computing: seconds of all computation.
-      experts: seconds of the products of routed experts.
+      experts: seconds of the products of routed experts, and of what is read and written for the exchange.
     """
     tokens = sum(flow.seconds for flow in flows if flow.what == TOKENS)
     exposed_tokens = _exposed_tokens(config, tokens, experts)
@@ -143,14 +154,11 @@ def _exposed_tokens(config: PlanConfig, seconds: float, experts: float) -> float
     """Returns the exposed part of the seconds for which tokens are exchanged (`sharding.expert_stages`).
 
     Tokens go through the experts in pieces. While one piece is multiplied the others are sent, but for as many pieces
-    as there are hops, which are sent before the first product or behind the last. So products hide at most the time
-    that they take. Schedules of XLA's GPU compiler show this (`planning.overlap`); for other hardware nothing is
-    taken as hidden, because its schedules cannot be read.
+    as there are hops, which are sent before the first product or behind the last. So products, and the passes over
+    buffers around them, hide at most the time that they take. Schedules of XLA's GPU compiler show this
+    (`planning.overlap`); for other hardware nothing is taken as hidden, because its schedules cannot be read.
     """
-    model, mesh = config.model, config.mesh
-    if config.target.accelerator.platform != "gpu" or mesh.expert == 1:
+    exchange = TokenExchange.of(config)
+    if config.target.accelerator.platform != "gpu" or not exchange.hops:
         return seconds
-    hops, experts_of_rank = len(hops_between(mesh.expert, model.n_group)), model.n_routed_experts // mesh.expert
-    chosen = model.num_experts_per_tok
-    pieces = pieces_of(config.tokens_per_pass, mesh.expert, chosen, experts_of_rank, fewest=1 + hops)
-    return seconds - min(seconds * max(1 - hops / pieces, 0.0), experts)
+    return seconds - min(seconds * max(1 - len(exchange.hops) / exchange.pieces, 0.0), experts)

@@ -77,7 +77,7 @@ def test_a_product_takes_its_operations() -> None:
 
 
 def test_loops_conditionals_and_slices_are_read_through() -> None:
-    """A loop of three passes; the longer of two branches; of a buffer, the slice that a fusion reads."""
+    """A loop of three passes, or none; the longer of two branches; of a buffer, the slice that a fusion reads."""
     others = """%one (p: f32[9]) -> f32[9] {
   %p = f32[9]{0} parameter(0)
   ROOT %n = f32[10]{0} negate(%p)
@@ -98,6 +98,8 @@ def test_loops_conditionals_and_slices_are_read_through() -> None:
     one = (9 + 10) * 4e-6
     loop = '  %w = f32[9]{0} while(%x), condition=%c, body=%one, backend_config={"known_trip_count":{"n":"3"}}\n'
     assert hidden(program(loop, others=others)) == pytest.approx(3 * one / SECONDS)
+    seldom = loop.replace("backend_config", 'metadata={op_name="jit(step)/beyond_an_even_load/while"}, backend_config')
+    assert hidden(program(seldom, others=others)) == 0
     branches = "  %w = f32[9]{0} conditional(%i, %x, %x), branch_computations={%none, %one}\n"
     assert hidden(program(branches, others=others)) == pytest.approx(one / SECONDS)
     fusion = """  %big = f32[1000]{0} parameter(1)
@@ -127,9 +129,13 @@ def test_a_synchronous_collective_hides_nothing_and_is_beside_nothing() -> None:
 
 
 def test_the_filled_part_of_buffers_on_the_reports_mesh() -> None:
-    """A token goes to 4 nodes and 8 ranks; the buffers have room for 64 rows, and for 4 experts of each."""
+    """A token goes to 4 of 8 nodes, and to 8 ranks, for which a half is spare; pieces are of 512 tokens.
+
+    A quarter more rows are multiplied, and for each of 4 experts a tile of 128; a tile has no rows.
+    """
     config = PlanConfig(model=ModelConfig.preset("v3-671b"), target=Target.parse("h800:64"), mesh=MeshConfig(expert=64))
-    assert even_load(config) == EvenLoad(hops=((8, 1.0), (1, 1 / 8)), products=1 / 32)
+    rows = 512 * 8
+    assert even_load(config) == EvenLoad(hops=((8, 1 / 2), (1, 2 / 3)), products=rows / (rows * 1.25 + 4 * 128 + 128))
 
 
 def test_a_time_line_has_every_pass_of_inner_loops() -> None:

@@ -1,0 +1,42 @@
+"""Checks what plans say of the exchange of tokens with their experts, by hand and against what ranks send."""
+
+from __future__ import annotations
+
+import pytest
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.planning.exchange import TokenExchange
+from dsv3_jax.planning.hardware import Target
+from dsv3_jax.planning.plan import make_plan
+from dsv3_jax.sharding.mesh import MeshConfig
+
+V3 = ModelConfig.preset("v3-671b")
+
+
+def plan_config(expert: int, target: str = "h800:64") -> PlanConfig:
+    return PlanConfig(model=V3, target=Target.parse(target), mesh=MeshConfig(fsdp=-1, expert=expert), batch_size=0)
+
+
+def test_passes_over_buffers_by_hand() -> None:
+    """In bfloat16, of 4,096 and 6,144 rows a piece; backward the float32 gradients of four experts are added up."""
+    exchange = TokenExchange.of(plan_config(64))
+    rows = (4096 + 6144) * 7168 * 2
+    assert exchange.moved(backward=False) == 8 * 13 * rows
+    assert exchange.moved(backward=True) == 8 * (23 * rows + 3 * 4 * 4 * 3 * 7168 * 2048)
+
+
+def test_experts_on_every_rank_need_no_exchange() -> None:
+    exchange = TokenExchange.of(plan_config(1))
+    assert (exchange.hops, exchange.rows, exchange.pieces) == ((), (), 1)
+    assert exchange.moved(backward=True) == 0
+    assert make_plan(plan_config(1)).expected.exchange == 0
+
+
+def test_the_exchange_is_part_of_the_step() -> None:
+    plan = make_plan(plan_config(64))
+    exchange, bandwidth = TokenExchange.of(plan.config), plan.config.target.accelerator.bandwidth
+    layers = plan.config.passes * (58 + 1)
+    moved = layers * (exchange.moved(backward=False) + exchange.moved(backward=True))
+    assert plan.bound.exchange == pytest.approx(moved / bandwidth)
+    assert plan.bound.total > plan.bound.exchange > 0
