@@ -11,11 +11,11 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dsv3_jax.bounds import LARGEST_SEED
 from dsv3_jax.cli.models import add_sets
-from dsv3_jax.cli.options import OptionParser, number
+from dsv3_jax.cli.options import OptionParser, add_weight_formats, number
 from dsv3_jax.errors import UserError
 from dsv3_jax.regular_files import read_regular
 from dsv3_jax.terminal import printable
@@ -58,14 +58,15 @@ def main(argv: list[str]) -> int:
     prompts = [tokenizer.prompt_ids(text, control_tokens=arguments.control_tokens) for text in texts]
     space = model.config.max_position_embeddings - max(map(len, prompts))
     new_tokens = arguments.max_new_tokens or max(1, min(_DEFAULT_NEW_TOKENS, space))
-    key, stop = jax.random.key(arguments.seed), tokenizer.end_ids
+    key = jax.random.key(arguments.seed)
+    how: dict[str, Any] = {"stop_token": tokenizer.end_ids, "sets": sets, "int8_weights": arguments.int8}
     shown = printable if sys.stdout.isatty() else str
     if len(prompts) == 1 and arguments.stream:
-        steps = stream(model, prompts, new_tokens, sampler, key, stop_token=stop, sets=sets)
+        steps = stream(model, prompts, new_tokens, sampler, key, **how)
         pieces = _decoded(tokenizer, (int(step[0]) for step in steps))
         _print_pieces(map(shown, itertools.chain([texts[0]], pieces)))
         return 0
-    written = complete(model, prompts, new_tokens, sampler, key, stop_token=stop, sets=sets)
+    written = complete(model, prompts, new_tokens, sampler, key, **how)
     for count, (prompt, ids) in enumerate(zip(texts, written, strict=True), start=1):
         if len(prompts) > 1:
             print(f"{'' if count == 1 else chr(10)}--- {count} ---")
@@ -90,11 +91,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         help="names of control tokens in a prompt, such as <｜User｜>, stand for these tokens (the default)",
     )
     parser.add_argument("--step", type=number(int, 0, 10**18), help="step of the checkpoint (default: the newest)")
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="dtype of the weights in memory (default: float32); bfloat16 takes half of the memory",
-    )
+    add_weight_formats(parser)
     parser.add_argument(
         "--max-new-tokens",
         type=number(int, 1, 2**24),

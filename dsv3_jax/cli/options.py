@@ -60,7 +60,7 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def add_weight_formats(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say in which format a command that serves a conversation keeps weights."""
+    """Adds the options that say in which format a command that writes text keeps weights."""
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="dtype of the weights (default: as the checkpoint has them)"
     )

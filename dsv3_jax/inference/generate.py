@@ -89,14 +89,19 @@ def complete(
     *,
     stop_token: StopTokens = None,
     sets: DeviceSets | None = None,
+    int8_weights: bool = False,
 ) -> list[list[int]]:
     """Returns the new tokens of each prompt, without the stop token. Arguments as of `generate`.
 
     Args:
       sets: meshes of the devices that read the prompts and of those that generate; the model's own devices if None.
+      int8_weights: whether the weights of products are kept in int8, a quarter of float32's memory.
+
+    Raises:
+      UserError: as `generate`; or weights are to be in int8 that cannot be.
     """
     requests = _requests(model, prompts, max_new_tokens, sampler, key, stop_token)
-    results = _engine(model, requests, _STEPS, sets).run(requests)
+    results = _engine(model, requests, _STEPS, sets, int8_weights).run(requests)
     return [result.tokens[:-1] if result.finished == "stop" else result.tokens for result in results]
 
 
@@ -109,18 +114,19 @@ def stream(
     *,
     stop_token: StopTokens = None,
     sets: DeviceSets | None = None,
+    int8_weights: bool = False,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yields one token per prompt and step, int32 [B], as they are generated. Arguments as of `generate`.
 
     Rows that have ended repeat the (first) stop token. The arguments are checked when the function is called.
 
     Args:
-      sets: as of `complete`.
+      sets, int8_weights: as of `complete`.
     """
     requests = _requests(model, prompts, max_new_tokens, sampler, key, stop_token)
 
     def tokens() -> Iterator[Int[np.ndarray, " B"]]:
-        engine = _engine(model, requests, _STREAMED_STEPS, sets)
+        engine = _engine(model, requests, _STREAMED_STEPS, sets, int8_weights)
         numbers = [engine.submit(request) for request in requests]
         texts: dict[int, list[int]] = {number: [] for number in numbers}
         ended: set[int] = set()
@@ -183,7 +189,13 @@ def _seeds(prompts: Sequence[Sequence[int]], sampler: Sampler, key: Key[Array, "
     return [int(high) << 32 | int(low) for high, low in words[:, :2]]
 
 
-def _engine(model: DeepSeekV3, requests: Sequence[Request], steps: int, sets: DeviceSets | None = None) -> Engine:
+def _engine(
+    model: DeepSeekV3,
+    requests: Sequence[Request],
+    steps: int,
+    sets: DeviceSets | None = None,
+    int8_weights: bool = False,
+) -> Engine:
     """Returns an engine that these requests fit. Sizes are rounded up, so that similar batches share programs."""
     rows = min(_power_of_two(len(requests)), _MOST_SEQUENCES)
     longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
@@ -197,6 +209,7 @@ def _engine(model: DeepSeekV3, requests: Sequence[Request], steps: int, sets: De
         top_logprobs=0,
         reuse_prefixes=False,
         sets=sets,
+        int8_weights=int8_weights,
         compile_at_start=False,
     )
     return Engine(model, config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import unicodedata
 
 import jax
@@ -18,7 +19,7 @@ from dsv3_jax.data import Tokenizer
 from dsv3_jax.data.control_tokens import USER
 from dsv3_jax.data.tokenizer_training import byte_tokenizer
 from dsv3_jax.errors import UserError
-from dsv3_jax.inference import GREEDY, Sampler, complete
+from dsv3_jax.inference import GREEDY, Engine, EngineConfig, Sampler, complete
 from dsv3_jax.model import DeepSeekV3
 
 
@@ -52,6 +53,22 @@ def expected(run, prompt: str, new: int, sampler: Sampler = GREEDY, seed: int = 
 def test_streamed_text_is_the_whole_text(loaded, capsys) -> None:
     assert main(["generate", "RUN", "--prompt", "def f(", "--max-new-tokens", "12", "--temperature", "0"]) == 0
     assert capsys.readouterr().out == expected(loaded, "def f(", 12)
+
+
+@pytest.mark.parametrize("words", [["--stream"], ["--no-stream"]])
+def test_weights_are_kept_in_eight_bits_on_request(words: list[str], loaded, capsys, monkeypatch) -> None:
+    kept = []
+
+    def engine(model: DeepSeekV3, config: EngineConfig) -> Engine:
+        kept.append(config.int8_weights)
+        return Engine(model, config)
+
+    # The package's attribute of that name is the function.
+    monkeypatch.setattr(sys.modules["dsv3_jax.inference.generate"], "Engine", engine)
+    for more in ([], ["--int8"]):
+        assert main(["generate", "RUN", "--prompt", "def f(", "--max-new-tokens", "4", *words, *more]) == 0
+        assert capsys.readouterr().out.startswith("def f(")
+    assert kept == [False, True]
 
 
 def test_a_batch_prints_each_prompt_with_its_text(loaded, capsys) -> None:
