@@ -104,7 +104,7 @@ class Route(NamedTuple):
     def of(cls, hop: Hop, ids: Int[Array, "n K"]) -> Route:
         """Returns the route of rows to their experts, whose ids count from 1; peers tell each other their numbers."""
         receiver = _receivers(ids, hop.peers, hop.behind, hop.copies(ids.shape[1]))
-        order = pallas_kernels.order_by_expert(receiver, hop.peers + 1)
+        order = pallas_kernels.order_by_expert(receiver, hop.peers + 1)  # receivers in the place of experts
         inside = ids[:, None] - receiver[..., None] * hop.behind
         there = (ids[:, None] > 0) & (inside > 0) & (inside <= hop.behind)
         sizes = order.group_sizes[:-1]

@@ -51,7 +51,7 @@ class ExpertsOfRank:
 
     @property
     def block(self) -> int:
-        """Rows of a block."""
+        """The most rows of a block."""
         return rows_of_block(self.even_load, self.count, self.alignment)
 
 
@@ -89,13 +89,17 @@ class _Blocks(NamedTuple):
         order = pallas_kernels.order_by_expert(index, experts.count + 1, row_alignment=experts.alignment)
         return cls(order, (ids > 0).reshape(-1))
 
+    def rows(self, experts: ExpertsOfRank) -> int:
+        """Returns the rows of a block: not more than can arrive, which is little where no other rank sends any."""
+        return min(experts.block, self.order.slot_of_row.shape[0])
+
     def count(self, experts: ExpertsOfRank) -> Int[Array, ""]:
         """Returns how many blocks there are, at least one."""
-        return jnp.maximum(-(-jnp.sum(self.order.group_sizes[:-1]) // experts.block), 1)
+        return jnp.maximum(-(-jnp.sum(self.order.group_sizes[:-1]) // self.rows(experts)), 1)
 
     def at(self, experts: ExpertsOfRank, index: Int[Array, ""] | int) -> _Block:
         """Returns a block; `experts.alignment` rows without an expert are behind its own."""
-        size, none = experts.block, self.is_live.shape[0]
+        size, none = self.rows(experts), self.is_live.shape[0]
         start = index * size
         entries = self.order.slot_of_row
         entries = jnp.pad(entries, (0, -len(entries) % size), constant_values=none)

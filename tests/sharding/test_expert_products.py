@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
+import pallas_kernels
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.devices import OneDevice
 from dsv3_jax.modules.moe import Experts
@@ -141,3 +142,18 @@ def test_products_are_of_an_even_load_and_not_of_the_buffer(precision: str, monk
         if aval.ndim > 1 and aval.shape[-1] >= 128 and jnp.issubdtype(aval.dtype, jnp.floating)
     ]
     assert max(heights) <= buffer < EXPERTS * buffer
+
+
+def test_a_block_is_not_larger_than_what_can_arrive() -> None:
+    """Where a rank has all experts, as many pairs arrive as under an even load."""
+    rows = jnp.zeros((256, 128))
+    ids = jnp.zeros((256, EXPERTS), int)
+    program = jax.make_jaxpr(blocks_of(Precision.preset("float32"), ids.size, 128))
+    experts = weights_of(experts_of(Precision.preset("float32"), 128))
+    products = [
+        aval.shape[0]
+        for aval in arrays_of(program(rows, ids.astype(jnp.float32), ids, experts).jaxpr)
+        if aval.shape[1:] == (2 * 128,)
+    ]
+    alignment = pallas_kernels.preferred_row_alignment(ids.size, EXPERTS)
+    assert ids.size <= max(products) <= ids.size + (EXPERTS + 2) * alignment
