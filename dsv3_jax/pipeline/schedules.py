@@ -131,7 +131,7 @@ def schedule_of_step(name: ScheduleName, ranks: int, micro_batches: int) -> Pipe
     """Returns the schedule that the training step runs: `make_schedule`'s, but DualPipe's backward passes are whole.
 
     All ranks of the step advance in ticks. A tick in which one rank computes half of a backward pass is as long as the
-    whole pass that another rank computes, so that halves gain nothing, and they compute some of their work twice.
+    whole pass that another rank computes. So halves gain little, and less than the work that both compute takes.
 
     Raises:
       ConfigError: see `check_micro_batches`.

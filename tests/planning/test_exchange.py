@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from dsv3_jax.config import ModelConfig
@@ -40,3 +43,20 @@ def test_the_exchange_is_part_of_the_step() -> None:
     moved = layers * (exchange.moved(backward=False) + exchange.moved(backward=True))
     assert plan.bound.exchange == pytest.approx(moved / bandwidth)
     assert plan.bound.total > plan.bound.exchange > 0
+
+
+@pytest.mark.parametrize(("part", "products"), [("forward", 1), ("backward", 3)])
+def test_passes_are_as_many_as_in_the_compiled_program(part: str, products: int) -> None:
+    """The time line of the step that was compiled for the report's mesh: products of experts, and passes around them.
+
+    Backward the experts are computed again, with two gradients of each product.
+    """
+    folder = Path(__file__).parents[2] / "experiments/results/plans/h800-2048-v3-671b-dualpipe-fp8"
+    spans = json.loads((folder / "plan.json").read_text())["compiled"]["pair"]
+    experts = [span for span in spans if span["what"] == f"routed experts, {part}" and span["lane"] == "computation"]
+    found = sum(span["end"] - span["start"] for span in experts)
+    exchange, accelerator = TokenExchange.of(plan_config(64)), Target.parse("h800:64").accelerator
+    moved = exchange.moved(backward=part == "backward") / (accelerator.bandwidth * accelerator.bandwidth_reached)
+    operations = 2 * 3 * 7168 * 2048 * 8 * 4096
+    computed = products * operations / (accelerator.fp8_flops * accelerator.fp8_reached)
+    assert moved + computed == pytest.approx(found, rel=0.1)
