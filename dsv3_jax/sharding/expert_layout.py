@@ -1,4 +1,7 @@
-"""Which ranks of the expert axis exchange rows: one hop, or two where a group of experts spans several ranks."""
+"""Says which ranks of the expert axis exchange rows, in how many pieces, and for how many rows they have memory.
+
+There is one hop, or two where a group of experts spans several ranks (report section 3.2.2).
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class HopRanks:
 SPARE = 1.5
 """The rows that a rank has for each sender, over those that arrive under an even load."""
 
-_FEWEST_ROWS = 16
+_FEWEST_ROWS = 16  # for each sender on the last hop, such as when a few tokens are decoded
 
 SELDOM = "beyond_an_even_load"
 """Named scope of what is computed and sent only where more rows arrive than there is memory for."""

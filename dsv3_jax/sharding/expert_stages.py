@@ -60,7 +60,9 @@ class TokenStages:
     experts: ExpertsOfRank
     added: Callable[[Array], Array]
 
-    def beyond_first_rounds(self, u: Array, ids: Array, gates: Array, weights: Weights) -> Float[Array, "n d"]:
+    def beyond_first_rounds(
+        self, u: Float[Array, "n d"], ids: Int[Array, "n K"], gates: Float[Array, "n K"], weights: Weights
+    ) -> Float[Array, "n d"]:
         """Returns what further rounds of the last hop contribute to a piece of tokens."""
         return self.added(over_hops(self.hops, self.experts, u, ids, gates, weights, first_round=False))
 
