@@ -19,7 +19,7 @@ import pallas_kernels
 from dsv3_jax.modules.attention_core import CoreAttention
 from dsv3_jax.modules.expert_shares import LEAST_SHARE, apply_in_shares, share_of
 from dsv3_jax.modules.parameter import ParameterShape
-from dsv3_jax.precision import AttendedRows, Fp8Recipe, PreparedRows
+from dsv3_jax.precision import AttendedRows, Fp8Recipe, PreparedRows, QuantizedRows
 from pallas_kernels.device import target_platform
 
 Tree = Any
@@ -31,7 +31,7 @@ class ExpertProduct(Protocol):
 
     def __call__(
         self,
-        rows: Float[Array, "M d"],
+        rows: Float[Array, "M d"] | QuantizedRows,
         gate_up: Float[Array, "E 2 I d"],
         down: Float[Array, "E d I"],
         group_sizes: Int[Array, " E"] | None,

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.modules.devices import Devices, OneDevice
 from dsv3_jax.modules.linear import Linear
-from dsv3_jax.precision import NormedRows, Precision, swiglu_linear
+from dsv3_jax.precision import Precision, QuantizedRows, swiglu_linear
 
 
 class FeedForward(nnx.Module):
@@ -37,7 +37,7 @@ class FeedForward(nnx.Module):
         self.gate_up = Linear((2, width), hidden_size, (None, "wide", "embed"), **make)
         self.down = Linear(hidden_size, width, ("embed", "wide"), **make)
 
-    def __call__(self, x: Float[Array, "*batch d"] | NormedRows) -> Float[Array, "*batch d"]:
+    def __call__(self, x: Float[Array, "*batch d"] | QuantizedRows) -> Float[Array, "*batch d"]:
         """Maps each token's hidden state, in the recipe's dtype."""
         behind_swiglu = functools.partial(swiglu_linear, precision=self.down.precision)
         return self.down.multiply(behind_swiglu, self.gate_up(x), batch_axes=x.ndim - 1)

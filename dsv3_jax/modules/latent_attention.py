@@ -35,7 +35,7 @@ from dsv3_jax.modules.latent_cache import LatentCache
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.norm import RMSNorm
 from dsv3_jax.modules.rope import Rotation, rotate, softmax_scale
-from dsv3_jax.precision import KeptOutput, NormedRows, Precision, rounded_weight
+from dsv3_jax.precision import KeptOutput, Precision, QuantizedRows, rounded_weight
 from dsv3_jax.precision.keeping import keep
 from dsv3_jax.precision.tiled_weight import AbsorbedWeight, TiledWeight
 
@@ -74,7 +74,7 @@ class LatentAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "B T d"] | NormedRows,
+        x: Float[Array, "B T d"] | QuantizedRows,
         rotation: Rotation,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
@@ -154,7 +154,7 @@ class LatentAttention(nnx.Module):
         return functools.partial(_by_head, weight=key_up), functools.partial(_by_head, weight=value_up)
 
     def _queries(
-        self, x: Float[Array, "B T d"] | NormedRows, rotation: Rotation, norm: Callable[[RMSNorm, Array], Any]
+        self, x: Float[Array, "B T d"] | QuantizedRows, rotation: Rotation, norm: Callable[[RMSNorm, Array], Any]
     ) -> tuple[Float[Array, "B T H nope"], Float[Array, "B T H rope"]]:
         """Returns q^C and q^R of every head (Eq. 6-8)."""
         if self.config.q_lora_rank is not None:
@@ -163,7 +163,7 @@ class LatentAttention(nnx.Module):
         return plain, rotate(rope, rotation)
 
     def _latents(
-        self, x: Float[Array, "B T d"] | NormedRows, rotation: Rotation, norm: Callable[[RMSNorm, Array], Array]
+        self, x: Float[Array, "B T d"] | QuantizedRows, rotation: Rotation, norm: Callable[[RMSNorm, Array], Array]
     ) -> tuple[Float[Array, "B T kv_rank"], Float[Array, "B T rope"]]:
         """Returns the normed latent c^KV and the rotary key k^R, which has no norm and serves all heads (Eq. 1, 3)."""
         latent, rope = jnp.split(keep(self.kv_a(x)), [self.config.kv_lora_rank], axis=-1)

@@ -25,8 +25,8 @@ from dsv3_jax.modules.feed_forward import FeedForward
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.modules.router import Router
 from dsv3_jax.precision import (
-    NormedRows,
     Precision,
+    QuantizedRows,
     grouped_linear,
     grouped_swiglu_linear,
     linear,
@@ -115,7 +115,7 @@ class Experts(nnx.Module):
 
     def _products(
         self,
-        rows: Float[Array, "M d"],
+        rows: Float[Array, "M d"] | QuantizedRows,
         gate_up: Float[Array, "E 2 I d"],
         down: Float[Array, "E d I"],
         group_sizes: Int[Array, " E"] | None,
@@ -231,7 +231,7 @@ class MixtureOfExperts(nnx.Module):
 
     def __call__(
         self,
-        u: Float[Array, "B T d"] | NormedRows,
+        u: Float[Array, "B T d"] | QuantizedRows,
         token_mask: Bool[Array, "B T"] | None = None,
         experts: Int[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T d"], Routing]:
@@ -242,7 +242,7 @@ class MixtureOfExperts(nnx.Module):
           token_mask: False at tokens that are computed but not counted.
           experts: the experts of each token, instead of those that the router chooses.
         """
-        rows = u.rows if isinstance(u, NormedRows) else u
+        rows = u.rows if isinstance(u, QuantizedRows) else u
         gates = self.router(rows, token_mask, experts)
         with jax.named_scope("routed_experts"):
             routed = self.experts(rows, gates)
@@ -267,9 +267,9 @@ class MixtureOfExperts(nnx.Module):
         return self._with_shared(u, routed), Choice(gates.load, gates.expert_index)
 
     def _with_shared(
-        self, u: Float[Array, "B T d"] | NormedRows, routed: Float[Array, "*batch d"]
+        self, u: Float[Array, "B T d"] | QuantizedRows, routed: Float[Array, "*batch d"]
     ) -> Float[Array, "B T d"]:
-        y = routed.reshape(u.shape).astype((u.rows if isinstance(u, NormedRows) else u).dtype)
+        y = routed.reshape(u.shape).astype((u.rows if isinstance(u, QuantizedRows) else u).dtype)
         if not self.has_shared_experts:
             return y
         with jax.named_scope("shared_experts"):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.ordered_sum import ordered_sum
 from dsv3_jax.modules.parameter import ParameterShape
-from dsv3_jax.precision import NormedRows, normed_rows, quantizes_norms
+from dsv3_jax.precision import QuantizedRows, normed_rows, quantizes_norms
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 
 
@@ -28,7 +28,7 @@ class RMSNorm(nnx.Module):
 
     def before_linear(
         self, x: Float[Array, "*batch width"], linear: Linear
-    ) -> Float[Array, "*batch width"] | NormedRows:
+    ) -> Float[Array, "*batch width"] | QuantizedRows:
         """Returns y as the linear maps behind the norm read it: quantized in the same pass, where these have FP8 tiles.
 
         Args:
@@ -38,7 +38,7 @@ class RMSNorm(nnx.Module):
 
     def beside_residual(
         self, x: Float[Array, "*batch width"], linear: Linear, *, with_rows: bool = False
-    ) -> tuple[Float[Array, "*batch width"] | NormedRows, Float[Array, "*batch width"]]:
+    ) -> tuple[Float[Array, "*batch width"] | QuantizedRows, Float[Array, "*batch width"]]:
         """Returns y as `before_linear` does, and x for the residual connection: both gradients are added in one pass.
 
         Args:
@@ -50,7 +50,7 @@ class RMSNorm(nnx.Module):
 
     def _quantized(
         self, x: Array, linear: Linear, *, with_rows: bool, with_input: bool
-    ) -> tuple[Array | NormedRows, Array | None]:
+    ) -> tuple[Array | QuantizedRows, Array | None]:
         recipe = linear.precision.fp8
         in_fp8 = isinstance(linear.weight[...], jax.Array | Fp8Weight)  # other formats are made for generation alone
         if recipe is None or not in_fp8 or not quantizes_norms(recipe, x.shape[-1]):

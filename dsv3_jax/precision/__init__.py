@@ -10,8 +10,8 @@ from dsv3_jax.precision.linear import (
     rounded_weight,
     swiglu_linear,
 )
-from dsv3_jax.precision.normed import NormedRows, normed_rows, quantizes_norms
-from dsv3_jax.precision.prepared import PreparedRows
+from dsv3_jax.precision.normed import normed_rows, quantizes_norms
+from dsv3_jax.precision.prepared import PreparedRows, QuantizedRows
 from dsv3_jax.precision.recipe import PRECISIONS, Precision
 from dsv3_jax.precision.saved import saved_bytes
 from dsv3_jax.precision.swiglu import swiglu
@@ -21,9 +21,9 @@ __all__ = [
     "AttendedRows",
     "Fp8Recipe",
     "KeptOutput",
-    "NormedRows",
     "Precision",
     "PreparedRows",
+    "QuantizedRows",
     "grouped_linear",
     "grouped_swiglu_linear",
     "linear",

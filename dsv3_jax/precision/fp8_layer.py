@@ -25,11 +25,10 @@ from dsv3_jax.precision.e5m6 import PackedE5M6, pack, unpack
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe, Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.keeping import keep
-from dsv3_jax.precision.normed import NormedRows
-from dsv3_jax.precision.prepared import PreparedRows
+from dsv3_jax.precision.prepared import PreparedRows, QuantizedRows
 from dsv3_jax.precision.products import columns_by_columns, rows_by_own_weights, rows_by_weights
 from dsv3_jax.precision.swiglu import swiglu
-from dsv3_jax.precision.tiles import Tiles, dequantize, quantize
+from dsv3_jax.precision.tiles import EmulatedTiles, Tiles, dequantize, quantize
 from pallas_kernels import TILE
 
 
@@ -44,13 +43,13 @@ def fp8_product(
     """Returns x Wᵀ in the dtype of x under the recipe; swiglu(x) Wᵀ, x being [M, 2 * in], where the role says so.
 
     Args:
-      x: rows; or rows [M, in] that an RMSNorm has quantized, under a recipe that `quantizes_norms`; or those of
-        attention, kept for the backward pass already.
+      x: rows; or rows [M, in] that are quantized as the recipe has it already; or those of attention, kept for the
+        backward pass already.
       weight: [out, in], or [E, out, in] with groups. An `Fp8Weight` is multiplied as stored, in blocks of 128 x 128
         whatever the recipe's tile.
       group_sizes: rows of each expert, multiples of 128; None for one matrix.
     """
-    if isinstance(x, NormedRows):
+    if isinstance(x, QuantizedRows):
         rows, prepared = x.rows, x.tiles
     else:
         rows, prepared = (x.rows, x.packed) if isinstance(x, AttendedRows) else (x, None)
@@ -80,7 +79,7 @@ def weight_tiles(weight: Float[Array, "*E out in"], recipe: Fp8Recipe) -> Tiles:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _product(
     x: Array,
-    prepared: pk.Quantized | PackedE5M6 | None,
+    prepared: Tiles | PackedE5M6 | None,
     weight: Array | Fp8Weight,
     group_sizes: Array | None,
     recipe: Fp8Recipe,
@@ -91,7 +90,7 @@ def _product(
 
 def _forward(
     x: Array,
-    prepared: pk.Quantized | PackedE5M6 | None,
+    prepared: Tiles | PackedE5M6 | None,
     weight: Array | Fp8Weight,
     group_sizes: Array | None,
     recipe: Fp8Recipe,
@@ -217,14 +216,14 @@ def _weight_gradient(
 
 
 def _input_tiles(
-    x: Float[Array, "M ..."], prepared: pk.Quantized | PackedE5M6 | None, recipe: Fp8Recipe, role: Role
+    x: Float[Array, "M ..."], prepared: Tiles | PackedE5M6 | None, recipe: Fp8Recipe, role: Role
 ) -> tuple[Tiles, Any]:
     """Returns the map's input in FP8, and what is kept of x for the backward pass.
 
     Args:
       prepared: x in FP8, in whose place x is not read; or what is kept of x already.
     """
-    if isinstance(prepared, pk.Quantized):
+    if isinstance(prepared, pk.Quantized | EmulatedTiles):
         return prepared, prepared
     powers = _rounded_scales(recipe, role)
     if _fuses_swiglu(x.shape[1], recipe, role):

@@ -6,6 +6,7 @@ Weights are arrays, or weights kept in another format (`Fp8Weight`, `Int8Weight`
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -16,7 +17,7 @@ from dsv3_jax.precision.fp8_recipe import Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.int8_weight import Int8Weight
 from dsv3_jax.precision.keeping import keep
-from dsv3_jax.precision.prepared import PreparedRows
+from dsv3_jax.precision.prepared import PreparedRows, QuantizedRows
 from dsv3_jax.precision.recipe import Precision
 from dsv3_jax.precision.swiglu import swiglu
 from dsv3_jax.precision.tiled_weight import TiledWeight
@@ -69,7 +70,7 @@ def swiglu_linear(
 
 
 def grouped_linear(
-    rows: Float[Array, "M in"],
+    rows: Float[Array, "M in"] | QuantizedRows,
     weights: Float[Array, "E out in"] | Fp8Weight | Int8Weight | TiledWeight,
     group_sizes: Int[Array, " E"] | None,
     *,
@@ -79,10 +80,16 @@ def grouped_linear(
     """Returns y_r = W_e x_r for rows r sorted by expert e.
 
     Args:
+      rows: an array; or rows that were sent to the experts in FP8, under a recipe that sends them so.
       group_sizes: the number of rows of each expert, multiples of `row_alignment`; None if all have equally many,
         which is possible without FP8, and always so with weights in int8 or in tiles.
     """
     dtype = precision.dtype
+    if isinstance(rows, QuantizedRows):
+        assert precision.fp8 is not None
+        assert group_sizes is not None
+        assert not isinstance(weights, Int8Weight | TiledWeight)
+        return _fp8_by_group(rows, weights, group_sizes, row_alignment, precision, Role(dispatched=True))
     if isinstance(weights, Int8Weight | TiledWeight):
         assert group_sizes is None
         by_expert = rows.reshape(weights.shape[0], -1, rows.shape[-1])
@@ -155,7 +162,7 @@ def rounded_weight(weight: Float[Array, "*out in"] | Fp8Weight, precision: Preci
 
 
 def _fp8_by_group(
-    rows: Float[Array, "M in"],
+    rows: Float[Array, "M in"] | QuantizedRows,
     weights: Float[Array, "E out in"] | Fp8Weight,
     group_sizes: Int[Array, " E"],
     row_alignment: int,
@@ -175,7 +182,8 @@ def _fp8_by_group(
     padded_rows = -(-(count + experts * (TILE - 1)) // TILE) * TILE
     group = jnp.minimum(jnp.searchsorted(wide_ends, jnp.arange(padded_rows), side="right"), experts - 1)
     source = jnp.arange(padded_rows) - shift[group]
-    wide = jnp.where((source < ends[group])[:, None], rows[jnp.minimum(source, count - 1)], 0)
+    filled = (source < ends[group])[:, None]
+    wide = jax.tree.map(lambda x: jnp.where(filled, x[jnp.minimum(source, count - 1)], jnp.zeros((), x.dtype)), rows)
     out = fp8_product(wide, weights, wide_sizes, precision.fp8, role)
 
     own = jnp.minimum(jnp.searchsorted(ends, jnp.arange(count), side="right"), experts - 1)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 import pallas_kernels as pk
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe
-from dsv3_jax.precision.prepared import PreparedRows
+from dsv3_jax.precision.prepared import QuantizedRows
 from pallas_kernels import TILE
 
 
@@ -31,27 +31,6 @@ class RunOnTokens(Protocol):
     def __call__(
         self, function: Callable[..., tuple[Any, Any]], tokens: tuple[Array, ...], whole: tuple[Array, ...]
     ) -> tuple[Any, Any]: ...
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class NormedRows(PreparedRows):
-    """The output of an RMSNorm as linear maps in FP8 multiply by it. They read it as they read an array.
-
-    Attributes:
-      tiles: the rows [*batch, d] in FP8, in tiles of 1 x 128; they carry no gradient.
-      rows: an array [*batch, d] that gets the gradient of the rows. Its values are the rows where these were asked for,
-        and zeros that nothing may read otherwise.
-    """
-
-    tiles: pk.Quantized
-    rows: Float[Array, "*batch d"]
-
-    def reshape(self, *shape: int) -> NormedRows:
-        """Returns the same rows with other batch axes."""
-        rows = self.rows.reshape(*shape)
-        tiles = jax.tree.map(lambda part: part.reshape(*rows.shape[:-1], part.shape[-1]), self.tiles)
-        return NormedRows(tiles, rows)
 
 
 def quantizes_norms(recipe: Fp8Recipe, width: int) -> bool:
@@ -69,7 +48,7 @@ def normed_rows(
     with_rows: bool,
     with_input: bool,
     run: RunOnTokens,
-) -> tuple[NormedRows, Float[Array, "*batch d"] | None]:
+) -> tuple[QuantizedRows, Float[Array, "*batch d"] | None]:
     """Returns w * x / sqrt(mean(x^2) + epsilon) in FP8; the result has the bits of the two operations one by one.
 
     Args:
@@ -80,7 +59,7 @@ def normed_rows(
       run: what computes on the devices of the tokens.
     """
     settings = _Settings(epsilon, power_of_two_scales, with_rows, with_input, run)
-    both: tuple[NormedRows, Array | None] = _normed(x, weight, settings)
+    both: tuple[QuantizedRows, Array | None] = _normed(x, weight, settings)
     normed, x_again = both
     return dataclasses.replace(normed, tiles=lax.stop_gradient(normed.tiles)), x_again
 
@@ -101,7 +80,7 @@ def _normed(x: Array, weight: Array, settings: _Settings) -> Any:
     return _forward(x, weight, settings)[0]
 
 
-def _forward(x: Array, weight: Array, settings: _Settings) -> tuple[tuple[NormedRows, Array | None], Any]:
+def _forward(x: Array, weight: Array, settings: _Settings) -> tuple[tuple[QuantizedRows, Array | None], Any]:
     def quantized(x: Array, weight: Array) -> tuple[Any, tuple[()]]:
         results = pk.quantize_rms_norm(
             _flat(x),
@@ -113,11 +92,11 @@ def _forward(x: Array, weight: Array, settings: _Settings) -> tuple[tuple[Normed
         return jax.tree.map(lambda part: part.reshape(*x.shape[:-1], *part.shape[1:]), results), ()
 
     (tiles, reciprocal, rows), _ = settings.run(quantized, (x,), (weight,))
-    normed = NormedRows(tiles, rows if settings.with_rows else jnp.zeros(x.shape, x.dtype))
+    normed = QuantizedRows(tiles, rows if settings.with_rows else jnp.zeros(x.shape, x.dtype))
     return (normed, x if settings.with_input else None), (x, weight, reciprocal)
 
 
-def _backward(settings: _Settings, residuals: Any, bars: tuple[NormedRows, Array | None]) -> tuple[Array, Array]:
+def _backward(settings: _Settings, residuals: Any, bars: tuple[QuantizedRows, Array | None]) -> tuple[Array, Array]:
     (x, weight, reciprocal), (bar, plus) = residuals, bars
 
     def gradient(x: Array, reciprocal: Array, bar: Array, *others: Array) -> tuple[Array, Array]:

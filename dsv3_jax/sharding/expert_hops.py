@@ -2,7 +2,8 @@
 
 A hop is an all-to-all among some of the ranks. Before it a row is copied once for every rank that it must reach.
 Results return along the route that their rows took, and those of a row's copies are added up. The gradient of a
-dispatch is therefore a combine, and the gradient of a combine is a dispatch, in the formats of section 3.3.3.
+dispatch is therefore a combine, and the gradient of a combine is a dispatch, in the formats of section 3.3.3. What is
+sent in FP8 is quantized once by its first sender, and products multiply by the tiles that arrive.
 
 A rank has memory for so many rows of each sender. Where one sends more, these follow in further rounds.
 """
@@ -20,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from dsv3_jax.precision.dispatch import DispatchFormat
-from dsv3_jax.precision.tiles import dequantize
+from dsv3_jax.precision.prepared import QuantizedRows
+from dsv3_jax.precision.tiles import Tiles, dequantize
 from dsv3_jax.sharding.expert_layout import HopRanks
 
 AXIS = "expert"
@@ -150,19 +152,17 @@ class Round(NamedTuple):
     holds: Bool[Array, " S"]
 
 
-Arrived = tuple[Float[Array, "M d"], Float[Array, "M K"], Int[Array, "M K"]]
+Rows = Float[Array, "M d"] | Tiles
+"""Rows as they are sent: an array, or FP8 tiles along the rows. A hop sends what arrived in FP8 on as it is."""
+
+Arrived = tuple[Any, Float[Array, "M K"], Int[Array, "M K"]]
 """Rows, the gates of their experts, and the ids of these, which count from 1; 0 where there is none."""
 
 
-def dispatch(
-    hop: Hop, rows: Float[Array, "n d"], gates: Float[Array, "n K"], route: Route, index: Int[Array, ""] | int
-) -> Arrived:
-    """Returns what arrives at this rank in a round; zeros where no row arrives."""
-    return _dispatch(hop, rows, gates, route, index)  # pyright: ignore[reportReturnType]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dispatch(hop: Hop, rows: Array, gates: Array, route: Route, index: Int[Array, ""] | int) -> Arrived:
+def send(
+    hop: Hop, rows: Rows, gates: Float[Array, "n K"], route: Route, index: Int[Array, ""] | int
+) -> tuple[Rows, Float[Array, "M K"], Int[Array, "M K"]]:
+    """Returns what arrives at this rank in a round; zeros where no row arrives. It is not differentiable."""
     this = route.in_round(hop, index)
     copies = this.copy // hop.copies(gates.shape[1])
     ids = taken(route.ids, this.copy)
@@ -172,6 +172,26 @@ def _dispatch(hop: Hop, rows: Array, gates: Array, route: Route, index: Int[Arra
     arrived, beside = _send_in_format(hop, hop.tokens, rows, copies, this, beside)
     chosen = ids.shape[1]
     return arrived, beside[:, chosen:], beside[:, :chosen].astype(ids.dtype)
+
+
+def dispatch(
+    hop: Hop,
+    rows: Float[Array, "n d"] | QuantizedRows,
+    gates: Float[Array, "n K"],
+    route: Route,
+    index: Int[Array, ""] | int,
+) -> tuple[Float[Array, "M d"] | QuantizedRows, Float[Array, "M K"], Int[Array, "M K"]]:
+    """Returns the same with gradients; rows that were sent in FP8 are an array's."""
+    arrived: Any = _dispatch(hop, *QuantizedRows.parts(rows), gates, route, index)
+    return arrived
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dispatch(hop: Hop, rows: Array, tiles: Tiles | None, gates: Array, route: Route, index: Any) -> Any:
+    arrived, own_gates, own_ids = send(hop, rows if tiles is None else tiles, gates, route, index)
+    if not isinstance(arrived, jax.Array):
+        arrived = QuantizedRows.of(arrived, rows.dtype)
+    return arrived, own_gates, own_ids
 
 
 def gradient_of_dispatch(
@@ -189,14 +209,14 @@ def gradient_of_dispatch(
     return _returned(hop, rows_bar, route, this), jnp.sum(of_rows, axis=1)
 
 
-def _dispatch_forward(hop: Hop, rows: Array, gates: Array, route: Route, index: Any) -> tuple[Arrived, Any]:
-    return dispatch(hop, rows, gates, route, index), (route, index, jnp.empty(0, gates.dtype))
+def _dispatch_forward(hop: Hop, rows: Array, tiles: Any, gates: Array, route: Route, index: Any) -> tuple[Any, Any]:
+    return _dispatch(hop, rows, tiles, gates, route, index), (route, index, jnp.empty(0, gates.dtype))
 
 
-def _dispatch_backward(hop: Hop, residuals: Any, bars: tuple[Array, Array, Any]) -> tuple[Array, Array, None, None]:
-    route, index, like = residuals
-    rows_bar, gates_bar = gradient_of_dispatch(hop, *bars[:2], route, index)
-    return rows_bar, gates_bar.astype(like.dtype), None, None
+def _dispatch_backward(hop: Hop, residuals: Any, bars: Any) -> tuple[Array, None, Array, None, None]:
+    (route, index, like), (bar, gates_bar, _) = residuals, bars
+    rows_bar, gates_bar = gradient_of_dispatch(hop, QuantizedRows.parts(bar)[0], gates_bar, route, index)
+    return rows_bar, None, gates_bar.astype(like.dtype), None, None
 
 
 _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
@@ -208,9 +228,7 @@ def collect(hop: Hop, results: Float[Array, "M d"], route: Route, index: Int[Arr
     return _returned(hop, results, route, route.in_round(hop, index))
 
 
-def gradient_of_collect(
-    hop: Hop, out_bar: Float[Array, "n d"], route: Route, index: Int[Array, ""] | int
-) -> Float[Array, "M d"]:
+def gradient_of_collect(hop: Hop, out_bar: Rows, route: Route, index: Int[Array, ""] | int) -> Rows:
     """Returns the gradient by the results, from that by their sums."""
     this = route.in_round(hop, index)
     copies = this.copy // hop.copies(route.ids.shape[1])
@@ -218,7 +236,7 @@ def gradient_of_collect(
 
 
 def _collect_backward(hop: Hop, residuals: Any, out_bar: Array) -> tuple[Array, None, None]:
-    return gradient_of_collect(hop, out_bar, *residuals), None, None
+    return as_array(gradient_of_collect(hop, out_bar, *residuals), out_bar.dtype), None, None
 
 
 collect.defvjp(lambda hop, results, *route: (collect(hop, results, *route), route), _collect_backward)
@@ -227,25 +245,24 @@ collect.defvjp(lambda hop, results, *route: (collect(hop, results, *route), rout
 def _send_in_format(
     hop: Hop,
     wire: DispatchFormat | None,
-    rows: Float[Array, "n d"],
+    rows: Rows,
     row_of_copy: Int[Array, " M"],
     this: Round,
     beside: Float[Array, "M B"] | None = None,
-) -> tuple[Float[Array, "M d"], Any]:
+) -> tuple[Rows, Any]:
     """Sends copies of rows in the format `wire`, and with them numbers in float32, the scales among them."""
 
-    def send(x: Array) -> Array:
+    def exchanged(x: Array) -> Array:
         return hop.exchange(x, this.sizes, this.arriving)
 
     if wire is None:
-        return send(taken(rows, row_of_copy)), None if beside is None else send(beside)
-    tiles = wire.quantize(rows)
-    scales = taken(tiles.scales, row_of_copy)
-    width = scales.shape[1]
-    values = send(taken(tiles.values, row_of_copy))
-    with_scales = send(scales if beside is None else jnp.concatenate([scales, beside], axis=1))
-    arrived = dataclasses.replace(tiles, values=values, scales=with_scales[:, :width])
-    return dequantize(arrived).astype(rows.dtype), with_scales[:, width:]
+        assert isinstance(rows, jax.Array)
+        return exchanged(taken(rows, row_of_copy)), None if beside is None else exchanged(beside)
+    copies = taken(wire.quantize(rows) if isinstance(rows, jax.Array) else rows, row_of_copy)
+    width = copies.scales.shape[1]
+    values = exchanged(copies.values)
+    with_scales = exchanged(copies.scales if beside is None else jnp.concatenate([copies.scales, beside], axis=1))
+    return dataclasses.replace(copies, values=values, scales=with_scales[:, :width]), with_scales[:, width:]
 
 
 def _returned(hop: Hop, results: Float[Array, "M d"], route: Route, this: Round) -> Float[Array, "n d"]:
@@ -257,9 +274,14 @@ def _returned(hop: Hop, results: Float[Array, "M d"], route: Route, this: Round)
     return pallas_kernels.combine(back, own, order)
 
 
-def taken(x: Float[Array, "n ..."], index: Int[Array, " M"]) -> Float[Array, "M ..."]:
-    """Returns rows of `x`, and zeros where the index is past its end."""
-    return x.at[index].get(mode="fill", fill_value=0)
+def taken[T](x: T, index: Int[Array, " M"]) -> T:
+    """Returns rows of an array, or of all arrays of a tree, and zeros where the index is past their end."""
+    return jax.tree.map(lambda part: part.at[index].get(mode="fill", fill_value=0), x)
+
+
+def as_array(rows: Rows, dtype: jnp.dtype) -> Float[Array, "M d"]:
+    """Returns the numbers of rows that may be in FP8."""
+    return rows if isinstance(rows, jax.Array) else dequantize(rows).astype(dtype)
 
 
 def _receivers(ids: Int[Array, "n K"], peers: int, behind: int, copies: int) -> Int[Array, "n R"]:

@@ -20,7 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 import pallas_kernels
 from dsv3_jax.modules.devices import ExpertProduct
 from dsv3_jax.precision.fp8_weight import add_gradients
-from dsv3_jax.sharding.expert_hops import taken
+from dsv3_jax.precision.prepared import QuantizedRows
+from dsv3_jax.precision.tiles import Tiles
+from dsv3_jax.sharding.expert_hops import Arrived, Rows, as_array, taken
 from dsv3_jax.sharding.expert_layout import SELDOM, rows_of_block
 
 Weights = tuple[Any, Any]
@@ -111,55 +113,104 @@ class _Blocks(NamedTuple):
         return _Block(own, after - before, jnp.where(holds, row, len(own) - 1), holds)
 
 
+def apply_at_experts(experts: ExpertsOfRank, arrived: Arrived, weights: Weights) -> Float[Array, "M d"]:
+    """Returns sum_i g_i E_i(row) of every row of a receive buffer; the backward pass computes it again.
+
+    Args:
+      arrived: the rows, an array or `QuantizedRows`, with the gates and ids of their experts.
+    """
+    rows, gates, ids = arrived
+    if experts.count < ids.shape[1]:
+        gates, ids = _one_entry_per_expert(ids, gates, experts.count)
+    return _apply(experts, *QuantizedRows.parts(rows), gates, ids, weights)
+
+
+def gradients_at_experts(
+    experts: ExpertsOfRank, arrived: Arrived, weights: Weights, out_bar: Rows
+) -> tuple[Float[Array, "M d"], Float[Array, "M K"], Weights]:
+    """Returns the gradients by rows, gates and weights; that of the output, `out_bar`, may have arrived in FP8."""
+    rows, gates, ids = arrived
+    if experts.count >= ids.shape[1]:
+        return _gradients(experts, rows, gates, ids, weights, out_bar)
+    gates, pull, ids = jax.vjp(lambda gates: _one_entry_per_expert(ids, gates, experts.count), gates, has_aux=True)
+    rows_bar, gates_bar, weights_bar = _gradients(experts, rows, gates, ids, weights, out_bar)
+    return rows_bar, *pull(gates_bar), weights_bar
+
+
+def _one_entry_per_expert(
+    ids: Int[Array, "M K"], gates: Float[Array, "M K"], experts: int
+) -> tuple[Float[Array, "M E"], Int[Array, "M E"]]:
+    """Rearranges gates and ids into one entry per expert, for ranks with fewer experts than entries per row."""
+    expert = jnp.arange(1, experts + 1)
+    chosen = ids[:, None] == expert[:, None]
+    return jnp.sum(jnp.where(chosen, gates[:, None], 0), axis=2), jnp.where(jnp.any(chosen, axis=2), expert, 0)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def apply_to_arrived(
+def _apply(
     experts: ExpertsOfRank,
     rows: Float[Array, "M d"],
+    tiles: Tiles | None,
     gates: Float[Array, "M K"],
     ids: Int[Array, "M K"],
     weights: Weights,
 ) -> Float[Array, "M d"]:
-    """Returns sum_k gates[m, k] * E_k(row m) of every row of a receive buffer; the backward pass computes it again.
-
-    Args:
-      ids: the experts of each row, which count from 1; 0 for none.
-    """
-    blocks = _Blocks.of(experts, ids)
+    blocks, given = _Blocks.of(experts, ids), QuantizedRows.joined(rows, tiles)
 
     def of_block(index: Int[Array, ""] | int) -> Float[Array, "M d"]:
         block = blocks.at(experts, index)
-        out = _product(experts, block, taken(rows, block.entry // ids.shape[1]), weights)
+        out = _product(experts, block, taken(given, block.entry // ids.shape[1]), weights)
         return pallas_kernels.combine(out, jnp.where(block.holds.reshape(gates.shape), gates, 0), block.order)
 
     return _over_blocks(experts, blocks, of_block, jnp.add)
 
 
 def _forward(experts: ExpertsOfRank, *arguments: Any) -> tuple[Array, tuple[Any, ...]]:
-    return apply_to_arrived(experts, *arguments), arguments
+    return _apply(experts, *arguments), arguments
 
 
 def _backward(
     experts: ExpertsOfRank, arguments: tuple[Any, ...], out_bar: Float[Array, "M d"]
-) -> tuple[Array, Array, None, Weights]:
-    rows, gates, ids, weights = arguments
+) -> tuple[Array, None, Array, None, Weights]:
+    rows, tiles, gates, ids, weights = arguments
+    given = QuantizedRows.joined(rows, tiles)
+    rows_bar, gates_bar, weights_bar = _gradients(experts, given, gates, ids, weights, out_bar)
+    return rows_bar, None, gates_bar, None, weights_bar
+
+
+_apply.defvjp(_forward, _backward)
+
+
+def _gradients(
+    experts: ExpertsOfRank,
+    rows: Float[Array, "M d"] | QuantizedRows,
+    gates: Float[Array, "M K"],
+    ids: Int[Array, "M K"],
+    weights: Weights,
+    out_bar: Rows,
+) -> tuple[Float[Array, "M d"], Float[Array, "M K"], Weights]:
+    """Returns what `gradients_at_experts` does, for rows without more entries than the rank has experts."""
     blocks, chosen = _Blocks.of(experts, ids), ids.shape[1]
     wide = jnp.promote_types(gates.dtype, jnp.float32)
 
     def of_block(index: Int[Array, ""] | int) -> tuple[Array, Array, Weights]:
         block = blocks.at(experts, index)
-        given, bar = (taken(x, block.entry // chosen) for x in (rows, out_bar))
-        out, pull = jax.vjp(functools.partial(_product, experts, block), given, weights)
+        given, bar = taken((rows, out_bar), block.entry // chosen)
+        array, tiles = QuantizedRows.parts(given)
+
+        def product(array: Array, weights: Weights) -> Array:
+            return _product(experts, block, QuantizedRows.joined(array, tiles), weights)
+
+        out, pull = jax.vjp(product, array, weights)
+        bar = as_array(bar, out.dtype).astype(wide)
         gate = taken(gates.reshape(-1).astype(wide), block.entry)
-        given_bar, weights_bar = pull((bar.astype(wide) * gate[:, None]).astype(out.dtype))
-        gate_bar = jnp.sum(out.astype(wide) * bar.astype(wide), axis=1)[block.row]
+        given_bar, weights_bar = pull((bar * gate[:, None]).astype(out.dtype))
+        gate_bar = jnp.sum(out.astype(wide) * bar, axis=1)[block.row]
         rows_bar = pallas_kernels.combine(given_bar, block.holds.reshape(gates.shape).astype(wide), block.order)
         return rows_bar, jnp.where(block.holds, gate_bar, 0).reshape(gates.shape), weights_bar
 
-    rows_bar, gate_bar, weights_bar = _over_blocks(experts, blocks, of_block, add_gradients)
-    return rows_bar, gate_bar.astype(gates.dtype), None, weights_bar
-
-
-apply_to_arrived.defvjp(_forward, _backward)
+    rows_bar, gates_bar, weights_bar = _over_blocks(experts, blocks, of_block, add_gradients)
+    return rows_bar, gates_bar.astype(gates.dtype), weights_bar
 
 
 def _over_blocks(experts: ExpertsOfRank, blocks: _Blocks, of_block: Callable[..., Any], add: Callable[..., Any]) -> Any:
@@ -173,7 +224,7 @@ def _over_blocks(experts: ExpertsOfRank, blocks: _Blocks, of_block: Callable[...
 
 
 def _product(
-    experts: ExpertsOfRank, block: _Block, given: Float[Array, "R d"], weights: Weights
+    experts: ExpertsOfRank, block: _Block, given: Float[Array, "R d"] | QuantizedRows, weights: Weights
 ) -> Float[Array, "R d"]:
     gate_up, down = weights
     return experts.product(given, gate_up=gate_up, down=down, group_sizes=block.sizes, row_alignment=experts.alignment)

@@ -18,15 +18,17 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.precision.fp8_weight import add_gradients
-from dsv3_jax.sharding.expert_hops import Arrived, Hop, Route, collect, dispatch
+from dsv3_jax.precision.prepared import QuantizedRows
+from dsv3_jax.precision.tiles import Tiles
+from dsv3_jax.sharding.expert_hops import Hop, Route, collect, dispatch
 from dsv3_jax.sharding.expert_layout import SELDOM
-from dsv3_jax.sharding.expert_products import ExpertsOfRank, Weights, apply_to_arrived
+from dsv3_jax.sharding.expert_products import ExpertsOfRank, Weights, apply_at_experts
 
 
 def over_hops(
     hops: Sequence[Hop],
     experts: ExpertsOfRank,
-    rows: Float[Array, "n d"],
+    rows: Float[Array, "n d"] | QuantizedRows,
     ids: Int[Array, "n K"],
     gates: Float[Array, "n K"],
     weights: Weights,
@@ -48,7 +50,7 @@ def over_hops(
         arrived, own_gates, own_ids = dispatch(hop, rows, gates, route, 0)
         results = over_hops(others, experts, arrived, own_ids, own_gates, weights, first_round=first_round)
         return collect(hop, results, route, 0)
-    further: Any = _further_rounds(hop, experts, rows, gates, route, weights)
+    further: Any = _further_rounds(hop, experts, *QuantizedRows.parts(rows), gates, route, weights)
     return further + _one_round(hop, experts, 0, rows, gates, route, weights) if first_round else further
 
 
@@ -56,7 +58,7 @@ def _one_round(
     hop: Hop,
     experts: ExpertsOfRank,
     index: Int[Array, ""] | int,
-    rows: Float[Array, "n d"],
+    rows: Float[Array, "n d"] | QuantizedRows,
     gates: Float[Array, "n K"],
     route: Route,
     weights: Weights,
@@ -71,6 +73,7 @@ def _further_rounds(
     hop: Hop,
     experts: ExpertsOfRank,
     rows: Float[Array, "n d"],
+    tiles: Tiles | None,
     gates: Float[Array, "n K"],
     route: Route,
     weights: Weights,
@@ -79,7 +82,7 @@ def _further_rounds(
     experts = dataclasses.replace(experts, in_a_loop=True)
 
     def add(index: Int[Array, ""], total: Array) -> Array:
-        return total + _one_round(hop, experts, index, rows, gates, route, weights)
+        return total + _one_round(hop, experts, index, QuantizedRows.joined(rows, tiles), gates, route, weights)
 
     with jax.named_scope(SELDOM):
         return lax.fori_loop(1, route.rounds, add, jnp.zeros_like(rows))
@@ -89,37 +92,22 @@ def _forward(hop: Hop, experts: ExpertsOfRank, *arguments: Any) -> tuple[Array, 
     return _further_rounds(hop, experts, *arguments), arguments
 
 
-def _backward(hop: Hop, experts: ExpertsOfRank, arguments: Any, out_bar: Array) -> tuple[Array, Array, None, Weights]:
-    rows, gates, route, weights = arguments
+def _backward(
+    hop: Hop, experts: ExpertsOfRank, arguments: Any, out_bar: Array
+) -> tuple[Array, None, Array, None, Weights]:
+    rows, tiles, gates, route, weights = arguments
     experts = dataclasses.replace(experts, in_a_loop=True)
 
     def add(index: Int[Array, ""], totals: tuple[Array, Array, Weights]) -> tuple[Array, Array, Weights]:
         def contributed(rows: Array, gates: Array, weights: Weights) -> Array:
-            return _one_round(hop, experts, index, rows, gates, route, weights)
+            return _one_round(hop, experts, index, QuantizedRows.joined(rows, tiles), gates, route, weights)
 
         return add_gradients(totals, jax.vjp(contributed, rows, gates, weights)[1](out_bar))
 
     with jax.named_scope(SELDOM):
         nothing = jax.tree.map(jnp.zeros_like, (rows, gates, weights))
         rows_bar, gates_bar, weights_bar = lax.fori_loop(1, route.rounds, add, nothing)
-    return rows_bar, gates_bar, None, weights_bar
+    return rows_bar, None, gates_bar, None, weights_bar
 
 
 _further_rounds.defvjp(_forward, _backward)
-
-
-def apply_at_experts(experts: ExpertsOfRank, arrived: Arrived, weights: Weights) -> Float[Array, "M d"]:
-    """Returns sum_i g_i E_i(row) of rows that are at the rank of their experts."""
-    rows, gates, ids = arrived
-    if experts.count < ids.shape[1]:
-        ids, gates = _one_entry_per_expert(ids, gates, experts.count)
-    return apply_to_arrived(experts, rows, gates, ids, weights)
-
-
-def _one_entry_per_expert(
-    ids: Int[Array, "M K"], gates: Float[Array, "M K"], experts: int
-) -> tuple[Int[Array, "M E"], Float[Array, "M E"]]:
-    """Rearranges ids and gates into one entry per expert, for ranks with fewer experts than entries per row."""
-    expert = jnp.arange(1, experts + 1)
-    chosen = ids[:, None] == expert[:, None]
-    return jnp.where(jnp.any(chosen, axis=2), expert, 0), jnp.sum(jnp.where(chosen, gates[:, None], 0), axis=2)

@@ -19,10 +19,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.precision.fp8_weight import add_gradients
-from dsv3_jax.sharding.expert_hops import AXIS, Hop, Route, collect, dispatch, gradient_of_collect, gradient_of_dispatch
+from dsv3_jax.precision.prepared import QuantizedRows
+from dsv3_jax.sharding.expert_hops import AXIS, Hop, Route, collect, gradient_of_collect, gradient_of_dispatch, send
 from dsv3_jax.sharding.expert_layout import SELDOM
-from dsv3_jax.sharding.expert_products import ExpertsOfRank, Weights
-from dsv3_jax.sharding.expert_rows import apply_at_experts, over_hops
+from dsv3_jax.sharding.expert_products import ExpertsOfRank, Weights, apply_at_experts, gradients_at_experts
+from dsv3_jax.sharding.expert_rows import over_hops
 
 Pieces = tuple[Float[Array, "pieces n d"], Int[Array, "pieces n K"], Float[Array, "pieces n K"]]
 """Tokens, the ids of their experts (0 for none), and gates."""
@@ -81,13 +82,14 @@ def in_stages(stages: TokenStages, tokens: Pieces, weights: Weights) -> Float[Ar
 
         def run(prepared: tuple) -> tuple:
             rows, gates, routes = prepared
-            arrived, own_gates, own_ids = dispatch(hop, rows, gates, routes[-1], 0)
+            arrived, own_gates, own_ids = send(hop, rows, gates, routes[-1], 0)
             return arrived, own_ids, own_gates, routes
 
         return _Stage(prepare, run)
 
     def products(none: tuple, state: tuple) -> tuple[tuple, tuple]:
         rows, ids, gates, routes = state
+        rows = rows if isinstance(rows, jax.Array) else QuantizedRows.of(rows, tokens[0].dtype)
         results = apply_at_experts(stages.experts, (rows, gates, ids), weights)
         return none, (results, routes, routes[-1].rounds)
 
@@ -125,18 +127,15 @@ def _backward(stages: TokenStages, saved: tuple, out_bar: Array) -> tuple[tuple[
             rows, gates, bar, routes = prepared
             if hop is stages.hops[0]:
                 (bar,) = jax.linear_transpose(stages.added, bar)(bar)
-            arrived, own_gates, own_ids = dispatch(hop, rows, gates, routes[-1], 0)
+            arrived, own_gates, own_ids = send(hop, rows, gates, routes[-1], 0)
             return arrived, own_ids, own_gates, gradient_of_collect(hop, bar, routes[-1], 0), routes
 
         return _Stage(prepare, run)
 
     def products(total: Weights, state: tuple) -> tuple[Weights, tuple]:
         rows, ids, gates, results_bar, routes = state
-
-        def results(rows: Array, gates: Array, weights: Weights) -> Array:
-            return apply_at_experts(stages.experts, (rows, gates, ids), weights)
-
-        *bars, weights_bar = jax.vjp(results, rows, gates, weights)[1](results_bar)
+        rows = rows if isinstance(rows, jax.Array) else QuantizedRows.of(rows, tokens[0].dtype)
+        *bars, weights_bar = gradients_at_experts(stages.experts, (rows, gates, ids), weights, results_bar)
         return add_gradients(total, weights_bar), (*bars, routes, routes[-1].rounds)
 
     def back(hop: Hop) -> _Stage:

@@ -16,7 +16,7 @@ from dsv3_jax.modules.block import Block, BlockInputs
 from dsv3_jax.modules.devices import OneDevice
 from dsv3_jax.modules.linear import Linear
 from dsv3_jax.modules.rope import make_rotation
-from dsv3_jax.precision import Fp8Recipe, NormedRows, Precision, quantizes_norms
+from dsv3_jax.precision import Fp8Recipe, Precision, QuantizedRows, quantizes_norms
 from dsv3_jax.precision.int8_weight import Int8Weight
 
 HIDDEN = 128
@@ -70,7 +70,7 @@ def test_two_maps_behind_a_norm_equal_norm_and_quantization_one_by_one(monkeypat
     def output(x, weights):
         layer, maps = nnx.merge(graph, weights)
         u, x = layer.beside_residual(x, maps[0], with_rows=True)
-        rows = u.rows if isinstance(u, NormedRows) else u
+        rows = u.rows if isinstance(u, QuantizedRows) else u
         return x + jnp.square(rows) + sum(each(u) for each in maps)
 
     def run():

@@ -23,7 +23,7 @@ from dsv3_jax.modules.devices import OneDevice
 from dsv3_jax.modules.moe import Experts
 from dsv3_jax.precision import Precision
 from dsv3_jax.precision.swiglu import swiglu
-from dsv3_jax.sharding.expert_products import ExpertsOfRank, apply_to_arrived
+from dsv3_jax.sharding.expert_products import ExpertsOfRank, apply_at_experts
 
 EXPERTS, ROWS, CHOSEN = 4, 48, 3
 FLOAT64 = Precision(name="float64", compute_dtype="float64")
@@ -59,9 +59,8 @@ def with_gradients(function: Any) -> Any:
 
 
 def blocks_of(precision: Precision, even_load: int, width: int = 8) -> Any:
-    return functools.partial(
-        apply_to_arrived, ExpertsOfRank(experts_of(precision, width)._products, EXPERTS, even_load)
-    )
+    experts = ExpertsOfRank(experts_of(precision, width)._products, EXPERTS, even_load)
+    return lambda rows, gates, ids, weights: apply_at_experts(experts, (rows, gates, ids), weights)
 
 
 @functools.cache

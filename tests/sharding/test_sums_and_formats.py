@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 import pallas_kernels as pk
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.precision.dispatch import DispatchFormat
+from dsv3_jax.precision.prepared import QuantizedRows
 from dsv3_jax.precision.tiles import dequantize, quantize
 from dsv3_jax.sharding.expert_hops import Hop, Route, collect, dispatch
 from dsv3_jax.sharding.fsdp_gather import gather_over_fsdp
@@ -64,7 +65,9 @@ def test_tokens_and_gradients_are_sent_each_in_its_own_format(tokens: str) -> No
     hop = Hop(ranks=RANKS, peers=RANKS, most=1, behind=1, tokens=forms[0], gradients=forms[1])
 
     def there(rows, route):
-        return dispatch(hop, rows, jnp.ones((RANKS, 1)), route, 0)[0]
+        arrived = dispatch(hop, rows, jnp.ones((RANKS, 1)), route, 0)[0]
+        assert isinstance(arrived, QuantizedRows)
+        return dequantize(arrived.tiles)
 
     rows, arrived = exchanged(hop, there)
     np.testing.assert_array_equal(arrived, rounded(rows, forms[0]).swapaxes(0, 1))
