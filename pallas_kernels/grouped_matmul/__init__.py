@@ -75,9 +75,9 @@ def grouped_matmul(
 
 @jax.named_scope("grouped_weight_gradient")
 def grouped_weight_gradient(
-    lhs: Float[Array, "M N"] | Quantized,
-    rhs: Float[Array, "M K"] | Quantized,
-    group_sizes: Int[Array, " G"],
+    lhs: Float[Array, "*P M N"] | Quantized,
+    rhs: Float[Array, "*P M K"] | Quantized,
+    group_sizes: Int[Array, "*P G"],
     *,
     accumulator: Float[Array, "G N K"] | None = None,
     row_alignment: int = 1,
@@ -90,6 +90,8 @@ def grouped_weight_gradient(
     Args:
       lhs, rhs: float32 or bfloat16, rows contiguous by group as in `grouped_matmul`; or FP8 and transposed, [N, M]
         and [K, M], in 1x128 tiles along the rows (as `quantize_both` gives them). FP8 groups are multiples of 128.
+      group_sizes: rows of each group. With a leading axis P, which `lhs` and `rhs` have too, the rows come in parts,
+        such as micro-batches. Each part is sorted by group, and a group's product is over its rows in all parts.
       accumulator: float32, added to the gradients, as of the micro-batches before.
       row_alignment: the caller's promise that M and every group size are multiples of it.
 

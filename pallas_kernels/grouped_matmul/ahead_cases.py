@@ -35,7 +35,11 @@ def hopper() -> list[Case]:
     sums = jax.ShapeDtypeStruct((_GROUPS, _OUT, _IN), jnp.float32)
     sizes = jax.ShapeDtypeStruct((_GROUPS,), jnp.int32)
     added = Case("depth, FP8, added to an accumulator", kernels.rows_by_rows, (*columns, sizes, sums), variant=True)
-    return [*cases(), added]
+    parts = [
+        Case(f"depth in parts, {'FP8' if fp8 else 'bfloat16'}", kernels.rows_by_rows, _in_parts(fp8), variant=True)
+        for fp8 in (False, True)
+    ]
+    return [*cases(), added, *parts]
 
 
 def _forms(fp8: bool, kernels: Any) -> Iterator[tuple[str, Any, tuple[Any, ...], int]]:
@@ -55,6 +59,13 @@ def _forms(fp8: bool, kernels: Any) -> Iterator[tuple[str, Any, tuple[Any, ...],
         yield "depth", kernels.rows_by_rows, (out_bar, rows, sizes), 4
 
 
+def _in_parts(fp8: bool) -> tuple[Any, ...]:
+    """Returns the operands of a weight gradient whose rows come in eight parts."""
+    widths = ((_OUT, _ROWS // 8), (_IN, _ROWS // 8)) if fp8 else ((_ROWS // 8, _OUT), (_ROWS // 8, _IN))
+    sizes = jax.ShapeDtypeStruct((8, _GROUPS), jnp.int32)
+    return *(_operand((8, *shape), fp8, "1x128") for shape in widths), sizes
+
+
 def _operand(shape: tuple[int, ...], fp8: bool, tile: Tile) -> Any:
     if not fp8:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -69,8 +80,11 @@ def _words(tiling: Tiling) -> str:
 def tpu() -> list[Case]:
     from pallas_kernels.grouped_matmul import tpu as kernels
 
-    return [
-        Case(f"{form}, {'FP8' if fp8 else 'bfloat16'}", function, arguments, variant=not fp8 and "rows" in form)
-        for fp8 in (False, True)
-        for form, function, arguments, _ in _forms(fp8, kernels)
-    ]
+    def cases() -> Iterator[Case]:
+        for fp8 in (False, True):
+            words = "FP8" if fp8 else "bfloat16"
+            for form, function, arguments, _ in _forms(fp8, kernels):
+                yield Case(f"{form}, {words}", function, arguments, variant=not fp8 and "rows" in form)
+            yield Case(f"depth in parts, {words}", kernels.rows_by_rows, _in_parts(fp8), variant=True)
+
+    return list(cases())

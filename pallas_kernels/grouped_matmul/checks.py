@@ -20,7 +20,7 @@ def check_rows(lhs, rhs, group_sizes, row_alignment: int) -> bool:
         raise ValueError(f"rhs must be [groups, out, {lhs.shape[1]}] as lhs is {lhs.shape}, not {rhs.shape}")
     if quantized:
         _check_tiles(lhs, rhs, "128x128")
-    _check_group_vector("group_sizes", group_sizes, rhs.shape[0])
+    _check_integers("group_sizes", group_sizes, (rhs.shape[0],))
     _check_alignment(lhs.shape[0], row_alignment)
     return quantized
 
@@ -29,20 +29,23 @@ def check_contraction(lhs, rhs, group_sizes, accumulator, row_alignment: int) ->
     """Checks operands of rows by rows; returns whether both are FP8, and then transposed."""
     quantized = _both_or_neither(lhs, rhs)
     if quantized:
-        check_quantized("lhs", lhs, ndim=2)
-        check_quantized("rhs", rhs, ndim=2)
+        check_quantized("lhs", lhs)
+        check_quantized("rhs", rhs)
         _check_tiles(lhs, rhs, "1x128")
-    axis = 1 if quantized else 0
+    if group_sizes.ndim not in (1, 2):
+        raise ValueError(f"group_sizes must be [groups] or [parts, groups], not of shape {group_sizes.shape}")
+    *parts, groups = group_sizes.shape
     for name, operand in (("lhs", lhs), ("rhs", rhs)):
-        if len(operand.shape) != 2:
-            raise ValueError(f"{name} must have 2 dimensions, not shape {operand.shape}")
+        if len(operand.shape) != 2 + len(parts):
+            raise ValueError(f"{name} must have {2 + len(parts)} dimensions, not shape {operand.shape}")
+    axis, width = (-1, -2) if quantized else (-2, -1)
     if lhs.shape[axis] != rhs.shape[axis]:
-        raise ValueError(f"lhs and rhs must have the same rows along axis {axis}, not {lhs.shape} and {rhs.shape}")
-    if group_sizes.ndim != 1:
-        raise ValueError(f"group_sizes must have one dimension, not shape {group_sizes.shape}")
-    _check_group_vector("group_sizes", group_sizes, group_sizes.shape[0])
+        raise ValueError(f"lhs and rhs must have the same number of rows, not {lhs.shape} and {rhs.shape}")
+    if not list(lhs.shape[:-2]) == list(rhs.shape[:-2]) == parts:
+        raise ValueError(f"lhs {lhs.shape} and rhs {rhs.shape} must have the {parts[0]} parts of group_sizes")
+    _check_integers("group_sizes", group_sizes, group_sizes.shape)
     _check_alignment(lhs.shape[axis], row_alignment)
-    wanted = (group_sizes.shape[0], lhs.shape[1 - axis], rhs.shape[1 - axis])
+    wanted = (groups, lhs.shape[width], rhs.shape[width])
     if accumulator is not None and accumulator.shape != wanted:
         raise ValueError(f"accumulator must have shape {wanted}, not {accumulator.shape}")
     if accumulator is not None and accumulator.dtype != jnp.float32:
@@ -66,7 +69,7 @@ def check_masked(lhs, rhs, counts) -> bool:
         raise ValueError(f"lhs must be [groups, rows, in], not of shape {lhs.shape}")
     if len(rhs.shape) != 3 or rhs.shape[0] != lhs.shape[0] or rhs.shape[2] != lhs.shape[2]:
         raise ValueError(f"rhs must be [{lhs.shape[0]}, out, {lhs.shape[2]}] as lhs is {lhs.shape}, not {rhs.shape}")
-    _check_group_vector("counts", counts, lhs.shape[0])
+    _check_integers("counts", counts, (lhs.shape[0],))
     return quantized
 
 
@@ -86,11 +89,11 @@ def _check_tiles(lhs: Quantized, rhs: Quantized, of_rhs: str) -> None:
         raise ValueError(f"rhs must be in {of_rhs} tiles, not {rhs.tile}")
 
 
-def _check_group_vector(name: str, vector, groups: int) -> None:
-    if vector.shape != (groups,):
-        raise ValueError(f"{name} must have shape ({groups},) as rhs has groups, not {vector.shape}")
-    if not jnp.issubdtype(vector.dtype, jnp.integer):
-        raise TypeError(f"{name} must hold integers, not {vector.dtype}")
+def _check_integers(name: str, numbers, wanted: tuple[int, ...]) -> None:
+    if numbers.shape != wanted:
+        raise ValueError(f"{name} must have shape {wanted} as rhs has groups, not {numbers.shape}")
+    if not jnp.issubdtype(numbers.dtype, jnp.integer):
+        raise TypeError(f"{name} must hold integers, not {numbers.dtype}")
 
 
 def _check_alignment(rows: int, row_alignment: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import IMPLEMENTATIONS, Implementation, choose_implementation, kernel_module
@@ -64,15 +66,17 @@ def rows_by_quantized_weights(
 
 
 def rows_by_rows(
-    lhs: Float[Array, "M N"],
-    rhs: Float[Array, "M K"],
-    group_sizes: Int[Array, " G"],
+    lhs: Float[Array, "*P M N"],
+    rhs: Float[Array, "*P M K"],
+    group_sizes: Int[Array, "*P G"],
     accumulator: Float[Array, "G N K"] | None,
     row_alignment: int,
     implementation: Implementation,
 ) -> Float[Array, "G N K"]:
     """Returns `grouped_weight_gradient` of plain operands."""
-    granule = _granule(lhs.shape[0], group_sizes.shape[0], row_alignment, implementation)
+    granule = _granule(lhs.shape[-2], group_sizes.shape[-1], row_alignment, implementation)
+    if group_sizes.ndim == 2 and (implementation == "reference" or row_alignment % granule):
+        return _part_by_part(rows_by_rows, (lhs, rhs, group_sizes), accumulator, row_alignment, implementation)
     if row_alignment % granule:
         layout = align(lhs.shape[0], group_sizes, granule)
         aligned = take_rows(lhs, layout.source), take_rows(rhs, layout.source)
@@ -86,16 +90,29 @@ def rows_by_rows(
 def quantized_rows_by_rows(
     lhs: Quantized,
     rhs: Quantized,
-    group_sizes: Int[Array, " G"],
+    group_sizes: Int[Array, "*P G"],
     accumulator: Float[Array, "G N K"] | None,
     row_alignment: int,
     implementation: Implementation,
 ) -> Float[Array, "G N K"]:
     """Returns `grouped_weight_gradient` of operands in FP8."""
     if implementation == "reference":
+        if group_sizes.ndim == 2:
+            operands = lhs, rhs, group_sizes
+            return _part_by_part(quantized_rows_by_rows, operands, accumulator, row_alignment, implementation)
         plain = dequantize(lhs, _FLOAT32).T, dequantize(rhs, _FLOAT32).T
         return rows_by_rows(*plain, group_sizes, accumulator, row_alignment, implementation)
     return kernel_module("grouped_matmul", implementation).rows_by_rows(lhs, rhs, group_sizes, accumulator)
+
+
+def _part_by_part(product, operands, accumulator, row_alignment: int, implementation) -> Float[Array, "G N K"]:
+    """Returns the sum of the parts' products."""
+
+    def add(total, part):
+        return product(*part, total, row_alignment, implementation), None
+
+    first, others = jax.tree.map(lambda x: x[0], operands), jax.tree.map(lambda x: x[1:], operands)
+    return lax.scan(add, product(*first, accumulator, row_alignment, implementation), others)[0]
 
 
 def masked(

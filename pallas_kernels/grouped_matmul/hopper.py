@@ -6,7 +6,8 @@ warpgroups multiply with wgmma, a persistent grid visits the tiles. What differs
     rows    tile t of 128 rows is within one group (sizes are multiples of 128); a table gives its group and how many
             of its rows count. A tile without rows takes no step of the contraction and only writes its zeros.
     depth   tile (g, i, j) of group g's own matrix contracts over the group's rows; a table gives where they start and
-            how many steps they take. An empty group writes zeros.
+            how many steps they take. An empty group writes zeros. Where rows come in parts, a third table has the
+            tiles of the rows in the order of the groups.
 
 So the cost follows the number of rows, whatever the number of groups. A tile's number of steps is known only when it
 runs: producer and consumers carry the position in the ring from tile to tile.
@@ -32,6 +33,7 @@ from pallas_kernels.blockwise_matmul.tuning import TILE_M, WARPGROUP_ROWS
 from pallas_kernels.device import once_a_program
 from pallas_kernels.grouped_matmul.hopper_consumer import consume
 from pallas_kernels.grouped_matmul.hopper_form import Form, Tile
+from pallas_kernels.grouped_matmul.parts import TilesByGroup
 from pallas_kernels.grouped_matmul.tiling import PART, WARPGROUPS, Tiling, choose_tiling
 from pallas_kernels.hopper_launch import multiprocessors, pad_to, swizzled
 from pallas_kernels.quantize.quantized import Quantized
@@ -91,36 +93,43 @@ def masked(
 
 @once_a_program("tiling")
 def rows_by_rows(
-    lhs: Float[Array, "M N"] | Quantized,
-    rhs: Float[Array, "M K"] | Quantized,
-    group_sizes: Int[Array, " G"],
+    lhs: Float[Array, "*P M N"] | Quantized,
+    rhs: Float[Array, "*P M K"] | Quantized,
+    group_sizes: Int[Array, "*P G"],
     accumulator: Float[Array, "G N K"] | None = None,
     *,
     tiling: Tiling | None = None,
     interpret: Interpret = None,
 ) -> Float[Array, "G N K"]:
-    """Returns lhs[rows of g]ᵀ · rhs[rows of g] (+ accumulator); FP8 operands are [N, M] and [K, M].
+    """Returns lhs[rows of g]ᵀ · rhs[rows of g] (+ accumulator); FP8 operands are [*P, N, M] and [*P, K, M].
 
-    Sizes are multiples of 128.
+    Sizes are multiples of 128. With an axis P the rows come in parts.
     """
     fp8 = isinstance(lhs, Quantized)
-    form = Form("depth", fp8, row_major=not fp8, accumulates=accumulator is not None)
-    sizes = group_sizes.astype(jnp.int32)
-    steps = sizes // form.depth
-    tables = (jnp.cumsum(steps) - steps, steps)
-    if isinstance(lhs, Quantized) and isinstance(rhs, Quantized):
-        n, k, contraction = lhs.shape[0], rhs.shape[0], lhs.shape[1]
-        operands = [pad_to(lhs.values, 8, 32), pad_to(rhs.values, 8, 32)]
-        scales = [pad_to(lhs.scales.T, TILE_M), pad_to(rhs.scales.T, 4)]
+    form = Form("depth", fp8, row_major=not fp8, accumulates=accumulator is not None, in_parts=group_sizes.ndim == 2)
+    rows_axis, width_axis = (-1, -2) if fp8 else (-2, -1)
+    n, k, rows = lhs.shape[width_axis], rhs.shape[width_axis], lhs.shape[rows_axis]
+    tables, parts, groups = [], group_sizes.shape[0] if form.in_parts else 1, group_sizes.shape[-1]
+    if form.in_parts:
+        order, steps = TilesByGroup.of(group_sizes, rows, form.depth)
+        tables = [order]
     else:
-        (contraction, n), k = lhs.shape, rhs.shape[1]
-        operands, scales = [pad_to(lhs, 8, ALIKE), pad_to(rhs, 8, ALIKE)], []  # pyright: ignore[reportArgumentType]
-    tiling = tiling or choose_tiling("depth", k, contraction, sizes.shape[0], form.fp8, 4)
-    axis = 0 if form.fp8 else 1
-    shape = (sizes.shape[0], operands[0].shape[axis], operands[1].shape[axis])
+        steps = group_sizes.astype(jnp.int32) // form.depth
+    tables = [jnp.cumsum(steps) - steps, steps, *tables]
+    if isinstance(lhs, Quantized) and isinstance(rhs, Quantized):
+        operands = [pad_to(lhs.values, 8, 32), pad_to(rhs.values, 8, 32)]
+        scales = [x.scales.mT.reshape(-1, x.shape[-2]) for x in (lhs, rhs)]  # [steps, width]
+        if form.in_parts:
+            scales = [x[tables[2]] for x in scales]
+        scales = [pad_to(scales[0], TILE_M), pad_to(scales[1], 4)]
+    else:
+        flat = [x.reshape(-1, x.shape[-1]) for x in (lhs, rhs)]  # pyright: ignore[reportAttributeAccessIssue]
+        operands, scales = [pad_to(x, 8, ALIKE) for x in flat], []
+    tiling = tiling or choose_tiling("depth", k, parts * rows, groups, form.fp8, 4)
+    shape = (groups, operands[0].shape[width_axis], operands[1].shape[width_axis])
     if accumulator is not None:
         scales.append(jnp.pad(accumulator, [(0, 0), (0, shape[1] - n), (0, shape[2] - k)]))
-    out = _launch([*tables, *operands, *scales], shape, jnp.dtype(jnp.float32), form, tiling, interpret)
+    out = _launch(tables, [*operands, *scales], shape, jnp.dtype(jnp.float32), form, tiling, interpret)
     return out if shape[1:] == (n, k) else out[:, :n, :k]
 
 
@@ -141,12 +150,12 @@ def _rows(lhs, rhs, tables, form: Form, out_dtype, tiling, interpret):
     tiling = tiling or choose_tiling("rows", n, contraction, groups, form.fp8, out_dtype.itemsize)
     columns = operands[1].shape[2 if form.row_major else 1]
     shape = (lhs.shape[0], columns)
-    out = _launch([*tables, *operands, *scales], shape, out_dtype, form, tiling, interpret)
+    out = _launch(tables, [*operands, *scales], shape, out_dtype, form, tiling, interpret)
     return out if columns == n else out[:, :n]
 
 
-def _launch(operands, shape: tuple[int, ...], out_dtype: jnp.dtype, form: Form, tiling: Tiling, interpret: Interpret):
-    a, b = operands[2:4]
+def _launch(tables, operands, shape: tuple[int, ...], out_dtype, form: Form, tiling: Tiling, interpret: Interpret):
+    a, b = operands[:2]
     stages, tile_n, cluster = tiling.stages, tiling.tile_n, tiling.cluster
     column_scales = form.fp8 and form.groups == "depth"
     # A consumer's part of the left operand, [rows, depth] or, groups along the depth in bfloat16, [depth, rows].
@@ -179,13 +188,13 @@ def _launch(operands, shape: tuple[int, ...], out_dtype: jnp.dtype, form: Form, 
         kernel_name=f"grouped_matmul_{form.groups}_{'fp8' if form.fp8 else 'bf16'}",
         interpret=interpret,
     )
-    return kernel(*operands)
+    return kernel(*tables, *operands)
 
 
 def _kernel(*refs, form: Form, tiling: Tiling, **scratch):
-    """The program of one block. `refs`: two tables, a, b, (their scales, accumulator,) out, all in global memory."""
-    *tables, a, b = refs[:4]
-    scales, out = refs[4:-1], refs[-1]
+    """The program of one block. `refs`: tables, a, b, (their scales, accumulator,) out, all in global memory."""
+    count = 3 if form.in_parts else 2
+    tables, (a, b, *scales, out) = refs[:count], refs[count:]
     accumulator = scales[-1] if form.accumulates else None
     warpgroup = lax.axis_index("warpgroup")
     for_each_tile = functools.partial(_for_each_tile, tables=tables, a=a, out=out, form=form, tiling=tiling)
@@ -193,7 +202,7 @@ def _kernel(*refs, form: Form, tiling: Tiling, **scratch):
     @pl.when(warpgroup == PRODUCER)
     def _():
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        _produce(for_each_tile, a, b, scales, form, tiling, **scratch)
+        _produce(for_each_tile, a, b, scales, tables[2:], form, tiling, **scratch)
 
     @pl.when(warpgroup != PRODUCER)
     def _():
@@ -231,17 +240,23 @@ def _for_each_tile(body, *, tables, a, out, form: Form, tiling: Tiling):
 
 
 def _produce(
-    for_each_tile, a, b, scales, form: Form, tiling: Tiling,
+    for_each_tile, a, b, scales, order, form: Form, tiling: Tiling,
     *, a_smem, b_smem, b_scales_smem, filled, freed, **_,
 ):  # fmt: skip
-    """Keeps the ring full: waits until both consumers have finished with a stage, then has TMA fill it again."""
+    """Keeps the ring full: waits until both consumers have finished with a stage, then has TMA fill it again.
+
+    `order` is a tuple with the table of the rows' tiles by group where they come in parts, else an empty one.
+    """
     together = "cluster" if tiling.cluster > 1 else None
+
+    def position(index):
+        """Returns which tile of the rows is the one with that index by group."""
+        return order[0][jnp.minimum(index, order[0].shape[0] - 1)] if order else index
 
     def fill_stages(tile: Tile, steps_before):
         columns = pl.ds(tile.column, tiling.tile_n)
 
-        @pl.loop(0, tile.steps)
-        def _(k):
+        def fill(k, at):
             step = steps_before + k
             stage = lax.rem(step, tiling.stages)
             arrived = filled.at[stage]
@@ -252,17 +267,24 @@ def _produce(
                 if b_scales_smem is not None:
                     plgpu.commit_smem()  # orders the consumers' reads of the scales before TMA's next write
 
-            depth = pl.ds((tile.first_step + k) * form.depth, form.depth)
+            upcoming = position(tile.first_step + k + 1)
+            left, right = a, b.at[tile.group] if form.groups == "rows" else b
+            if form.in_parts and form.fp8:
+                part, at = lax.div(at, a.shape[-1] // form.depth), lax.rem(at, a.shape[-1] // form.depth)
+                left, right = a.at[part], b.at[part]
+            depth = pl.ds(at * form.depth, form.depth)
             for consumer in range(WARPGROUPS):
                 rows = pl.ds(tile.row + consumer * WARPGROUP_ROWS, WARPGROUP_ROWS)
-                source = a.at[depth, rows] if form.a_row_major else a.at[rows, depth]
+                source = left.at[depth, rows] if form.a_row_major else left.at[rows, depth]
                 plgpu.copy_gmem_to_smem(source, a_smem.at[stage, consumer], arrived, collective_axes=together)
-            within_group = b.at[tile.group] if form.groups == "rows" else b
-            source = within_group.at[depth, columns] if form.row_major else within_group.at[columns, depth]
+            source = right.at[depth, columns] if form.row_major else right.at[columns, depth]
             plgpu.copy_gmem_to_smem(source, b_smem.at[stage], arrived)
             if b_scales_smem is not None:
                 source = scales[1].at[tile.first_step + k, columns]
                 plgpu.copy_gmem_to_smem(source, b_scales_smem.at[stage], arrived)
+            return upcoming
+
+        lax.fori_loop(0, tile.steps, fill, position(tile.first_step))
 
     steps = for_each_tile(fill_stages)
 

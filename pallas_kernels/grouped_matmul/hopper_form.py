@@ -18,6 +18,7 @@ class Form(NamedTuple):
       row_major: the right operand is [contraction, columns] in memory, else [columns, contraction].
       masked: rows past the count of a tile are set to zero.
       accumulates: the product is added to an array that is given.
+      in_parts: the rows of the contraction come in parts, each sorted by group.
     """
 
     groups: Groups
@@ -25,6 +26,7 @@ class Form(NamedTuple):
     row_major: bool = False
     masked: bool = False
     accumulates: bool = False
+    in_parts: bool = False
 
     @property
     def depth(self) -> int:

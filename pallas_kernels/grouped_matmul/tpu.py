@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.device import LANES, once_a_program
 from pallas_kernels.grouped_matmul.alignment import ROW_ALIGNMENT
+from pallas_kernels.grouped_matmul.parts import TilesByGroup
 from pallas_kernels.quantize.quantized import PROMOTION_INTERVAL, TILE, Quantized
 
 TILE_M = ROW_ALIGNMENT  # rows of a block's tile, all of one group
@@ -76,33 +77,47 @@ def masked(
 
 @once_a_program()
 def rows_by_rows(
-    lhs: Float[Array, "M N"] | Quantized,
-    rhs: Float[Array, "M K"] | Quantized,
-    group_sizes: Int[Array, " G"],
+    lhs: Float[Array, "*P M N"] | Quantized,
+    rhs: Float[Array, "*P M K"] | Quantized,
+    group_sizes: Int[Array, "*P G"],
     accumulator: Float[Array, "G N K"] | None = None,
     *,
     interpret: Interpret = None,
 ) -> Float[Array, "G N K"]:
-    """Returns lhs[rows of g]ᵀ · rhs[rows of g] (+ accumulator); FP8 operands are [N, M] and [K, M].
+    """Returns lhs[rows of g]ᵀ · rhs[rows of g] (+ accumulator); FP8 operands are [*P, N, M] and [*P, K, M].
 
-    Sizes are multiples of 128.
+    Sizes are multiples of 128. With an axis P the rows come in parts.
     """
-    group, row_tile, action = _visits(group_sizes.astype(jnp.int32), _rows_of(lhs) // TILE_M)
-    groups = group_sizes.shape[0]
+    tiles = lhs.shape[-1 if isinstance(lhs, Quantized) else -2] // TILE_M  # of a part
+    order, counts = TilesByGroup.of(group_sizes.reshape(-1, group_sizes.shape[-1]), tiles * TILE_M, TILE_M)
+    group, row_tile, action = _visits(order, counts)
+    groups = group_sizes.shape[-1]
     if isinstance(lhs, Quantized) and isinstance(rhs, Quantized):
-        n, k = lhs.shape[0], rhs.shape[0]
+        n, k = lhs.shape[-2], rhs.shape[-2]
         tile_n, tile_k = min(_DEPTH_TILE, n + -n % LANES), min(_DEPTH_TILE, k + -k % LANES)
-        operands = [lhs.values, rhs.values, lhs.scales.T[:, None], rhs.scales.T[:, None]]
+        values = [x.values.reshape(-1, *x.shape[-2:]) for x in (lhs, rhs)]
+        operands = [*values, *(x.scales.mT.reshape(-1, 1, x.shape[-2]) for x in (lhs, rhs))]
+
+        def of_tile(tile: Array) -> tuple[Array, Array]:
+            return lax.div(tile, jnp.int32(tiles)), lax.rem(tile, jnp.int32(tiles))
+
+        def columns(index: int) -> Any:
+            def block(i, j, v, group, row_tile, action):
+                part, within = of_tile(row_tile[v])
+                return part, (i, j)[index], within
+
+            return block
+
         in_specs = [
-            pl.BlockSpec((tile_n, TILE_M), lambda i, j, v, group, row_tile, action: (i, row_tile[v])),
-            pl.BlockSpec((tile_k, TILE_M), lambda i, j, v, group, row_tile, action: (j, row_tile[v])),
+            pl.BlockSpec((None, tile_n, TILE_M), columns(0)),
+            pl.BlockSpec((None, tile_k, TILE_M), columns(1)),
             pl.BlockSpec((1, 1, tile_n), lambda i, j, v, group, row_tile, action: (row_tile[v], 0, i)),
             pl.BlockSpec((1, 1, tile_k), lambda i, j, v, group, row_tile, action: (row_tile[v], 0, j)),
         ]
     else:
-        n, k = lhs.shape[1], rhs.shape[1]
+        n, k = lhs.shape[-1], rhs.shape[-1]
         tile_n, tile_k = min(_DEPTH_TILE, n + -n % LANES), min(_DEPTH_TILE, k + -k % LANES)
-        operands = [lhs, rhs]
+        operands = [x.reshape(-1, x.shape[-1]) for x in (lhs, rhs)]  # pyright: ignore[reportAttributeAccessIssue]
         in_specs = [
             pl.BlockSpec((TILE_M, tile_n), lambda i, j, v, group, row_tile, action: (row_tile[v], i)),
             pl.BlockSpec((TILE_M, tile_k), lambda i, j, v, group, row_tile, action: (row_tile[v], j)),
@@ -131,22 +146,21 @@ def rows_by_rows(
 _SKIP, _ADD, _START, _ZERO = range(4)
 
 
-def _visits(group_sizes: Int[Array, " G"], row_tiles: int) -> tuple[Array, Array, Array]:
-    """Returns the group, the tile of rows and the action of each step; an empty group gets one step."""
-    tiles = group_sizes // TILE_M
-    visits = jnp.maximum(tiles, 1)
-    ends = jnp.cumsum(visits)
-    step = jnp.arange(row_tiles + group_sizes.shape[0], dtype=jnp.int32)
-    group = jnp.minimum(jnp.searchsorted(ends, step, side="right"), group_sizes.shape[0] - 1).astype(jnp.int32)
+def _visits(order: Int[Array, " tiles"], counts: Int[Array, " G"]) -> tuple[Array, Array, Array]:
+    """Returns the group, the tile of rows and the action of each step; an empty group gets one step.
+
+    Args:
+      order, counts: those of `TilesByGroup`.
+    """
+    visits = jnp.maximum(counts, 1)
+    ends, groups = jnp.cumsum(visits), counts.shape[0]
+    step = jnp.arange(order.shape[0] + groups, dtype=jnp.int32)
+    group = jnp.minimum(jnp.searchsorted(ends, step, side="right"), groups - 1).astype(jnp.int32)
     within = step - (ends - visits)[group]
-    row_tile = jnp.clip((jnp.cumsum(tiles) - tiles)[group] + within, 0, row_tiles - 1)
-    first = jnp.where(tiles[group] > 0, _START, _ZERO)
+    row_tile = order[jnp.clip((jnp.cumsum(counts) - counts)[group] + within, 0, order.shape[0] - 1)]
+    first = jnp.where(counts[group] > 0, _START, _ZERO)
     action = jnp.where(step >= ends[-1], _SKIP, jnp.where(within == 0, first, _ADD))
-    return group, row_tile.astype(jnp.int32), action.astype(jnp.int32)
-
-
-def _rows_of(lhs) -> int:
-    return lhs.shape[1] if isinstance(lhs, Quantized) else lhs.shape[0]
+    return group, row_tile, action.astype(jnp.int32)
 
 
 def _rows(lhs, rhs, group, present, out_dtype, transposed: bool, interpret: Interpret):

@@ -80,6 +80,24 @@ def test_rows_of_small_alignment_are_copied():
         np.testing.assert_allclose(rhs_bar[g], np.asarray(out)[start:end].T @ lhs[start:end], atol=1e-4)
 
 
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.tuples(ragged(4, 19), ragged(4, 19), ragged(4, 19)), seed=st.integers(0, 99))
+def test_rows_in_parts_add_up(sizes, seed):
+    """Three parts of other sizes each, added to an accumulator."""
+    rng = np.random.default_rng(seed)
+    lhs, rhs = (rng.normal(size=(3, 19, width)).astype(np.float32) for width in (3, 5))
+    before = rng.normal(size=(4, 3, 5)).astype(np.float32)
+    wanted = before.astype(np.float64)
+    for left, right, of_part in zip(lhs, rhs, sizes, strict=True):
+        ends = np.cumsum(of_part)
+        for g, (start, end) in enumerate(zip(ends - of_part, ends, strict=True)):
+            wanted[g] += left[start:end].astype(np.float64).T @ right[start:end]
+    got = pk.grouped_weight_gradient(
+        jnp.asarray(lhs), jnp.asarray(rhs), jnp.asarray(sizes), accumulator=jnp.asarray(before)
+    )
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
 def relative_error(got, wanted):
     return np.linalg.norm(np.asarray(got, "f8") - wanted) / np.linalg.norm(wanted)
 
@@ -191,10 +209,14 @@ def test_wrong_arguments_are_named(change, error, named):
 
 def test_wrong_arguments_of_the_other_forms_are_named():
     lhs, sizes = jnp.zeros((8, 6)), jnp.array([4, 4])
-    with pytest.raises(ValueError, match="same rows along axis 0"):
+    with pytest.raises(ValueError, match="same number of rows"):
         pk.grouped_weight_gradient(lhs, lhs[:4], sizes)
     with pytest.raises(ValueError, match="accumulator must have shape"):
         pk.grouped_weight_gradient(lhs, lhs, sizes, accumulator=lhs)
+    with pytest.raises(ValueError, match="lhs must have 3 dimensions"):
+        pk.grouped_weight_gradient(lhs, lhs, sizes[None])
+    with pytest.raises(ValueError, match="the 2 parts of group_sizes"):
+        pk.grouped_weight_gradient(lhs[None], lhs[None], jnp.stack([sizes, sizes]))
     q = pk.quantize(jnp.zeros((5, 128)), tile="1x128")
     with pytest.raises(ValueError, match="multiple of 128 for FP8 operands"):
         pk.grouped_weight_gradient(q, q, sizes)

@@ -60,6 +60,16 @@ def by_form(form: str, fp8: bool, sizes: list[int]):
         wanted = pk.grouped_weight_gradient(out_bar, columns, group_sizes, accumulator=before, row_alignment=128)
         arguments = out_bar, columns, group_sizes, before
         return (lambda kernels, **options: kernels.rows_by_rows(*arguments, **options)), wanted
+    if form == "depth in parts":
+        # The second part has other rows and other sizes.
+        parts = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), (out_bar, columns))
+        of_parts = jnp.stack([group_sizes, group_sizes[::-1]])
+        alone = (jax.tree.map(lambda x, part=part: x[part], parts) for part in (0, 1))
+        wanted = sum(
+            pk.grouped_weight_gradient(*part, sizes, row_alignment=128)
+            for part, sizes in zip(alone, of_parts, strict=True)
+        )
+        return (lambda kernels, **options: kernels.rows_by_rows(*parts, of_parts, **options)), wanted
     counts = jnp.asarray(np.minimum(sizes, 130) // 2, jnp.int32)
     rows = jax.tree.map(lambda x: x[:390].reshape(3, 130, -1), lhs)
     wanted = pk.masked_grouped_matmul(rows, rhs, counts, out_dtype=f32)
@@ -68,6 +78,7 @@ def by_form(form: str, fp8: bool, sizes: list[int]):
 
 FORMS = [("rows", False), ("transposed", False), ("depth", False), ("masked", False)]
 FORMS += [("rows", True), ("depth", True), ("masked", True), ("depth, added", True)]
+FORMS += [("depth in parts", False), ("depth in parts", True)]
 
 
 def check(got, wanted) -> None:
@@ -92,7 +103,13 @@ def test_hopper(form, fp8, tiling):
 
 @pytest.mark.parametrize(
     ("form", "fp8", "sizes"),
-    [("rows", True, "one group with everything"), ("depth", True, "nothing"), ("depth", False, "nothing")],
+    [
+        ("rows", True, "one group with everything"),
+        ("depth", True, "nothing"),
+        ("depth", False, "nothing"),
+        ("depth in parts", True, "nothing"),
+        ("depth in parts", True, "one group with everything"),
+    ],
 )
 def test_hopper_at_the_extremes(form, fp8, sizes):
     call, wanted = by_form(form, fp8, SIZES[sizes])
@@ -102,7 +119,7 @@ def test_hopper_at_the_extremes(form, fp8, sizes):
 
 @pytest.mark.parametrize(("form", "fp8"), FORMS)
 def test_tpu(form, fp8):
-    for sizes in SIZES.values() if form == "depth" else list(SIZES.values())[:1]:
+    for sizes in SIZES.values() if "depth" in form else list(SIZES.values())[:1]:
         call, wanted = by_form(form, fp8, sizes)
         check(call(tpu, interpret=pltpu.InterpretParams()), wanted)
 
