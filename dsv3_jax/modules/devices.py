@@ -19,24 +19,12 @@ import pallas_kernels
 from dsv3_jax.modules.attention_core import CoreAttention
 from dsv3_jax.modules.expert_shares import LEAST_SHARE, apply_in_shares, share_of
 from dsv3_jax.modules.parameter import ParameterShape
-from dsv3_jax.precision import AttendedRows, Fp8Recipe, PreparedRows, QuantizedRows
+from dsv3_jax.precision import AttendedRows, ExpertNetworks, Fp8Recipe, PreparedRows
+from pallas_kernels import TILE
 from pallas_kernels.device import target_platform
 
 Tree = Any
 """A pytree that contains nnx Variables."""
-
-
-class ExpertProduct(Protocol):
-    """Computes E_i(row) for rows sorted by expert: `group_sizes[i]` rows for expert i, equally many without it."""
-
-    def __call__(
-        self,
-        rows: Float[Array, "M d"] | QuantizedRows,
-        gate_up: Float[Array, "E 2 I d"],
-        down: Float[Array, "E d I"],
-        group_sizes: Int[Array, " E"] | None,
-        row_alignment: int,
-    ) -> Float[Array, "M d"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +146,7 @@ class Devices(Protocol):
         gates: pallas_kernels.Gates,
         gate_up: Float[Array, "E 2 I d"],
         down: Float[Array, "E d I"],
-        product: ExpertProduct,
+        networks: ExpertNetworks,
         shapes: ExpertShapes,
     ) -> Float[Array, "*batch d"]:
         """Returns sum_i g_i E_i(u) of every token; `gates` has leading axes that flatten to the tokens of `u`."""
@@ -263,7 +251,7 @@ class OneDevice:
         gates: pallas_kernels.Gates,
         gate_up: Float[Array, "E 2 I d"],
         down: Float[Array, "E d I"],
-        product: ExpertProduct,
+        networks: ExpertNetworks,
         shapes: ExpertShapes,
     ) -> Float[Array, "*batch d"]:
         """Returns sum_i g_i E_i(u): tokens are sorted by expert, multiplied, and their results added up per token."""
@@ -272,11 +260,11 @@ class OneDevice:
         batch, u = u.shape, u.reshape(-1, u.shape[-1])
         plain = shapes.fp8 is None and isinstance(gate_up, jax.Array)
         if plain and target_platform() == "cpu" and share_of(expert_index.size, experts) >= LEAST_SHARE:
-            return apply_in_shares(u, gate, expert_index, gate_up, down, product).reshape(batch)
-        alignment = pallas_kernels.preferred_row_alignment(expert_index.size, experts)
+            return apply_in_shares(u, gate, expert_index, gate_up, down, networks).reshape(batch)
+        preferred = pallas_kernels.preferred_row_alignment(expert_index.size, experts)
+        alignment = preferred if shapes.fp8 is None else TILE
         rows, permutation = pallas_kernels.permute(u, expert_index, experts, row_alignment=alignment)
-        out = product(rows, gate_up, down, permutation.group_sizes, alignment)
-        return pallas_kernels.combine(out, gate, permutation).reshape(batch)
+        return networks.combined(rows, gate, (gate_up, down), permutation, alignment).reshape(batch)
 
     def sum_over_batch(self, x: Array) -> Array:
         """Returns `x`: the sequences at hand are the batch."""

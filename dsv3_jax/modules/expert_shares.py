@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 Product = Callable[..., Float[Array, "M d"]]
-"""Applies experts to rows that are sorted by expert (`modules.devices.ExpertProduct`)."""
+"""Applies experts to rows that are sorted by expert (`precision.ExpertNetworks`)."""
 
 LEAST_SHARE = 16
 """Rows. For smaller shares, reading an expert's weights takes longer than its product."""

@@ -25,17 +25,15 @@ from dsv3_jax.modules.feed_forward import FeedForward
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.modules.router import Router
 from dsv3_jax.precision import (
+    ExpertNetworks,
     Precision,
     QuantizedRows,
-    grouped_linear,
-    grouped_swiglu_linear,
     linear,
     linear_by_row,
     swiglu_linear,
 )
 from dsv3_jax.precision.by_layer import ByLayer, with_layer
 from dsv3_jax.precision.int8_weight import Int8Weight
-from dsv3_jax.precision.keeping import keep
 from dsv3_jax.precision.tiled_weight import TiledWeight
 from pallas_kernels.device import target_platform
 
@@ -82,6 +80,7 @@ class Experts(nnx.Module):
     ):
         self.shapes = shapes
         self.precision = precision
+        self.networks = ExpertNetworks(precision)
         self.devices = devices
         self.gate_up = gate_up
         self.down = down
@@ -111,25 +110,7 @@ class Experts(nnx.Module):
     def _apply(
         self, u: Float[Array, "*batch d"], gates: pallas_kernels.Gates, gate_up: Float[Array, "E 2 I d"], down: Array
     ) -> Float[Array, "*batch d"]:
-        return self.devices.apply_experts(u, gates, gate_up, down, self._products, self.shapes)
-
-    def _products(
-        self,
-        rows: Float[Array, "M d"] | QuantizedRows,
-        gate_up: Float[Array, "E 2 I d"],
-        down: Float[Array, "E d I"],
-        group_sizes: Int[Array, " E"] | None,
-        row_alignment: int,
-    ) -> Float[Array, "M d"]:
-        """Returns FFN_i of rows sorted by expert i, equally many of each without `group_sizes`."""
-        experts, d = gate_up.shape[0], gate_up.shape[-1]
-        apply: dict[str, Any] = {
-            "group_sizes": group_sizes,
-            "row_alignment": row_alignment,
-            "precision": self.precision,
-        }
-        hidden = grouped_linear(rows, gate_up.reshape(experts, -1, d), **apply)
-        return keep(grouped_swiglu_linear(hidden, down, **apply))
+        return self.devices.apply_experts(u, gates, gate_up, down, self.networks, self.shapes)
 
     def of_few(
         self,
@@ -178,14 +159,14 @@ class Experts(nnx.Module):
             return swiglu_linear(hidden, down.reshape(-1, d, width)[expert], self.precision)
 
         def of_all(gate_up: Any, down: Any, rows: Float[Array, "E R d"]) -> Float[Array, "E R d"]:
-            return self._products(rows.reshape(-1, d), gate_up, down, None, 1).reshape(rows.shape)
+            return self.networks(rows.reshape(-1, d), gate_up, down, None, 1).reshape(rows.shape)
 
         def of_rows(gate_up: Any, down: Any, rows: Float[Array, "S d"], index: Int[Array, " S"]) -> Float[Array, "S d"]:
             own = gate_up.reshape(-1, 2 * width, d)[index], down.reshape(-1, d, width)[index]
             if is_exact_by_row:
-                return self._products(rows, *own, None, 1)
+                return self.networks(rows, *own, None, 1)
             # Of two equal rows each, because a single one is multiplied by a kernel that adds in another order.
-            return self._products(jnp.repeat(rows, 2, axis=0), *own, None, 1)[::2]
+            return self.networks(jnp.repeat(rows, 2, axis=0), *own, None, 1)[::2]
 
         one = gate_up.layers[0] if isinstance(gate_up, ByLayer) else gate_up
         is_exact_by_row = isinstance(one, Int8Weight | TiledWeight)

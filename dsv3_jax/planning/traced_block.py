@@ -19,7 +19,7 @@ import pallas_kernels
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.modules.attention_core import CoreAttention
 from dsv3_jax.modules.block import Block, BlockInputs
-from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes, OneDevice
+from dsv3_jax.modules.devices import ExpertShapes, OneDevice
 from dsv3_jax.modules.embedding import Head
 from dsv3_jax.modules.multi_token import MultiTokenModule
 from dsv3_jax.modules.parameter import ParameterShape
@@ -28,7 +28,7 @@ from dsv3_jax.modules.rope import make_rotation
 from dsv3_jax.pipeline.residuals import ArrayType, TwoPasses
 from dsv3_jax.planning.attention_form import AttentionForm, attend_as_kernel
 from dsv3_jax.planning.materialised import materialised_bytes
-from dsv3_jax.precision import AttendedRows, Precision, PreparedRows, saved_bytes
+from dsv3_jax.precision import AttendedRows, ExpertNetworks, Precision, PreparedRows, saved_bytes
 from dsv3_jax.sharding.expert_parallel import recomputed
 
 BlockKind = Literal["dense", "moe", "join", "head"]
@@ -161,14 +161,14 @@ class _OneRank(OneDevice):
         gates: pallas_kernels.Gates,
         gate_up: Float[Array, "E 2 I d"],
         down: Float[Array, "E d I"],
-        product: ExpertProduct,
+        networks: ExpertNetworks,
         shapes: ExpertShapes,
     ) -> Float[Array, "*batch d"]:
         """Returns what one device computes; on a mesh only its arguments are kept, as by `ExpertExchange`."""
         dtype = shapes.gather_dtype or gate_up.dtype
         self.gathered.extend((Gathered(shapes.gate_up, dtype), Gathered(shapes.down, dtype)))
         if not self.on_mesh:
-            return super().apply_experts(u, gates, gate_up, down, product, shapes)
+            return super().apply_experts(u, gates, gate_up, down, networks, shapes)
 
         def apply(u: Array, *others: Array) -> Array:
             return u  # stands for the exchange, of which nothing is kept

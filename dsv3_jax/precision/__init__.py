@@ -1,6 +1,7 @@
 """Precision recipes (report section 3.3): which products are computed in which format, and what they keep."""
 
 from dsv3_jax.precision.attended import AttendedRows, KeptOutput
+from dsv3_jax.precision.expert_networks import ExpertNetworks
 from dsv3_jax.precision.fp8_recipe import Fp8Recipe
 from dsv3_jax.precision.linear import (
     grouped_linear,
@@ -19,6 +20,7 @@ from dsv3_jax.precision.swiglu import swiglu
 __all__ = [
     "PRECISIONS",
     "AttendedRows",
+    "ExpertNetworks",
     "Fp8Recipe",
     "KeptOutput",
     "Precision",

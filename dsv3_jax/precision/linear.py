@@ -24,6 +24,7 @@ from dsv3_jax.precision.tiled_weight import TiledWeight
 from dsv3_jax.precision.tiles import dequantize
 from dsv3_jax.precision.weight_product import weight_product
 from pallas_kernels import TILE
+from pallas_kernels.grouped_matmul.alignment import align, take_rows
 
 
 def linear(
@@ -173,19 +174,6 @@ def _fp8_by_group(
     assert precision.fp8 is not None
     if row_alignment % TILE == 0:
         return fp8_product(rows, weights, group_sizes, precision.fp8, role)
-    ends = jnp.cumsum(group_sizes)
-    wide_sizes = -(-group_sizes // TILE) * TILE
-    wide_ends = jnp.cumsum(wide_sizes)
-    shift = (wide_ends - wide_sizes) - (ends - group_sizes)  # how far the rows of each group move
-
-    count, experts = rows.shape[0], group_sizes.shape[0]
-    padded_rows = -(-(count + experts * (TILE - 1)) // TILE) * TILE
-    group = jnp.minimum(jnp.searchsorted(wide_ends, jnp.arange(padded_rows), side="right"), experts - 1)
-    source = jnp.arange(padded_rows) - shift[group]
-    filled = (source < ends[group])[:, None]
-    wide = jax.tree.map(lambda x: jnp.where(filled, x[jnp.minimum(source, count - 1)], jnp.zeros((), x.dtype)), rows)
-    out = fp8_product(wide, weights, wide_sizes, precision.fp8, role)
-
-    own = jnp.minimum(jnp.searchsorted(ends, jnp.arange(count), side="right"), experts - 1)
-    target = jnp.minimum(jnp.arange(count) + shift[own], padded_rows - 1)
-    return jnp.where((jnp.arange(count) < ends[-1])[:, None], out[target], 0)
+    layout = align(rows.shape[0], group_sizes, TILE)
+    wide = jax.tree.map(lambda part: take_rows(part, layout.source), rows)
+    return take_rows(fp8_product(wide, weights, layout.group_sizes, precision.fp8, role), layout.destination)

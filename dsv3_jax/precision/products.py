@@ -7,6 +7,7 @@ along the rows belongs to two experts.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -49,11 +50,15 @@ def rows_by_own_weights(rows: Tiles, weights: Tiles, *, promotion: bool, out_dty
     return product.astype(out_dtype)
 
 
-def columns_by_columns(
-    left: Tiles, right: Tiles, group_sizes: Int[Array, " E"] | None, *, promotion: bool
+def product_over_rows(
+    left: Tiles, right: Tiles, group_sizes: Int[Array, "*P E"] | None, *, promotion: bool
 ) -> Float[Array, "..."]:
-    """Returns leftᵀ · right in float32, [out, in] or with groups [E, out, in]; tiles run along the rows."""
-    left, right = left.mT, right.mT
+    """Returns left · rightᵀ in float32, [out, in] or with groups [E, out, in]: a sum over rows.
+
+    Args:
+      left, right: [*P, out, M] and [*P, in, M], in tiles along the M rows.
+      group_sizes: rows of each expert, in parts if there is an axis P; None for one matrix.
+    """
     if promotion and _for_kernel(left, right, "1x128"):
         if group_sizes is None:
             return pk.blockwise_matmul(left, right, out_dtype=jnp.float32)  # pyright: ignore
@@ -63,7 +68,8 @@ def columns_by_columns(
         return _contract_last(a, b) if promotion else _short_sums(a[None], b[None])[0]
     if promotion:
         return pk.grouped_weight_gradient(a.mT, b.mT, group_sizes, row_alignment=TILE)
-    return _short_sums_by_group(a.mT, b.mT, group_sizes)
+    left_rows, right_rows = (x.mT.reshape(-1, *x.mT.shape[-2:]) for x in (a, b))
+    return _short_sums_by_group(left_rows, right_rows, group_sizes.reshape(-1, group_sizes.shape[-1]))
 
 
 def _for_kernel(left: Tiles, right: Tiles, right_tile: str) -> bool:
@@ -102,18 +108,19 @@ def _short_sums(a: Float[Array, "G M K"], b: Float[Array, "G N K"]) -> Float[Arr
 
 
 def _short_sums_by_group(
-    a: Float[Array, "M N"], b: Float[Array, "M K"], group_sizes: Int[Array, " E"]
+    a: Float[Array, "P M N"], b: Float[Array, "P M K"], group_sizes: Int[Array, "P E"]
 ) -> Float[Array, "E N K"]:
-    """Returns aᵀ · b over the rows of each group, each sum held in one accumulator of 14 bits."""
-    a = jnp.where((jnp.arange(a.shape[0]) < jnp.sum(group_sizes))[:, None], a, 0)
-    groups = jnp.repeat(_group_of_blocks(group_sizes, a.shape[0] // TILE), TILE // _STEP)
+    """Returns aᵀ · b over the rows of each group in all parts, each sum held in one accumulator of 14 bits."""
+    a = jnp.where((jnp.arange(a.shape[1]) < jnp.sum(group_sizes, axis=1)[:, None])[..., None], a, 0)
+    of_part = jax.vmap(lambda sizes: _group_of_blocks(sizes, a.shape[1] // TILE))(group_sizes)
+    groups = jnp.repeat(of_part.reshape(-1), TILE // _STEP)
 
     def add(total: Array, operands: tuple[Array, Array, Array]) -> tuple[Array, None]:
         left, right, group = operands
         return total.at[group].set(_shortened(total[group], _contract_last(left.T, right.T))), None
 
-    start = jnp.zeros((group_sizes.shape[0], a.shape[1], b.shape[1]), jnp.float32)
-    steps = (a.reshape(-1, _STEP, a.shape[1]), b.reshape(-1, _STEP, b.shape[1]), groups)
+    start = jnp.zeros((group_sizes.shape[1], a.shape[2], b.shape[2]), jnp.float32)
+    steps = (a.reshape(-1, _STEP, a.shape[2]), b.reshape(-1, _STEP, b.shape[2]), groups)
     return lax.scan(add, start, steps)[0]
 
 

@@ -19,9 +19,10 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
 import pallas_kernels
-from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
+from dsv3_jax.modules.devices import ExpertShapes
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.dispatch import dispatch_formats
+from dsv3_jax.precision.expert_networks import ExpertNetworks
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.sharding.expert_hops import Hop
 from dsv3_jax.sharding.expert_layout import HopRanks, hops_between, pieces_of, rows_per_sender
@@ -58,7 +59,7 @@ class ExpertExchange:
         gates: pallas_kernels.Gates,
         gate_up: Float[Array, "E 2 I d"] | Fp8Weight,
         down: Float[Array, "E d I"] | Fp8Weight,
-        product: ExpertProduct,
+        networks: ExpertNetworks,
     ) -> Float[Array, "*batch d"]:
         """Returns sum_i g_i E_i(u) of every token; `gates` has leading axes that flatten to the tokens of `u`."""
         leading = gates.gate.shape[:-1]
@@ -66,7 +67,7 @@ class ExpertExchange:
         batch = PartitionSpec(*token_axes(self.mesh, leading))
         exchange = on_every_rank(
             self.mesh,
-            functools.partial(self._on_a_rank, product),
+            functools.partial(self._on_a_rank, networks),
             in_specs=(batch, batch, batch, PartitionSpec(*gate_up_axes), PartitionSpec(*down_axes)),
             out_specs=batch,
         )
@@ -98,7 +99,7 @@ class ExpertExchange:
         return self.mesh.devices.flat[0].platform != "cpu"
 
     def _on_a_rank(
-        self, product: ExpertProduct, u: Array, expert_index: Array, gate: Array, gate_up: Any, down: Any
+        self, networks: ExpertNetworks, u: Array, expert_index: Array, gate: Array, gate_up: Any, down: Any
     ) -> Float[Array, "*batch d"]:
         """Applies the experts to this rank's tokens; weights are all-gathered once for all pieces of them."""
         batch = u.shape
@@ -107,7 +108,7 @@ class ExpertExchange:
         width_is_sharded = "tensor" in weight_axes(self.shapes.down, self.mesh)
         pieces, chosen = self._pieces(u.shape[0]), expert_index.shape[1]
         hops = self._hops(u.shape[0] // pieces, chosen, gate_up.shape[0])
-        experts = ExpertsOfRank(product, gate_up.shape[0], even_load=u.shape[0] // pieces * chosen)
+        experts = ExpertsOfRank(networks, gate_up.shape[0], even_load=u.shape[0] // pieces * chosen)
 
         def added(out: Array) -> Array:
             return lax.psum(out, "tensor") if width_is_sharded else out

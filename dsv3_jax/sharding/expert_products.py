@@ -18,15 +18,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
-from dsv3_jax.modules.devices import ExpertProduct
+from dsv3_jax.precision.expert_networks import ExpertNetworks, WeightOperands, Weights
 from dsv3_jax.precision.fp8_weight import add_gradients
 from dsv3_jax.precision.prepared import QuantizedRows
 from dsv3_jax.precision.tiles import Tiles
-from dsv3_jax.sharding.expert_hops import Arrived, Rows, as_array, taken
+from dsv3_jax.sharding.expert_hops import Arrived, Rows, taken
 from dsv3_jax.sharding.expert_layout import SELDOM, rows_of_block
-
-Weights = tuple[Any, Any]
-"""The experts' gate and up projections, and their down projections."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +31,14 @@ class ExpertsOfRank:
     """The experts of a rank.
 
     Attributes:
-      product: applies them to rows that are sorted by expert.
+      networks: applies them to rows that are sorted by expert.
       count: how many there are.
       even_load: assignments that arrive together under an even load.
       in_a_loop: whether the first block, too, is computed in the loop over blocks. The program is smaller then, but
         makes more passes over memory.
     """
 
-    product: ExpertProduct
+    networks: ExpertNetworks
     count: int
     even_load: int
     in_a_loop: bool = False
@@ -126,15 +123,21 @@ def apply_at_experts(experts: ExpertsOfRank, arrived: Arrived, weights: Weights)
 
 
 def gradients_at_experts(
-    experts: ExpertsOfRank, arrived: Arrived, weights: Weights, out_bar: Rows
-) -> tuple[Float[Array, "M d"], Float[Array, "M K"], Weights]:
-    """Returns the gradients by rows, gates and weights; that of the output, `out_bar`, may have arrived in FP8."""
+    experts: ExpertsOfRank, arrived: Arrived, weights: Weights, out_bar: Rows, total: Weights
+) -> tuple[Float[Array, "M d"], Float[Array, "M K"], WeightOperands, Weights]:
+    """Returns the gradients by rows and gates, and what those by the weights are computed from.
+
+    The gradients by weights of further blocks are added to `total`.
+
+    Args:
+      out_bar: the gradient of the output; in FP8 if it arrived so.
+    """
     rows, gates, ids = arrived
     if experts.count >= ids.shape[1]:
-        return _gradients(experts, rows, gates, ids, weights, out_bar)
+        return _gradients(experts, rows, gates, ids, weights, out_bar, total)
     gates, pull, ids = jax.vjp(lambda gates: _one_entry_per_expert(ids, gates, experts.count), gates, has_aux=True)
-    rows_bar, gates_bar, weights_bar = _gradients(experts, rows, gates, ids, weights, out_bar)
-    return rows_bar, *pull(gates_bar), weights_bar
+    rows_bar, gates_bar, operands, total = _gradients(experts, rows, gates, ids, weights, out_bar, total)
+    return rows_bar, pull(gates_bar)[0], operands, total
 
 
 def _one_entry_per_expert(
@@ -159,10 +162,13 @@ def _apply(
 
     def of_block(index: Int[Array, ""] | int) -> Float[Array, "M d"]:
         block = blocks.at(experts, index)
-        out = _product(experts, block, taken(given, block.entry // ids.shape[1]), weights)
+        own = taken(given, block.entry // ids.shape[1])
+        out = experts.networks(own, *weights, block.sizes, experts.alignment)
         return pallas_kernels.combine(out, jnp.where(block.holds.reshape(gates.shape), gates, 0), block.order)
 
-    return _over_blocks(experts, blocks, of_block, jnp.add)
+    start, total = (0, jnp.zeros_like(rows)) if experts.in_a_loop else (1, of_block(0))
+    with jax.named_scope(SELDOM):
+        return lax.fori_loop(start, blocks.count(experts), lambda index, total: total + of_block(index), total)
 
 
 def _forward(experts: ExpertsOfRank, *arguments: Any) -> tuple[Array, tuple[Any, ...]]:
@@ -173,9 +179,16 @@ def _backward(
     experts: ExpertsOfRank, arguments: tuple[Any, ...], out_bar: Float[Array, "M d"]
 ) -> tuple[Array, None, Array, None, Weights]:
     rows, tiles, gates, ids, weights = arguments
-    given = QuantizedRows.joined(rows, tiles)
-    rows_bar, gates_bar, weights_bar = _gradients(experts, given, gates, ids, weights, out_bar)
-    return rows_bar, None, gates_bar, None, weights_bar
+    given, nothing = QuantizedRows.joined(rows, tiles), jax.tree.map(jnp.zeros_like, weights)
+    if experts.in_a_loop:
+        blocks = _Blocks.of(experts, ids)
+        of_block = _block_gradients(experts, blocks, given, gates, weights, out_bar)
+        start = jnp.zeros_like(rows), jnp.zeros(gates.shape, jnp.promote_types(gates.dtype, jnp.float32)), nothing
+        rows_bar, gates_bar, weights_bar = _with_blocks_from(0, experts, blocks, of_block, weights, start)
+        return rows_bar, None, gates_bar.astype(gates.dtype), None, weights_bar
+    rows_bar, gates_bar, operands, total = _gradients(experts, given, gates, ids, weights, out_bar, nothing)
+    weights_bar = experts.networks.weight_gradients(operands, weights, experts.alignment)
+    return rows_bar, None, gates_bar, None, add_gradients(total, weights_bar)
 
 
 _apply.defvjp(_forward, _backward)
@@ -188,43 +201,54 @@ def _gradients(
     ids: Int[Array, "M K"],
     weights: Weights,
     out_bar: Rows,
-) -> tuple[Float[Array, "M d"], Float[Array, "M K"], Weights]:
+    total: Weights,
+) -> tuple[Float[Array, "M d"], Float[Array, "M K"], WeightOperands, Weights]:
     """Returns what `gradients_at_experts` does, for rows without more entries than the rank has experts."""
-    blocks, chosen = _Blocks.of(experts, ids), ids.shape[1]
+    blocks = _Blocks.of(experts, ids)
+    of_block = _block_gradients(experts, blocks, rows, gates, weights, out_bar)
+    rows_bar, gates_bar, operands = of_block(0)
+    sums = _with_blocks_from(1, experts, blocks, of_block, weights, (rows_bar, gates_bar, total))
+    return sums[0], sums[1].astype(gates.dtype), operands, sums[2]
+
+
+def _block_gradients(
+    experts: ExpertsOfRank,
+    blocks: _Blocks,
+    rows: Float[Array, "M d"] | QuantizedRows,
+    gates: Float[Array, "M K"],
+    weights: Weights,
+    out_bar: Rows,
+) -> Callable[[Int[Array, ""] | int], tuple[Float[Array, "M d"], Float[Array, "M K"], WeightOperands]]:
+    """Returns a function of a block's index that gives what `ExpertNetworks.row_gradients` does, for all rows."""
     wide = jnp.promote_types(gates.dtype, jnp.float32)
 
-    def of_block(index: Int[Array, ""] | int) -> tuple[Array, Array, Weights]:
+    def of_block(index: Int[Array, ""] | int) -> tuple[Array, Array, WeightOperands]:
         block = blocks.at(experts, index)
-        given, bar = taken((rows, out_bar), block.entry // chosen)
-        array, tiles = QuantizedRows.parts(given)
-
-        def product(array: Array, weights: Weights) -> Array:
-            return _product(experts, block, QuantizedRows.joined(array, tiles), weights)
-
-        out, pull = jax.vjp(product, array, weights)
-        bar = as_array(bar, out.dtype).astype(wide)
+        given, bar = taken((rows, out_bar), block.entry // gates.shape[1])
         gate = taken(gates.reshape(-1).astype(wide), block.entry)
-        given_bar, weights_bar = pull((bar * gate[:, None]).astype(out.dtype))
-        gate_bar = jnp.sum(out.astype(wide) * bar, axis=1)[block.row]
+        given_bar, gate_bar, operands = experts.networks.row_gradients(
+            given, gate, weights, block.sizes, experts.alignment, bar
+        )
         rows_bar = pallas_kernels.combine(given_bar, block.holds.reshape(gates.shape).astype(wide), block.order)
-        return rows_bar, jnp.where(block.holds, gate_bar, 0).reshape(gates.shape), weights_bar
+        return rows_bar, jnp.where(block.holds, gate_bar[block.row], 0).reshape(gates.shape), operands
 
-    rows_bar, gates_bar, weights_bar = _over_blocks(experts, blocks, of_block, add_gradients)
-    return rows_bar, gates_bar.astype(gates.dtype), weights_bar
+    return of_block
 
 
-def _over_blocks(experts: ExpertsOfRank, blocks: _Blocks, of_block: Callable[..., Any], add: Callable[..., Any]) -> Any:
-    """Returns the sum over all blocks of what `of_block` returns for the index of one."""
-    if experts.in_a_loop:
-        start, total = 0, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of_block, 0))
-    else:
-        start, total = 1, of_block(0)
+def _with_blocks_from(
+    first: int,
+    experts: ExpertsOfRank,
+    blocks: _Blocks,
+    of_block: Callable[..., tuple[Array, Array, WeightOperands]],
+    weights: Weights,
+    sums: tuple[Float[Array, "M d"], Float[Array, "M K"], Weights],
+) -> tuple[Float[Array, "M d"], Float[Array, "M K"], Weights]:
+    """Returns the sums with the gradients of all blocks from the first given, of which there are seldom any."""
+
+    def add(index: Int[Array, ""], sums: tuple[Array, Array, Weights]) -> tuple[Array, Array, Weights]:
+        rows_bar, gates_bar, operands = of_block(index)
+        weights_bar = experts.networks.weight_gradients(operands, weights, experts.alignment)
+        return add_gradients(sums, (rows_bar, gates_bar, weights_bar))
+
     with jax.named_scope(SELDOM):
-        return lax.fori_loop(start, blocks.count(experts), lambda index, total: add(total, of_block(index)), total)
-
-
-def _product(
-    experts: ExpertsOfRank, block: _Block, given: Float[Array, "R d"] | QuantizedRows, weights: Weights
-) -> Float[Array, "R d"]:
-    gate_up, down = weights
-    return experts.product(given, gate_up=gate_up, down=down, group_sizes=block.sizes, row_alignment=experts.alignment)
+        return lax.fori_loop(first, blocks.count(experts), add, sums)

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.precision.expert_networks import Weights
 from dsv3_jax.precision.fp8_weight import add_gradients
 from dsv3_jax.precision.prepared import QuantizedRows
 from dsv3_jax.precision.tiles import Tiles
 from dsv3_jax.sharding.expert_hops import Hop, Route, collect, dispatch
 from dsv3_jax.sharding.expert_layout import SELDOM
-from dsv3_jax.sharding.expert_products import ExpertsOfRank, Weights, apply_at_experts
+from dsv3_jax.sharding.expert_products import ExpertsOfRank, apply_at_experts
 
 
 def over_hops(

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.precision.expert_networks import WeightOperands, Weights
 from dsv3_jax.precision.fp8_weight import add_gradients
 from dsv3_jax.precision.prepared import QuantizedRows
 from dsv3_jax.sharding.expert_hops import AXIS, Hop, Route, collect, gradient_of_collect, gradient_of_dispatch, send
 from dsv3_jax.sharding.expert_layout import SELDOM
-from dsv3_jax.sharding.expert_products import ExpertsOfRank, Weights, apply_at_experts, gradients_at_experts
+from dsv3_jax.sharding.expert_products import ExpertsOfRank, apply_at_experts, gradients_at_experts
 from dsv3_jax.sharding.expert_rows import over_hops
 
 Pieces = tuple[Float[Array, "pieces n d"], Int[Array, "pieces n K"], Float[Array, "pieces n K"]]
@@ -87,11 +88,11 @@ def in_stages(stages: TokenStages, tokens: Pieces, weights: Weights) -> Float[Ar
 
         return _Stage(prepare, run)
 
-    def products(none: tuple, state: tuple) -> tuple[tuple, tuple]:
+    def products(none: tuple, state: tuple) -> tuple[tuple, tuple, tuple]:
         rows, ids, gates, routes = state
         rows = rows if isinstance(rows, jax.Array) else QuantizedRows.of(rows, tokens[0].dtype)
         results = apply_at_experts(stages.experts, (rows, gates, ids), weights)
-        return none, (results, routes, routes[-1].rounds)
+        return none, (results, routes, routes[-1].rounds), ()
 
     def back(hop: Hop) -> _Stage:
         def run(state: tuple) -> tuple:
@@ -102,7 +103,7 @@ def in_stages(stages: TokenStages, tokens: Pieces, weights: Weights) -> Float[Ar
         return _Stage(lambda state: state, run)
 
     before, after = [there(hop) for hop in stages.hops], [back(hop) for hop in reversed(stages.hops)]
-    out, _, rounds = _run(before, products, after, (*tokens, ()), ())[1]
+    _, (out, _, rounds), _ = _run(before, products, after, (*tokens, ()), ())
 
     def add(piece: tuple, index: Int[Array, ""], out: Array) -> Array:
         u, ids, gates = piece
@@ -117,6 +118,7 @@ def _forward(stages: TokenStages, tokens: Pieces, weights: Weights) -> tuple[Arr
 
 def _backward(stages: TokenStages, saved: tuple, out_bar: Array) -> tuple[tuple[Array, None, Array], Weights]:
     tokens, weights = saved
+    networks = stages.experts.networks
 
     def there(hop: Hop) -> _Stage:
         def prepare(state: tuple) -> tuple:
@@ -132,11 +134,11 @@ def _backward(stages: TokenStages, saved: tuple, out_bar: Array) -> tuple[tuple[
 
         return _Stage(prepare, run)
 
-    def products(total: Weights, state: tuple) -> tuple[Weights, tuple]:
+    def products(total: Weights, state: tuple) -> tuple[Weights, tuple, WeightOperands]:
         rows, ids, gates, results_bar, routes = state
         rows = rows if isinstance(rows, jax.Array) else QuantizedRows.of(rows, tokens[0].dtype)
-        *bars, weights_bar = gradients_at_experts(stages.experts, (rows, gates, ids), weights, results_bar)
-        return add_gradients(total, weights_bar), (*bars, routes, routes[-1].rounds)
+        *bars, operands, total = gradients_at_experts(stages.experts, (rows, gates, ids), weights, results_bar, total)
+        return total, (*bars, routes, routes[-1].rounds), operands
 
     def back(hop: Hop) -> _Stage:
         def run(state: tuple) -> tuple:
@@ -147,7 +149,9 @@ def _backward(stages: TokenStages, saved: tuple, out_bar: Array) -> tuple[tuple[
 
     before, after = [there(hop) for hop in stages.hops], [back(hop) for hop in reversed(stages.hops)]
     total = jax.tree.map(jnp.zeros_like, weights)
-    total, (u_bar, gates_bar, _, rounds) = _run(before, products, after, (*tokens, out_bar, ()), total)
+    total, (u_bar, gates_bar, _, rounds), operands = _run(before, products, after, (*tokens, out_bar, ()), total)
+    # One product over the rows of all pieces, instead of one for each piece and their sum.
+    total = add_gradients(total, networks.weight_gradients(operands, weights, stages.experts.alignment))
 
     def add(piece: tuple, index: Int[Array, ""], bars: tuple[Array, Array, Weights]) -> tuple[Array, Array, Weights]:
         u, ids, gates, bar = piece
@@ -183,16 +187,16 @@ def _for_further_rounds(
 
 def _run(
     before: Sequence[_Stage],
-    products: Callable[[Any, Any], tuple[Any, Any]],
+    products: Callable[[Any, Any], tuple[Any, Any, Any]],
     after: Sequence[_Stage],
     pieces: Any,
     total: Any,
-) -> tuple[Any, Any]:
-    """Returns the last `total`, and what the last stage returns of all pieces, stacked.
+) -> tuple[Any, Any, Any]:
+    """Returns the last `total`, what the last stage returns of all pieces, and what the products return besides.
 
     Args:
       before, after: the stages before and behind the products, equally many.
-      products: (total, what the last stage before it returned) -> (total, what the next stage is given).
+      products: (total, what the last stage before it returned) -> (total, what the next stage is given, others).
       pieces: arrays with a leading axis of more pieces than there are stages before the products.
     """
     depth = len(before)
@@ -213,17 +217,18 @@ def _run(
         # All have exchanged their numbers of rows before any product begins.
         prepared, arrived, *returning = lax.optimization_barrier((prepared, *inputs[depth:]))
         outs = [stage.run(state) for stage, state in zip(before, prepared, strict=True)]
-        total, results = products(total, arrived)
+        total, results, others = products(total, arrived)
         returned = [stage.run(state) for stage, state in zip(after, returning, strict=True)]
         *states, out = (*outs, results, *returned)
-        return (total, states), out
+        return (total, states), (out, others)
 
     def following(part: Array) -> Array:
         return jnp.concatenate([part[depth:], jnp.zeros_like(part[:depth])])
 
-    (total, states), outs = lax.scan(step, (total, states), jax.tree.map(following, pieces))
+    (total, states), (outs, others) = lax.scan(step, (total, states), jax.tree.map(following, pieces))
     left, ends = states[depth:], []
     for index in range(depth):
         *left, end = (stage.whole(state) for stage, state in zip(after[index:], left, strict=True))
         ends.append(end)
-    return total, jax.tree.map(lambda out, *ends: jnp.concatenate([out[depth:], jnp.stack(ends)]), outs, *ends)
+    outs = jax.tree.map(lambda out, *ends: jnp.concatenate([out[depth:], jnp.stack(ends)]), outs, *ends)
+    return total, outs, others

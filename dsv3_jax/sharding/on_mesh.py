@@ -20,9 +20,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from dsv3_jax.modules.attention_core import CoreAttention
-from dsv3_jax.modules.devices import ExpertProduct, ExpertShapes
+from dsv3_jax.modules.devices import ExpertShapes
 from dsv3_jax.modules.parameter import ParameterShape
 from dsv3_jax.precision.attended import AttendedRows
+from dsv3_jax.precision.expert_networks import ExpertNetworks
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.prepared import PreparedRows
 from dsv3_jax.sharding.attention_on_ranks import attend_on_ranks, attend_to_pages_on_ranks
@@ -131,7 +132,7 @@ class OnMesh:
         gates: pallas_kernels.Gates,
         gate_up: Float[Array, "E 2 I d"] | Fp8Weight,
         down: Float[Array, "E d I"] | Fp8Weight,
-        product: ExpertProduct,
+        networks: ExpertNetworks,
         shapes: ExpertShapes,
     ) -> Float[Array, "*batch d"]:
         """Returns sum_i g_i E_i(u): tokens are dispatched to the ranks of their experts, and results combined."""
@@ -139,7 +140,7 @@ class OnMesh:
         gate_up, down = (
             w.astype(jnp.float32) if constant else w for w, constant in zip((gate_up, down), constants, strict=True)
         )
-        return ExpertExchange(self.mesh, shapes, self.overlap)(u, gates, gate_up, down, product)
+        return ExpertExchange(self.mesh, shapes, self.overlap)(u, gates, gate_up, down, networks)
 
     def sum_over_batch(self, x: Array) -> Array:
         """Returns the sum over the whole batch, from a sum over the sequences that this program sees."""

@@ -45,7 +45,7 @@ def crossings(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> dic
 
     def forward(u: Any, gates: Any) -> Any:
         weights = layer.experts.gate_up[...], layer.experts.down[...]
-        return exchange(u, gates, *weights, lambda rows, **_: rows)
+        return exchange(u, gates, *weights, lambda rows, *_: rows)
 
     with mock.patch.object(Hop, "all_to_all", counting):
         jax.block_until_ready(jax.jit(forward)(u, gates))
@@ -88,9 +88,9 @@ def in_fp8(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> dict[s
 
     def here(u: Any, gates: Any, gate_up: Any, down: Any) -> Any:
         experts = layer.experts
-        return OneDevice().apply_experts(u, gates, gate_up, down, experts._products, experts.shapes)
+        return OneDevice().apply_experts(u, gates, gate_up, down, experts.networks, experts.shapes)
 
-    there = gradients_of(lambda *x: exchange(*x, layer.experts._products))
+    there = gradients_of(lambda *x: exchange(*x, layer.experts.networks))
     found, one = (
         jax.tree.leaves(gradients(u, weights, gates.gate))
         for gradients in (there, gradients_of(lambda *x: rounded_backward(here(*x))))
@@ -118,7 +118,7 @@ def waits(layer: MixtureOfExperts, gates: Any, u: Any, exchange: Any) -> tuple[l
     weights = layer.experts.gate_up[...], layer.experts.down[...]
 
     def there_and_back(u: Any, weights: Any, y_bar: Any) -> Any:
-        y, pull = jax.vjp(lambda u, weights: exchange(u, gates, *weights, layer.experts._products), u, weights)
+        y, pull = jax.vjp(lambda u, weights: exchange(u, gates, *weights, layer.experts.networks), u, weights)
         return y, pull(y_bar)
 
     jaxpr = jax.make_jaxpr(there_and_back)(u, weights, u).jaxpr

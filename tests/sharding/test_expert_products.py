@@ -59,7 +59,7 @@ def with_gradients(function: Any) -> Any:
 
 
 def blocks_of(precision: Precision, even_load: int, width: int = 8) -> Any:
-    experts = ExpertsOfRank(experts_of(precision, width)._products, EXPERTS, even_load)
+    experts = ExpertsOfRank(experts_of(precision, width).networks, EXPERTS, even_load)
     return lambda rows, gates, ids, weights: apply_at_experts(experts, (rows, gates, ids), weights)
 
 
