@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from dsv3_jax.planning.collectives import ARRAY, KINDS, array_bytes, computations, executions, passes, sent_by
@@ -294,11 +294,13 @@ def _dot_operations(dot: _Instruction, left: _Instruction) -> float:
 def _kernel_operations(arrays: Sequence[tuple[str, str]]) -> float:
     """Returns 2 M N K of a kernel, from the sizes M K, N K and M N of the largest three of its operands and results.
 
-    Where one of them has a leading axis, that of the experts, each row meets one of its parts.
+    A leading axis of one or of all is that of the experts, and each row meets one of its parts. One of two is that of
+    parts of the rows, which are added up for each of the experts, the leading axis of the third.
     """
     shapes = sorted(([int(size) for size in text.split(",") if size] for _, text in arrays), key=math.prod)[-3:]
-    stacked = [shape[0] for shape in shapes if len(shape) > 2]
-    return 2 * math.sqrt(math.prod(map(math.prod, shapes)) / (stacked[0] if len(stacked) == 1 else 1))
+    leading = Counter(shape[0] for shape in shapes if len(shape) > 2)
+    experts = math.prod(size for size, count in leading.items() if count % 2)
+    return 2 * math.sqrt(math.prod(map(math.prod, shapes)) / experts)
 
 
 def _fused_bytes(operands: Sequence[_Instruction], fusion: _Instruction, inner: Sequence[_Instruction]) -> float:

@@ -104,6 +104,12 @@ class ExpertNetworks:
         )
         return _combined(recipe, hidden, weights[1], gates, permutation)
 
+    @staticmethod
+    def laid_out(weights: Weights) -> Weights:
+        """Returns weights for `row_gradients` in a loop, so that what it needs of them is not made in every pass."""
+        gate_up, down = (_as_matrices(w).laid_out() if isinstance(w, Fp8Weight) else w for w in weights)
+        return gate_up, down
+
     def row_gradients(
         self,
         rows: Float[Array, "M d"] | QuantizedRows,
@@ -180,25 +186,28 @@ class ExpertNetworks:
         assert gates_bar is not None
         return rows_bar, gates_bar, WeightOperands(operands, down_operands, group_sizes)
 
-    def weight_gradients(self, operands: WeightOperands, weights: Weights, row_alignment: int) -> Weights:
+    def weight_gradients(self, operands: WeightOperands, like: Weights, row_alignment: int) -> Weights:
         """Returns the second half of the backward pass: the gradients by the weights, over all rows of all pieces.
 
-        They are in the form of the weights; those of constants are zeros.
+        Those of constants are zeros.
+
+        Args:
+          like: the weights, or others of their form.
         """
         recipe, sizes = self.precision.fp8, operands.group_sizes
 
-        def gradient(of_weight: tuple[Any, Any] | None, weight: Any) -> Any:
+        def gradient(of_weight: tuple[Any, Any] | None, like: Any) -> Any:
             if of_weight is None:
-                return jax.tree.map(jnp.zeros_like, weight)
+                return jax.tree.map(jnp.zeros_like, like)
             if recipe is None:
                 bar = pk.grouped_weight_gradient(*of_weight, sizes, row_alignment=row_alignment)
             else:
                 bar = fp8_layer.weight_gradient(of_weight, sizes, recipe)
-            like = weight.gradient if isinstance(weight, Fp8Weight) else weight
-            assert like is not None
-            return fp8_layer.gradient_by(weight, bar.reshape(weight.shape), like.dtype)
+            array = like.gradient if isinstance(like, Fp8Weight) else like
+            assert array is not None
+            return fp8_layer.gradient_by(like, bar.reshape(like.shape), array.dtype)
 
-        return gradient(operands.gate_up, weights[0]), gradient(operands.down, weights[1])
+        return gradient(operands.gate_up, like[0]), gradient(operands.down, like[1])
 
 
 def _as_matrices(weight: Any) -> Any:

@@ -280,9 +280,9 @@ def _by_weight(
     weight, sizes = residuals.weight, residuals.group_sizes
     if tiles is None:
         return _plain_product(_gated(out_bar, None, dtype), weight.astype(dtype).mT, sizes)  # pyright: ignore
-    stored = weight.tiles() if isinstance(weight, Fp8Weight) else weight
-    assert not isinstance(stored, jax.Array)
-    return rows_by_weights(tiles, stored.mT, sizes, promotion=recipe.promotion, out_dtype=dtype)
+    assert not isinstance(weight, jax.Array)
+    by_input = weight.tiles_by_input() if isinstance(weight, Fp8Weight) else weight.mT
+    return rows_by_weights(tiles, by_input, sizes, promotion=recipe.promotion, out_dtype=dtype)
 
 
 def _input_tiles(

@@ -47,6 +47,7 @@ class Fp8Weight:
       gradient: None for a constant. Else an array of the shape of `values` and of a wider dtype that gets the weight's
         gradient; its values are never read.
       view: the shape that `reshape` asked for; None for that of `values`.
+      turned: the transposed matrices, where they were laid out ahead (`laid_out`).
     """
 
     values: Float[Array, "..."]
@@ -54,6 +55,7 @@ class Fp8Weight:
     columns: int = dataclasses.field(metadata={"static": True})
     view: tuple[int, ...] | None = dataclasses.field(default=None, metadata={"static": True})
     gradient: Float[Array, "..."] | None = None
+    turned: pk.Quantized | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -94,7 +96,8 @@ class Fp8Weight:
     def reshape(self, *shape: int) -> Fp8Weight:
         """Returns the same weights under another shape, one axis of which may be -1; no data is moved."""
         known = -math.prod(shape) if -1 in shape else 1
-        return dataclasses.replace(self, view=tuple(self.size // max(known, 1) if n == -1 else n for n in shape))
+        view = tuple(self.size // max(known, 1) if n == -1 else n for n in shape)
+        return self if view == self.shape else dataclasses.replace(self, view=view, turned=None)
 
     def astype(self, dtype: jax.typing.DTypeLike) -> Float[Array, "..."]:
         """Returns values times scales as an array of `shape`, multiplied in float32 and rounded to `dtype`."""
@@ -112,6 +115,17 @@ class Fp8Weight:
         padded = jnp.pad(values, [(0, 0)] * (values.ndim - 2) + [(0, self._padding), (0, 0)])
         scales = self.scales.reshape(*leading, parts * self.scales.shape[-2], self.scales.shape[-1])
         return pk.Quantized(padded.reshape(*leading, -1, self.columns), scales, "128x128")
+
+    def laid_out(self) -> Fp8Weight:
+        """Returns the weight with its matrices in both orders in memory, which products of a loop then need not make.
+
+        Its shape is [*leading, out, in], and is not to be changed.
+        """
+        return dataclasses.replace(self, turned=self.tiles().mT)
+
+    def tiles_by_input(self) -> pk.Quantized:
+        """Returns the transposed matrices [*leading, in, out] for an FP8 product."""
+        return self.tiles().mT if self.turned is None else self.turned
 
     def pad(self, y: Float[Array, "M out"]) -> Float[Array, "M padded"]:
         """Returns outputs with zeros in the columns of the rows that `tiles` adds."""

@@ -130,7 +130,9 @@ def gradients_at_experts(
     The gradients by weights of further blocks are added to `total`.
 
     Args:
+      weights: those of the experts, which may be `laid_out`.
       out_bar: the gradient of the output; in FP8 if it arrived so.
+      total: in the form of the weights as they were before they were laid out.
     """
     rows, gates, ids = arrived
     if experts.count >= ids.shape[1]:
@@ -184,7 +186,7 @@ def _backward(
         blocks = _Blocks.of(experts, ids)
         of_block = _block_gradients(experts, blocks, given, gates, weights, out_bar)
         start = jnp.zeros_like(rows), jnp.zeros(gates.shape, jnp.promote_types(gates.dtype, jnp.float32)), nothing
-        rows_bar, gates_bar, weights_bar = _with_blocks_from(0, experts, blocks, of_block, weights, start)
+        rows_bar, gates_bar, weights_bar = _with_blocks_from(0, experts, blocks, of_block, start)
         return rows_bar, None, gates_bar.astype(gates.dtype), None, weights_bar
     rows_bar, gates_bar, operands, total = _gradients(experts, given, gates, ids, weights, out_bar, nothing)
     weights_bar = experts.networks.weight_gradients(operands, weights, experts.alignment)
@@ -207,7 +209,7 @@ def _gradients(
     blocks = _Blocks.of(experts, ids)
     of_block = _block_gradients(experts, blocks, rows, gates, weights, out_bar)
     rows_bar, gates_bar, operands = of_block(0)
-    sums = _with_blocks_from(1, experts, blocks, of_block, weights, (rows_bar, gates_bar, total))
+    sums = _with_blocks_from(1, experts, blocks, of_block, (rows_bar, gates_bar, total))
     return sums[0], sums[1].astype(gates.dtype), operands, sums[2]
 
 
@@ -240,14 +242,13 @@ def _with_blocks_from(
     experts: ExpertsOfRank,
     blocks: _Blocks,
     of_block: Callable[..., tuple[Array, Array, WeightOperands]],
-    weights: Weights,
     sums: tuple[Float[Array, "M d"], Float[Array, "M K"], Weights],
 ) -> tuple[Float[Array, "M d"], Float[Array, "M K"], Weights]:
     """Returns the sums with the gradients of all blocks from the first given, of which there are seldom any."""
 
     def add(index: Int[Array, ""], sums: tuple[Array, Array, Weights]) -> tuple[Array, Array, Weights]:
         rows_bar, gates_bar, operands = of_block(index)
-        weights_bar = experts.networks.weight_gradients(operands, weights, experts.alignment)
+        weights_bar = experts.networks.weight_gradients(operands, sums[2], experts.alignment)
         return add_gradients(sums, (rows_bar, gates_bar, weights_bar))
 
     with jax.named_scope(SELDOM):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.precision.expert_networks import WeightOperands, Weights
+from dsv3_jax.precision.expert_networks import ExpertNetworks, WeightOperands, Weights
 from dsv3_jax.precision.fp8_weight import add_gradients
 from dsv3_jax.precision.prepared import QuantizedRows
 from dsv3_jax.sharding.expert_hops import AXIS, Hop, Route, collect, gradient_of_collect, gradient_of_dispatch, send
@@ -118,7 +118,7 @@ def _forward(stages: TokenStages, tokens: Pieces, weights: Weights) -> tuple[Arr
 
 def _backward(stages: TokenStages, saved: tuple, out_bar: Array) -> tuple[tuple[Array, None, Array], Weights]:
     tokens, weights = saved
-    networks = stages.experts.networks
+    networks, laid_out = stages.experts.networks, ExpertNetworks.laid_out(weights)
 
     def there(hop: Hop) -> _Stage:
         def prepare(state: tuple) -> tuple:
@@ -137,7 +137,7 @@ def _backward(stages: TokenStages, saved: tuple, out_bar: Array) -> tuple[tuple[
     def products(total: Weights, state: tuple) -> tuple[Weights, tuple, WeightOperands]:
         rows, ids, gates, results_bar, routes = state
         rows = rows if isinstance(rows, jax.Array) else QuantizedRows.of(rows, tokens[0].dtype)
-        *bars, operands, total = gradients_at_experts(stages.experts, (rows, gates, ids), weights, results_bar, total)
+        *bars, operands, total = gradients_at_experts(stages.experts, (rows, gates, ids), laid_out, results_bar, total)
         return total, (*bars, routes, routes[-1].rounds), operands
 
     def back(hop: Hop) -> _Stage:
