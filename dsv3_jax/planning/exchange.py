@@ -6,19 +6,22 @@ import dataclasses
 import math
 
 from dsv3_jax.planning.config import PlanConfig
+from dsv3_jax.precision.dispatch import dispatch_formats
 from dsv3_jax.sharding.expert_layout import HopRanks, hops_between, pieces_of, rows_of_block, rows_per_sender
 from pallas_kernels import TILE
 
 _FLOAT32 = 4  # bytes
-_FORWARD_PASSES, _BACKWARD_PASSES = 13, 23
+_FORWARD_PASSES, _BACKWARD_PASSES = {False: 10, True: 9}, {False: 20, True: 15}
 """How often the program that XLA makes for the report's mesh reads or writes an array as large as its receive buffers.
 
-They are copies of rows for each receiver, quantization, and sums of results; a backward pass does more of each. Arrays
-are counted by their bytes in bfloat16. A test compares these numbers with the time line of the compiled program.
+The keys say whether rows are sent in FP8, which stay in that format until they are multiplied. Passes are copies of
+rows for each receiver, quantization, and sums of results; a backward pass does more of each. Arrays are counted by
+their bytes in the compute dtype. A test compares the numbers for FP8 with the time line of the compiled program.
 """
-_ADDED_UP = 3  # of the weights' gradients, one piece's and the sum are read, and the sum is written
-_SUMS = 5  # of weight gradients in memory, besides the layer's own; the compiler keeps those of seldom loops apart
-_HELD = 5  # arrays as large as the receive buffers in a stage of the backward pass: rows, gradients, and what was sent
+_ADDED_UP = 3  # of the weights' gradients, those of all pieces and of further blocks are read, and their sum is written
+_SUMS = 4  # of weight gradients in memory, besides the layer's own; the compiler keeps those of seldom loops apart
+_HELD = {False: 5, True: 4}
+"""Arrays as large as the receive buffers in a stage of the backward pass: rows, gradients, and what was sent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,7 @@ class TokenExchange:
       product: rows of a product of experts.
       width: bytes of a row.
       weights: number of weights of the experts of a rank.
+      in_fp8: whether rows are sent in FP8.
     """
 
     pieces: int
@@ -44,6 +48,7 @@ class TokenExchange:
     product: int
     width: float
     weights: float
+    in_fp8: bool
 
     @classmethod
     def of(cls, config: PlanConfig) -> TokenExchange:
@@ -66,23 +71,27 @@ class TokenExchange:
             product=rows_of_block(tokens * chosen, experts, TILE) + TILE,
             width=model.hidden_size * config.recipe.dtype.itemsize,
             weights=3 * experts * model.hidden_size * model.moe_intermediate_size / mesh.tensor,
+            in_fp8=dispatch_formats(config.recipe.fp8)[0] is not None,
         )
 
     def memory(self, inner: float) -> float:
         """Returns the bytes of two pieces' rows and gradients in every stage, and of what experts compute of one piece.
 
-        To these are added gradients of weights: of a block of products, and sums over blocks, rounds and pieces.
+        To these are added the operands of the weights' gradients of all pieces, and gradients of weights: of all
+        pieces, and sums over blocks and rounds.
 
         Args:
           inner: bytes of an expert's intermediate numbers of a row.
         """
-        rows = _HELD * math.fsum(self.rows) * self.width + self.product * (2 * self.width + 3 * inner)
-        return 2 * rows + _SUMS * _FLOAT32 * self.weights
+        computed = self.product * (2 * self.width + 3 * inner)
+        rows = _HELD[self.in_fp8] * math.fsum(self.rows) * self.width + computed
+        operands = self.pieces * computed / (2 if self.in_fp8 else 1)
+        return 2 * rows + operands + _SUMS * _FLOAT32 * self.weights
 
     def moved(self, *, backward: bool) -> float:
         """Returns the bytes that passes over receive buffers and over the sum of weight gradients read and write."""
         if not self.hops:
             return 0.0
-        passes = _BACKWARD_PASSES if backward else _FORWARD_PASSES
+        passes = (_BACKWARD_PASSES if backward else _FORWARD_PASSES)[self.in_fp8]
         sums = _ADDED_UP * _FLOAT32 * self.weights if backward else 0.0
-        return self.pieces * (passes * math.fsum(self.rows) * self.width + sums)
+        return self.pieces * passes * math.fsum(self.rows) * self.width + sums

@@ -7,6 +7,9 @@ import dataclasses
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.counts import count_flops
 
+EXPERTS_AGAIN = 2 / 3
+"""The part of the experts' products that a backward pass computes again: all but the down projections."""
+
 
 def forward_operations(model: ModelConfig, length: int) -> tuple[float, float, float]:
     """Returns operations per token, MTP modules included: linear maps, attention core, and output head with router."""
@@ -46,7 +49,8 @@ def recomputed_operations(model: ModelConfig, policy: str, *, on_mesh: bool, fp8
     """Returns what the backward pass of one layer computes again.
 
     Args:
-      on_mesh: whether tokens are sent to experts on other devices; the exchange always computes the experts again.
+      on_mesh: whether tokens are sent to experts on other devices. The backward pass of the exchange always computes
+        the experts' gate and up projections again.
       fp8: whether linear maps are computed in FP8. The policy "products" does not keep the results of these.
       keeps_core: whether the policy "report" keeps the result of the attention core for the core's own backward pass.
     """
@@ -55,10 +59,12 @@ def recomputed_operations(model: ModelConfig, policy: str, *, on_mesh: bool, fp8
     dense = terms["dense_feed_forward"] / max(model.num_dense_layers, 1)
     routed = terms["routed_experts"] / max(model.num_moe_layers, 1)
     shared = terms["shared_experts"] / max(model.num_moe_layers, 1)
+    without_down = EXPERTS_AGAIN * routed  # the gradients of gates do not need the results of the down projections
     if policy == "full" or (policy == "products" and fp8):
         router = terms["router"] / max(model.num_moe_layers, 1)
-        return Recomputed(attention, dense, routed + shared, router, core=1)
-    again = routed if on_mesh or policy == "products" else 0.0
+        again = without_down if on_mesh or fp8 else routed
+        return Recomputed(attention, dense, again + shared, router, core=1)
+    again = without_down if on_mesh else routed if policy == "products" else 0.0
     if policy == "report":
         return Recomputed(_up_projections(model), 0.0, again, 0.0, core=int(not keeps_core))
     return Recomputed(0.0, 0.0, again, 0.0, core=int(policy != "none"))

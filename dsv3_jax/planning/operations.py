@@ -7,7 +7,7 @@ import dataclasses
 from dsv3_jax.counts import count_flops
 from dsv3_jax.planning.attention_form import attention_core, attention_form, keeps_core
 from dsv3_jax.planning.config import PlanConfig
-from dsv3_jax.planning.forward_operations import forward_operations, recomputed_operations
+from dsv3_jax.planning.forward_operations import EXPERTS_AGAIN, forward_operations, recomputed_operations
 from dsv3_jax.planning.stage_parts import layer_runs, operations_per_token
 
 _FORWARD_AND_BACKWARD = 3
@@ -47,16 +47,15 @@ def operations(config: PlanConfig) -> Operations:
 
 
 def expert_operations(config: PlanConfig, rank: int) -> float:
-    """Returns the operations of routed experts that a rank of the stage axis computes in a step.
+    """Returns the operations of routed experts that a rank of the stage axis computes while tokens are exchanged.
 
-    Every part of a backward pass computes the experts again, and the gradients by their inputs.
+    Every part of a backward pass computes gate and up projections again, and the gradients by the experts' inputs. The
+    gradients by their weights follow behind the exchange.
     """
     model, runs = config.model, layer_runs(config)[rank]
-    forward, backward, by_weights = (
-        of.get("moe", 0) + of.get("mtp", 0) for of in (runs.forward, runs.backward, runs.by_weights)
-    )
+    forward, backward = (of.get("moe", 0) + of.get("mtp", 0) for of in (runs.forward, runs.backward))
     one = count_flops(model, 1).terms["routed_experts"] / max(model.num_moe_layers, 1)
-    return (forward + 2 * backward + by_weights) * one * config.tokens_per_pass / config.mesh.tensor
+    return (forward + (1 + EXPERTS_AGAIN) * backward) * one * config.tokens_per_pass / config.mesh.tensor
 
 
 def operations_without_recomputation(config: PlanConfig) -> Operations:

@@ -104,11 +104,19 @@ class ExpertNetworks:
         )
         return _combined(recipe, hidden, weights[1], gates, permutation)
 
-    @staticmethod
-    def laid_out(weights: Weights) -> Weights:
-        """Returns weights for `row_gradients` in a loop, so that what it needs of them is not made in every pass."""
-        gate_up, down = (_as_matrices(w).laid_out() if isinstance(w, Fp8Weight) else w for w in weights)
+    def laid_out(self, weights: Weights) -> Weights:
+        """Returns weights as products read them, so that a loop does not convert or transpose them in every pass."""
+        gate_up, down = (self._laid_out(_as_matrices(weight)) for weight in weights)
         return gate_up, down
+
+    def _laid_out(self, weight: Float[Array, "E out in"] | Fp8Weight) -> Array | Fp8Weight:
+        recipe = self.precision.fp8
+        if recipe is None:
+            return weight.astype(self.precision.dtype)
+        if not isinstance(weight, Fp8Weight) and self.precision.gather_dtype == jnp.float8_e4m3fn:
+            tiles = fp8_layer.weight_tiles(weight, recipe)
+            weight = Fp8Weight(tiles.values, tiles.scales, columns=weight.shape[-1], gradient=weight)
+        return weight.laid_out() if isinstance(weight, Fp8Weight) else weight
 
     def row_gradients(
         self,
@@ -158,11 +166,7 @@ class ExpertNetworks:
         wide = jax.vjp(lambda activation: product(activation, down), activation)[1](out_bar)[0].astype(gates.dtype)
         (hidden_bar,) = pull_hidden((wide * gates[:, None]).astype(dtype))
         gated = (out_bar.astype(gates.dtype) * gates[:, None]).astype(dtype)
-        operands = WeightOperands(
-            None if isinstance(weights[0], Fp8Weight) else (hidden_bar, rows.astype(dtype)),
-            None if isinstance(weights[1], Fp8Weight) else (gated, activation),
-            group_sizes,
-        )
+        operands = WeightOperands((hidden_bar, rows.astype(dtype)), (gated, activation), group_sizes)
         return pull_rows(hidden_bar)[0], jnp.sum(activation.astype(gates.dtype) * wide, axis=1), operands
 
     def _fp8_row_gradients(
@@ -197,7 +201,8 @@ class ExpertNetworks:
         recipe, sizes = self.precision.fp8, operands.group_sizes
 
         def gradient(of_weight: tuple[Any, Any] | None, like: Any) -> Any:
-            if of_weight is None:
+            constant = isinstance(like, Fp8Weight) and like.gradient is None
+            if of_weight is None or constant:
                 return jax.tree.map(jnp.zeros_like, like)
             if recipe is None:
                 bar = pk.grouped_weight_gradient(*of_weight, sizes, row_alignment=row_alignment)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.precision.expert_networks import ExpertNetworks, WeightOperands, Weights
+from dsv3_jax.precision.expert_networks import WeightOperands, Weights
 from dsv3_jax.precision.fp8_weight import add_gradients
 from dsv3_jax.precision.prepared import QuantizedRows
 from dsv3_jax.sharding.expert_hops import AXIS, Hop, Route, collect, gradient_of_collect, gradient_of_dispatch, send
@@ -75,6 +75,7 @@ def in_stages(stages: TokenStages, tokens: Pieces, weights: Weights) -> Float[Ar
 
     There must be more pieces than hops. Only first rounds of hops are in stages. Further ones follow behind all pieces.
     """
+    laid_out = stages.experts.networks.laid_out(weights)
 
     def there(hop: Hop) -> _Stage:
         def prepare(state: tuple) -> tuple:
@@ -91,7 +92,7 @@ def in_stages(stages: TokenStages, tokens: Pieces, weights: Weights) -> Float[Ar
     def products(none: tuple, state: tuple) -> tuple[tuple, tuple, tuple]:
         rows, ids, gates, routes = state
         rows = rows if isinstance(rows, jax.Array) else QuantizedRows.of(rows, tokens[0].dtype)
-        results = apply_at_experts(stages.experts, (rows, gates, ids), weights)
+        results = apply_at_experts(stages.experts, (rows, gates, ids), laid_out)
         return none, (results, routes, routes[-1].rounds), ()
 
     def back(hop: Hop) -> _Stage:
@@ -118,7 +119,8 @@ def _forward(stages: TokenStages, tokens: Pieces, weights: Weights) -> tuple[Arr
 
 def _backward(stages: TokenStages, saved: tuple, out_bar: Array) -> tuple[tuple[Array, None, Array], Weights]:
     tokens, weights = saved
-    networks, laid_out = stages.experts.networks, ExpertNetworks.laid_out(weights)
+    networks = stages.experts.networks
+    laid_out = networks.laid_out(weights)
 
     def there(hop: Hop) -> _Stage:
         def prepare(state: tuple) -> tuple:

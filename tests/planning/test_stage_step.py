@@ -213,10 +213,12 @@ def test_a_split_backward_pass_computes_and_sends_anew(schedule: str, backward: 
     # 64 positions in two chunks: three quarters of the square. One forward unit, and in each half one again and two.
     stages = np.array([1 + 3 * (1 if stage == 0 else backward) for stage in range(4)])
     assert made.attention / once.attention == pytest.approx(1.5 * stages.mean() / 3)
-    # Head once each way; other products forward, and again with one or two gradients.
+    # Head once each way; other products forward, and again with one or two gradients, but for experts' down maps.
     head, router = 2 * d * model.vocab_size, 4 * 2 * d * model.n_routed_experts
     unit = (once.products / (3 * config.tokens_per_step / 16) - head - router) + router
-    products = np.mean([4 if stage == 0 or backward == 1 else 6 for stage in range(4)]) * unit + 3 * head
+    again = np.array([1 if stage == 0 else backward for stage in range(4)])
+    down = 4 * 2 * d * model.moe_intermediate_size * chosen
+    products = np.mean(2 + 2 * again) * unit - np.mean(again) * down + 3 * head
     assert made.products == pytest.approx(products * config.tokens_per_step / 16)
 
 
