@@ -47,7 +47,7 @@ _FEWEST_ROWS = 16  # for each sender on the last hop, such as when a few tokens 
 SELDOM = "beyond_an_even_load"
 """Named scope of what is computed and sent only where more rows arrive than there is memory for."""
 
-_PIECES_PER_HOP = 4  # with fewer, less of the exchange is beside products; with more, products are smaller
+_PIECES_PER_HOP = 8  # with fewer, less of the exchange is beside products; with more, products are smaller
 
 
 def pieces_of(tokens: int, hops: int) -> int:

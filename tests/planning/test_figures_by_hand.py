@@ -116,14 +116,14 @@ def test_only_what_fits_beside_computation_is_hidden() -> None:
 
 
 def test_products_of_experts_hide_the_exchange_of_tokens() -> None:
-    """They hide as much as they take, of 6 of 8 pieces (there are two hops); a TPU's exchange is not hidden."""
+    """They hide as much as they take, of 14 of 16 pieces (there are two hops); a TPU's exchange is not hidden."""
     gpu, tpu = (
         PlanConfig(model=V3, target=Target.parse(target), mesh=MeshConfig(expert=64))
         for target in ("h800:64", "v5p:64")
     )
     tokens = [Traffic("expert", TOKENS, 1.0, 1.0, True)]
     assert exposed_communication(gpu, tokens, computing=9.0, experts=0.3) == pytest.approx(0.7)
-    assert exposed_communication(gpu, tokens, computing=9.0, experts=3.0) == pytest.approx(2 / 8)
+    assert exposed_communication(gpu, tokens, computing=9.0, experts=3.0) == pytest.approx(2 / 16)
     assert exposed_communication(tpu, tokens, computing=9.0, experts=3.0) == 1
     # 8 experts in 58 layers and the MTP module: forward, two of three maps again in the backward pass, one gradient.
     one = 2 * 3 * 7168 * 2048 * 8 * 59

@@ -76,6 +76,26 @@ def test_a_product_takes_its_operations() -> None:
     assert found["all-gather", 4].hidden == pytest.approx(3e-6 / SECONDS, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("left", "right", "result"),
+    [
+        ("30,10", "3,20,10", "30,20"),  # rows, and a matrix for each of three experts
+        ("30,10", "30,20", "3,10,20"),  # gradients by three experts' matrices
+        ("2,15,10", "2,15,20", "3,10,20"),  # the same of rows in two parts
+        ("3,10,10", "3,20,10", "3,10,20"),  # ten rows for each of three experts
+    ],
+)
+def test_operations_of_grouped_products(left: str, right: str, result: str) -> None:
+    """Each multiplies 30 rows by a matrix of 10 x 20."""
+    lines = f"""  %l = f32[{left}] iota()
+  %r = f32[{right}] iota()
+  %p = f32[{result}] custom-call(%l, %r), metadata={{op_name="jit(step)/grouped_matmul/mpmd_map"}}
+"""
+    accelerator = dataclasses.replace(ACCELERATOR, bandwidth=1e12)
+    found = Schedule(program(lines), accelerator).transfers()["all-gather", 4]
+    assert found.hidden == pytest.approx(2 * 30 * 10 * 20 / 1e9 / SECONDS, rel=1e-2)
+
+
 def test_loops_conditionals_and_slices_are_read_through() -> None:
     """A loop of three passes, or none; the longer of two branches; of a buffer, the slice that a fusion reads."""
     others = """%one (p: f32[9]) -> f32[9] {
@@ -129,12 +149,12 @@ def test_a_synchronous_collective_hides_nothing_and_is_beside_nothing() -> None:
 
 
 def test_the_filled_part_of_buffers_on_the_reports_mesh() -> None:
-    """A token goes to 4 of 8 nodes, and to 8 ranks, for which a half is spare; pieces are of 512 tokens.
+    """A token goes to 4 of 8 nodes, and to 8 ranks, for which a half is spare; pieces are of 256 tokens.
 
     A quarter more rows are multiplied, and for each of 4 experts a tile of 128; a tile has no rows.
     """
     config = PlanConfig(model=ModelConfig.preset("v3-671b"), target=Target.parse("h800:64"), mesh=MeshConfig(expert=64))
-    rows = 512 * 8
+    rows = 256 * 8
     assert even_load(config) == EvenLoad(hops=((8, 1 / 2), (1, 2 / 3)), products=rows / (rows * 1.25 + 4 * 128 + 128))
 
 

@@ -150,10 +150,12 @@ def test_memory_of_the_671b_step_by_hand() -> None:
     # One MoE layer's gradients beside its weights, what its backward pass reads, and the buffers of the exchange; the
     # gradients of attention. A dense layer's are less.
     tiles = 4096 * (128 * ((192 + 128 + 128) * 2 + 4) + 64 * 4)
-    # Pieces of 512 tokens: 4,096 rows behind the first hop and 6,144 behind the second, five arrays of two pieces; rows
-    # of the product of experts; gradients of weights, of a block and of what is added up.
-    rows = 5 * (8 * 512 + 8 * 768) * 7168 + (8 * 512 * 1.25 + 4 * 128 + 128) * (2 * 7168 + 3 * 2048)
-    buffers = 2 * rows * 2 + 5 * 4 * 4 * expert
+    # 16 pieces of 256 tokens: 2,048 rows behind the first hop and 3,072 behind the second, four arrays of two pieces;
+    # what experts compute of their rows; the operands of weights' gradients, of all pieces in FP8; gradients of
+    # weights, of a block and of what is added up.
+    computed = (8 * 256 * 1.25 + 4 * 128 + 128) * (2 * 7168 + 3 * 2048)
+    rows = 4 * (8 * 256 + 8 * 384) * 7168 + computed
+    buffers = 2 * rows * 2 + 16 * computed + 4 * 4 * 4 * expert
     layer = (5 + 4 / 128**2) * moe_maps + 8 * (norms + router)
     read = plan.activations.recomputed - (layer + tiles + buffers)
     # Queries, keys and values; the core's output as it is, and in 12 bits; the latents; four hidden states in FP8 and
@@ -225,7 +227,7 @@ def test_a_split_backward_pass_computes_and_sends_anew(schedule: str, backward: 
 def test_ranks_wait_for_the_busiest_and_hide_what_they_send_to_experts() -> None:
     plan = make_plan(STEP)
     sent, tokens = sum(flow.seconds for flow in plan.flows), next(x.seconds for x in plan.flows if x.what == TOKENS)
-    hidden = tokens * 6 / 8  # two hops of eight pieces are before the first product or behind the last
+    hidden = tokens * 14 / 16  # two hops of 16 pieces are before the first product or behind the last
     experts = expert_seconds(STEP, plan.rank, Reached.by_best_kernels(STEP.target.accelerator))
     assert 1 < experts < hidden < experts + plan.expected.exchange
     assert sent - hidden < plan.expected.exposed < 1.5 * (sent - hidden)

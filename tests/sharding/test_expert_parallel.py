@@ -138,4 +138,4 @@ def test_a_block_of_products_holds_an_even_load_with_its_padding() -> None:
 
 
 def test_pieces_divide_the_tokens() -> None:
-    assert [pieces_of(tokens, hops=2) for tokens in (4096, 9, 7)] == [8, 9, 7]
+    assert [pieces_of(tokens, hops=2) for tokens in (4096, 17, 7)] == [16, 17, 7]
