@@ -162,11 +162,16 @@ def apart(a: Any, b: Any) -> float:
 
 
 def main() -> None:
-    layer = MixtureOfExperts(CONFIG, dtype=jnp.dtype("float32"), precision=PRECISION, rngs=nnx.Rngs(0))
+    layer, report = (
+        MixtureOfExperts(CONFIG, dtype=jnp.dtype("float32"), precision=precision, rngs=nnx.Rngs(0))
+        for precision in (PRECISION, Precision.preset("fp8,compute_dtype=float32"))
+    )
     u = jnp.asarray(np.random.default_rng(0).standard_normal((8, 16, CONFIG.hidden_size)), jnp.float32)
     gates = layer.router(u)
     # The layer's recipe sends tokens in FP8; the first three results are of an exchange that sends them unrounded.
     in_fp8_format = ExpertExchange(make_mesh(MeshConfig(expert=8)), layer.experts.shapes)
+    in_stages = dataclasses.replace(in_fp8_format, overlap=True)
+    with_report = dataclasses.replace(in_stages, shapes=report.experts.shapes)
     exchange = dataclasses.replace(in_fp8_format, shapes=dataclasses.replace(layer.experts.shapes, fp8=None))
     flat = u.reshape(-1, CONFIG.hidden_size)
     results = {
@@ -174,6 +179,8 @@ def main() -> None:
         "stages": waits(layer, gates, flat, dataclasses.replace(exchange, overlap=True))[1],
         "whole": waits(layer, gates, flat, exchange)[0],
         "fp8": in_fp8(layer, gates, flat, in_fp8_format),
+        "fp8 in stages": in_fp8(layer, gates, flat, in_stages)["apart"],
+        "report's recipe in stages": in_fp8(report, gates, flat, with_report)["apart"],
     }
     print(json.dumps(results))
 

@@ -66,6 +66,13 @@ def test_tokens_and_gradients_are_sent_in_fp8(traffic: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_stages_in_fp8_equal_one_device(traffic: dict[str, Any]) -> None:
+    """Where weight gradients are in FP8 too, their tiles are of other rows, so that they are rounded otherwise."""
+    assert traffic["fp8 in stages"] < TOLERANCE
+    assert traffic["report's recipe in stages"] < 0.05
+
+
+@pytest.mark.slow
 def test_stages_do_not_wait_for_each_other(traffic: dict[str, Any]) -> None:
     """In an iteration no exchange of rows, forward or backward, waits for another or for a product."""
     assert len(traffic["stages"]) > 10
