@@ -20,6 +20,7 @@ their bytes in the compute dtype. A test compares the numbers for FP8 with the t
 """
 _ADDED_UP = 3  # of the weights' gradients, those of all pieces and of further blocks are read, and their sum is written
 _SUMS = 4  # of weight gradients in memory, besides the layer's own; the compiler keeps those of seldom loops apart
+_LAID_OUT = 2  # bytes of a weight as the loop over pieces reads it: in bfloat16, or in FP8 in both orders
 _HELD = {False: 5, True: 4}
 """Arrays as large as the receive buffers in a stage of the backward pass: rows, gradients, and what was sent."""
 
@@ -78,7 +79,7 @@ class TokenExchange:
         """Returns the bytes of two pieces' rows and gradients in every stage, and of what experts compute of one piece.
 
         To these are added the operands of the weights' gradients of all pieces, and gradients of weights: of all
-        pieces, and sums over blocks and rounds.
+        pieces, and sums over blocks and rounds; and the weights as products read them.
 
         Args:
           inner: bytes of an expert's intermediate numbers of a row.
@@ -86,7 +87,7 @@ class TokenExchange:
         computed = self.product * (2 * self.width + 3 * inner)
         rows = _HELD[self.in_fp8] * math.fsum(self.rows) * self.width + computed
         operands = self.pieces * computed / (2 if self.in_fp8 else 1)
-        return 2 * rows + operands + _SUMS * _FLOAT32 * self.weights
+        return 2 * rows + operands + (_SUMS * _FLOAT32 + _LAID_OUT) * self.weights
 
     def moved(self, *, backward: bool) -> float:
         """Returns the bytes that passes over receive buffers and over the sum of weight gradients read and write."""

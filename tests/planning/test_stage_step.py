@@ -152,10 +152,10 @@ def test_memory_of_the_671b_step_by_hand() -> None:
     tiles = 4096 * (128 * ((192 + 128 + 128) * 2 + 4) + 64 * 4)
     # 16 pieces of 256 tokens: 2,048 rows behind the first hop and 3,072 behind the second, four arrays of two pieces;
     # what experts compute of their rows; the operands of weights' gradients, of all pieces in FP8; gradients of
-    # weights, of a block and of what is added up.
+    # weights, of a block and of what is added up; and the weights in FP8 in two orders.
     computed = (8 * 256 * 1.25 + 4 * 128 + 128) * (2 * 7168 + 3 * 2048)
     rows = 4 * (8 * 256 + 8 * 384) * 7168 + computed
-    buffers = 2 * rows * 2 + 16 * computed + 4 * 4 * 4 * expert
+    buffers = 2 * rows * 2 + 16 * computed + (4 * 4 + 2) * 4 * expert
     layer = (5 + 4 / 128**2) * moe_maps + 8 * (norms + router)
     read = plan.activations.recomputed - (layer + tiles + buffers)
     # Queries, keys and values; the core's output as it is, and in 12 bits; the latents; four hidden states in FP8 and
