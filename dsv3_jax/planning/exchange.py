@@ -18,7 +18,7 @@ The keys say whether rows are sent in FP8, which stay in that format until they 
 rows for each receiver, quantization, and sums of results; a backward pass does more of each. Arrays are counted by
 their bytes in the compute dtype. A test compares the numbers for FP8 with the time line of the compiled program.
 """
-_ADDED_UP = 3  # of the weights' gradients, those of all pieces and of further blocks are read, and their sum is written
+_ADDED_UP = 1  # the sum of weights' gradients is set to zero; the product of all pieces adds to it
 _SUMS = 4  # of weight gradients in memory, besides the layer's own; the compiler keeps those of seldom loops apart
 _LAID_OUT = 2  # bytes of a weight as the loop over pieces reads it: in bfloat16, or in FP8 in both orders
 _HELD = {False: 5, True: 4}

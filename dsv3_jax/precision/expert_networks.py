@@ -190,29 +190,29 @@ class ExpertNetworks:
         assert gates_bar is not None
         return rows_bar, gates_bar, WeightOperands(operands, down_operands, group_sizes)
 
-    def weight_gradients(self, operands: WeightOperands, like: Weights, row_alignment: int) -> Weights:
-        """Returns the second half of the backward pass: the gradients by the weights, over all rows of all pieces.
-
-        Those of constants are zeros.
+    def add_weight_gradients(self, total: Weights, operands: WeightOperands, row_alignment: int) -> Weights:
+        """Returns `total` with the second half of the backward pass: the gradients by the weights, over all pieces.
 
         Args:
-          like: the weights, or others of their form.
+          total: gradients in the form of the weights. What is there of constants is returned.
         """
         recipe, sizes = self.precision.fp8, operands.group_sizes
 
-        def gradient(of_weight: tuple[Any, Any] | None, like: Any) -> Any:
-            constant = isinstance(like, Fp8Weight) and like.gradient is None
-            if of_weight is None or constant:
-                return jax.tree.map(jnp.zeros_like, like)
+        def added(total: Any, of_weight: tuple[Any, Any] | None) -> Any:
+            array = total.gradient if isinstance(total, Fp8Weight) else total
+            if of_weight is None or array is None:
+                return total
+            before = _as_matrices(array) if array.dtype == jnp.float32 else None  # which products add to by themselves
             if recipe is None:
-                bar = pk.grouped_weight_gradient(*of_weight, sizes, row_alignment=row_alignment)
+                options = {"accumulator": before, "row_alignment": row_alignment}
+                bar = pk.grouped_weight_gradient(*of_weight, sizes, **options)
             else:
-                bar = fp8_layer.weight_gradient(of_weight, sizes, recipe)
-            array = like.gradient if isinstance(like, Fp8Weight) else like
-            assert array is not None
-            return fp8_layer.gradient_by(like, bar.reshape(like.shape), array.dtype)
+                bar = fp8_layer.weight_gradient(of_weight, sizes, recipe, before)
+            bar = bar.reshape(array.shape)
+            array = array + bar.astype(array.dtype) if before is None else bar
+            return dataclasses.replace(total, gradient=array) if isinstance(total, Fp8Weight) else array
 
-        return gradient(operands.gate_up, like[0]), gradient(operands.down, like[1])
+        return added(total[0], operands.gate_up), added(total[1], operands.down)
 
 
 def _as_matrices(weight: Any) -> Any:

@@ -26,7 +26,12 @@ from dsv3_jax.precision.fp8_recipe import Fp8Recipe, Role
 from dsv3_jax.precision.fp8_weight import Fp8Weight
 from dsv3_jax.precision.keeping import keep
 from dsv3_jax.precision.prepared import PreparedRows, QuantizedRows
-from dsv3_jax.precision.products import product_over_rows, rows_by_own_weights, rows_by_weights
+from dsv3_jax.precision.products import (
+    grouped_product_over_rows,
+    product_over_rows,
+    rows_by_own_weights,
+    rows_by_weights,
+)
 from dsv3_jax.precision.swiglu import swiglu
 from dsv3_jax.precision.tiles import EmulatedTiles, Tiles, dequantize, quantize
 from pallas_kernels import TILE
@@ -206,19 +211,25 @@ def input_gradient(
 
 
 def weight_gradient(
-    operands: tuple[Any, Any], group_sizes: Int[Array, "*P E"] | None, recipe: Fp8Recipe
+    operands: tuple[Any, Any],
+    group_sizes: Int[Array, "*P E"] | None,
+    recipe: Fp8Recipe,
+    accumulator: Float[Array, "E out in"] | None = None,
 ) -> Float[Array, "..."]:
-    """Returns the second half of the backward pass, the gradient by W in float32.
+    """Returns the second half of the backward pass, the gradient by W (+ accumulator) in float32.
 
     Args:
       operands: what `input_gradient` returned; with groups they may have a leading axis of parts, as `group_sizes` has.
+      accumulator: float32; only with groups.
     """
     left, right = operands
-    if not isinstance(left, jax.Array):
-        return product_over_rows(left, right, group_sizes, promotion=recipe.promotion)
     if group_sizes is None:
-        return jnp.einsum("mn,mk->nk", left, right, preferred_element_type=jnp.float32)
-    return pk.grouped_weight_gradient(left, right, group_sizes, row_alignment=TILE)
+        if isinstance(left, jax.Array):
+            return jnp.einsum("mn,mk->nk", left, right, preferred_element_type=jnp.float32)
+        return product_over_rows(left, right, promotion=recipe.promotion)
+    if isinstance(left, jax.Array):
+        return pk.grouped_weight_gradient(left, right, group_sizes, accumulator=accumulator, row_alignment=TILE)
+    return grouped_product_over_rows(left, right, group_sizes, promotion=recipe.promotion, accumulator=accumulator)
 
 
 def gradient_by(weight: Array | Tiles | Fp8Weight, bar: Float[Array, "..."], dtype: jnp.dtype) -> Array | Fp8Weight:

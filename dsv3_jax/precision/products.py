@@ -50,26 +50,37 @@ def rows_by_own_weights(rows: Tiles, weights: Tiles, *, promotion: bool, out_dty
     return product.astype(out_dtype)
 
 
-def product_over_rows(
-    left: Tiles, right: Tiles, group_sizes: Int[Array, "*P E"] | None, *, promotion: bool
-) -> Float[Array, "..."]:
-    """Returns left · rightᵀ in float32, [out, in] or with groups [E, out, in]: a sum over rows.
+def product_over_rows(left: Tiles, right: Tiles, *, promotion: bool) -> Float[Array, "out in"]:
+    """Returns left · rightᵀ in float32, a sum over rows, for [out, M] and [in, M] in tiles along the M rows."""
+    if promotion and _for_kernel(left, right, "1x128"):
+        return pk.blockwise_matmul(left, right, out_dtype=jnp.float32)  # pyright: ignore
+    a, b = dequantize(left), dequantize(right)
+    return _contract_last(a, b) if promotion else _short_sums(a[None], b[None])[0]
+
+
+def grouped_product_over_rows(
+    left: Tiles,
+    right: Tiles,
+    group_sizes: Int[Array, "*P E"],
+    *,
+    promotion: bool,
+    accumulator: Float[Array, "E out in"] | None = None,
+) -> Float[Array, "E out in"]:
+    """Returns left · rightᵀ (+ accumulator) over the rows of each expert, in float32.
 
     Args:
       left, right: [*P, out, M] and [*P, in, M], in tiles along the M rows.
-      group_sizes: rows of each expert, in parts if there is an axis P; None for one matrix.
+      group_sizes: rows of each expert, in parts if there is an axis P.
     """
+    options = {"accumulator": accumulator, "row_alignment": TILE}
     if promotion and _for_kernel(left, right, "1x128"):
-        if group_sizes is None:
-            return pk.blockwise_matmul(left, right, out_dtype=jnp.float32)  # pyright: ignore
-        return pk.grouped_weight_gradient(left, right, group_sizes, row_alignment=TILE)  # pyright: ignore
-    a, b = dequantize(left), dequantize(right)
-    if group_sizes is None:
-        return _contract_last(a, b) if promotion else _short_sums(a[None], b[None])[0]
+        return pk.grouped_weight_gradient(left, right, group_sizes, **options)  # pyright: ignore
+    rows = [dequantize(operand).mT for operand in (left, right)]
     if promotion:
-        return pk.grouped_weight_gradient(a.mT, b.mT, group_sizes, row_alignment=TILE)
-    left_rows, right_rows = (x.mT.reshape(-1, *x.mT.shape[-2:]) for x in (a, b))
-    return _short_sums_by_group(left_rows, right_rows, group_sizes.reshape(-1, group_sizes.shape[-1]))
+        return pk.grouped_weight_gradient(*rows, group_sizes, **options)  # pyright: ignore
+    in_parts = (x.reshape(-1, *x.shape[-2:]) for x in rows)
+    product = _short_sums_by_group(*in_parts, group_sizes.reshape(-1, group_sizes.shape[-1]))  # pyright: ignore
+    return product if accumulator is None else accumulator + product
 
 
 def _for_kernel(left: Tiles, right: Tiles, right_tile: str) -> bool:

@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 import pallas_kernels
 from dsv3_jax.precision.expert_networks import ExpertNetworks, WeightOperands, Weights
-from dsv3_jax.precision.fp8_weight import add_gradients
 from dsv3_jax.precision.prepared import QuantizedRows
 from dsv3_jax.precision.tiles import Tiles
 from dsv3_jax.sharding.expert_hops import Arrived, Rows, taken
@@ -189,8 +188,7 @@ def _backward(
         rows_bar, gates_bar, weights_bar = _with_blocks_from(0, experts, blocks, of_block, start)
         return rows_bar, None, gates_bar.astype(gates.dtype), None, weights_bar
     rows_bar, gates_bar, operands, total = _gradients(experts, given, gates, ids, weights, out_bar, nothing)
-    weights_bar = experts.networks.weight_gradients(operands, weights, experts.alignment)
-    return rows_bar, None, gates_bar, None, add_gradients(total, weights_bar)
+    return rows_bar, None, gates_bar, None, experts.networks.add_weight_gradients(total, operands, experts.alignment)
 
 
 _apply.defvjp(_forward, _backward)
@@ -248,8 +246,8 @@ def _with_blocks_from(
 
     def add(index: Int[Array, ""], sums: tuple[Array, Array, Weights]) -> tuple[Array, Array, Weights]:
         rows_bar, gates_bar, operands = of_block(index)
-        weights_bar = experts.networks.weight_gradients(operands, sums[2], experts.alignment)
-        return add_gradients(sums, (rows_bar, gates_bar, weights_bar))
+        total = experts.networks.add_weight_gradients(sums[2], operands, experts.alignment)
+        return sums[0] + rows_bar, sums[1] + gates_bar, total
 
     with jax.named_scope(SELDOM):
         return lax.fori_loop(first, blocks.count(experts), add, sums)

@@ -153,7 +153,7 @@ def _backward(stages: TokenStages, saved: tuple, out_bar: Array) -> tuple[tuple[
     total = jax.tree.map(jnp.zeros_like, weights)
     total, (u_bar, gates_bar, _, rounds), operands = _run(before, products, after, (*tokens, out_bar, ()), total)
     # One product over the rows of all pieces, instead of one for each piece and their sum.
-    total = add_gradients(total, networks.weight_gradients(operands, weights, stages.experts.alignment))
+    total = networks.add_weight_gradients(total, operands, stages.experts.alignment)
 
     def add(piece: tuple, index: Int[Array, ""], bars: tuple[Array, Array, Weights]) -> tuple[Array, Array, Weights]:
         u, ids, gates, bar = piece

@@ -60,10 +60,11 @@ def _forms(fp8: bool, kernels: Any) -> Iterator[tuple[str, Any, tuple[Any, ...],
 
 
 def _in_parts(fp8: bool) -> tuple[Any, ...]:
-    """Returns the operands of a weight gradient whose rows come in eight parts."""
+    """Returns the operands of a weight gradient whose rows come in eight parts, and what it is added to."""
     widths = ((_OUT, _ROWS // 8), (_IN, _ROWS // 8)) if fp8 else ((_ROWS // 8, _OUT), (_ROWS // 8, _IN))
     sizes = jax.ShapeDtypeStruct((8, _GROUPS), jnp.int32)
-    return *(_operand((8, *shape), fp8, "1x128") for shape in widths), sizes
+    sums = jax.ShapeDtypeStruct((_GROUPS, _OUT, _IN), jnp.float32)
+    return *(_operand((8, *shape), fp8, "1x128") for shape in widths), sizes, sums
 
 
 def _operand(shape: tuple[int, ...], fp8: bool, tile: Tile) -> Any:

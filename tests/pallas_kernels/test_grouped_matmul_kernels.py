@@ -61,15 +61,14 @@ def by_form(form: str, fp8: bool, sizes: list[int]):
         arguments = out_bar, columns, group_sizes, before
         return (lambda kernels, **options: kernels.rows_by_rows(*arguments, **options)), wanted
     if form == "depth in parts":
-        # The second part has other rows and other sizes.
+        # The second part has other rows and other sizes; the sum is added to an accumulator.
         parts = jax.tree.map(lambda x: jnp.stack([x, x[::-1]]), (out_bar, columns))
         of_parts = jnp.stack([group_sizes, group_sizes[::-1]])
         alone = (jax.tree.map(lambda x, part=part: x[part], parts) for part in (0, 1))
-        wanted = sum(
-            pk.grouped_weight_gradient(*part, sizes, row_alignment=128)
-            for part, sizes in zip(alone, of_parts, strict=True)
-        )
-        return (lambda kernels, **options: kernels.rows_by_rows(*parts, of_parts, **options)), wanted
+        before = wanted = jax.random.normal(jax.random.key(2), (3, OUT, IN), f32)
+        for part, sizes_of_part in zip(alone, of_parts, strict=True):
+            wanted = wanted + pk.grouped_weight_gradient(*part, sizes_of_part, row_alignment=128)
+        return (lambda kernels, **options: kernels.rows_by_rows(*parts, of_parts, before, **options)), wanted
     counts = jnp.asarray(np.minimum(sizes, 130) // 2, jnp.int32)
     rows = jax.tree.map(lambda x: x[:390].reshape(3, 130, -1), lhs)
     wanted = pk.masked_grouped_matmul(rows, rhs, counts, out_dtype=f32)
