@@ -3,7 +3,7 @@
 Every hop of an exchange is a stage, and so are the products. In one iteration of a loop each stage works on another
 piece: no exchange waits for another or for products, and the compiler can start all of them before the products and
 wait for them behind. The backward pass has the same stages: rows are sent again, beside the gradients of their results,
-and the gradients of rows are returned.
+and the gradients of rows are returned. The gradients of weights follow behind the loop, in one product over all pieces.
 """
 
 from __future__ import annotations
