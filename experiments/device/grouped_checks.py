@@ -26,6 +26,7 @@ def cases(tiny: bool, form: str, cluster: int = 0) -> Iterator[Case]:
     sizes = TINY_SIZES if tiny else SIZES
     if form == "public":
         yield from public(rows, out, width, len(sizes))
+        yield from in_parts(rows, out, width, sizes)
         return
     fp8 = form == "fp8"
     for along, out_bytes in (("rows", 2), ("depth", 4)):
@@ -101,6 +102,28 @@ def public(rows: int, out: int, width: int, groups: int) -> Iterator[Case]:
     yield error_case(name, pk.grouped_weight_gradient, (left, right, vector), expected, FLOAT32_SUM)
 
 
+def in_parts(rows: int, out: int, width: int, sizes: tuple[int, ...]) -> Iterator[Case]:
+    """Yields weight gradients over rows in two parts with other sizes each, added to an accumulator."""
+    of_parts, sums = (sizes, sizes[::-1]), normal(len(sizes), out, width, seed=8).astype("f4")
+    for fp8 in (False, True):
+        left, right = operand(out, 2 * rows, fp8, 3, True), operand(width, 2 * rows, fp8, 4, True)
+
+        def part(x, fp8=fp8):
+            """Returns an operand with a leading axis of parts."""
+            if not fp8:
+                return x.reshape(2, rows, -1)
+            cut = (jnp.moveaxis(leaf.reshape(leaf.shape[0], 2, -1), 1, 0) for leaf in x)
+            return pk.Quantized(*cut, "1x128")
+
+        def gradient(a, b, sums, sizes, part=part):
+            return pk.grouped_weight_gradient(part(a), part(b), sizes, accumulator=sums, row_alignment=128)
+
+        arguments = left, right, sums, np.asarray(of_parts, "i4")
+        expected = functools.partial(by_parts, left, right, sums, of_parts, rows, fp8)
+        name = f"grouped_weight_gradient {'FP8' if fp8 else 'bf16'}, in parts, added"
+        yield error_case(name, gradient, arguments, expected, FP8_SUM if fp8 else FLOAT32_SUM)
+
+
 @functools.cache
 def operand(rows: int, columns: int, fp8: bool, seed: int, transposed: bool = False):
     """Returns a random matrix; a bfloat16 one transposed where asked (FP8 forms along the depth take it as it is)."""
@@ -149,3 +172,13 @@ def by_depth(left, right, sizes, fp8: bool, row_major: bool = True) -> np.ndarra
     if not fp8 and row_major:
         a, b = a.T, b.T
     return np.stack([a[:, rows] @ b[:, rows].T for rows in _ranges(sizes)])
+
+
+def by_parts(left, right, sums, of_parts, rows: int, fp8: bool) -> np.ndarray:
+    """Returns the sums plus the weight gradients of all parts, which have `rows` rows each."""
+    a, b = (_wide(x, fp8) if fp8 else _wide(x, fp8).T for x in (left, right))
+    result = sums.astype("f8")
+    for index, sizes in enumerate(of_parts):
+        at = slice(index * rows, (index + 1) * rows)
+        result = result + np.stack([a[:, at][:, own] @ b[:, at][:, own].T for own in _ranges(sizes)])
+    return result
