@@ -162,7 +162,10 @@ Arrived = tuple[Any, Float[Array, "M K"], Int[Array, "M K"]]
 def send(
     hop: Hop, rows: Rows, gates: Float[Array, "n K"], route: Route, index: Int[Array, ""] | int
 ) -> tuple[Rows, Float[Array, "M K"], Int[Array, "M K"]]:
-    """Returns what arrives at this rank in a round; zeros where no row arrives. It is not differentiable."""
+    """Returns what arrives at this rank in a round, rows in FP8 as tiles; zeros where no row arrives.
+
+    It is not differentiable.
+    """
     this = route.in_round(hop, index)
     copies = this.copy // hop.copies(gates.shape[1])
     ids = taken(route.ids, this.copy)
@@ -181,7 +184,7 @@ def dispatch(
     route: Route,
     index: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "M d"] | QuantizedRows, Float[Array, "M K"], Int[Array, "M K"]]:
-    """Returns the same with gradients; rows that were sent in FP8 are an array's."""
+    """Returns what `send` does, differentiably: rows that arrive in FP8 have an array that gets their gradient."""
     arrived: Any = _dispatch(hop, *QuantizedRows.parts(rows), gates, route, index)
     return arrived
 
