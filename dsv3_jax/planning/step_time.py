@@ -120,7 +120,7 @@ def _exchange_traffic(config: PlanConfig, rank: int) -> float:
 
 
 def expert_seconds(config: PlanConfig, rank: int, reached: Reached) -> float:
-    """Returns the seconds for which a rank of the stage axis multiplies by routed experts' weights in a step."""
+    """Returns the seconds for which a rank of the stage axis computes routed experts while it exchanges tokens."""
     accelerator, fp8 = config.target.accelerator, config.recipe.fp8 is not None
     rate = accelerator.fp8_flops * reached.fp8 if fp8 else accelerator.flops * reached.products
     return expert_operations(config, rank) / rate

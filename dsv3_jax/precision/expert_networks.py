@@ -33,7 +33,6 @@ from pallas_kernels.grouped_matmul.alignment import align, take_rows
 Weights = tuple[Any, Any]
 """The experts' gate and up projections [E, 2, I, d], and their down projections [E, d, I]; arrays or `Fp8Weight`s."""
 
-
 _AFTER_SWIGLU = Role(swiglu=True, gradient_dispatched=True)
 
 

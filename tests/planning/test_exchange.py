@@ -23,7 +23,7 @@ def plan_config(expert: int, target: str = "h800:64") -> PlanConfig:
 
 
 def test_passes_over_buffers_by_hand() -> None:
-    """Of 2,048 and 3,072 rows a piece; backward the float32 gradients of four experts are set to zero once."""
+    """Checks bytes for 2,048 and 3,072 rows a piece; backward, float32 gradients of four experts are zeroed once."""
     rows = (2048 + 3072) * 7168 * 2
     for precision, forward, backward in (("bfloat16", 10, 20), ("fp8", 9, 15), ("fp8,dispatch=false", 10, 20)):
         exchange = TokenExchange.of(dataclasses.replace(plan_config(64), precision=precision))

@@ -25,7 +25,10 @@ def recipe(name: str) -> Precision:
 @pytest.fixture(scope="module")
 def given() -> dict[str, Any]:
     random = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.float32)  # noqa: E731
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape), jnp.float32)
+
     index = np.stack([random.permutation(EXPERTS)[:CHOSEN] for _ in range(TOKENS)])
     return {
         "tokens": normal(TOKENS, WIDTH),
